@@ -1,0 +1,1 @@
+"""The kernel: differentiable training steps, their pullbacks and the sweep. Torch only."""

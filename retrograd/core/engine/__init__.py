@@ -1,0 +1,5 @@
+"""Gradient halves: ways to get H ḡ and the data-weight derivative of a batch."""
+
+from retrograd.core.engine.double import Double
+
+__all__ = ["Double"]

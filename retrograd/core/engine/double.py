@@ -1,0 +1,90 @@
+"""The `double` engine: reverse over reverse, for any module and any loss.
+
+The batch gradient is taken with its graph kept, then autograd runs once more over that graph for each query:
+
+    (H ḡ_k, ∂⟨g, ḡ_k⟩/∂c) = grad(g, (θ, c), grad_outputs=ḡ_k)
+
+c = w[index]·scale are the losses' coefficients; the loss is linear in them, so the second part is ⟨∇loss_j, ḡ_k⟩. With
+one micro-batch the gradient the update half needs falls out of the same graph; with several it is computed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from retrograd.core.optim import Params
+from retrograd.core.step import Batch, Objective, coefficients, random_draws
+
+__all__ = ["Double"]
+
+
+@dataclass(frozen=True)
+class Double:
+    """Gradient half by double backward. `objective` must be twice differentiable: no flash or fused attention."""
+
+    objective: Objective
+
+    def gradient(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
+    ) -> tuple[Tensor, Params]:
+        """(Σ loss [], gradient) over the micro-batches, added in order."""
+        names, total, sums = list(params), None, []
+        for part, batch in enumerate(batches):
+            leaves = _live(params)
+            with torch.enable_grad(), random_draws(seed, part):
+                loss = self.objective(leaves, batch.inputs, coefficients(batch, weights))
+            found = grad(loss, list(leaves.values()), materialize_grads=True)
+            total = loss.detach() if total is None else total + loss.detach()
+            sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
+        assert total is not None, "a step needs at least one batch"
+        return total, dict(zip(names, sums))
+
+    def pullback(
+        self,
+        params: Params,
+        batches: Sequence[Batch],
+        weights: Tensor,
+        seed: str | None,
+        update_half: Callable[[Params], Params],
+    ) -> tuple[Params, Tensor]:
+        """(H ḡ [K, *shape], scores [K, B(, L)]) with ḡ = update_half(g)."""
+        bars = None if len(batches) == 1 else update_half(self.gradient(params, batches, weights, seed)[1])
+        curvature: Params = {}
+        scores = []
+        for part, batch in enumerate(batches):
+            leaves = _live(params)
+            factors = coefficients(batch, weights).requires_grad_()
+            with torch.enable_grad(), random_draws(seed, part):
+                loss = self.objective(leaves, batch.inputs, factors)
+                grads = grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+            if bars is None:
+                bars = update_half({name: g.detach() for name, g in zip(leaves, grads)})
+            products, slopes = _second(leaves, factors, grads, bars)
+            curvature = {n: curvature[n] + products[n] for n in products} if curvature else products
+            scores.append(slopes * batch.scale)
+        return curvature, torch.cat(scores, dim=1)
+
+
+def _live(params: Params) -> Params:
+    return {name: theta.detach().requires_grad_() for name, theta in params.items()}
+
+
+def _second(leaves: Params, factors: Tensor, grads: Sequence[Tensor], bars: Params) -> tuple[Params, Tensor]:
+    """The second backward, once for each query over the one graph."""
+    live = [(g, bars[name]) for name, g in zip(leaves, grads) if g.requires_grad]
+    queries = next(iter(bars.values())).shape[0]
+    found = []
+    for k in range(queries):
+        outputs, seeds = [g for g, _ in live], [bar[k] for _, bar in live]
+        wanted = [*leaves.values(), factors]
+        found.append(grad(outputs, wanted, seeds, retain_graph=k + 1 < queries, materialize_grads=True))
+    if queries == 1:  # a view instead of a copy
+        *products, slopes = [x.unsqueeze(0) for x in found[0]]
+    else:
+        *products, slopes = [torch.stack(group) for group in zip(*found)]
+    return dict(zip(leaves, products)), slopes

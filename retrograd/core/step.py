@@ -1,0 +1,208 @@
+"""One training step s_t → s_{t+1} and its pullback, in two halves.
+
+    g_t = ∇_θ ℓ_t(θ_t; w)            ℓ_t = Σ_j w[index_j] · scale_j · loss_j(θ)
+    s_{t+1} = U_t(s_t, clip(g_t))
+
+`scale` is mask/Z with one Z for the whole batch, so neither micro-batches nor padding change the objective. The engine
+does the gradient half (everything that runs the model), the optimizer the update half (elementwise).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from retrograd.core import tree
+from retrograd.core.optim import Cotangent, Moments, Optimizer, Params, clip, clip_pullback
+
+__all__ = [
+    "Batch",
+    "Engine",
+    "Objective",
+    "Recipe",
+    "State",
+    "Stepped",
+    "Stream",
+    "Training",
+    "coefficients",
+    "initial_state",
+    "micro_batches",
+    "pullback",
+    "random_draws",
+    "step",
+]
+
+Objective = Callable[[Params, Any, Tensor], Tensor]
+"""(params, inputs, coefficients) → Σ_j c_j · loss_j, a scalar; coefficients have the shape of a batch's `index`."""
+
+
+class Batch(NamedTuple):
+    """What one step sees. Tensors of `inputs` share the leading dimension B with the others.
+
+    index: which entry of the flattened data weights multiplies each loss, [B] or [B, L], int64.
+    scale: mask/Z, the constant factor of each loss, same shape; 0 where there is no target.
+    """
+
+    inputs: Any
+    index: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that training and replay must agree on, besides the stream and the loss.
+
+    Args:
+        optimizer: The (init, update, pullback) record.
+        max_grad_norm: Clip the global gradient norm to this; None for no clipping.
+        micro_batch_size: Rows a forward pass takes at once; None for the whole batch.
+        seed: Random numbers of active dropout, a function of (seed, step, micro-batch).
+        stochastic: Whether the loss draws random numbers.
+    """
+
+    optimizer: Optimizer
+    max_grad_norm: float | None = None
+    micro_batch_size: int | None = None
+    seed: int = 0
+    stochastic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; it has to be above 0, or None for no clipping")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {self.micro_batch_size}; it has to be at least 1, or None")
+
+
+class State(NamedTuple):
+    """Everything that evolves: state t is the one before step t."""
+
+    step: int
+    params: Params
+    moments: Moments
+
+
+class Stepped(NamedTuple):
+    """A step's outcome: the next state, the weighted batch loss in nats, and ‖g‖ before clipping."""
+
+    state: State
+    loss: float
+    grad_norm: float
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Batches as a function of the step."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """The gradient half. `seed` is None where the loss draws no random numbers."""
+
+    def gradient(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Any:
+        """(loss [], gradient) of the sum over micro-batches."""
+
+    def pullback(
+        self,
+        params: Params,
+        batches: Sequence[Batch],
+        weights: Tensor,
+        seed: str | None,
+        update_half: Callable[[Params], Params],
+    ) -> tuple[Params, Tensor]:
+        """(H ḡ, ⟨∇loss_j, ḡ⟩·scale_j) with ḡ = update_half(g), each [K, …]."""
+
+
+class Training(NamedTuple):
+    """A training run as a function of its data weights: all that replay needs but the states.
+
+    weights: data weights, [N] or [rows, L]; a batch's `index` points into them, flattened.
+    """
+
+    recipe: Recipe
+    engine: Engine
+    stream: Stream
+    weights: Tensor
+
+
+def initial_state(recipe: Recipe, params: Params) -> State:
+    """State 0: the given parameters, detached, and the optimizer's fresh moments."""
+    params = {name: theta.detach() for name, theta in params.items()}
+    return State(0, params, recipe.optimizer.init(params))
+
+
+def step(training: Training, state: State) -> Stepped:
+    """s_t → s_{t+1}. A pure function of the state: the same state gives the same bits."""
+    recipe, batches, seed = _prepare(training, state)
+    loss, grads = training.engine.gradient(state.params, batches, training.weights, seed)
+    with torch.no_grad():
+        grad_norm = float(tree.norm(grads))
+        clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
+        params, moments = recipe.optimizer.update(state.params, state.moments, clipped, state.step)
+    return Stepped(State(state.step + 1, params, moments), float(loss), grad_norm)
+
+
+def pullback(training: Training, state: State, cotangent: Cotangent) -> tuple[Cotangent, Tensor, Tensor]:
+    """λ_{t+1} → λ_t, and this step's share of the scores.
+
+    Args:
+        state: State t.
+        cotangent: λ_{t+1}, tensors [K, *shape].
+    Returns:
+        λ_t; the batch's index [B] or [B, L]; the scores to add there, [K, *index.shape], nats per unit of weight.
+    """
+    recipe, batches, seed = _prepare(training, state)
+    after: list[Cotangent] = []
+
+    def update_half(grads: Params) -> Params:
+        limit = recipe.max_grad_norm
+        with torch.no_grad():
+            clipped = clip(grads, limit) if limit else grads
+        pulled, bars = recipe.optimizer.pullback(state.params, state.moments, clipped, state.step, cotangent)
+        after.append(pulled)
+        return clip_pullback(grads, limit, bars) if limit else bars
+
+    curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, update_half)
+    params = {name: bar + curvature[name] for name, bar in after[0].params.items()}
+    return Cotangent(params, after[0].moments), torch.cat([batch.index for batch in batches]), scores
+
+
+def coefficients(batch: Batch, weights: Tensor) -> Tensor:
+    """w[index]·scale, what multiplies each loss; same shape as the batch's index."""
+    return weights.flatten()[batch.index.to(weights.device)].to(batch.scale) * batch.scale
+
+
+def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
+    """The batch cut along its rows; the normaliser inside `scale` stays the whole batch's."""
+    rows = len(batch.index)
+    if size is None or size >= rows:
+        return [batch]
+    return [tree.map(lambda x, start=start: x[start : start + size], batch) for start in range(0, rows, size)]
+
+
+@contextmanager
+def random_draws(seed: str | None, part: int) -> Iterator[None]:
+    """Random numbers as a function of (seed, step, micro-batch), without disturbing the caller's."""
+    if seed is None:
+        yield
+        return
+    drawn = hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest()
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(drawn))
+        yield
+
+
+def _prepare(training: Training, state: State) -> tuple[Recipe, list[Batch], str | None]:
+    recipe = training.recipe
+    batch = training.stream[state.step]
+    seed = f"{recipe.seed}/{state.step}" if recipe.stochastic else None
+    return recipe, micro_batches(batch, recipe.micro_batch_size), seed

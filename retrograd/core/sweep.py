@@ -1,0 +1,248 @@
+"""Executes a replay plan, forward and backward; the only caller of pullbacks.
+
+The sweep asks the plan what to do, the slots where states are and the ledger whether a replayed state has the bits it
+had. It yields what happened, so that whoever runs it records, draws and saves; nothing here prints or touches a disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from retrograd.core import plan as plans
+from retrograd.core import tree
+from retrograd.core.optim import Cotangent, Params
+from retrograd.core.step import State, Stepped, Training, initial_state, pullback, step
+
+__all__ = [
+    "Advanced",
+    "Ledger",
+    "MemorySlots",
+    "NonFiniteError",
+    "Query",
+    "ReplayDriftError",
+    "Reversed",
+    "Slots",
+    "Turned",
+    "accumulate",
+    "metagradient",
+    "seed_cotangent",
+    "sweep",
+]
+
+Query = Callable[[Params], tuple[Tensor, Params]]
+"""params → (values φ [K] in nats, gradients [K, *shape])."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a cotangent is NaN or infinite."""
+
+
+class ReplayDriftError(RuntimeError):
+    """A replayed state differs from the original one."""
+
+
+class Advanced(NamedTuple):
+    """Step t was taken, for the first time or in replay."""
+
+    step: int
+    outcome: Stepped
+    replayed: bool
+
+
+class Turned(NamedTuple):
+    """Training is over: the last step's outcome, with the final state."""
+
+    step: int
+    outcome: Stepped
+
+
+class Reversed(NamedTuple):
+    """Step t was pulled back. scores [K, *index.shape] are to be added at `index`."""
+
+    step: int
+    cotangent: Cotangent
+    index: Tensor
+    scores: Tensor
+    norm: Tensor  # of λ_t, [K]
+
+
+Event = Advanced | Turned | Reversed
+
+
+@runtime_checkable
+class Slots(Protocol):
+    """Where held states are."""
+
+    def put(self, state: State) -> None: ...
+
+    def get(self, step: int) -> State: ...
+
+    def drop(self, step: int) -> None: ...
+
+
+class MemorySlots(dict[int, State]):
+    """Slots that keep states as they are, by reference: safe, for nothing in a step writes in place."""
+
+    def put(self, state: State) -> None:
+        self[state.step] = state
+
+    def get(self, step: int) -> State:
+        return self[step]
+
+    def drop(self, step: int) -> None:
+        del self[step]
+
+
+@dataclass
+class Ledger:
+    """Digests of every state of the original run; a replayed state has to match.
+
+    >>> ledger = Ledger(); ledger.check(State(1, {"x": torch.ones(2)}, {}))  # first time: recorded
+    """
+
+    digests: dict[int, str] = field(default_factory=dict)
+
+    def check(self, state: State) -> None:
+        """Record the state's digest, or compare it.
+
+        Raises:
+            ReplayDriftError: If it was recorded with other bits.
+        """
+        found = tree.digest((state.params, state.moments))
+        expected = self.digests.setdefault(state.step, found)
+        if found != expected:
+            raise ReplayDriftError(
+                f"replayed state {state.step} has digest {found[-12:]}, the original run had {expected[-12:]}: scores "
+                "from it would be another run's. The arithmetic changed between training and replay (another "
+                "machine, thread count or library, or a nondeterministic kernel); train again on one configuration."
+            )
+
+
+def sweep(
+    actions: Iterable[plans.Action],
+    training: Training,
+    slots: Slots,
+    ledger: Ledger,
+    *,
+    state: State | None = None,
+    cotangent: Cotangent | None = None,
+) -> Iterator[Event]:
+    """Execute actions of a plan, yielding an event for each step taken or reversed.
+
+    A whole plan is swept in two parts: up to and including its Turn, with `state`; and from there on, with the working
+    state the first part leaves (state T−1) and the query's cotangent.
+
+    Raises:
+        ReplayDriftError: If a replayed state has other bits than the original.
+        NonFiniteError: If a loss or cotangent is not finite; it names the step.
+    """
+    for action in actions:
+        match action:
+            case plans.Advance(start, stop):
+                for t in range(start, stop):
+                    assert state is not None, "an Advance needs a working state"
+                    replayed = t + 1 in ledger.digests
+                    outcome = _advance(training, state, ledger)
+                    state = outcome.state
+                    yield Advanced(t, outcome, replayed)
+            case plans.Turn():
+                assert state is not None, "a Turn needs a working state"
+                yield Turned(state.step, _advance(training, state, ledger))
+            case plans.Snapshot():
+                assert state is not None, "a Snapshot needs a working state"
+                slots.put(state)
+            case plans.Restore(t):
+                state = slots.get(t)
+            case plans.Drop(t):
+                slots.drop(t)
+            case plans.Reverse(t):
+                assert state is not None and cotangent is not None, "a Reverse needs a state and a cotangent"
+                assert state.step == t, "the plan was checked"
+                cotangent, index, scores = pullback(training, state, cotangent)
+                norm = _finite_norm(cotangent, scores, t)
+                yield Reversed(t, cotangent, index, scores, norm)
+
+
+def metagradient(
+    training: Training, params: Params, query: Query, plan: plans.Plan | None = None
+) -> tuple[Tensor, Tensor]:
+    """Query values after training, and their gradients with respect to the data weights.
+
+    Pulls λ_T = (∇φ(θ_T), 0) back by λ_t = (∂s_{t+1}/∂s_t)ᵀ λ_{t+1}, adding (∂s_{t+1}/∂w)ᵀ λ_{t+1} at each step.
+    MAGIC, arXiv:2504.16430, section 3.
+
+    Args:
+        training: Recipe, engine, stream and weights; the gradient is taken at those weights.
+        params: Initial parameters.
+        query: params → (φ [K] in nats, ∇φ [K, *shape]).
+        plan: Replay plan for `len(training.stream)` steps; all states are held when None.
+    Returns:
+        φ [K] in nats and τ [K, *weights.shape] in nats per unit of weight. τ < 0: a proponent, training on it lowers
+        the query loss.
+    Raises:
+        ValueError: If the plan is illegal for this stream.
+    """
+    steps = len(training.stream)
+    actions = plans.save_all(steps) if plan is None else plan
+    plans.check(actions, steps)
+    turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
+    slots, ledger = MemorySlots(), Ledger()
+    state, final = initial_state(training.recipe, params), None
+    for event in sweep(actions[:turn], training, slots, ledger, state=state):
+        if isinstance(event, Advanced):
+            state = event.outcome.state
+        elif isinstance(event, Turned):
+            final = event.outcome.state
+    assert final is not None, "a checked plan turns"
+    values, gradient = query(final.params)
+    cotangent = seed_cotangent(gradient, final)
+    scores = torch.zeros((len(values), *training.weights.shape), dtype=training.weights.dtype)
+    for event in sweep(actions[turn:], training, slots, ledger, state=state, cotangent=cotangent):
+        if isinstance(event, Reversed):
+            accumulate(scores, event)
+    return values, scores
+
+
+def seed_cotangent(gradient: Params, final: State) -> Cotangent:
+    """λ_T = (∇φ, 0) for K queries; gradient tensors are [K, *shape]."""
+    queries = next(iter(gradient.values())).shape[0]
+
+    def zeros(leaf: Tensor) -> Tensor:
+        dtype = leaf.dtype if leaf.is_floating_point() else torch.get_default_dtype()
+        return torch.zeros((queries, *leaf.shape), dtype=dtype, device=leaf.device)
+
+    return Cotangent(dict(gradient), tree.map(zeros, final.moments))
+
+
+def accumulate(scores: Tensor, event: Reversed) -> None:
+    """Add a step's share to scores [K, *weights.shape], in place; only the batch's entries are touched."""
+    share = event.scores.flatten(1).to(scores)
+    scores.view(len(scores), -1).index_add_(1, event.index.flatten().to(scores.device), share)
+
+
+def _advance(training: Training, state: State, ledger: Ledger) -> Stepped:
+    outcome = step(training, state)
+    if not torch.isfinite(torch.tensor([outcome.loss, outcome.grad_norm])).all():
+        raise NonFiniteError(
+            f"training left the finite numbers at step {state.step}: loss {outcome.loss}, gradient norm "
+            f"{outcome.grad_norm}. Lower the learning rate, clip the gradient norm, or look at that step's rows."
+        )
+    ledger.check(outcome.state)
+    return outcome
+
+
+def _finite_norm(cotangent: Cotangent, scores: Tensor, step: int) -> Tensor:
+    norm = tree.norm(cotangent, batch_dims=1)
+    if not torch.isfinite(norm).all() or not torch.isfinite(scores).all():
+        bad = tree.nonfinite((cotangent, scores))
+        raise NonFiniteError(
+            f"the cotangent left the finite numbers at step {step}: {bad:.2%} of its entries are NaN or infinite, its "
+            f"norm is {float(norm.max()):.3g}. The training is too rough to differentiate: lower the learning rate, "
+            "raise eps_root, or take fewer steps."
+        )
+    return norm

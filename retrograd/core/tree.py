@@ -1,0 +1,126 @@
+"""Pytrees of tensors: the one door to nested states.
+
+A tree is any nesting of dicts, tuples, NamedTuples and lists. Functions act on its tensors; other leaves (a step
+count, a None) pass through unchanged, so that mapping over a state cannot forget a field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+__all__ = ["digest", "dot", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "unnamed"]
+
+T = TypeVar("T")
+
+
+def map(function: Callable[..., Any], tree: T, *rest: Any) -> T:
+    """Apply `function` to every tensor of `tree`, and to the tensors at the same places of `rest`."""
+
+    def apply(leaf: Any, *others: Any) -> Any:
+        return function(leaf, *others) if isinstance(leaf, Tensor) else leaf
+
+    return _pytree.tree_map(apply, tree, *rest)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, in a fixed order."""
+    return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def dot(first: Any, second: Any) -> Tensor:
+    """Σ ⟨a, b⟩ over two trees of the same structure, [], accumulated in float64."""
+    pairs = zip(leaves(first), leaves(second), strict=True)
+    return sum((torch.sum(a.double() * b.double()) for a, b in pairs), torch.zeros((), dtype=torch.float64))
+
+
+def norm(tree: Any, batch_dims: int = 0) -> Tensor:
+    """Euclidean norm over all tensors of a tree, in float64; one norm for each index of the leading dimensions."""
+    floating = [leaf for leaf in leaves(tree) if leaf.is_floating_point()]
+    if not floating:
+        return torch.zeros(())
+    parts = [torch.linalg.vector_norm(leaf.reshape(*leaf.shape[:batch_dims], -1), dim=-1).double() for leaf in floating]
+    return torch.stack(parts).square().sum(0).sqrt()
+
+
+def nonfinite(tree: Any) -> float:
+    """Fraction of the tree's entries that are NaN or infinite."""
+    floating = [leaf for leaf in leaves(tree) if leaf.is_floating_point()]
+    total = sum(leaf.numel() for leaf in floating)
+    return sum(int((~torch.isfinite(leaf)).sum()) for leaf in floating) / max(1, total)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all tensors of a tree."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))
+
+
+def named(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a tree by their path, such as "params.embed.weight"."""
+    flat, _ = _pytree.tree_flatten_with_path(tree)
+    return {".".join(_key(k) for k in path): leaf for path, leaf in flat if isinstance(leaf, Tensor)}
+
+
+def unnamed(like: T, tensors: dict[str, Tensor]) -> T:
+    """The tree of the structure `like` whose tensors are given by path; inverse of `named`.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown, or of another shape or dtype.
+    """
+    wanted = named(like)
+    if wanted.keys() != tensors.keys():
+        missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        raise ValueError(f"tensors do not fit this state: missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, leaf in wanted.items():
+        if (leaf.shape, leaf.dtype) != (tensors[name].shape, tensors[name].dtype):
+            raise ValueError(
+                f"tensor {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, "
+                f"this state has {tuple(leaf.shape)} {leaf.dtype}"
+            )
+    ordered = iter([tensors[name].to(leaf.device) for name, leaf in wanted.items()])
+    return map(lambda _: next(ordered), like)
+
+
+def digest(tree: Any) -> str:
+    """A fingerprint of the exact bits of a tree: equal bits give equal digests on any device and thread count.
+
+    For each tensor, Σ xᵢ·rᵢ modulo 2⁶⁴ over its bits read as integers, with fixed odd rᵢ: integer sums do not depend on
+    the order of summation, and the factors make opposite drifts and swapped entries visible. Not cryptographic.
+    """
+    total = 0
+    for leaf in leaves(tree):
+        total = (total * 1_000_003 + _bit_sum(leaf) + leaf.numel()) % (1 << 128)
+    return f"{total:032x}"
+
+
+_BLOCK = 1 << 16
+
+
+def _bit_sum(leaf: Tensor) -> int:
+    raw = leaf.detach().contiguous().flatten().view(torch.uint8)
+    words = raw.numel() // 8
+    whole = words // _BLOCK * _BLOCK
+    body, rest = raw[: words * 8].view(torch.int64), raw[words * 8 :].tolist()
+    blocks, ramp = body[:whole].view(-1, _BLOCK), _ramp(str(leaf.device))
+    sums = torch.mv(blocks, ramp) if leaf.device.type == "cpu" else (blocks * ramp).sum(1)
+    total = sum(part * (2 * place + 1) for place, part in enumerate(sums.tolist()))
+    total += int((body[whole:] * ramp[: words - whole]).sum()) * (2 * len(sums) + 1)
+    return (total + sum(byte << (8 * place) for place, byte in enumerate(rest, 1))) % (1 << 64)
+
+
+@lru_cache
+def _ramp(device: str) -> Tensor:
+    """Fixed odd 64-bit factors (splitmix64's increment, wrapped)."""
+    return (torch.arange(_BLOCK, dtype=torch.int64, device=device) * -7046029254386353131) | 1
+
+
+def _key(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,12 @@
+"""Shared test set-up: shapes checked at run time, no network, quiet progress."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("retrograd", "beartype.beartype")
