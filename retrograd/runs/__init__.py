@@ -1,0 +1,1 @@
+"""What touches disk: configuration, state slots, trajectories, manifests and scores."""

@@ -1,0 +1,246 @@
+"""A module as a function of its trainable parameters, and Hugging Face causal language models as objectives.
+
+Parameters that share storage (tied embeddings) are one leaf: seen as two, each would get half of the second-order
+terms. Dropout is off unless asked for, attention runs on SDPA's MATH path, the only one that is twice differentiable,
+and the vocabulary projection is fused with its cross-entropy where the model's structure allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from retrograd.core.optim import Params
+from retrograd.lm.loss import fused_ce, token_ce
+
+__all__ = ["CausalLM", "causal_objective", "load_causal_lm", "load_tokenizer", "trainable"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, eq=False)
+class CausalLM:
+    """A causal language model ready to be differentiated twice.
+
+    params: trainable leaves by name, one per storage.
+    objective: (params, inputs, coefficients [B, L]) → Σ c·ce in nats; inputs as made by `rows.pad`.
+    """
+
+    module: nn.Module
+    params: Params
+    objective: Callable[[Params, Any, Tensor], Tensor]
+    fused: bool
+
+
+def trainable(module: nn.Module) -> tuple[Params, dict[str, str]]:
+    """The trainable leaves of a module, one per storage, and every parameter name that reads each of them.
+
+    Returns:
+        leaves by name, detached; and {parameter name: leaf name} for all names, tied ones included.
+    Raises:
+        ValueError: If nothing is trainable, or two parameters overlap in memory without being the same tensor.
+    """
+    groups: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(parameter.untyped_storage().data_ptr() or id(parameter), []).append((name, parameter))
+    leaves: Params = {}
+    readers: dict[str, str] = {}
+    for members in groups.values():
+        if not any(parameter.requires_grad for _, parameter in members):
+            continue
+        owner, first = members[0]
+        for name, parameter in members:
+            if (parameter.shape, parameter.stride(), parameter.storage_offset()) != (
+                first.shape,
+                first.stride(),
+                first.storage_offset(),
+            ):
+                raise ValueError(
+                    f"parameters {owner} and {name} overlap in memory but are not the same tensor; give each its own "
+                    "storage, or tie them whole"
+                )
+            readers[name] = owner
+        leaves[owner] = first.detach()
+    if not leaves:
+        raise ValueError("the model has no trainable parameter: every requires_grad is False")
+    return leaves, readers
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a hub name or local folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"cannot load a tokenizer from {name!r}: check the spelling and the network, or give a local folder with "
+            f"--tokenizer. {_told(error)}"
+        ) from error
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    lora: Any | None = None,
+    seed: int = 0,
+    dropout: bool = False,
+) -> CausalLM:
+    """Load a causal language model by hub name or local folder.
+
+    Args:
+        dtype: "float32", "float64" or "bfloat16", of parameters and of all arithmetic.
+        lora: A peft `LoraConfig`; then only the adapters are trained and differentiated.
+        seed: Of the adapters' random initialisation.
+        dropout: Leave dropout active; its draws are then replayed.
+    Raises:
+        ValueError: If the model cannot be loaded, is not causal, or the LoRA targets do not exist.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_causal(name)
+    try:
+        module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load model {name!r}. {_told(error)}") from error
+    if lora is not None:
+        module = _with_adapters(module, lora, seed)
+    module.to(device).train(dropout)
+    module.config.use_cache = False
+    objective, fused = causal_objective(module)
+    return CausalLM(module, trainable(module)[0], objective, fused)
+
+
+def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor], Tensor], bool]:
+    """The objective Σ c·ce of a Hugging Face causal model, and whether its vocabulary head is fused.
+
+    Parameters of the objective go by the names of `trainable(module)`.
+    """
+    fused = _has_plain_head(module)
+    scored = _Scored(module, fused)
+    readers = trainable(module)[1]
+
+    def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
+        placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional_call(scored, placed, (inputs, coefficients), tie_weights=False)
+
+    return objective, fused
+
+
+class _Scored(nn.Module):
+    """Model and loss as one module, so that the head's weight is substituted like any other parameter."""
+
+    def __init__(self, module: nn.Module, fused: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.fused = fused
+
+    def forward(self, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
+        ids, mask = inputs["input_ids"], inputs["target_mask"]
+        extra = _packed(inputs, coefficients.dtype, self.module)
+        model = _inner(self.module)
+        if not self.fused:
+            logits = model(input_ids=ids, use_cache=False, **extra).logits
+            return torch.sum(token_ce(logits, ids) * coefficients)
+        hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+        head = model.get_output_embeddings()
+        rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+        chosen = hidden[rows, columns]  # state at k-1 predicts token k
+        return fused_ce(chosen, head.weight, head.bias, ids[rows, columns + 1], coefficients[rows, columns + 1])
+
+
+def _packed(inputs: dict[str, Tensor], dtype: torch.dtype, module: nn.Module) -> dict[str, Tensor]:
+    """Positions that restart and attention that stays inside each document of a packed row."""
+    if "segment_ids" not in inputs:
+        return {}
+    segments = inputs["segment_ids"]
+    length = segments.shape[1]
+    window = getattr(_inner(module).config, "sliding_window", None)
+    if window and length > window:
+        raise ValueError(
+            f"chunk_length {length} is above the model's sliding attention window {window}; packing masks attention "
+            f"by document and cannot combine both. Use a chunk_length of at most {window}."
+        )
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    allowed = (segments[:, :, None] == segments[:, None, :]) & causal
+    return {"attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
+
+
+def _inner(module: nn.Module) -> Any:
+    """The Hugging Face model inside a peft wrapper; its adapters are in place there."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def _has_plain_head(module: nn.Module) -> bool:
+    """Whether logits are exactly head(hidden), head a bare linear layer: tried out, not looked up by name."""
+    model = _inner(module)
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.base_model is model:
+        return False
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    model.train(was_training)
+    if hidden is None or hidden.shape[-1] != head.weight.shape[1]:
+        return False
+    plain = head(hidden)
+    return plain.shape == logits.shape and torch.allclose(plain, logits.to(plain), rtol=1e-3, atol=1e-5)
+
+
+def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(module, lora)  # type: ignore[arg-type]
+        except ValueError as error:
+            linear = sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)})
+            raise ValueError(
+                f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}."
+            ) from error
+
+
+def _check_causal(name: str) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"cannot load model {name!r}: check the spelling and the network, or give a local folder saved with "
+            f"save_pretrained. {_told(error)}"
+        ) from error
+    causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+    found = getattr(config, "architectures", None) or []
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not known or (found and not causal & set(found)) or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model {name!r} is not a causal language model: its type is {config.model_type!r}, its architecture "
+            f"{', '.join(found) or 'not named'}. Give one that predicts the next token, such as a ...ForCausalLM."
+        )
+
+
+def _names(values: Sequence[Any] | Any) -> list[str]:
+    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

@@ -1,0 +1,285 @@
+"""The configuration of a run: the dataclasses behind the command line and run_config.yaml. No heavy imports here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+__all__ = [
+    "DataConfig", "LoraConfig", "MagicConfig", "QueryConfig", "ReplayConfig", "TrainConfig",
+    "check", "difference", "from_yaml", "parse_size", "to_dict",
+]  # fmt: skip
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model is trained on."""
+
+    dataset: str = tyro.MISSING
+    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file."""
+    subset: str | None = None
+    """Subset ("configuration") of a hub data set."""
+    split: str = "train"
+    """Split or expression of splits, such as train[:8]."""
+    text_column: str | None = None
+    """Column of text; found by itself when None (input_ids, messages, prompt and completion, or text)."""
+    max_length: int | None = None
+    """Cut documents to this many tokens; the model's context length when None."""
+    chunk_length: int | None = None
+    """Pack documents into chunks of this many tokens instead; attention stays inside each document."""
+    min_chars: int = 0
+    """Skip documents with fewer characters."""
+    limit: int | None = None
+    """Use the first documents only."""
+    shuffle: bool = True
+    """Visit rows in a new random order each epoch (true), or in file order (false)."""
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """What is asked of the trained model: the mean token loss, in nats, of these documents."""
+
+    dataset: str = tyro.MISSING
+    """As --data.dataset."""
+    subset: str | None = None
+    """As --data.subset."""
+    split: str = "train"
+    """As --data.split."""
+    text_column: str | None = None
+    """As --data.text-column."""
+    max_length: int | None = None
+    """As --data.max-length."""
+    limit: int | None = None
+    """Use the first documents only."""
+    reduction: Literal["mean", "none"] = "mean"
+    """One score for the whole set (mean), or one score column for each document (none)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe."""
+
+    optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
+    """Optimizer; muon acts on hidden matrices and AdamW on the rest."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine", "polynomial", "one-cycle"] = "constant"
+    """How the learning rate moves over the run."""
+    warmup_ratio: float | None = None
+    """Share of the steps in which the learning rate rises; 0 when None (0.3 for one-cycle)."""
+    momentum: float = 0.0
+    """Momentum of sgd; muon uses 0.95 when this is 0."""
+    nesterov: bool = False
+    """Nesterov's form of sgd's momentum."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient mean."""
+    beta2: float = 0.999
+    """AdamW's decay of the squared-gradient mean."""
+    eps: float = 1e-8
+    """AdamW's ε outside the root."""
+    eps_root: float = 1e-8
+    """AdamW's ε inside the root; larger values make scores smoother."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw and muon, added to the gradient for sgd."""
+    max_grad_norm: float | None = None
+    """Clip the global gradient norm."""
+    batch_size: int = 8
+    """Rows in a step."""
+    micro_batch_size: int | None = None
+    """Rows a forward pass takes at once; the result is the same."""
+    epochs: int = 1
+    """Passes over the data."""
+    seed: int = 0
+    """Of the order of rows (epoch e uses seed + e), adapters' initialisation and dropout."""
+    dropout: bool = False
+    """Leave the model's dropout active. Scores then predict retraining badly unless its draws are replayed too."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Which states are kept for the way back."""
+
+    plan: Literal["auto", "all", "interval", "sqrt", "log", "binomial"] = "auto"
+    """auto keeps all states if they fit, else takes the binomial plan over those that do."""
+    memory: str = "auto"
+    """Host memory for states, such as 8GiB; auto takes half of what is free."""
+    disk: str = "auto"
+    """Disk for states; auto takes half of what is free."""
+    interval: int | None = None
+    """Distance between held states, for the interval plan."""
+    slots: int | None = None
+    """States held at once, for the binomial plan; as many as fit when None."""
+    keep: bool = False
+    """Leave the forward run's states on disk, for further queries."""
+    heartbeat: float = 60.0
+    """Seconds between durable resume points; 0 makes one at every step."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters only (off while rank is 0)."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole model."""
+    alpha: float = 16.0
+    """Scale: adapters are multiplied by alpha/rank."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers to adapt; peft's choice for the architecture when empty."""
+
+
+@dataclass(frozen=True)
+class MagicConfig:
+    """Train a model, pull the query loss back through every step, and write each training example's exact score."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run. Running again continues, or answers that it is done."""
+    model: str = tyro.MISSING
+    """Causal language model: hub name or local folder."""
+    tokenizer: str | None = None
+    """Tokenizer, if not the model's."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of parameters and arithmetic. Scores in bfloat16 are mostly noise."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    data: DataConfig = field(default_factory=DataConfig)
+    query: QueryConfig = field(default_factory=QueryConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    attribute: Literal["examples", "tokens"] = "examples"
+    """One score per document, or one per training token."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    config: Path | None = None
+    """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
+    overwrite: bool = False
+    """Start afresh where the folder holds another run."""
+
+
+# Where a run is and how it is carried out do not change what it computes.
+_NOT_THE_RUN = ("run", "config", "overwrite", "replay")
+
+
+def to_dict(config: MagicConfig) -> dict[str, Any]:
+    """The configuration as plain values, without the folder and the flags about it."""
+    values = dataclasses.asdict(config)
+    for name in ("run", "config", "overwrite"):
+        values.pop(name)
+    values["lora"]["target_modules"] = list(values["lora"]["target_modules"])
+    return values
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines "name: old → new" for all that makes two configurations different runs."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in _NOT_THE_RUN]
+    return [
+        f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
+        for name in names
+        if flat_old.get(name) != flat_new.get(name)
+    ]
+
+
+def from_yaml(path: Path, run: Path) -> MagicConfig:
+    """Defaults from a YAML file.
+
+    Raises:
+        ValueError: If the file is missing or not YAML, or names a setting that does not exist.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the configuration {path} is a {type(values).__name__}; it has to be settings by name")
+    return _build(MagicConfig, {"run": str(run), **values}, str(path))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "8GiB", "500MB" or "1024".
+
+    >>> parse_size("1.5KiB")
+    1536
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"size {text!r} is not understood; write a number with a unit, such as 8GiB, 500MB or 0")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def check(config: MagicConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
+    train, data, replay = config.train, config.data, config.replay
+    for name, number in (("train.batch_size", train.batch_size), ("train.epochs", train.epochs),
+                         ("train.micro_batch_size", train.micro_batch_size), ("data.limit", data.limit),
+                         ("query.limit", config.query.limit), ("replay.interval", replay.interval),
+                         ("replay.slots", replay.slots)):  # fmt: skip
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} is {number}; it has to be at least 1")
+    for name, value in (("train.lr", train.lr), ("replay.heartbeat", replay.heartbeat)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"--{name} is {value}; it has to be a finite number, 0 or more")
+    if train.warmup_ratio is not None and not 0 <= train.warmup_ratio < 1:
+        raise ValueError(f"--train.warmup_ratio is {train.warmup_ratio}; it has to be at least 0 and below 1")
+    if train.max_grad_norm is not None and not train.max_grad_norm > 0:
+        raise ValueError(f"--train.max_grad_norm is {train.max_grad_norm}; it has to be above 0")
+    if replay.plan == "interval" and replay.interval is None:
+        raise ValueError("--replay.plan interval needs --replay.interval, the distance between held states")
+    if config.lora.rank < 0:
+        raise ValueError(f"--lora.rank is {config.lora.rank}; it has to be at least 1, or 0 for no adapters")
+    if data.max_length is not None and data.chunk_length is not None:
+        raise ValueError("--data.max_length and --data.chunk_length exclude each other: cut documents, or pack them")
+    for size in (replay.memory, replay.disk):
+        if size != "auto":
+            parse_size(size)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"{where} names settings that do not exist: {', '.join(unknown)}. Known: {', '.join(hints)}.")
+    return kind(**{name: _convert(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value or {}, where)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _convert(options[0], value, where)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{where} is {value!r}; it has to be one of {', '.join(map(str, options))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(options[0], value, where)
+    if origin is tuple:
+        return tuple(value)
+    try:
+        if hint is bool and not isinstance(value, bool):
+            raise TypeError
+        return hint(value)  # YAML reads 1e-4 as a string
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is {value!r}; it has to be of type {hint.__name__}") from error

@@ -1,0 +1,113 @@
+"""Files that are there whole or not at all: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrograd.runs.errors import RunError
+
+__all__ = ["append_line", "read_lines", "read_tensors", "write_atomic", "write_json", "write_tensors", "write_torch"]
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it.
+
+    Raises:
+        RunError: If the disk is full or the file cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _machine_errors(path):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, atomically."""
+    write_atomic(path, lambda t: t.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf8"))
+
+
+def write_torch(path: Path, tensor: Tensor) -> None:
+    """Write one tensor for `torch.load`, atomically and with the same bytes for the same tensor."""
+    buffer = io.BytesIO()  # a file's own name would go into its bytes
+    torch.save(tensor.contiguous().clone(), buffer)
+    write_atomic(path, lambda t: t.write_bytes(buffer.getvalue()))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, atomically."""
+    from safetensors.torch import save_file
+
+    flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    need = sum(tensor.numel() * tensor.element_size() for tensor in flat.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if need > free:  # asked first: a memory-mapped write to a full disk would kill the process
+        raise RunError(_full(path, need, free))
+    write_atomic(path, lambda t: save_file(flat, t, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a safetensors file.
+
+    Raises:
+        RunError: If the file is truncated or not of this format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise RunError(
+            f"{path} is broken or truncated ({size} bytes): {error}. Delete this file and run the same command again; "
+            "what it held is computed again from an earlier state."
+        ) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; a kill can cut the last line only, and `read_lines` drops it."""
+    with _machine_errors(path), path.open("a", encoding="utf8") as file:
+        file.write(line + "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The complete lines of a file; none if it does not exist."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf8").split("\n")[:-1] if line]
+
+
+@contextmanager
+def _machine_errors(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        if getattr(error, "errno", None) == 28 or "No space left" in str(error):
+            raise RunError(_full(path, None, free)) from error
+        raise RunError(f"cannot write {path}: {error}. Nothing was lost; mend it and run the same command again.") from error
+
+
+def _full(path: Path, need: int | None, free: int) -> str:
+    wanted = f"{need:,} bytes are needed, " if need else ""
+    return (
+        f"the disk is full while writing {path}: {wanted}{free:,} bytes are free. Nothing was lost; free some space (or "
+        "start with a smaller --replay.disk) and run the same command again to resume."
+    )

@@ -1,0 +1,74 @@
+"""The manifest of a run: what it is made of, by hash, and how far it has come."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrograd.runs.files import write_json
+
+__all__ = ["SIGN", "Manifest", "environment", "fingerprint"]
+
+SIGN = (
+    "Scores are derivatives of the query loss with respect to data weights, in nats per unit of weight, aligned with "
+    "targets. Negative: a proponent, training on it lowers the query loss. Positive: a detractor."
+)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash of values by their text, 16 hex digits."""
+    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
+
+
+class Manifest:
+    """manifest.json, written again after every phase."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+
+    def update(self, **values: Any) -> None:
+        """Set entries and write the file."""
+        self.values |= values
+        write_json(self.path, self.values)
+
+    def done(self, phase: str) -> bool:
+        return phase in self.values.get("phases", {})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a phase; it counts as done when the block ends without an error."""
+        start, record = time.monotonic(), dict[str, Any]()
+        yield record
+        record |= {"seconds": round(time.monotonic() - start, 3), "peak_memory_bytes": _peak_memory()}
+        self.update(phases={**self.values.get("phases", {}), name: record})
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device."""
+    libraries = ("retrograd", "torch", "transformers", "datasets", "peft", "numpy", "safetensors")
+    versions = {}
+    for library in libraries:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"versions": versions, "python": platform.python_version(), "device": str(device), "device_name": name}
+
+
+def _peak_memory() -> int:
+    """Bytes; Linux counts in KiB, macOS in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

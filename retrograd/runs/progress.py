@@ -1,0 +1,60 @@
+"""Progress bars with rate and time left, fed by the events of a trajectory."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from retrograd.core.sweep import Advanced, Event, Reversed, Turned
+
+__all__ = ["Bars"]
+
+
+class Bars:
+    """A bar for training and one for the reverse sweep, on standard error.
+
+    Args:
+        steps: Training steps.
+        console: Where to draw; standard error when None.
+    """
+
+    def __init__(self, steps: int, console: Console | None = None) -> None:
+        self.steps, self.tasks = steps, dict[str, TaskID]()
+        self.progress = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console or Console(stderr=True),
+        )
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Move the bar that the event belongs to."""
+        if isinstance(event, Reversed):
+            self._move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
+        elif isinstance(event, Turned) or not event.replayed:
+            self._move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
+        elif isinstance(event, Advanced) and "reverse" in self.tasks:
+            self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
+
+    def _move(self, name: str, done: int, note: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(name, total=self.steps, completed=done - 1, rate="", note="")
+        task = next(task for task in self.progress.tasks if task.id == self.tasks[name])
+        rate = f"{task.speed:.2f} steps/s" if task.speed else ""
+        self.progress.update(self.tasks[name], completed=done, rate=rate, note=note)

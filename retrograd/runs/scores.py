@@ -1,0 +1,150 @@
+"""Score files: tensors for programs, parquet for tables, JSON with excerpts for people.
+
+Scores come with a leading query axis [K, …] and are stored with a trailing one when K > 1: [docs] or [docs, K] per
+example, [rows, length] or [rows, length, K] per token, rows in data-set order whatever order they were visited in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrograd.lm.rows import Rows
+from retrograd.runs.files import write_atomic, write_json, write_torch
+from retrograd.runs.manifest import SIGN
+
+__all__ = ["Ranked", "doc_ids", "per_document", "ranked", "write_scores"]
+
+TOP = 50
+EXCERPT = 200
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A document with its score(s), for people."""
+
+    doc_id: int
+    score: float
+    scores: list[float]
+    steps: list[int]
+    targets: int
+    text: str
+
+
+def doc_ids(rows: Rows) -> Tensor:
+    """Original document id of every position, [rows, length]; padding carries its row's last document."""
+    found = torch.empty((len(rows), rows.max_length), dtype=torch.int64)
+    for number, documents in enumerate(rows.doc_ids):
+        found[number, : len(documents)] = torch.from_numpy(np.asarray(documents))
+        found[number, len(documents) :] = int(documents[-1])
+    return found
+
+
+def per_document(scores: Tensor, rows: Rows) -> Tensor:
+    """Scores summed by document, [K, documents], from [K, documents] or [K, rows, length]."""
+    if scores.ndim == 2:
+        return scores
+    totals = torch.zeros((len(scores), rows.documents), dtype=scores.dtype)
+    return totals.index_add_(1, doc_ids(rows).flatten(), scores.flatten(1))
+
+
+def ranked(scores: Tensor, rows: Rows, steps: np.ndarray, texts: Sequence[str]) -> list[Ranked]:
+    """Every document that has a row, by ascending score (the mean over queries): strongest proponents first.
+
+    Args:
+        scores: [K, documents].
+        steps: The step at which each row is trained on, [epochs, rows].
+        texts: Excerpt of each document.
+    """
+    where: dict[int, set[int]] = {}
+    targets: dict[int, int] = {}
+    for row, (documents, mask) in enumerate(zip(rows.doc_ids, rows.target_mask)):
+        for document in np.unique(documents):
+            where.setdefault(int(document), set()).update(steps[:, row].tolist())
+            targets[int(document)] = targets.get(int(document), 0) + int(mask[documents == document].sum())
+    found = [
+        Ranked(doc, float(scores[:, doc].mean()), scores[:, doc].tolist(), sorted(where[doc]), targets[doc], texts[doc])
+        for doc in where
+    ]
+    return sorted(found, key=lambda record: record.score)
+
+
+def write_scores(folder: Path, scores: Tensor, rows: Rows, steps: np.ndarray, order: list[Ranked], token_text: Any) -> None:
+    """Write every score file of a run.
+
+    Args:
+        scores: [K, documents] or [K, rows, length].
+        order: From `ranked`.
+        token_text: Function from token ids to their texts.
+    """
+    trailing = scores[0] if len(scores) == 1 else scores.movedim(0, -1)
+    if scores.ndim == 3:
+        write_torch(folder / "doc_ids.pt", doc_ids(rows))
+        table = _token_table(scores, rows, steps, token_text)
+    else:
+        table = _document_table(order)
+    _write_parquet(folder / "scores.parquet", table)
+    records = [_record(record) for record in order]
+    by_id = sorted(records, key=lambda record: record["doc_id"])
+    write_json(folder / "all_scores.json", {"meaning": SIGN, "examples": by_id})
+    lowest = "The most negative scores: the strongest proponents. "
+    highest = "The most positive scores: the strongest detractors. "
+    write_json(folder / "lowest_attribution.json", {"meaning": lowest + SIGN, "examples": records[:TOP]})
+    write_json(folder / "highest_attribution.json", {"meaning": highest + SIGN, "examples": records[::-1][:TOP]})
+    write_torch(folder / "scores.pt", trailing)  # last: whoever sees it sees all
+
+
+def _record(record: Ranked) -> dict[str, Any]:
+    values = {"doc_id": record.doc_id, "score": record.score, "steps": record.steps, "targets": record.targets}
+    several = {"scores": record.scores} if len(record.scores) > 1 else {}
+    return {**values, **several, "text": record.text}
+
+
+def _score_columns(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns "score", or "score_0" … for several queries, of values [n, K]."""
+    if values.shape[1] == 1:
+        return {"score": values[:, 0]}
+    return {f"score_{k}": values[:, k] for k in range(values.shape[1])}
+
+
+def _document_table(order: list[Ranked]) -> dict[str, Any]:
+    order = sorted(order, key=lambda record: record.doc_id)
+    return {
+        "doc_id": [record.doc_id for record in order],
+        **_score_columns(np.array([record.scores for record in order])),
+        "steps": [record.steps for record in order],
+        "targets": [record.targets for record in order],
+        "text": [record.text for record in order],
+    }
+
+
+def _token_table(scores: Tensor, rows: Rows, steps: np.ndarray, token_text: Any) -> dict[str, Any]:
+    lengths = [len(ids) for ids in rows.input_ids]
+    ids = np.concatenate([np.asarray(x) for x in rows.input_ids])
+    row = np.repeat(np.arange(len(rows)), lengths)
+    position = np.concatenate([np.arange(n) for n in lengths])
+    values = scores[:, torch.from_numpy(row), torch.from_numpy(position)].T.numpy()
+    return {
+        "row": row,
+        "position": position,
+        "doc_id": np.concatenate([np.asarray(x) for x in rows.doc_ids]),
+        "token_id": ids,
+        "token": token_text(ids),
+        "target": np.concatenate([np.asarray(x) for x in rows.target_mask]),
+        **_score_columns(values),
+        "steps": [steps[:, r].tolist() for r in row],
+    }
+
+
+def _write_parquet(path: Path, columns: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(columns).replace_schema_metadata({"meaning": SIGN})
+    write_atomic(path, lambda temporary: pq.write_table(table, temporary))

@@ -1,0 +1,228 @@
+"""Trainer: the friendly face, for any module, any per-item loss and any (init, update) pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from retrograd.core import tree
+from retrograd.core.engine import Double
+from retrograd.core.optim import Optimizer, Pair, Params
+from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state
+from retrograd.core.sweep import Event, Query
+from retrograd.lm.model import causal_objective, trainable
+from retrograd.lm.rows import Rows
+from retrograd.lm.stream import DataStream
+from retrograd.runs.manifest import fingerprint
+from retrograd.runs.trajectory import Replay, Trajectory
+
+__all__ = ["Evaluation", "Metagradient", "Trainer", "TrainerState"]
+
+TrainerState = State
+"""Everything that evolves: step, params and moments."""
+
+
+class Evaluation(NamedTuple):
+    """A query at some state: value [] or [K] in nats, and its gradient, tensors [K, *shape]."""
+
+    value: Tensor
+    gradient: Params
+
+
+class Metagradient(NamedTuple):
+    """weight_grads: the scores ∂φ/∂w, of the shape of the stream's weights, with a leading [K] for several queries.
+
+    Negative: a proponent, training on it lowers the query loss. Positive: a detractor.
+    """
+
+    weight_grads: Tensor
+    value: Tensor
+
+
+class Trainer:
+    """Trains a model with a differentiable recipe and pulls query losses back through it.
+
+    Made by `Trainer.initialize`. Methods are pure in the state: training twice from one state gives the same bits.
+    """
+
+    def __init__(self, recipe: Recipe, objective: Objective, initial: State, module: nn.Module) -> None:
+        self.recipe, self.initial, self.module = recipe, initial, module
+        self.engine = Double(objective)
+        self._last: Trajectory | None = None
+
+    @classmethod
+    def initialize(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer | Any,
+        loss: Callable[[Params, Any], Tensor] | None = None,
+        *,
+        max_grad_norm: float | None = None,
+        micro_batch_size: int | None = None,
+        dropout: bool = False,
+        seed: int = 0,
+    ) -> tuple[Trainer, State]:
+        """A trainer and the state before step 0.
+
+        Args:
+            model: Any module. It is put into evaluation mode, so that dropout is off and buffers stay as they are,
+                unless `dropout` is asked for.
+            optimizer: From `retrograd.optim`, or any (init, update) pair of optax's convention, such as torchopt's.
+            loss: (params, inputs) → per-item losses, [B] or [B, L]; call the model with
+                `torch.func.functional_call(model, params, …)`. None for Hugging Face causal language models: the
+                weighted next-token cross-entropy (`weighted_causal_lm_ce`).
+            dropout: Train with the module in training mode; random draws are replayed.
+        Raises:
+            ValueError: If nothing is trainable, the optimizer is no pair, the loss is missing for a module that is no
+                language model, or training mode would change buffers behind the recipe's back.
+        """
+        model.train(dropout)
+        if dropout:
+            _refuse_running_statistics(model)
+        if loss is None:
+            if not hasattr(model, "get_output_embeddings"):
+                raise ValueError(
+                    f"{type(model).__name__} is no Hugging Face language model, so it needs a loss: a function of "
+                    "(params, inputs) that returns one loss for each item, [B]"
+                )
+            objective = causal_objective(model)[0]
+        else:
+            objective = _weighted(loss)
+        recipe = Recipe(_as_optimizer(optimizer), max_grad_norm, micro_batch_size, seed, stochastic=dropout)
+        state = initial_state(recipe, trainable(model)[0])
+        return cls(recipe, objective, state, model), state
+
+    def train(
+        self,
+        state: State,
+        stream: DataStream,
+        save_dir: str | Path | None = None,
+        *,
+        replay: Replay | None = None,
+        observe: Callable[[Event], None] = lambda event: None,
+    ) -> State:
+        """Train through the stream; returns the final state. States are kept for `backward` by the replay plan.
+
+        Args:
+            state: Where to start; from `initialize` for a whole run.
+            save_dir: Folder of durable states: a killed call resumes, and another process can run `backward`. None
+                keeps all states in memory.
+            replay: Plan and budgets; by default all states, in `save_dir` if given.
+        """
+        trajectory = self._trajectory(state._replace(step=0), stream, save_dir, replay, observe)
+        final = trajectory.train()
+        self._last = trajectory
+        return final
+
+    def evaluate(self, state: State, query: DataStream | Query) -> Evaluation:
+        """The value of a query at a state, and its gradient.
+
+        Args:
+            query: A stream, whose mean loss is the query, or a function params → (values [K], gradients [K, *shape]).
+        """
+        if not isinstance(query, DataStream):
+            return Evaluation(*query(state.params))
+        batches = [query[t] for t in range(len(query))]
+        sizes = [_targets(query, batch) for batch in batches]
+        shares = [b._replace(scale=b.scale * (n / sum(sizes))) for b, n in zip(batches, sizes)]
+        value, gradient = self.engine.gradient(state.params, shares, query.weights, None)
+        return Evaluation(value, {name: g[None] for name, g in gradient.items()})
+
+    def backward(
+        self,
+        save_dir: str | Path | None,
+        stream: DataStream,
+        query: Evaluation,
+        *,
+        replay: Replay | None = None,
+        observe: Callable[[Event], None] = lambda event: None,
+    ) -> Metagradient:
+        """Pull a query back through the run: the score of every example or token.
+
+        Args:
+            save_dir: The folder given to `train`, or None for the run in memory.
+            stream: The stream that was trained on.
+            query: From `evaluate` at the final state.
+        Raises:
+            ValueError: If there is no finished run of this recipe and stream there.
+        """
+        trajectory, self._last = self._last, None
+        folder = Path(save_dir) if save_dir is not None else None
+        identity = self._identity(stream, self.initial)
+        known = trajectory is not None and trajectory.store.identity == identity and trajectory.folder == folder
+        if not known:
+            if folder is None or not (folder / "final.safetensors").exists():
+                raise ValueError(
+                    f"there is no finished run of this recipe and stream in {save_dir or 'memory'}: call train first, "
+                    "and pass the same stream and save_dir"
+                )
+            trajectory = self._trajectory(self.initial, stream, folder, replay, observe)
+        assert trajectory is not None, "known or made"
+        trajectory.observe = observe
+        final = trajectory.train() if folder else trajectory.initial
+        scores = trajectory.reverse(query.gradient, final)
+        trajectory.clean_reverse()
+        single = query.value.ndim == 0
+        return Metagradient(scores[0] if single else scores, query.value)
+
+    def _trajectory(
+        self,
+        state: State,
+        stream: DataStream,
+        save_dir: str | Path | None,
+        replay: Replay | None,
+        observe: Callable[[Event], None],
+    ) -> Trajectory:
+        folder = Path(save_dir) if save_dir is not None else None
+        if replay is None:
+            replay = Replay(memory=0, disk=1 << 62, keep=True, plan="all") if folder else Replay()
+        training = Training(self.recipe, self.engine, stream, stream.weights)
+        return Trajectory(training, state, replay, folder, self._identity(stream, state), observe)
+
+    def _identity(self, stream: DataStream, state: State) -> str:
+        data = stream.rows.digest() if isinstance(stream.rows, Rows) else tree.digest(stream.rows)
+        order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed)
+        recipe = self.recipe if not isinstance(self.recipe.optimizer, Pair) else "a foreign optimizer"
+        return fingerprint(recipe, data, order, tree.digest(stream.weights), tree.digest(state.params))
+
+
+def _weighted(loss: Callable[[Params, Any], Tensor]) -> Objective:
+    def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
+        losses = loss(params, inputs)
+        if losses.shape != coefficients.shape:
+            raise ValueError(
+                f"the loss returned shape {tuple(losses.shape)} for a batch of {tuple(coefficients.shape)} weights; it "
+                "has to return one loss for each item (reduction='none')"
+            )
+        return torch.sum(losses * coefficients)
+
+    return objective
+
+
+def _as_optimizer(optimizer: Any) -> Optimizer:
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(
+            f"{type(optimizer).__name__} is no (init, update) pair; take one from retrograd.optim, or a torchopt "
+            "transformation (torch.optim optimizers hide their state and cannot be differentiated)"
+        )
+    return Pair(optimizer)
+
+
+def _refuse_running_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "track_running_stats", False):
+            raise ValueError(
+                f"{name or type(module).__name__} ({type(module).__name__}) updates running statistics in training "
+                "mode, which no state of the run holds; use GroupNorm or LayerNorm, or leave dropout off"
+            )
+
+
+def _targets(stream: DataStream, batch: Batch) -> int:
+    mask = batch.inputs["target_mask"] if isinstance(stream.rows, Rows) else batch.scale
+    return int(mask.sum()) if isinstance(stream.rows, Rows) else mask.numel()
