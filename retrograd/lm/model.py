@@ -8,6 +8,7 @@ and the vocabulary projection is fused with its cross-entropy where the model's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from retrograd.core.optim import Params
 from retrograd.lm.loss import fused_ce, token_ce
@@ -109,8 +111,10 @@ def load_causal_lm(
         ValueError: If the model cannot be loaded, is not causal, or the LoRA targets do not exist.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     _check_causal(name)
+    logging.disable_progress_bar()  # loading is short; the bar would only break up the run's own
     try:
         module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], attn_implementation="sdpa")
     except (OSError, ValueError) as error:
@@ -134,10 +138,33 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _keep_float64(coefficients.dtype):
             return functional_call(scored, placed, (inputs, coefficients), tie_weights=False)
 
     return objective, fused
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Ignores casts of float64 to float32: model code has them in norms, rotary embeddings and attention.
+
+    Without this a float64 run carries float32 rounding, and finite differences of it are noise.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(options or {})
+        if arguments and isinstance(arguments[0], Tensor) and arguments[0].dtype == torch.float64:
+            if function is Tensor.float:
+                return arguments[0]
+            arguments = tuple(torch.float64 if argument is torch.float32 else argument for argument in arguments)
+            if options.get("dtype") is torch.float32:
+                options["dtype"] = torch.float64
+        return function(*arguments, **options)
+
+
+def _keep_float64(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
 
 
 class _Scored(nn.Module):

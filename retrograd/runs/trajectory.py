@@ -20,8 +20,8 @@ from retrograd.core import tree
 from retrograd.core.optim import Cotangent
 from retrograd.core.step import State, Training
 from retrograd.core.sweep import Advanced, Event, Ledger, Reversed, Turned, accumulate, seed_cotangent, sweep
-from retrograd.runs.files import append_line, read_lines, read_tensors, write_tensors
 from retrograd.runs.errors import RunError
+from retrograd.runs.files import append_line, read_lines, read_tensors, write_tensors
 from retrograd.runs.store import Store
 
 __all__ = ["Layout", "Replay", "Trajectory", "layout"]
@@ -110,6 +110,8 @@ class Trajectory:
     ) -> None:
         self.training, self.initial, self.folder, self.observe = training, initial, folder, observe
         self.replay = replay or Replay()
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         self.steps = len(training.stream)
         self.layout = layout(self.replay, self.steps, tree.nbytes(initial))
         self.store = Store(initial, folder, identity, self.layout.on_disk)
