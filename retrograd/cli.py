@@ -60,7 +60,7 @@ def _parse(arguments: list[str]) -> MagicConfig:
     """Flags over the defaults of --config."""
     arguments = _spell_out_switches(arguments)
     file = _value_of("--config", arguments)
-    default = from_yaml(Path(file), tyro.MISSING) if file else None
+    default = from_yaml(Path(file)) if file else None
     return tyro.cli(
         MagicConfig,
         prog="retrograd magic",

@@ -103,16 +103,24 @@ def _load_hub(source: str, split: str, subset: str | None) -> Dataset:
 
 
 def _load_local(path: Path, split: str, subset: str | None) -> Dataset:
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if subset is not None and (saved or path.is_file()):
+    several, one = (path / "dataset_dict.json").is_file(), (path / "state.json").is_file()
+    if subset is not None and (several or one or path.is_file()):
         raise ValueError(
             f"subset {subset!r}: {path} has no subsets, only hub data sets and folders have. Leave it out."
         )
-    if saved:
-        return _take(_load_saved(path), path, split)
+    if one:
+        return _take(dict([_load_saved(path)]), path, split)
+    if several:
+        names = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        return _take({name: _load_saved(path / name)[1] for name in _wanted(path, split, names)}, path, split)
     files = _folder_files(path.resolve(), subset) if path.is_dir() else {"train": [path.absolute()]}
-    wanted = {part.splitname for part in _parts(path, split, dict.fromkeys(files, 100))}
-    return _take({name: _load_files(files[name]) for name in files if name in wanted}, path, split)
+    return _take({name: _load_files(files[name]) for name in _wanted(path, split, list(files))}, path, split)
+
+
+def _wanted(path: Path, split: str, names: list[str]) -> list[str]:
+    """Splits that the expression uses: the others are not read, whatever their state."""
+    used = {part.splitname for part in _parts(path, split, dict.fromkeys(names, 100))}
+    return [name for name in names if name in used]
 
 
 def _parts(path: Path, split: str, lengths: dict[str, int]) -> list[Any]:
@@ -138,21 +146,19 @@ def _take(splits: dict[str, Dataset], path: Path, split: str) -> Dataset:
         ) from error
 
 
-def _load_saved(path: Path) -> dict[str, Dataset]:
-    """Splits of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+def _load_saved(folder: Path) -> tuple[str, Dataset]:
+    """A data set written by `save_to_disk`, and the name of its split."""
     import datasets
 
     try:
-        saved = datasets.load_from_disk(str(path))
+        saved = datasets.Dataset.load_from_disk(str(folder))
     except Exception as error:
         raise ValueError(
-            f"{path} looks like a folder of `save_to_disk` but cannot be read; save it again. {_told(error)}"
+            f"{folder} looks written by `save_to_disk` but cannot be read: empty, or damaged. Save it again. {_told(error)}"
         ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        return dict(saved)
     # a slice is saved under its expression: "test[:8]" is still "test", and "train+test" is neither
     name = re.fullmatch(r"(\w+)(\[[^+]*)?", str(saved.split or "train"))
-    return {name[1] if name else "train": saved}
+    return name[1] if name else "train", saved
 
 
 def _folder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
@@ -162,7 +168,7 @@ def _folder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
     try:
         builder = datasets.load_dataset_builder(str(folder), subset)
     except ValueError as error:
-        raise ValueError(f"subset {subset!r} of folder {folder}: {error}") from error
+        raise ValueError(f"subset {subset!r} of folder {folder}: {_told(error)}") from error
     except Exception as error:
         raise ValueError(
             f"folder {folder} holds no data files; put {', '.join(_FORMATS)} files there, or name one file. "
@@ -279,7 +285,7 @@ def _digest(files: list[Path]) -> str:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip() or 'no reason given'}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager

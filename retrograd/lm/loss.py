@@ -208,9 +208,7 @@ def _logits(h: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor) -> Tensor:
     return torch.mm(h, w.t(), out=out) if b is None else torch.addmm(b, h, w.t(), out=out)
 
 
-def _tangent(
-    h: Tensor, w: Tensor, uh: Tensor | None, uw: Tensor | None, ub: Tensor | None, buffer: Tensor
-) -> Tensor:
+def _tangent(h: Tensor, w: Tensor, uh: Tensor | None, uw: Tensor | None, ub: Tensor | None, buffer: Tensor) -> Tensor:
     """ż = ḣWᵀ + hẆᵀ + ḃ."""
     out = buffer[: len(h)].zero_() if uh is None else torch.mm(uh, w.t(), out=buffer[: len(h)])
     if uw is not None:

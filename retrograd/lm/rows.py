@@ -150,7 +150,7 @@ def build_rows(
         )
         raise ValueError(
             f"no valid target in any of {len(documents)} documents ({reasons}; chunks without a target: "
-            f"{rows.skipped_chunks}). A target needs a token of its document before it; check the column and the lengths."
+            f"{rows.skipped_chunks}). Targets need a token of their document before them; check column and lengths."
         )
     return rows
 

@@ -156,5 +156,7 @@ def token_rows(ids: list[Any]) -> Rows:
 def _common_length(tensors: Any) -> int:
     lengths = {len(x) for x in tree.leaves(tensors)}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"a stream needs tensors of one common length, at least 1; their lengths are {sorted(lengths)}")
+        raise ValueError(
+            f"a stream needs tensors of one common length, at least 1; their lengths are {sorted(lengths)}"
+        )
     return lengths.pop()

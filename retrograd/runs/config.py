@@ -190,8 +190,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def from_yaml(path: Path, run: Path) -> MagicConfig:
-    """Defaults from a YAML file.
+def from_yaml(path: Path) -> MagicConfig:
+    """Defaults from a YAML file; the folder of the run is left to be given.
 
     Raises:
         ValueError: If the file is missing or not YAML, or names a setting that does not exist.
@@ -202,7 +202,7 @@ def from_yaml(path: Path, run: Path) -> MagicConfig:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the configuration {path} is a {type(values).__name__}; it has to be settings by name")
-    return _build(MagicConfig, {"run": str(run), **values}, str(path))
+    return _build(MagicConfig, {"run": tyro.MISSING, **values}, str(path))
 
 
 def parse_size(text: str) -> int:
@@ -264,6 +264,8 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if value is tyro.MISSING:
+        return value
     if dataclasses.is_dataclass(hint):
         return _build(hint, value or {}, where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)

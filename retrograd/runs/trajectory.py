@@ -150,6 +150,7 @@ class Trajectory:
 
     def reverse(self, gradient: dict[str, Tensor], final: State) -> Tensor:
         """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any."""
+        gradient = {name: gradient[name] for name in final.params}  # files have their own order
         queries = next(iter(gradient.values())).shape[0]
         cotangent = seed_cotangent(gradient, final)
         weights = self.training.weights
