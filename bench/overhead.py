@@ -30,7 +30,7 @@ def make_rows(count: int, seed: int = 0) -> list[list[int]]:
     return [draw.integers(0, VOCABULARY, draw.integers(97, 128)).tolist() for _ in range(count)]
 
 
-def make_model():  # noqa: ANN201
+def make_model():
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -75,7 +75,7 @@ def metagradient(steps: int, eps_root: float = 1e-8, backward: bool = True) -> t
     query = DataStream(make_rows(8, seed=1), BATCH, shuffle=False)
     marks = [time.perf_counter()]
 
-    def record(event) -> None:  # noqa: ANN001
+    def record(event) -> None:
         if isinstance(event, Turned) or not event.replayed:
             losses.append(event.outcome.loss)
 
@@ -86,7 +86,8 @@ def metagradient(steps: int, eps_root: float = 1e-8, backward: bool = True) -> t
         marks.append(time.perf_counter())
         result = trainer.backward(None, stream, found)
         marks.append(time.perf_counter())
-        assert bool(result.weight_grads.isfinite().all()) and float(result.weight_grads.abs().max()) > 0
+        assert bool(result.weight_grads.isfinite().all())
+        assert float(result.weight_grads.abs().max()) > 0
     names = ("train", "query", "reverse")
     return losses, {name: b - a for name, a, b in zip(names, marks, marks[1:])} | {"whole": marks[-1] - marks[0]}
 

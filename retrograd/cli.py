@@ -61,13 +61,9 @@ def _parse(arguments: list[str]) -> MagicConfig:
     arguments = _spell_out_switches(arguments)
     file = _value_of("--config", arguments)
     default = from_yaml(Path(file)) if file else None
-    return tyro.cli(
-        MagicConfig,
-        prog="retrograd magic",
-        args=arguments,
-        default=default,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    flags = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(MagicConfig, prog="retrograd magic", args=arguments, config=flags, **options)
 
 
 def _spell_out_switches(arguments: list[str]) -> list[str]:

@@ -7,10 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("retrograd", "beartype.beartype")
-
-import torch
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs would fight over the cores

@@ -490,7 +490,7 @@ def test_a_completion_cut_away_is_skipped_not_trained_on_its_prompt() -> None:
 
 
 def test_chats_through_the_template() -> None:
-    chats = [
+    chats: list[Any] = [
         [{"role": "user", "content": "a"}, {"role": "bot", "content": "b c"}],
         [],
         None,
@@ -500,7 +500,7 @@ def test_chats_through_the_template() -> None:
     rows = build_rows(of(messages=chats, text=["a b"] * 4), chatty)
     assert rows.skipped == {1: "blank", 2: "blank"}
     assert lists(rows.input_ids) == [[3, 5, EOS, 4, 6, 7, EOS], [3, 8, 9, EOS]]
-    assert rows.input_ids[0].tolist() == chatty.apply_chat_template(chats[0], tokenize=True)["input_ids"]
+    assert rows.input_ids[0].tolist() == chatty.apply_chat_template(chats[0], return_dict=True)["input_ids"]
     assert lists(rows.doc_ids) == [[0] * 7, [3] * 4]
 
 

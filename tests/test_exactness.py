@@ -324,9 +324,7 @@ def test_one_pullback_is_the_transpose_of_one_step() -> None:
     bar = tree.map(lambda x: torch.randn((1, *x.shape), generator=draw).double(), Cotangent(*state[1:]))
     pulled, _, _ = pullback(run, state, bar)
     h = 1e-6
-    ahead, behind = (
-        step(run, tree.map(lambda x, d, s=s: x + s * d, state, v)).state for s in (h, -h)
-    )
+    ahead, behind = (step(run, tree.map(lambda x, d, s=s: x + s * d, state, v)).state for s in (h, -h))
     moved = tree.map(lambda a, b: (a - b) / (2 * h), ahead, behind)
     left = float(tree.dot(tree.map(lambda x: x[0], bar), moved[1:]))
     right = float(tree.dot(tree.map(lambda x: x[0], pulled), v[1:]))

@@ -173,7 +173,9 @@ def test_padding_does_not_change_the_loss(folder: Path) -> None:
     batch = DataStream(data, 7, shuffle=False, dtype=torch.float64)[0]
     singles = DataStream(data, 1, shuffle=False, dtype=torch.float64)
     whole = lm.objective(lm.params, batch.inputs, batch.scale)
-    parts = [lm.objective(lm.params, singles[t].inputs, (singles[t].scale > 0).double() / data.targets) for t in range(7)]
+    parts = [
+        lm.objective(lm.params, singles[t].inputs, (singles[t].scale > 0).double() / data.targets) for t in range(7)
+    ]
     torch.testing.assert_close(whole, sum(parts), rtol=1e-12, atol=1e-12)
 
 

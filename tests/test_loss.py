@@ -29,7 +29,7 @@ def fused(h: Tensor, w: Tensor, b: Tensor | None, c: Tensor, chunk: int | None =
     return fused_ce(h, w, b, TARGETS, c, chunk)
 
 
-def all_orders(function, inputs: list[Tensor], live: list[Tensor], scale: float, chunk: int | None) -> list[Tensor]:  # noqa: ANN001
+def all_orders(function, inputs: list[Tensor], live: list[Tensor], scale: float, chunk: int | None) -> list[Tensor]:
     """Value, gradient, and pullback of the gradient along fixed random cotangents."""
     value = function(*inputs, chunk) * scale
     grads = torch.autograd.grad(value, live, create_graph=True)
@@ -67,7 +67,7 @@ def test_what_is_frozen_is_left_out(frozen: int) -> None:
 def test_head_tied_to_an_embedding() -> None:
     _, w, b, c = leaves()
 
-    def tied(function):  # noqa: ANN001, ANN202
+    def tied(function):
         return lambda w, b, c, chunk: function(torch.tanh(w[:M]), w, b, c, chunk)
 
     expected = all_orders(tied(plain), [w, b, c], [w, b, c], 1.0, 3)

@@ -83,7 +83,9 @@ def test_rerunning_answers_done_and_another_configuration_is_refused(
     assert (done / "scores.pt").read_bytes() == before
 
 
-def test_changed_data_under_the_same_name_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_changed_data_under_the_same_name_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     shutil.copy(world / "train.jsonl", tmp_path / "train.jsonl")
     arguments = command(world, tmp_path / "run", "--data.dataset", str(tmp_path / "train.jsonl"))
     assert main(arguments) == 0
@@ -105,7 +107,9 @@ def test_the_stored_configuration_repeats_the_run(done: Path, world: Path) -> No
     ("--replay.memory", "0", "--replay.disk", "1GiB"), ("--replay.keep",), ("--replay.heartbeat", "0"),
     ("--replay.plan", "sqrt", "--replay.memory", "100KB"),
 ], ids=" ".join)  # fmt: skip
-def test_every_plan_and_tier_gives_the_same_bits(done: Path, world: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_every_plan_and_tier_gives_the_same_bits(
+    done: Path, world: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     assert main(command(world, tmp_path / "run", *more)) == 0
     assert (tmp_path / "run/scores.pt").read_bytes() == (done / "scores.pt").read_bytes()
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("state-*"))

@@ -20,7 +20,7 @@ from retrograd.core.sweep import NonFiniteError, ReplayDriftError, metagradient
 def test_replay_that_drifts_by_one_bit_is_refused_and_names_its_step() -> None:
     calls = []
 
-    def drifting(p, inputs, c):  # noqa: ANN001, ANN202
+    def drifting(p, inputs, c):
         calls.append(1)
         return objective(p, inputs, c) * (1 + (len(calls) > 6) * 2.3e-16)
 
@@ -38,7 +38,7 @@ def test_nonfinite_training_names_the_step() -> None:
 
 
 def test_nonfinite_cotangent_names_the_step() -> None:
-    def broken(p):  # noqa: ANN001, ANN202
+    def broken(p):
         values, grads = query(p)
         grads["bias"][0, 0] = float("inf")
         return values, grads
@@ -61,7 +61,7 @@ def test_nonfinite_cotangent_names_the_step() -> None:
     (lambda: Recipe(SGD(0.1), max_grad_norm=0.0), "max_grad_norm is 0"),
     (lambda: Recipe(SGD(0.1), micro_batch_size=0), "micro_batch_size is 0"),
 ])  # fmt: skip
-def test_bad_hyperparameters(make_bad, message: str) -> None:  # noqa: ANN001
+def test_bad_hyperparameters(make_bad, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_bad()
 
@@ -81,7 +81,9 @@ def test_digest_sees_every_bit_and_no_order_of_summation(dtype: torch.dtype) -> 
         raw = x.clone().view(torch.uint8)
         raw[place * x.element_size()] ^= 1
         assert tree.digest({"x": raw.view(dtype)}) != first
-    swapped = x.clone().view(torch.int64 if dtype.itemsize == 8 else torch.int32 if dtype.itemsize == 4 else torch.int16)
+    swapped = x.clone().view(
+        torch.int64 if dtype.itemsize == 8 else torch.int32 if dtype.itemsize == 4 else torch.int16
+    )
     swapped[3] += 1
     swapped[4] -= 1
     assert tree.digest({"x": swapped.view(dtype)}) != first

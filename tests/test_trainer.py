@@ -75,7 +75,7 @@ def test_language_model_as_in_the_readme(tmp_path: Path) -> None:
     result = trainer.backward(tmp_path / "ckpts", stream, query)
     assert result.weight_grads.shape == (4, 5)
     assert (result.weight_grads[:, 0] == 0).all()
-    logits = functional_call(model, {k: v for k, v in state.params.items()}, (torch.tensor([[2, 5, 7]]),)).logits
+    logits = functional_call(model, dict(state.params), (torch.tensor([[2, 5, 7]]),)).logits
     torch.testing.assert_close(query.value, weighted_causal_lm_ce(logits, torch.tensor([[2, 5, 7]])))
 
 

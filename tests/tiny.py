@@ -8,7 +8,28 @@ from pathlib import Path
 
 import torch
 
-WORDS = "the a cat dog sat ran on mat hill sun sea red blue big small bird fish tree sings swims".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "mat",
+    "hill",
+    "sun",
+    "sea",
+    "red",
+    "blue",
+    "big",
+    "small",
+    "bird",
+    "fish",
+    "tree",
+    "sings",
+    "swims",
+]
 VOCABULARY = len(WORDS) + 2
 
 

@@ -72,15 +72,13 @@ def forward_mode(
 
             return _update(training, *values, torch.func.grad(loss)(values[0]), t)
 
-        values, tangents = torch.func.jvp(advance, (values, training.weights), (tangents, direction))
+        values, tangents = torch.func.jvp(advance, (values, training.weights), (tangents, direction))[:2]
     phi, gradient = query(values[0])
     slopes = [sum(torch.sum(g[k] * tangents[0][n]) for n, g in gradient.items()) for k in range(len(phi))]
     return phi, torch.stack([torch.as_tensor(slope) for slope in slopes])
 
 
-def central_difference(
-    training: Training, params: Params, query: Query, direction: Tensor, h: float = 1e-5
-) -> Tensor:
+def central_difference(training: Training, params: Params, query: Query, direction: Tensor, h: float = 1e-5) -> Tensor:
     """⟨∂φ/∂w, direction⟩ [K] from two retrainings at w ± h·direction; error O(h²) plus rounding/h."""
     ahead = query(train(training, params, training.weights + h * direction).params)[0]
     behind = query(train(training, params, training.weights - h * direction).params)[0]

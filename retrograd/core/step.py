@@ -50,7 +50,7 @@ class Batch(NamedTuple):
     """
 
     inputs: Any
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is never called on a batch
     scale: Tensor
 
 

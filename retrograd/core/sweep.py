@@ -66,9 +66,10 @@ class Reversed(NamedTuple):
 
     step: int
     cotangent: Cotangent
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is never called on an event
     scores: Tensor
     norm: Tensor  # of λ_t, [K]
+    nonfinite: float  # fraction of λ_t's and the scores' entries; more than 0 stops the sweep
 
 
 Event = Advanced | Turned | Reversed
@@ -85,17 +86,20 @@ class Slots(Protocol):
     def drop(self, step: int) -> None: ...
 
 
-class MemorySlots(dict[int, State]):
+class MemorySlots:
     """Slots that keep states as they are, by reference: safe, for nothing in a step writes in place."""
 
+    def __init__(self) -> None:
+        self.states: dict[int, State] = {}
+
     def put(self, state: State) -> None:
-        self[state.step] = state
+        self.states[state.step] = state
 
     def get(self, step: int) -> State:
-        return self[step]
+        return self.states[step]
 
     def drop(self, step: int) -> None:
-        del self[step]
+        del self.states[step]
 
 
 @dataclass
@@ -161,11 +165,12 @@ def sweep(
             case plans.Drop(t):
                 slots.drop(t)
             case plans.Reverse(t):
-                assert state is not None and cotangent is not None, "a Reverse needs a state and a cotangent"
+                assert state is not None, "a Reverse needs a working state"
+                assert cotangent is not None, "a Reverse needs a cotangent"
                 assert state.step == t, "the plan was checked"
                 cotangent, index, scores = pullback(training, state, cotangent)
-                norm = _finite_norm(cotangent, scores, t)
-                yield Reversed(t, cotangent, index, scores, norm)
+                norm, nonfinite = _health(cotangent, scores, t)
+                yield Reversed(t, cotangent, index, scores, norm, nonfinite)
 
 
 def metagradient(
@@ -236,13 +241,15 @@ def _advance(training: Training, state: State, ledger: Ledger) -> Stepped:
     return outcome
 
 
-def _finite_norm(cotangent: Cotangent, scores: Tensor, step: int) -> Tensor:
+def _health(cotangent: Cotangent, scores: Tensor, step: int) -> tuple[Tensor, float]:
+    """‖λ‖ [K] and the fraction of entries that are not finite, counted only where the norm gives cause."""
     norm = tree.norm(cotangent, batch_dims=1)
-    if not torch.isfinite(norm).all() or not torch.isfinite(scores).all():
-        bad = tree.nonfinite((cotangent, scores))
+    suspect = not (torch.isfinite(norm).all() and torch.isfinite(scores).all())
+    bad = tree.nonfinite((cotangent, scores)) if suspect else 0.0
+    if bad:
         raise NonFiniteError(
             f"the cotangent left the finite numbers at step {step}: {bad:.2%} of its entries are NaN or infinite, its "
             f"norm is {float(norm.max()):.3g}. The training is too rough to differentiate: lower the learning rate, "
             "raise eps_root, or take fewer steps."
         )
-    return norm
+    return norm, bad

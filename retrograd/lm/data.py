@@ -154,7 +154,8 @@ def _load_saved(folder: Path) -> tuple[str, Dataset]:
         saved = datasets.Dataset.load_from_disk(str(folder))
     except Exception as error:
         raise ValueError(
-            f"{folder} looks written by `save_to_disk` but cannot be read: empty, or damaged. Save it again. {_told(error)}"
+            f"{folder} looks written by `save_to_disk` but cannot be read: empty, or damaged. Save it again. "
+            f"{_told(error)}"
         ) from error
     # a slice is saved under its expression: "test[:8]" is still "test", and "train+test" is neither
     name = re.fullmatch(r"(\w+)(\[[^+]*)?", str(saved.split or "train"))

@@ -9,8 +9,8 @@ With z = hWᵀ + b, p = softmax(z), P = p − 1_y, coefficients c, and tangents 
     ż = ḣWᵀ + hẆᵀ + ḃ            D = p∘(ż − ⟨p, ż⟩)
     second:  ∂c = ⟨p, ż⟩ − ż_y    ∂h = c∘(D W + P Ẇ)           ∂W = Dᵀ(c∘h) + Pᵀ(c∘ḣ)
 
-The gradient is taken in the forward pass, where p is at hand: 3 products of the head's size for a gradient and 7 more for
-its pullback, against 3 and 6 for autograd, and a fraction of its memory traffic, which is what the time goes to.
+The gradient is taken in the forward pass, where p is at hand: 3 products of the head's size for a gradient and 7 more
+for its pullback, against 3 and 6 for autograd, and a fraction of its memory traffic, which is what the time goes to.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _second(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Pullback of the gradient: cotangents of (h, w, b) and ⟨p, ż⟩ − ż_y [M], for the tangents (ḣ, Ẇ, ḃ, ċ)."""
     y = given[3]
-    h, w, b, c = _work(*given[:3], given[4])
+    h, w, b, c = _work(given[0], given[1], given[2], given[4])
     uh, uw, ub, uc = (None if u is None else u.to(h) for u in tangents)
     slopes = h.new_empty(len(h))
     dh, dw, db = _accumulators(h, w, b, wanted)

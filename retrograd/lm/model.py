@@ -116,13 +116,12 @@ def load_causal_lm(
     _check_causal(name)
     logging.disable_progress_bar()  # loading is short; the bar would only break up the run's own
     try:
-        module = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], attn_implementation="sdpa")
+        module: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load model {name!r}. {_told(error)}") from error
     if lora is not None:
         module = _with_adapters(module, lora, seed)
     module.to(device).train(dropout)
-    module.config.use_cache = False
     objective, fused = causal_objective(module)
     return CausalLM(module, trainable(module)[0], objective, fused)
 
@@ -208,7 +207,8 @@ def _packed(inputs: dict[str, Tensor], dtype: torch.dtype, module: nn.Module) ->
 
 def _inner(module: nn.Module) -> Any:
     """The Hugging Face model inside a peft wrapper; its adapters are in place there."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module
+    base = getattr(module, "get_base_model", None)
+    return module if base is None else base()
 
 
 def _has_plain_head(module: nn.Module) -> bool:
@@ -236,7 +236,7 @@ def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(module, lora)  # type: ignore[arg-type]
+            return get_peft_model(module, lora)
         except ValueError as error:
             linear = sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)})
             raise ValueError(

@@ -143,7 +143,7 @@ class LoraConfig:
 class MagicConfig:
     """Train a model, pull the query loss back through every step, and write each training example's exact score."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
     """Folder of the run. Running again continues, or answers that it is done."""
     model: str = tyro.MISSING
     """Causal language model: hub name or local folder."""
@@ -202,7 +202,7 @@ def from_yaml(path: Path) -> MagicConfig:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the configuration {path} is a {type(values).__name__}; it has to be settings by name")
-    return _build(MagicConfig, {"run": tyro.MISSING, **values}, str(path))
+    return _build(MagicConfig, values, str(path))
 
 
 def parse_size(text: str) -> int:
@@ -264,8 +264,6 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if value is tyro.MISSING:
-        return value
     if dataclasses.is_dataclass(hint):
         return _build(hint, value or {}, where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)

@@ -102,7 +102,8 @@ def _machine_errors(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free
         if getattr(error, "errno", None) == 28 or "No space left" in str(error):
             raise RunError(_full(path, None, free)) from error
-        raise RunError(f"cannot write {path}: {error}. Nothing was lost; mend it and run the same command again.") from error
+        why = f"cannot write {path}: {error}. Nothing was lost; run the same command again to resume."
+        raise RunError(why) from error
 
 
 def _full(path: Path, need: int | None, free: int) -> str:

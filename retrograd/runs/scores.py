@@ -75,7 +75,9 @@ def ranked(scores: Tensor, rows: Rows, steps: np.ndarray, texts: Sequence[str]) 
     return sorted(found, key=lambda record: record.score)
 
 
-def write_scores(folder: Path, scores: Tensor, rows: Rows, steps: np.ndarray, order: list[Ranked], token_text: Any) -> None:
+def write_scores(
+    folder: Path, scores: Tensor, rows: Rows, steps: np.ndarray, order: list[Ranked], token_text: Any
+) -> None:
     """Write every score file of a run.
 
     Args:

@@ -54,8 +54,8 @@ class Store:
         tensors, metadata = read_tensors(self.path(step))
         if metadata.get("identity") != self.identity:
             raise RunError(
-                f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is {self.identity}; "
-                "its scores would be another run's. Use another folder, or start afresh with --overwrite."
+                f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
+                f"{self.identity}; its scores would be another run's. Use another folder, or --overwrite."
             )
         state = tree.unnamed(self.initial, tensors)._replace(step=step)
         if tree.digest((state.params, state.moments)) != metadata["digest"]:

@@ -79,7 +79,9 @@ def layout(replay: Replay, steps: int, state_bytes: int) -> Layout:
     kept = sum(isinstance(action, plans.Snapshot) for action in forward) - 1 if replay.keep else 0
     needed = kept if replay.keep else cost.slots
     if needed > (on_disk if replay.keep else fit):
-        where = f"--replay.disk {replay.disk:,}" if replay.keep else f"memory {replay.memory:,} and disk {replay.disk:,}"
+        where = (
+            f"--replay.disk {replay.disk:,}" if replay.keep else f"memory {replay.memory:,} and disk {replay.disk:,}"
+        )
         raise ValueError(
             f"plan {kind!r} holds {needed} states of {state_bytes:,} bytes, and {where} bytes hold {fit}. Raise "
             "--replay.memory or --replay.disk, or use --replay.plan auto."
@@ -128,7 +130,9 @@ class Trajectory:
         turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
         state, final = self.initial, None
         if self.replay.keep:
-            self.store.kept = {a.step for a in actions[:turn] if isinstance(a, plans.Snapshot)} | set(self.store.durable())
+            self.store.kept = {a.step for a in actions[:turn] if isinstance(a, plans.Snapshot)} | set(
+                self.store.durable()
+            )
         for event in sweep(actions[:turn], self.training, self.store, self.ledger, state=state):
             if isinstance(event, Turned):
                 final = event.outcome.state

@@ -110,15 +110,14 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
     ratio = train.warmup_ratio if train.warmup_ratio is not None else 0.3 if train.lr_schedule == "one-cycle" else 0.0
     warmup = min(steps - 1, math.ceil(ratio * steps))
     lr = Schedule(train.lr_schedule, train.lr, steps, warmup)
-    adam = {"beta1": train.beta1, "beta2": train.beta2, "eps": train.eps, "eps_root": train.eps_root}
+    adam = (train.beta1, train.beta2, train.eps, train.eps_root)
     match train.optimizer:
         case "sgd":
             return SGD(lr, train.momentum, train.nesterov, train.weight_decay)
         case "adamw":
-            return AdamW(lr, **adam, weight_decay=train.weight_decay)
+            return AdamW(lr, *adam, train.weight_decay)
         case "muon":
-            momentum = train.momentum or 0.95
-            return Muon(lr, momentum, weight_decay=train.weight_decay, **adam, exclude=exclude)
+            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude)
     raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
 
 
@@ -170,9 +169,7 @@ def _load(config: MagicConfig) -> _Loaded:
         recipe, rows.digest(), query_rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed,
         stream.batch_size, stream.epochs, config.attribute, config.query.reduction, config.dtype,
     )  # fmt: skip
-    return _Loaded(
-        rows, texts, model, tokenizer, stream, training, initial, columns, query_rows, identity
-    )
+    return _Loaded(rows, texts, model, tokenizer, stream, training, initial, columns, query_rows, identity)
 
 
 def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:
@@ -187,13 +184,13 @@ def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:
     if config.dtype == "bfloat16":
         warnings.warn(
             "bfloat16 parameters swallow small updates (at |w| = 0.02 neighbours are 1e-4 apart): scores are mostly "
-            "noise; against float32 a cosine of -0.42 was measured elsewhere. Use --dtype float32 for scores you act on.",
+            "noise; a cosine of -0.42 with float32 was measured elsewhere. Use --dtype float32 for scores you act on.",
             stacklevel=2,
         )
     if config.train.optimizer != "sgd" and config.train.eps_root < 1e-10:
         warnings.warn(
-            f"--train.eps_root {config.train.eps_root:g} leaves the update rough where gradients are near 0: scores will "
-            "be finite but will predict retraining badly. 1e-8 or more is smoother.",
+            f"--train.eps_root {config.train.eps_root:g} leaves the update rough where gradients are near 0: scores "
+            "will be finite but will predict retraining badly. 1e-8 or more is smoother.",
             stacklevel=2,
         )
     return load_causal_lm(
@@ -280,7 +277,9 @@ def _refuse_other(manifest: Manifest, loaded: _Loaded, config: MagicConfig) -> N
         f"{name}: {old} → {found[name]}" for name, old in manifest.values["hashes"].items() if found.get(name) != old
     ]
     raise ValueError(
-        f"{config.run} was begun with other inputs under the same names:\n  " + "\n  ".join(changed) + "\nA file or the "
+        f"{config.run} was begun with other inputs under the same names:\n  "
+        + "\n  ".join(changed)
+        + "\nA file or the "
         "model has changed since. Use another folder, or --overwrite to start afresh."
     )
 
@@ -377,13 +376,12 @@ class _Journal:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Reversed):
-            norm = event.norm.tolist()
-            mean = event.scores.abs().mean().item()
-            self._write(phase="reverse", step=event.step, cotangent_norm=norm, nonfinite=0.0, mean_abs_score=mean)
+            norms, mean, bad = event.norm.tolist(), event.scores.abs().mean().item(), event.nonfinite
+            self._write(phase="reverse", step=event.step, cotangent_norm=norms, nonfinite=bad, mean_abs_score=mean)
         elif event.step not in self.trained and (isinstance(event, Turned) or not event.replayed):
             self.trained.add(event.step)
-            loss, norm = event.outcome.loss, event.outcome.grad_norm
-            self._write(phase="train", step=event.step, loss=loss, lr=rate(self.lr, event.step), grad_norm=norm)
+            loss, grad_norm = event.outcome.loss, event.outcome.grad_norm
+            self._write(phase="train", step=event.step, loss=loss, lr=rate(self.lr, event.step), grad_norm=grad_norm)
 
     def resume(self, trajectory: Trajectory) -> None:
         """Drop reverse lines that the resumed sweep will write again."""
@@ -455,4 +453,3 @@ def _table(title: str, records: list[Ranked]) -> Table:
     for record in records:
         table.add_row(str(record.doc_id), f"{record.score:+.3e}", Text(record.text[:120]))
     return table
-

@@ -33,7 +33,8 @@ class Double:
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
     ) -> tuple[Tensor, Params]:
         """(Σ loss [], gradient) over the micro-batches, added in order."""
-        names, total, sums = list(params), None, []
+        names, total = list(params), None
+        sums: list[Tensor] = []
         for part, batch in enumerate(batches):
             leaves = _live(params)
             with torch.enable_grad(), random_draws(seed, part):
