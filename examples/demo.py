@@ -10,12 +10,15 @@ The query is its loss on held-out sentences about lighthouses. Proponents should
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
-WORLD = Path(__file__).parent / "world"
+WORLD = Path(os.path.relpath(Path(__file__).parent / "world"))
 
 
 def make_model(folder: Path, small: bool) -> None:
@@ -59,10 +62,13 @@ def main() -> int:
         "--attribute", "tokens", "--train.lr", "3e-3", "--train.lr_schedule", "cosine", "--train.warmup_ratio", "0.1",
         "--train.eps_root", "1e-6", "--train.batch_size", "32", "--train.epochs", "2" if arguments.small else "8",
     ]  # fmt: skip
-    print(f"$ retrograd {' '.join(command)}\n")
-    if code := retrograd(command):
-        return code
-    return findings(run)
+    print(f"$ retrograd {' '.join(command)}\n", flush=True)
+    summary = io.StringIO()
+    with contextlib.redirect_stdout(summary):
+        code = retrograd(command)
+    code = code or findings(run)
+    print(f"\nThe run's own summary:\n\n{summary.getvalue()}")
+    return code
 
 
 def findings(run: Path) -> int:
@@ -75,7 +81,7 @@ def findings(run: Path) -> int:
         subject: sum(e["score"] for e in examples if subjects[e["doc_id"]] == subject) / subjects.count(subject)
         for subject in ("lighthouses", "bees")
     }
-    print("\nFound, for the query about lighthouses:")
+    print("Found, for the query about lighthouses:")
     for count, part in share.items():
         print(f"  {part:4.0%} of the {count} strongest proponents are documents about lighthouses (half of all are)")
     for subject, score in mean.items():

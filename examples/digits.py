@@ -24,7 +24,8 @@ def main() -> None:
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     y = torch.tensor(digits.target)
     model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(512, 10)
+        nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(),
+        nn.Flatten(), nn.Linear(512, 10),
     )  # fmt: skip
 
     def loss(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:  # one loss per image, [B]

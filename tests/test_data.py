@@ -190,20 +190,24 @@ def test_home_is_expanded_and_a_local_folder_wins_over_the_hub(tmp_path: Path, m
 
 
 def test_nothing_is_printed_and_settings_are_restored(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    level = logging.getLogger("datasets").level
-    bars = datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_warning()
+    datasets.enable_progress_bars()
     load_documents(str(write_file(tmp_path / "good.jsonl", TEXTS)))
     capfd.readouterr()  # writing the file shows a bar
     load_documents(str(jsonl(tmp_path / "better.jsonl", TEXTS)))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(ValueError, match="line 2"):
         load_documents(str(tmp_path / "bad.jsonl"))
-    assert capfd.readouterr() == ("", "")
-    assert logging.getLogger("datasets").level == level
-    assert datasets.are_progress_bars_disabled() == bars
+    assert (*capfd.readouterr(), caplog.text) == ("", "", "")
+    assert logging.getLogger("datasets").level == logging.WARNING
+    assert not datasets.are_progress_bars_disabled()
 
 
 def test_importing_the_loader_is_light() -> None:
@@ -297,6 +301,11 @@ def test_malformed_json_names_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"\n{"text": "d"}\n')
     with pytest.raises(ValueError, match=r"cannot read d.jsonl in .*d.jsonl, line 3 is not valid JSON"):
         load_documents(str(tmp_path / "d.jsonl"))
+    jsonl(tmp_path / "c.jsonl", TEXTS)
+    with pytest.raises(
+        ValueError, match=r"cannot read c.jsonl … d.jsonl \(2 files\) in .*d.jsonl, line 3 is not valid"
+    ):
+        load_documents(str(tmp_path))
     (tmp_path / "d.json").write_text('[{"text": "a"}, {"text": ]\n')
     with pytest.raises(ValueError, match=r"d.json, line 1 is not valid JSON: Expecting value.*column 26"):
         load_documents(str(tmp_path / "d.json"))
@@ -422,8 +431,9 @@ def test_long_documents_do_not_warn(caplog: pytest.LogCaptureFixture, monkeypatc
 
 
 def test_formatted_data_sets_read_the_same() -> None:
-    plain = of(input_ids=[[5, 6], [7, 8]])
-    assert build_rows(plain.with_format("torch"), None).digest() == build_rows(plain, None).digest()
+    plain = of(input_ids=[[5, 6], [7, 8]], n=[1, 2])
+    shown = plain.with_format("torch", columns=["n"])
+    assert build_rows(shown, None).digest() == build_rows(plain, None).digest()
 
 
 # --- rows: tokens, completions, chats --------------------------------------------------------------------------------
@@ -500,7 +510,8 @@ def test_chats_through_the_template() -> None:
     rows = build_rows(of(messages=chats, text=["a b"] * 4), chatty)
     assert rows.skipped == {1: "blank", 2: "blank"}
     assert lists(rows.input_ids) == [[3, 5, EOS, 4, 6, 7, EOS], [3, 8, 9, EOS]]
-    assert rows.input_ids[0].tolist() == chatty.apply_chat_template(chats[0], return_dict=True)["input_ids"]
+    encoded: Any = chatty.apply_chat_template(chats[0], tokenize=True)
+    assert rows.input_ids[0].tolist() == encoded["input_ids"]
     assert lists(rows.doc_ids) == [[0] * 7, [3] * 4]
 
 
@@ -612,6 +623,21 @@ def test_packing_loses_no_token_and_no_target_but_the_cut_ones() -> None:
 def test_refusals(columns: dict[str, list[Any]], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_rows(of(**columns), tokenizer(), **options)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": [None] * 1500 + [3]},
+        {"input_ids": [[5, 6]] * 1500 + [[5, -6]]},
+        {"input_ids": [[5, 6]] * 1500 + [[5, 6]], "labels": [[5, 6]] * 1500 + [[5, 7]]},
+        {"prompt": ["a"] * 1501, "completion": [None] * 1500 + [3]},
+        {"messages": [[{"role": "user", "content": "a"}]] * 1500 + [[{"role": "bad", "content": "a"}]]},
+    ],
+)
+def test_documents_are_named_right_after_the_first_batch(columns: dict[str, list[Any]]) -> None:
+    with pytest.raises(ValueError, match="document 1500"):
+        build_rows(of(**columns), tokenizer(chat=True))
 
 
 def test_tokenizers_that_do_not_suffice() -> None:

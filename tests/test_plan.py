@@ -39,7 +39,7 @@ PLANS: dict[str, Callable[[int], Plan]] = {
     **{f"interval-{k}": lambda steps, k=k: interval(steps, k) for k in (1, 2, 3, 7, 16, 1000)},
     **{f"binomial-{s}": lambda steps, s=s: binomial(steps, s) for s in (1, 2, 3, 5, 10, 100)},
 }
-STEPS = [*range(1, 65), 100, 127, 128, 129, 250, 1000]
+STEPS = [*range(1, 65), 100, 127, 128, 129, 250]
 
 plan_kinds = pytest.mark.parametrize("build", PLANS.values(), ids=PLANS.keys())
 
@@ -130,9 +130,9 @@ def test_no_plan_beats_the_binomial_one_of_as_many_slots(build):
 
 
 @plan_kinds
-def test_ten_thousand_steps(build):
-    plan = build(10_000)
-    check(plan, 10_000)
+def test_two_thousand_steps(build):
+    plan = build(2_000)
+    check(plan, 2_000)
     assert_stack(plan)
 
 
@@ -179,12 +179,23 @@ def test_log_holds_as_many_states_as_steps_can_be_halved():
         assert check(log(2**power), 2**power).advances == power * 2 ** (power - 1)
 
 
+def assert_closed_form(steps: int, slots: int) -> None:
+    cost = check(binomial(steps, slots), steps)
+    assert cost.advances == binomial_advances(steps, slots), (steps, slots)
+    assert cost.slots == max(1, min(slots, steps - 1)), (steps, slots)
+
+
 def test_binomial_takes_exactly_the_closed_form():
     for slots in range(1, 21):
+        for steps in [*range(1, 31), *range(31 + slots, 301, 20)]:
+            assert_closed_form(steps, slots)
+
+
+@pytest.mark.slow
+def test_binomial_takes_exactly_the_closed_form_on_the_whole_grid():
+    for slots in range(1, 21):
         for steps in range(1, 301):
-            cost = check(binomial(steps, slots), steps)
-            assert cost.advances == binomial_advances(steps, slots), (steps, slots)
-            assert cost.slots == max(1, min(slots, steps - 1)), (steps, slots)
+            assert_closed_form(steps, slots)
 
 
 @cache
@@ -201,8 +212,8 @@ def fewest(steps: int, slots: int) -> tuple[int, int]:
 
 
 def test_binomial_is_optimal_by_brute_force():
-    for steps in range(1, 81):
-        for slots in range(1, 13):
+    for steps in range(1, 51):
+        for slots in range(1, 11):
             cost = check(binomial(steps, slots), steps)
             # the snapshot of state 0 is not the recursion's
             assert (cost.advances, cost.snapshots - 1) == fewest(steps, slots), (steps, slots)
@@ -372,7 +383,7 @@ SNAP, TURN = Snapshot(0), Turn()
         ([Advance(0, 1), TURN, Reverse(0)], 2, r"action 2, Reverse\(step=0\): the next step to reverse is 1"),
         ([TURN, Reverse(0), Reverse(0)], 1, r"action 2, .*: all steps are reversed"),
         ([SNAP, Advance(0, 1), TURN, Restore(0), Reverse(1)], 2, r"action 4, .*: the working state is 0, not 1"),
-        ([SNAP, "advance"], 1, r"action 1, advance: this is not an action"),
+        (iter([SNAP, "advance"]), 1, r"action 1, advance: this is not an action"),
         ([], 3, r"ends after 0 actions with 3 of 3 steps not reversed and the Turn never came"),
         ([Advance(0, 2), TURN, Reverse(2)], 3, r"ends after 3 actions with 2 of 3 steps not reversed$"),
         ([SNAP, TURN, Reverse(0)], 1, r"ends after 3 actions still holding 0$"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 __all__ = [
@@ -170,7 +170,7 @@ def save_all(steps: int) -> Plan:
     >>> check(save_all(100), 100)[:3]
     (99, 0, 100)
     """
-    return _fresh(steps, lambda here, last, held: here + 1)
+    return _fresh(steps, _hold_all)
 
 
 def interval(steps: int, every: int) -> Plan:
@@ -182,12 +182,7 @@ def interval(steps: int, every: int) -> Plan:
     (180, 81, 19)
     """
     _need_positive(every=every)
-
-    def next_held(here: int, last: int, held: int) -> int:
-        base = last // every * every
-        return here + 1 if here >= base else here + every
-
-    return _fresh(steps, next_held)
+    return _fresh(steps, partial(_hold_segment, every))
 
 
 def sqrt(steps: int) -> Plan:
@@ -208,12 +203,7 @@ def log(steps: int) -> Plan:
     >>> check(log(1024), 1024)[1:3]
     (4097, 10)
     """
-
-    def next_held(here: int, last: int, held: int) -> int | None:
-        middle = (here + last + 1) // 2
-        return middle if middle < last else None
-
-    return _fresh(steps, next_held)
+    return _fresh(steps, _hold_middle)
 
 
 def binomial(steps: int, slots: int) -> Plan:
@@ -225,7 +215,7 @@ def binomial(steps: int, slots: int) -> Plan:
     True
     """
     _need_positive(slots=slots)
-    return _fresh(steps, _binomial_rule(slots))
+    return _fresh(steps, partial(_hold_binomial, slots))
 
 
 def binomial_advances(steps: int, slots: int) -> int:
@@ -265,7 +255,7 @@ def resumed(steps: int, held: Iterable[int], slots: int, *, turn: bool) -> Plan:
             f"cannot resume: the states held below step {steps} are {_some(bases)}, and the lowest has to be state 0, "
             "or nothing can be replayed up to the first steps. Train again from the start."
         )
-    rule = _binomial_rule(slots + 1)
+    rule = partial(_hold_binomial, slots + 1)
     actions: list[Action] = []
     for base, stop in zip(bases, [steps, *bases]):
         actions.append(Restore(base))
@@ -305,15 +295,23 @@ def _sweep(base: int, stop: int, rule: _Rule, *, turn: bool) -> Iterator[Action]
             yield Restore(here)
 
 
-def _binomial_rule(slots: int) -> _Rule:
-    """The optimal next state to hold with so many slots, the base's among them."""
+def _hold_all(here: int, last: int, held: int) -> int:
+    return here + 1
 
-    def next_held(here: int, last: int, held: int) -> int | None:
-        # slots - held are free, and `here` has its own.
-        length = _binomial_length(last + 1 - here, slots - held + 1)
-        return here + length if here + length < last else None
 
-    return next_held
+def _hold_segment(every: int, here: int, last: int, held: int) -> int:
+    """Bases below the segment of `last`, and every state within it."""
+    return here + 1 if here >= last // every * every else here + every
+
+
+def _hold_middle(here: int, last: int, held: int) -> int | None:
+    middle = (here + last + 1) // 2
+    return middle if middle < last else None
+
+
+def _hold_binomial(slots: int, here: int, last: int, held: int) -> int | None:
+    length = _binomial_length(last + 1 - here, slots - held + 1)  # slots - held are free, and `here` has its own
+    return here + length if here + length < last else None
 
 
 @lru_cache(maxsize=1 << 16)
@@ -357,7 +355,7 @@ class _Walk:
     restores: int = 0
 
 
-def _act(walk: _Walk, action: Action) -> str:
+def _act(walk: _Walk, action: object) -> str:
     """Do a legal action to the numbers and return ""; do nothing about an illegal one but say why."""
     match action:
         case Restore(step) | Drop(step) if step not in walk.held:
@@ -396,8 +394,6 @@ def _act(walk: _Walk, action: Action) -> str:
             if walk.here != walk.steps - 1:
                 return _elsewhere(walk, walk.steps - 1)
             walk.turned = True
-        case _:
-            return "this is not an action"
     return ""
 
 

@@ -196,7 +196,7 @@ def _warn_left_out(folder: Path, taken: set[Path]) -> None:
         warnings.warn(
             f"folder {folder}: {len(left_out)} data files belong to no split and are left out ({left_out[0]} first); "
             f"{len(taken)} are used. Put the split in their names, or name one file.",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 
@@ -224,9 +224,8 @@ def _load_files(files: list[Path]) -> Dataset:
         )
     except Exception as error:
         fault = (_json_fault(files) if kind == "json" else None) or _told(error.__cause__ or error)
-        raise ValueError(
-            f"cannot read {', '.join(file.name for file in files)} in {files[0].parent}: {fault}"
-        ) from error
+        names = files[0].name if len(files) == 1 else f"{files[0].name} … {files[-1].name} ({len(files)} files)"
+        raise ValueError(f"cannot read {names} in {files[0].parent}: {fault}") from error
 
 
 def _check_suffix(file: Path, first: Path) -> None:

@@ -242,7 +242,7 @@ _Parts = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], int]
 
 
 def _rows(kept: dict[int, _Tokens]) -> _Parts:
-    masks = [tokens.supervised.copy() for tokens in kept.values()]
+    masks = [tokens.supervised for tokens in kept.values()]
     for mask in masks:
         mask[0] = False
     doc_ids = [np.full(len(tokens.ids), document, dtype=np.int64) for document, tokens in kept.items()]
@@ -386,9 +386,10 @@ def _fill(reasons: list[str | None], tokens: Iterator[_Tokens]) -> list[_Tokens 
 def _tokenize(tokenizer: Any, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
     if not texts:
         return []
-    # a saved tokenizer may carry padding and truncation of its own; verbose warns of texts longer than the model
-    options = {"add_special_tokens": add_special_tokens, "padding": False, "truncation": False, "verbose": False}
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, **options)["input_ids"]
+    # verbose would warn of texts longer than the model, before they are cut
+    return tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
 
 
 def _tokenize_chats(tokenizer: Any, chats: list[Any], documents: list[int]) -> list[list[int]]:
@@ -396,7 +397,7 @@ def _tokenize_chats(tokenizer: Any, chats: list[Any], documents: list[int]) -> l
         return []
     options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
     try:
-        return tokenizer.apply_chat_template(chats, padding=False, truncation=False, **options)["input_ids"]
+        return tokenizer.apply_chat_template(chats, **options)["input_ids"]
     except Exception as error:  # templates raise what they like
         if len(chats) == 1:
             raise ValueError(f"document {documents[0]}: the chat template refuses it: {error}") from error

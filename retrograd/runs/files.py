@@ -109,6 +109,7 @@ def _machine_errors(path: Path) -> Iterator[None]:
 def _full(path: Path, need: int | None, free: int) -> str:
     wanted = f"{need:,} bytes are needed, " if need else ""
     return (
-        f"the disk is full while writing {path}: {wanted}{free:,} bytes are free. Nothing was lost; free some space (or "
-        "start with a smaller --replay.disk) and run the same command again to resume."
+        f"the disk is full while writing {path}: {wanted}{free:,} bytes are free. Nothing was lost; free some "
+        "space (or start "
+        "with a smaller --replay.disk) and run the same command again to resume."
     )
