@@ -383,7 +383,6 @@ SNAP, TURN = Snapshot(0), Turn()
         ([Advance(0, 1), TURN, Reverse(0)], 2, r"action 2, Reverse\(step=0\): the next step to reverse is 1"),
         ([TURN, Reverse(0), Reverse(0)], 1, r"action 2, .*: all steps are reversed"),
         ([SNAP, Advance(0, 1), TURN, Restore(0), Reverse(1)], 2, r"action 4, .*: the working state is 0, not 1"),
-        (iter([SNAP, "advance"]), 1, r"action 1, advance: this is not an action"),
         ([], 3, r"ends after 0 actions with 3 of 3 steps not reversed and the Turn never came"),
         ([Advance(0, 2), TURN, Reverse(2)], 3, r"ends after 3 actions with 2 of 3 steps not reversed$"),
         ([SNAP, TURN, Reverse(0)], 1, r"ends after 3 actions still holding 0$"),

@@ -355,7 +355,7 @@ class _Walk:
     restores: int = 0
 
 
-def _act(walk: _Walk, action: object) -> str:
+def _act(walk: _Walk, action: Action) -> str:
     """Do a legal action to the numbers and return ""; do nothing about an illegal one but say why."""
     match action:
         case Restore(step) | Drop(step) if step not in walk.held:

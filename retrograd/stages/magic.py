@@ -74,10 +74,12 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     """
     console = console or Console()
     configs.check(config)
-    _open_folder(config)
+    _check_folder(config)
+    loaded = _load(config)
+    if config.overwrite:
+        shutil.rmtree(config.run, ignore_errors=True)  # only now that the new run is known to be sound
     manifest = Manifest(config.run / "manifest.json")
     _set_threads(manifest)
-    loaded = _load(config)
     _refuse_other(manifest, loaded, config)
     if manifest.done("scores"):
         console.print(f"{config.run} is done; these are its scores. Use --overwrite to compute them again.")
@@ -121,14 +123,14 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
     raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
 
 
-def _open_folder(config: MagicConfig) -> None:
+def _check_folder(config: MagicConfig) -> None:
     """Refuse a folder that holds another run, with the difference, before anything is loaded."""
     stored = config.run / "run_config.yaml"
-    if config.overwrite and stored.exists():
-        shutil.rmtree(config.run)
     if not stored.exists():
         if config.run.exists() and (not config.run.is_dir() or any(config.run.iterdir())):
             raise ValueError(f"{config.run} exists and is no run of retrograd; choose another folder")
+        return
+    if config.overwrite:
         return
     old = yaml.safe_load(stored.read_text(encoding="utf8"))
     changed = configs.difference(old, configs.to_dict(config))
