@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,26 +13,22 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from retrograd.core import tree
-from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, rate
-from retrograd.core.schedule import Schedule
-from retrograd.core.step import Recipe, State, Training, initial_state
+from retrograd.core.optim import Optimizer, rate
+from retrograd.core.step import State
 from retrograd.core.sweep import Event, Reversed, Turned
-from retrograd.lm.data import load_documents
-from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
-from retrograd.lm.query import lm_query, query_columns
-from retrograd.lm.rows import Rows, build_rows
-from retrograd.lm.stream import DataStream
+from retrograd.lm.query import lm_query
 from retrograd.runs import config as configs
-from retrograd.runs.config import MagicConfig, TrainConfig
+from retrograd.runs.config import MagicConfig
 from retrograd.runs.files import append_line, read_lines, read_tensors, write_atomic, write_json, write_tensors
 from retrograd.runs.manifest import SIGN, Manifest, environment, fingerprint
 from retrograd.runs.progress import Bars
-from retrograd.runs.scores import EXCERPT, Ranked, per_document, ranked, write_scores
+from retrograd.runs.scores import Ranked, per_document, ranked, write_scores
 from retrograd.runs.trajectory import Replay, Trajectory
+from retrograd.stages.assemble import Loaded, assemble
 
 __all__ = ["Outcome", "magic"]
 
@@ -45,21 +39,6 @@ class Outcome(NamedTuple):
     values: Tensor
     scores: Tensor
     order: list[Ranked]
-
-
-class _Loaded(NamedTuple):
-    """Everything a run is made of, loaded and checked before the first step."""
-
-    rows: Rows
-    texts: list[str]
-    model: CausalLM
-    tokenizer: Any
-    stream: DataStream
-    training: Training
-    initial: State
-    columns: list[Any]
-    query_rows: Rows
-    identity: str
 
 
 def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
@@ -75,7 +54,7 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     console = console or Console()
     configs.check(config)
     _check_folder(config)
-    loaded = _load(config)
+    loaded = assemble(config)
     if config.overwrite:
         shutil.rmtree(config.run, ignore_errors=True)  # only now that the new run is known to be sound
     manifest = Manifest(config.run / "manifest.json")
@@ -107,22 +86,6 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     return _summarise(Outcome(values, scores, order), loaded, console)
 
 
-def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:
-    """The optimizer of a configuration; `exclude` names the matrices that Muon leaves to AdamW."""
-    ratio = train.warmup_ratio if train.warmup_ratio is not None else 0.3 if train.lr_schedule == "one-cycle" else 0.0
-    warmup = min(steps - 1, math.ceil(ratio * steps))
-    lr = Schedule(train.lr_schedule, train.lr, steps, warmup)
-    adam = (train.beta1, train.beta2, train.eps, train.eps_root)
-    match train.optimizer:
-        case "sgd":
-            return SGD(lr, train.momentum, train.nesterov, train.weight_decay)
-        case "adamw":
-            return AdamW(lr, *adam, train.weight_decay)
-        case "muon":
-            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude)
-    raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
-
-
 def _check_folder(config: MagicConfig) -> None:
     """Refuse a folder that holds another run, with the difference, before anything is loaded."""
     stored = config.run / "run_config.yaml"
@@ -142,127 +105,6 @@ def _check_folder(config: MagicConfig) -> None:
         )
 
 
-def _load(config: MagicConfig) -> _Loaded:
-    device = _device(config.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = _load_model(config, device)
-    rows, texts = _rows(config.data, tokenizer, model, config.data.chunk_length, config.data.min_chars, "data")
-    query_rows, _ = _rows(config.query, tokenizer, model, None, 0, "query")
-    stream = DataStream(
-        rows,
-        config.train.batch_size,
-        epochs=config.train.epochs,
-        shuffle=config.data.shuffle,
-        seed=config.train.seed,
-        weight_shape=(len(rows), rows.max_length) if config.attribute == "tokens" else None,
-        dtype=torch.promote_types(DTYPES[config.dtype], torch.float32),
-        device=device,
-    )
-    train = config.train
-    recipe = Recipe(
-        optimizer(train, len(stream), _embeddings(model)), train.max_grad_norm, train.micro_batch_size, train.seed,
-        train.dropout,
-    )  # fmt: skip
-    training = Training(recipe, Double(model.objective), stream, stream.weights)
-    initial = initial_state(recipe, model.params)
-    size = train.micro_batch_size or train.batch_size
-    columns = query_columns(query_rows, config.query.reduction, batch_size=size, dtype=stream.dtype, device=device)
-    identity = fingerprint(
-        recipe, rows.digest(), query_rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed,
-        stream.batch_size, stream.epochs, config.attribute, config.query.reduction, config.dtype,
-    )  # fmt: skip
-    return _Loaded(rows, texts, model, tokenizer, stream, training, initial, columns, query_rows, identity)
-
-
-def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:
-    adapters = None
-    if config.lora.rank:
-        from peft import LoraConfig
-
-        adapters = LoraConfig(
-            r=config.lora.rank, lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
-            target_modules=list(config.lora.target_modules) or None, task_type="CAUSAL_LM",
-        )  # fmt: skip
-    if config.dtype == "bfloat16":
-        warnings.warn(
-            "bfloat16 parameters swallow small updates (at |w| = 0.02 neighbours are 1e-4 apart): scores are mostly "
-            "noise; a cosine of -0.42 with float32 was measured elsewhere. Use --dtype float32 for scores you act on.",
-            stacklevel=2,
-        )
-    if config.train.optimizer != "sgd" and config.train.eps_root < 1e-10:
-        warnings.warn(
-            f"--train.eps_root {config.train.eps_root:g} leaves the update rough where gradients are near 0: scores "
-            "will be finite but will predict retraining badly. 1e-8 or more is smoother.",
-            stacklevel=2,
-        )
-    return load_causal_lm(
-        config.model, dtype=config.dtype, device=device, lora=adapters, seed=config.train.seed,
-        dropout=config.train.dropout,
-    )  # fmt: skip
-
-
-def _rows(
-    source: Any, tokenizer: Any, model: CausalLM, chunk_length: int | None, min_chars: int, name: str
-) -> tuple[Rows, list[str]]:
-    """Token rows of a data or query source, and an excerpt of each document."""
-    documents = load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
-    settings = getattr(model.module, "config")  # noqa: B009
-    context = getattr(settings, "max_position_embeddings", None)
-    longest = source.max_length or (None if chunk_length else context)
-    if context and max(longest or 0, chunk_length or 0) > context:
-        raise ValueError(f"--{name}: rows of {longest or chunk_length} tokens exceed the model's context of {context}")
-    try:
-        rows = build_rows(
-            documents, tokenizer, text_column=source.text_column, max_length=longest, chunk_length=chunk_length,
-            min_chars=min_chars, vocab_size=settings.vocab_size,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"--{name}.dataset {source.dataset}: {error}") from error
-    return rows, _excerpts(documents, source.text_column, tokenizer)
-
-
-def _excerpts(documents: Any, column: str | None, tokenizer: Any) -> list[str]:
-    names = documents.column_names
-    for columns in ([column], ["messages"], ["prompt", "completion"], ["text"], ["input_ids"]):
-        if all(name in names for name in columns):
-            found = zip(*(documents[name] for name in columns))
-            return [_excerpt(values, tokenizer) for values in found]
-    raise AssertionError("build_rows has chosen a column")
-
-
-def _excerpt(values: tuple[Any, ...], tokenizer: Any) -> str:
-    parts = []
-    for value in values:
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            parts.append(" ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in value))
-        elif isinstance(value, list):
-            parts.append(tokenizer.decode(value[:EXCERPT]))
-        else:
-            parts.append(str(value or ""))
-    text = " ".join(" ".join(parts).split())
-    return text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"
-
-
-def _embeddings(model: CausalLM) -> tuple[str, ...]:
-    """Names of the input and output embeddings, which Muon leaves to AdamW."""
-    ends = [m for m in (model.module.get_input_embeddings(), model.module.get_output_embeddings()) if m is not None]  # type: ignore[operator]
-    weights = {end.weight.untyped_storage().data_ptr() for end in ends if hasattr(end, "weight")}
-    return tuple(name for name, leaf in model.params.items() if leaf.untyped_storage().data_ptr() in weights)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    return device
-
-
 def _set_threads(manifest: Manifest) -> None:
     """A resumed run uses the thread count it began with: sums are split by thread, and their bits depend on it."""
     threads = manifest.values.get("threads")
@@ -270,7 +112,7 @@ def _set_threads(manifest: Manifest) -> None:
         torch.set_num_threads(threads)
 
 
-def _refuse_other(manifest: Manifest, loaded: _Loaded, config: MagicConfig) -> None:
+def _refuse_other(manifest: Manifest, loaded: Loaded, config: MagicConfig) -> None:
     known = manifest.values.get("identity")
     if known is None or known == loaded.identity:
         return
@@ -286,7 +128,7 @@ def _refuse_other(manifest: Manifest, loaded: _Loaded, config: MagicConfig) -> N
     )
 
 
-def _hashes(loaded: _Loaded) -> dict[str, str]:
+def _hashes(loaded: Loaded) -> dict[str, str]:
     return {
         "recipe": fingerprint(loaded.training.recipe),
         "rows": loaded.rows.digest()[:16],
@@ -295,7 +137,7 @@ def _hashes(loaded: _Loaded) -> dict[str, str]:
     }
 
 
-def _begin(config: MagicConfig, manifest: Manifest, loaded: _Loaded) -> None:
+def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
     """Write what the run is before its first step."""
     config.run.mkdir(parents=True, exist_ok=True)
     values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
@@ -341,7 +183,7 @@ def _describe(trajectory: Trajectory) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _query(config: MagicConfig, loaded: _Loaded, final: State) -> tuple[Tensor, dict[str, Tensor]]:
+def _query(config: MagicConfig, loaded: Loaded, final: State) -> tuple[Tensor, dict[str, Tensor]]:
     """Values and gradients at the final state, read again if they are on disk."""
     folder = config.run / "queries" / "query"
     path = folder / "gradient.safetensors"
@@ -410,7 +252,7 @@ def _both(*observers: Callable[[Event], None]) -> Callable[[Event], None]:
     return observe
 
 
-def _token_text(loaded: _Loaded) -> Callable[[np.ndarray], list[str]]:
+def _token_text(loaded: Loaded) -> Callable[[np.ndarray], list[str]]:
     def texts(ids: np.ndarray) -> list[str]:
         known = {int(token): loaded.tokenizer.decode([int(token)]) for token in np.unique(ids)}
         return [known[int(token)] for token in ids]
@@ -418,7 +260,7 @@ def _token_text(loaded: _Loaded) -> Callable[[np.ndarray], list[str]]:
     return texts
 
 
-def _stored(config: MagicConfig, loaded: _Loaded) -> Outcome:
+def _stored(config: MagicConfig, loaded: Loaded) -> Outcome:
     scores = torch.load(config.run / "scores.pt", weights_only=True)
     base = 2 if config.attribute == "tokens" else 1
     leading = scores[None] if scores.ndim == base else scores.movedim(-1, 0)
@@ -427,7 +269,7 @@ def _stored(config: MagicConfig, loaded: _Loaded) -> Outcome:
     return Outcome(values, leading, ranked(per_document(leading, loaded.rows), loaded.rows, steps, loaded.texts))
 
 
-def _summarise(outcome: Outcome, loaded: _Loaded, console: Console) -> Outcome:
+def _summarise(outcome: Outcome, loaded: Loaded, console: Console) -> Outcome:
     """The query value, the spread of the scores, and the ends of the ranking with their text."""
     shown = ", ".join(f"{value:.4f}" for value in outcome.values.tolist()[:8])
     console.print(f"Query loss after training: {shown} nats" + (" …" if len(outcome.values) > 8 else ""))
@@ -446,8 +288,6 @@ def _summarise(outcome: Outcome, loaded: _Loaded, console: Console) -> Outcome:
 
 
 def _table(title: str, records: list[Ranked]) -> Table:
-    from rich.text import Text
-
     table = Table(title=title, title_justify="left", expand=True)
     table.add_column("doc", justify="right")
     table.add_column("score", justify="right", no_wrap=True)
