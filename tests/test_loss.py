@@ -116,3 +116,20 @@ def test_weights_that_do_not_fit() -> None:
         weighted_causal_lm_ce(torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.long), torch.ones(3))
     with pytest.raises(ValueError, match="no valid target among 2 rows of 1 tokens"):
         weighted_causal_lm_ce(torch.zeros(2, 1, 4), torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_a_retained_graph_gives_the_same_gradient_every_time() -> None:
+    draw = torch.Generator().manual_seed(3)
+    h, w = (torch.randn(n, 5, generator=draw, dtype=torch.float64).requires_grad_() for n in (7, 11))
+    y, c = torch.arange(7), torch.rand(7, generator=draw, dtype=torch.float64).requires_grad_()
+    expected = torch.autograd.grad(fused_ce(h, w, None, y, c), (h, w, c))
+    loss = fused_ce(h, w, None, y, c)
+    for _ in range(3):
+        loss.backward(retain_graph=True)  # adds into .grad in place
+    for leaf, once in zip((h, w, c), expected):
+        torch.testing.assert_close(leaf.grad, 3 * once, rtol=1e-13, atol=0)
+    kept = torch.autograd.grad(loss, (h, w, c), create_graph=True)
+    for found in kept:
+        found.detach().zero_()  # whoever gets a gradient may write into it
+    for found, once in zip(torch.autograd.grad(loss, (h, w, c)), expected):
+        torch.testing.assert_close(found, once, rtol=1e-13, atol=0)

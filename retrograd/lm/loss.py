@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 __all__ = ["fused_ce", "token_ce", "weighted_causal_lm_ce"]
 
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 _CHUNK_BYTES = 24 << 20  # of one [chunk, V] buffer; measured flat between 12 and 48 MiB
 
 
@@ -93,14 +95,18 @@ class _FusedCE(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, c: Tensor, chunk: int) -> Tensor:
         wanted = ctx.needs_input_grad[:3]
         ce, lse, grads = _first(h, w, b, y, c, chunk, wanted)
-        ctx.save_for_backward(h, w, b, y, c, lse)
-        ctx.chunk, ctx.found = chunk, (*grads, ce)
+        ctx.save_for_backward(h, w, b, y, c, lse, ce)
+        ctx.chunk, ctx.wanted, ctx.found = chunk, wanted, grads
         return torch.dot(ce, c.to(ce)).to(c.dtype)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        h, w, b, y, c, lse = ctx.saved_tensors
-        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, lse, ctx.chunk, ctx.found)
+        h, w, b, y, c, lse, ce = ctx.saved_tensors
+        # given away once: whoever gets a gradient may write into it, so a retained graph computes its own
+        found, ctx.found = ctx.found, None
+        if found is None:
+            found = _first(h, w, b, y, c, ctx.chunk, ctx.wanted)[2]
+        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, lse, ce, ctx.chunk, found)
         return dh, dw, db, None, dc, None
 
 
@@ -110,17 +116,17 @@ class _FusedGrad(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, c: Tensor, scale: Tensor, y: Tensor, lse: Tensor,
-        chunk: int, found: tuple[Tensor | None, ...],
+        ce: Tensor, chunk: int, found: _Grads,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.save_for_backward(h, w, b, c, scale, y, lse, found[3])
+        ctx.save_for_backward(h, w, b, c, scale, y, lse, ce)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
-        one = scale.device.type == "cpu" and float(scale) == 1.0  # spare four passes over the gradient
-        likes = (h, w, b, c)
-        return tuple(
+        one = scale.device.type == "cpu" and float(scale) == 1.0  # spare three passes over the gradient
+        grads = (
             None if x is None or like is None else x.detach().to(like.dtype) if one else (x * scale).to(like.dtype)
-            for x, like in zip(found, likes)
+            for x, like in zip(found, (h, w, b))
         )
+        return *grads, (ce * scale).to(c.dtype)
 
     @staticmethod
     @once_differentiable
@@ -134,10 +140,7 @@ class _FusedGrad(torch.autograd.Function):
         one = scale.device.type == "cpu" and float(scale) == 1.0
         outs = [None if x is None else (x if one else x * scale).to(like.dtype) for x, like in
                 ((dh, h), (dw, w), (db, b), (slopes, c))]  # fmt: skip
-        return (*outs, dscale.to(scale), None, None, None, None)
-
-
-_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+        return (*outs, dscale.to(scale), None, None, None, None, None)
 
 
 def _first(
