@@ -7,8 +7,8 @@ and the vocabulary projection is fused with its cross-entropy where the model's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,16 +131,23 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
 
     Parameters of the objective go by the names of `trainable(module)`.
     """
-    fused = _has_plain_head(module)
+    fused = has_plain_head(module)
     scored = _Scored(module, fused)
     readers = trainable(module)[1]
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
-        with sdpa_kernel(SDPBackend.MATH), _keep_float64(coefficients.dtype):
+        with twice_differentiable(coefficients.dtype):
             return functional_call(scored, placed, (inputs, coefficients), tie_weights=False)
 
     return objective, fused
+
+
+@contextmanager
+def twice_differentiable(dtype: torch.dtype) -> Iterator[None]:
+    """Attention on SDPA's MATH path; in a float64 run, no casts to float32."""
+    with sdpa_kernel(SDPBackend.MATH), _KeepFloat64() if dtype == torch.float64 else nullcontext():
+        yield
 
 
 class _KeepFloat64(TorchFunctionMode):
@@ -162,10 +169,6 @@ class _KeepFloat64(TorchFunctionMode):
         return function(*arguments, **options)
 
 
-def _keep_float64(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
-
-
 class _Scored(nn.Module):
     """Model and loss as one module, so that the head's weight is substituted like any other parameter."""
 
@@ -175,26 +178,30 @@ class _Scored(nn.Module):
         self.fused = fused
 
     def forward(self, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
-        ids, mask = inputs["input_ids"], inputs["target_mask"]
-        extra = _packed(inputs, coefficients.dtype, self.module)
-        model = _inner(self.module)
+        model, arguments = inner(self.module), model_arguments(inputs, self.module)
         if not self.fused:
-            logits = model(input_ids=ids, use_cache=False, **extra).logits
-            return torch.sum(token_ce(logits, ids) * coefficients)
-        hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+            logits = model(**arguments).logits
+            return torch.sum(token_ce(logits, inputs["input_ids"]) * coefficients)
+        hidden = model.base_model(**arguments).last_hidden_state
         head = model.get_output_embeddings()
-        rows, columns = mask[:, 1:].nonzero(as_tuple=True)
-        chosen = hidden[rows, columns]  # state at k-1 predicts token k
-        return fused_ce(chosen, head.weight, head.bias, ids[rows, columns + 1], coefficients[rows, columns + 1])
+        rows, columns, targets = targets_of(inputs)
+        return fused_ce(hidden[rows, columns], head.weight, head.bias, targets, coefficients[rows, columns + 1])
 
 
-def _packed(inputs: dict[str, Tensor], dtype: torch.dtype, module: nn.Module) -> dict[str, Tensor]:
-    """Positions that restart and attention that stays inside each document of a packed row."""
+def targets_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the valid targets are predicted from, and the targets: the state at (row, column) predicts column + 1."""
+    rows, columns = inputs["target_mask"][:, 1:].nonzero(as_tuple=True)
+    return rows, columns, inputs["input_ids"][rows, columns + 1]
+
+
+def model_arguments(inputs: dict[str, Tensor], module: nn.Module) -> dict[str, Any]:
+    """What a Hugging Face model is called with; for packed rows, positions that restart and attention inside documents."""
+    arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
     if "segment_ids" not in inputs:
-        return {}
+        return arguments
     segments = inputs["segment_ids"]
     length = segments.shape[1]
-    window = getattr(_inner(module).config, "sliding_window", None)
+    window = getattr(inner(module).config, "sliding_window", None)
     if window and length > window:
         raise ValueError(
             f"chunk_length {length} is above the model's sliding attention window {window}; packing masks attention "
@@ -202,18 +209,18 @@ def _packed(inputs: dict[str, Tensor], dtype: torch.dtype, module: nn.Module) ->
         )
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     allowed = (segments[:, :, None] == segments[:, None, :]) & causal
-    return {"attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
+    return {**arguments, "attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
 
 
-def _inner(module: nn.Module) -> Any:
+def inner(module: nn.Module) -> Any:
     """The Hugging Face model inside a peft wrapper; its adapters are in place there."""
     base = getattr(module, "get_base_model", None)
     return module if base is None else base()
 
 
-def _has_plain_head(module: nn.Module) -> bool:
+def has_plain_head(module: nn.Module) -> bool:
     """Whether logits are exactly head(hidden), head a bare linear layer: tried out, not looked up by name."""
-    model = _inner(module)
+    model = inner(module)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or model.base_model is model:
         return False
