@@ -10,7 +10,8 @@ import torch
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, AdamW, Muon, Optimizer
+from retrograd.core.muon import Muon
+from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
 from retrograd.core.step import Recipe, State, Training, initial_state
 from retrograd.lm.data import load_documents
