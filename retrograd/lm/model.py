@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from retrograd.core.optim import Params
 from retrograd.lm.loss import fused_ce, token_ce
 
-__all__ = ["CausalLM", "causal_objective", "load_causal_lm", "load_tokenizer", "trainable"]
+__all__ = ["CausalLM", "bound_model", "causal_objective", "load_causal_lm", "load_tokenizer", "trainable"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -141,6 +141,23 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
             return functional_call(scored, placed, (inputs, coefficients), tie_weights=False)
 
     return objective, fused
+
+
+def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
+    """params → the module as a function with those parameters in place, twice differentiable; named as `trainable`."""
+    readers = trainable(module)[1]
+
+    def bind(params: Params) -> Callable[..., Any]:
+        placed = {name: params[leaf] for name, leaf in readers.items()}
+        dtype = next(iter(params.values())).dtype
+
+        def model(*arguments: Any, **options: Any) -> Any:
+            with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
+                return functional_call(module, placed, arguments, options, tie_weights=False)
+
+        return model
+
+    return bind
 
 
 class _KeepFloat64(TorchFunctionMode):

@@ -1,0 +1,126 @@
+"""Data sources of a configuration: token rows, excerpts of documents, and queries with their columns."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from retrograd.core.optim import Params
+from retrograd.lm.data import load_documents
+from retrograd.lm.model import CausalLM, bound_model
+from retrograd.lm.query import Column, contrast, function_column, load_function, query_columns
+from retrograd.lm.rows import Rows, build_rows
+from retrograd.runs.config import QueryConfig
+from retrograd.runs.scores import EXCERPT
+
+__all__ = ["Asked", "load_queries", "load_rows"]
+
+
+class Asked(NamedTuple):
+    """A named query, loaded. record: what query.json says of it; measure: further numbers at given parameters."""
+
+    name: str
+    columns: list[Column]
+    digest: str
+    record: dict[str, Any]
+    measure: Callable[[Params], dict[str, Any]] = lambda params: {}
+
+
+def load_queries(
+    configs: dict[str, QueryConfig], model: CausalLM, tokenizer: Any, *, batch_size: int, like: torch.Tensor
+) -> list[Asked]:
+    """Load and check named queries; contrasts after what they contrast.
+
+    Args:
+        like: A tensor of the dtype and device of the coefficients.
+    """
+    known: dict[str, Asked] = {}
+    for name, config in configs.items():
+        if config.contrast:
+            continue
+        if config.function:
+            known[name] = _function(name, config.function, model, tokenizer, like)
+        else:
+            known[name] = _text(name, config, model, tokenizer, batch_size, like)
+    for name, config in configs.items():
+        if config.contrast:
+            first, second = (known[other] for other in config.contrast)
+            columns = contrast(name, first.columns, second.columns)
+            record = {"kind": "contrast", "of": list(config.contrast)}
+            known[name] = Asked(name, columns, _hash("contrast", first.digest, second.digest), record)
+    return [known[name] for name in configs]
+
+
+def _text(
+    name: str, config: QueryConfig, model: CausalLM, tokenizer: Any, batch_size: int, like: torch.Tensor
+) -> Asked:
+    rows, _ = load_rows(config, tokenizer, model, None, 0, "query" if name == "query" else f"queries.{name}")
+    columns = query_columns(
+        model.objective, rows, config.reduction, name=name, batch_size=batch_size, dtype=like.dtype, device=like.device
+    )
+    record = {
+        "kind": "text", "reduction": config.reduction, "documents": [int(d[-1]) for d in rows.doc_ids],
+        "targets": rows.targets, "truncated": rows.truncated,
+        "skipped": {str(document): reason for document, reason in rows.skipped.items()},
+    }  # fmt: skip
+    return Asked(name, columns, _hash("text", rows.digest(), config.reduction), record)
+
+
+def _function(name: str, path: str, model: CausalLM, tokenizer: Any, like: torch.Tensor) -> Asked:
+    function = load_function(path)
+    try:
+        source = inspect.getsource(function)
+    except OSError:
+        source = path
+    column = function_column(name, function, bound_model(model.module), tokenizer, like)
+    return Asked(name, [column], _hash("function", path, source), {"kind": "function", "function": path})
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def load_rows(
+    source: Any, tokenizer: Any, model: CausalLM, chunk_length: int | None, min_chars: int, name: str
+) -> tuple[Rows, list[str]]:
+    """Token rows of a data or query source, and an excerpt of each document."""
+    documents = load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
+    settings = getattr(model.module, "config")  # noqa: B009
+    context = getattr(settings, "max_position_embeddings", None)
+    longest = source.max_length or (None if chunk_length else context)
+    if context and max(longest or 0, chunk_length or 0) > context:
+        raise ValueError(f"--{name}: rows of {longest or chunk_length} tokens exceed the model's context of {context}")
+    try:
+        rows = build_rows(
+            documents, tokenizer, text_column=source.text_column, max_length=longest, chunk_length=chunk_length,
+            min_chars=min_chars, vocab_size=settings.vocab_size,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"--{name}.dataset {source.dataset}: {error}") from error
+    return rows, _excerpts(documents, source.text_column, tokenizer)
+
+
+def _excerpts(documents: Any, column: str | None, tokenizer: Any) -> list[str]:
+    names = documents.column_names
+    for columns in ([column], ["messages"], ["prompt", "completion"], ["text"], ["input_ids"]):
+        if all(name in names for name in columns):
+            found = zip(*(documents[name] for name in columns))
+            return [_excerpt(values, tokenizer) for values in found]
+    raise AssertionError("build_rows has chosen a column")
+
+
+def _excerpt(values: tuple[Any, ...], tokenizer: Any) -> str:
+    parts = []
+    for value in values:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            parts.append(" ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in value))
+        elif isinstance(value, list):
+            parts.append(tokenizer.decode(value[:EXCERPT]))
+        else:
+            parts.append(str(value or ""))
+    text = " ".join(" ".join(parts).split())
+    return text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"
