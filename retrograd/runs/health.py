@@ -48,15 +48,15 @@ def recipe_findings(recipe: Recipe, batch_size: int, rows: int, dtype: str) -> l
 
 
 _TOLD = {
-    "bfloat16": "bfloat16 parameters swallow small updates (at |w| = 0.02 neighbours are 1e-4 apart): scores are mostly "
-    "noise; a cosine of -0.42 with float32 was measured elsewhere. Use --dtype float32 for scores you act on.",
+    "bfloat16": "bfloat16 parameters swallow small updates (at |w| = 0.02 neighbours are 1e-4 apart): scores are "
+    "mostly noise; a cosine of -0.42 with float32 was measured elsewhere. Use --dtype float32 for scores you act on.",
     "eps_root": "--train.eps_root {root:g} leaves the update rough where gradients are near 0: scores are finite but "
     "predict retraining badly (LDS 0.86 at 1e-6, 0.17 at 1e-8 and about 0 at 1e-10 were measured elsewhere). Raise it "
     "to 1e-6.",
     "dropout": "dropout is active: its draws are replayed exactly, in validation too, yet scores predict retraining "
     "badly under it (LDS 0.97 without, about 0 with it, elsewhere). Leave --train.dropout off.",
-    "batch": "{rows} rows in a step make training rough; larger batches predict better (LDS 0.17 with 64, 0.95 with 256, "
-    "elsewhere). Raise --train.batch_size, and the learning rate with it.",
+    "batch": "{rows} rows in a step make training rough; larger batches predict better (LDS 0.17 with 64, 0.95 with "
+    "256, elsewhere). Raise --train.batch_size, and the learning rate with it.",
 }
 
 
