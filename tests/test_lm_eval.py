@@ -11,12 +11,12 @@ import quiz
 import torch
 import yaml
 
-lm_eval = pytest.importorskip("lm_eval")
-
 from retrograd.lm.choices import Scored, score_questions
 from retrograd.lm.data import load_documents
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.lm.questions import build_questions
+
+pytest.importorskip("lm_eval")
 
 QUESTIONS = 60
 INTRO = "The following are multiple choice questions (with answers) about {}.\n\n"
@@ -55,7 +55,7 @@ def harness(folder: Path, model: Any, tokenizer: Any, name: str, max_length: int
 def test_answers_are_those_of_lm_eval(tmp_path: Path, name: str, bos: bool, max_length: int | None) -> None:
     rows = quiz.questions(QUESTIONS, seed=7)
     (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = str(quiz.save(tmp_path / "model", bos=bos))
+    folder = str(quiz.save(tmp_path / "model", "llama-tied", bos=bos))
     ours, tokenizer = load_causal_lm(folder), load_tokenizer(folder)
     form = "cloze" if "cloze" in name else "letter"
     questions = build_questions(
