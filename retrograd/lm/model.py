@@ -7,8 +7,8 @@ and the vocabulary projection is fused with its cross-entropy where the model's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,15 @@ from torch.overrides import TorchFunctionMode
 from retrograd.core.optim import Params
 from retrograd.lm.loss import fused_ce, token_ce
 
-__all__ = ["CausalLM", "bound_model", "causal_objective", "load_causal_lm", "load_tokenizer", "trainable"]
+__all__ = [
+    "CausalLM",
+    "bound_model",
+    "causal_logits",
+    "causal_objective",
+    "load_causal_lm",
+    "load_tokenizer",
+    "trainable",
+]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -132,19 +140,16 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
     Parameters of the objective go by the names of `trainable(module)`.
     """
     fused = _has_plain_head(module)
-    scored = _Scored(module, fused)
-    readers = trainable(module)[1]
+    call = _functional(_Scored(module, fused))
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
-        placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
-        with sdpa_kernel(SDPBackend.MATH), _keep_float64(coefficients.dtype):
-            return functional_call(scored, placed, (inputs, coefficients), tie_weights=False)
+        return call(params, coefficients.dtype, inputs, coefficients)
 
     return objective, fused
 
 
 def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
-    """params → the module as a function with those parameters in place, twice differentiable; named as `trainable`."""
+    """params → the module as a function of its inputs with those parameters in place, dropout off; named as `trainable`."""
     readers = trainable(module)[1]
 
     def bind(params: Params) -> Callable[..., Any]:
@@ -152,12 +157,53 @@ def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
         dtype = next(iter(params.values())).dtype
 
         def model(*arguments: Any, **options: Any) -> Any:
-            with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
+            with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype), _evaluating(module):
                 return functional_call(module, placed, arguments, options, tie_weights=False)
 
         return model
 
     return bind
+
+
+def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+    """Logits at chosen positions only, differentiable, dropout off whatever the module's mode.
+
+    Returns:
+        (params, input_ids [R, L], rows [M], columns [M]) → [M, V], the prediction of the token after each position;
+        float32 at least. Rows are padded on the right. With a plain head, no other logits exist.
+    """
+    call = _functional(_Chosen(lm.module, lm.fused))
+
+    def logits(params: Params, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        with _evaluating(lm.module):
+            found = call(params, next(iter(params.values())).dtype, input_ids, rows, columns)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    return logits
+
+
+def _functional(wrapped: _Scored | _Chosen) -> Callable[..., Tensor]:
+    """(params, dtype, *arguments) → wrapped(*arguments), with the leaves of `trainable` in their places."""
+    readers = trainable(wrapped.module)[1]
+
+    def call(params: Params, dtype: torch.dtype, *arguments: Any) -> Tensor:
+        placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
+        with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
+            return functional_call(wrapped, placed, arguments, tie_weights=False)
+
+    return call
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule's own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 class _KeepFloat64(TorchFunctionMode):
@@ -203,6 +249,22 @@ class _Scored(nn.Module):
         rows, columns = mask[:, 1:].nonzero(as_tuple=True)
         chosen = hidden[rows, columns]  # state at k-1 predicts token k
         return fused_ce(chosen, head.weight, head.bias, ids[rows, columns + 1], coefficients[rows, columns + 1])
+
+
+class _Chosen(nn.Module):
+    """Model and head at chosen positions, as one module for the same reason."""
+
+    def __init__(self, module: nn.Module, fused: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.fused = fused
+
+    def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        model = _inner(self.module)
+        if not self.fused:
+            return model(input_ids=input_ids, use_cache=False).logits[rows, columns]
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return model.get_output_embeddings()(hidden[rows, columns])
 
 
 def _packed(inputs: dict[str, Tensor], dtype: torch.dtype, module: nn.Module) -> dict[str, Tensor]:
