@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -87,7 +88,29 @@ def fused_ce(
     """
     if chunk is None:
         chunk = max(16, _CHUNK_BYTES // (4 * len(weight)))
+    if is_batchedtensor(hidden):
+        return _Stacked.apply(hidden, weight, bias, targets, coefficients, chunk)
     return _FusedCE.apply(hidden, weight, bias, targets, coefficients, chunk)
+
+
+class _Stacked(torch.autograd.Function):
+    """The fused head under vmap: member by member, each on its own tensors, where plain autograd sees it."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        raise AssertionError("only reached through vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        raise AssertionError("only reached through vmap")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        members = [
+            [x if dim is None else x.select(dim, s) for x, dim in zip(arguments, in_dims)]
+            for s in range(info.batch_size)
+        ]
+        return torch.stack([fused_ce(*member) for member in members]), 0
 
 
 class _FusedCE(torch.autograd.Function):
