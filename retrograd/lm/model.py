@@ -47,6 +47,11 @@ class CausalLM:
     objective: Callable[[Params, Any, Tensor], Tensor]
     fused: bool
 
+    def evaluated(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
+        """The objective with dropout off: what a query asks, however the model is trained."""
+        with _evaluating(self.module):
+            return self.objective(params, inputs, coefficients)
+
 
 def trainable(module: nn.Module) -> tuple[Params, dict[str, str]]:
     """The trainable leaves of a module, one per storage, and every parameter name that reads each of them.
@@ -149,7 +154,7 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
 
 
 def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
-    """params → the module as a function of its inputs with those parameters in place, dropout off; named as `trainable`."""
+    """params, named as by `trainable` → the module as a function of its inputs with them in place, dropout off."""
     readers = trainable(module)[1]
 
     def bind(params: Params) -> Callable[..., Any]:

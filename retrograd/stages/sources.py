@@ -60,7 +60,7 @@ def _text(
 ) -> Asked:
     rows, _ = load_rows(config, tokenizer, model, None, 0, "query" if name == "query" else f"queries.{name}")
     columns = query_columns(
-        model.objective, rows, config.reduction, name=name, batch_size=batch_size, dtype=like.dtype, device=like.device
+        model.evaluated, rows, config.reduction, name=name, batch_size=batch_size, dtype=like.dtype, device=like.device
     )
     record = {
         "kind": "text", "reduction": config.reduction, "documents": [int(d[-1]) for d in rows.doc_ids],
