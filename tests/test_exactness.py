@@ -63,6 +63,45 @@ def test_forward_mode_identity(recipe: Recipe) -> None:
     assert check.relative_error(1.001 * scores @ v, slope) > 1e-12
 
 
+def test_the_tangent_identity_by_hessian_vector_products(recipe: Recipe, stream: Tokens) -> None:
+    """⟨τ, v⟩ = ⟨∇φ, θ̇_T⟩ for two directions at once, and the states on the way are training's own."""
+    run, seen = training(recipe, stream), []
+    _, scores = metagradient(run, params(), query)
+    v = torch.stack([direction(run.weights.shape), direction(run.weights.shape).flip(0)])
+    final, tangents = check.forward_tangent(run, params(), v, lambda state: seen.append(state.step))
+    assert tree.digest(final) == tree.digest(check.train(run, params()))
+    assert seen == list(range(1, STEPS + 1))
+    slopes = sum(torch.einsum("k...,d...->kd", g, tangents[n]) for n, g in query(final.params)[1].items())
+    expected = torch.einsum("k...,d...->kd", scores, v)
+    assert check.relative_error(slopes, expected) < 1e-12
+    assert check.relative_error(slopes, 1.001 * expected) > 1e-12
+
+
+def test_the_tangent_passes_through_a_foreign_optimizer_with_a_step_count() -> None:
+    torchopt = pytest.importorskip("torchopt")
+    run = training(Recipe(Pair(torchopt.adam(0.02, eps_root=1e-6))))
+    _, scores = metagradient(run, params(), query)
+    v = direction(run.weights.shape)
+    final, tangents = check.forward_tangent(run, params(), v[None])
+    slopes = sum(torch.einsum("k...,d...->k", g, tangents[n]) for n, g in query(final.params)[1].items())
+    assert check.relative_error(slopes, scores @ v) < 1e-12
+
+
+def test_the_extrapolated_slope_knows_how_sure_it_is() -> None:
+    def wavy(h: float) -> Tensor:
+        return torch.tensor([3 + 40 * h, 20 * h], dtype=torch.float64).sin()
+
+    expected = torch.tensor([40, 20]).double() * torch.tensor([3.0, 0.0]).double().cos()
+    found = check.extrapolated_slope(wavy, [0.02 / 2**i for i in range(6)], 1e-16, torch.full((2,), 1e-9).double())
+    error = (found.slope - expected).abs()
+    assert (error <= found.uncertainty).all()
+    assert (found.uncertainty < 1e-6).all()
+    assert found.trainings == 12
+    rough = check.extrapolated_slope(wavy, [0.02 / 2**i for i in range(6)], 1e-4, torch.full((2,), 1e-9).double())
+    assert ((rough.slope - expected).abs() <= rough.uncertainty).all()
+    assert (rough.uncertainty > 1e-3).all()  # rounding of φ of that size cannot be seen in its values
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied_embeddings"])
 def test_retraining_agrees(recipe: Recipe, tied: bool) -> None:
     """Central differences and the Taylor rate; a score made 0.1 % wrong fails both."""

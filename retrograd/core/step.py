@@ -34,6 +34,7 @@ __all__ = [
     "coefficients",
     "initial_state",
     "micro_batches",
+    "micro_batches_of",
     "pullback",
     "random_draws",
     "step",
@@ -163,7 +164,7 @@ def initial_state(recipe: Recipe, params: Params) -> State:
 
 def step(training: Training, state: State) -> Stepped:
     """s_t → s_{t+1}. A pure function of the state: the same state gives the same bits."""
-    recipe, batches, seed = _prepare(training, state)
+    recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     loss, grads = training.engine.gradient(state.params, batches, training.weights, seed)
     with torch.no_grad():
         grad_norm = float(tree.norm(grads))
@@ -181,7 +182,7 @@ def pullback(training: Training, state: State, cotangent: Cotangent, probe: Para
         cotangent: λ_{t+1}, tensors [K, *shape].
         probe: A direction u; the Hessian-vector product Hu comes out of the same graph as one more query.
     """
-    recipe, batches, seed = _prepare(training, state)
+    recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     queries = len(next(iter(cotangent.params.values())))
     after: list[Any] = []
 
@@ -223,6 +224,13 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     return [tree.map(lambda x, start=start: x[start : start + size], batch) for start in range(0, rows, size)]
 
 
+def micro_batches_of(training: Training, step: int) -> tuple[list[Batch], str | None]:
+    """What the engine gets at a step: its micro-batches and the seed of its draws, None where there are none."""
+    recipe = training.recipe
+    seed = f"{recipe.seed}/{step}" if recipe.stochastic else None
+    return micro_batches(training.stream[step], recipe.micro_batch_size), seed
+
+
 @contextmanager
 def random_draws(seed: str | None, part: int) -> Iterator[None]:
     """Random numbers as a function of (seed, step, micro-batch), without disturbing the caller's."""
@@ -243,10 +251,3 @@ def _swallowed(before: Params, after: Params, grads: Params) -> float:
     moved = [(g != 0, before[name] == after[name]) for name, g in grads.items()]
     live = sum(int(pushed.sum()) for pushed, _ in moved)
     return sum(int((pushed & still).sum()) for pushed, still in moved) / max(1, live)
-
-
-def _prepare(training: Training, state: State) -> tuple[Recipe, list[Batch], str | None]:
-    recipe = training.recipe
-    batch = training.stream[state.step]
-    seed = f"{recipe.seed}/{state.step}" if recipe.stochastic else None
-    return recipe, micro_batches(batch, recipe.micro_batch_size), seed
