@@ -66,13 +66,13 @@ class MetasmoothnessConfig(MagicConfig):
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """An independent certificate for a finished run: replay, adjoint identity, central differences."""
+    """An independent certificate for a finished run: files, replay, adjoint identity, central differences."""
 
     run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
     """Folder of a finished run."""
     steps: int = 6
-    """Steps of the shortened run that is checked in float64."""
+    """Steps of the shortened run that is checked in float64; 0 leaves that check out."""
     directions: int = 2
-    """Random directions of data weights for the central differences."""
+    """Directions of data weights for the central differences, four to ten retrainings each; 0 leaves them out."""
     seed: int = 0
     """Of the directions."""

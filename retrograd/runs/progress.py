@@ -54,15 +54,17 @@ class Bars:
     def __call__(self, event: Event) -> None:
         """Move the bar that the event belongs to."""
         if isinstance(event, Reversed):
-            self._move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
+            self.move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
         elif isinstance(event, Turned) or not event.replayed:
-            self._move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
+            self.move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
         elif isinstance(event, Advanced) and "reverse" in self.tasks:
             self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
 
-    def _move(self, name: str, done: int, note: str) -> None:
+    def move(self, name: str, done: int, note: str = "", total: int | None = None) -> None:
+        """Move any bar, `steps` long if no total is given; it appears when it first moves."""
         if name not in self.tasks:
-            self.tasks[name] = self.progress.add_task(name, total=self.steps, completed=done - 1, rate="", note="")
+            total = self.steps if total is None else total
+            self.tasks[name] = self.progress.add_task(name, total=total, completed=done - 1, rate="", note="")
         task = next(task for task in self.progress.tasks if task.id == self.tasks[name])
         rate = f"{task.speed:.2f} steps/s" if task.speed else ""
         self.progress.update(self.tasks[name], completed=done, rate=rate, note=note)

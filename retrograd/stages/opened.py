@@ -18,7 +18,18 @@ from retrograd.runs.parse import build, parse_size, read_yaml
 from retrograd.runs.trajectory import Replay, Trajectory
 from retrograd.stages.assemble import Loaded, assemble
 
-__all__ = ["Opened", "added_queries", "describe", "open_run", "refuse_other", "replay_of", "set_threads"]
+__all__ = [
+    "Opened",
+    "added_queries",
+    "describe",
+    "finished",
+    "load_run",
+    "open_run",
+    "refuse_other",
+    "replay_of",
+    "set_threads",
+    "with_queries",
+]
 
 
 class Opened(NamedTuple):
@@ -45,27 +56,54 @@ def open_run(folder: Path, more: dict[str, QueryConfig] | None = None, *, thread
     Raises:
         ValueError: If there is no finished run, a name is taken, or data, model or recipe have changed since.
     """
+    manifest = finished(folder)
+    run = load_run(folder, manifest, more, threads=threads)
+    refuse_other(folder, manifest, run.loaded)
+    return run
+
+
+def finished(folder: Path) -> Manifest:
+    """The manifest of a finished run.
+
+    Raises:
+        ValueError: If there is none.
+    """
     if not (folder / "run_config.yaml").exists():
         raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
     manifest = Manifest(folder / "manifest.json")
     if not manifest.done("scores"):
         raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
+    return manifest
+
+
+def load_run(
+    folder: Path, manifest: Manifest, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None
+) -> Opened:
+    """As `open_run`, whether or not data, model and recipe are what they were."""
     config = dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder)
-    own = configs.queries_of(config)
-    added = {name: query for name, query in added_queries(folder).items() if name not in (more or {})}
-    taken = sorted(own.keys() & (more or {}).keys())
-    if taken:
-        raise ValueError(f"{folder} has a query named {taken[0]!r} already; give the new one another name")
-    everything = {**own, **added, **(more or {})}
-    for name, query in everything.items():
-        configs.check_query(name, query, everything)
-    loaded = assemble(dataclasses.replace(config, query=QueryConfig(), queries=everything))
+    loaded = assemble(with_queries(config, more))
     if threads is None:
         set_threads(manifest)
     else:
         torch.set_num_threads(threads)
-    refuse_other(folder, manifest, loaded)
     return Opened(folder, config, manifest, loaded)
+
+
+def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None) -> MagicConfig:
+    """The configuration of a run with its own queries, those added to it and `more` new ones, all by name.
+
+    Raises:
+        ValueError: If a name is taken, or a query cannot work.
+    """
+    own = configs.queries_of(config)
+    added = {name: query for name, query in added_queries(config.run).items() if name not in (more or {})}
+    taken = sorted(own.keys() & (more or {}).keys())
+    if taken:
+        raise ValueError(f"{config.run} has a query named {taken[0]!r} already; give the new one another name")
+    everything = {**own, **added, **(more or {})}
+    for name, query in everything.items():
+        configs.check_query(name, query, everything)
+    return dataclasses.replace(config, query=QueryConfig(), queries=everything)
 
 
 def added_queries(folder: Path) -> dict[str, QueryConfig]:
