@@ -13,6 +13,7 @@ others retrain and do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -152,38 +153,46 @@ def taylor_errors(
 def extrapolated_slope(
     values: Callable[[float], Tensor], sizes: Sequence[float], noise: float, goal: Tensor
 ) -> Measured:
-    """dφ/dh at 0 from central differences at falling h, extrapolated to h = 0; stops when it is as sure as `goal`.
+    """dφ/dh at 0 from central differences D(h) at falling h, extrapolated to h = 0; stops when as sure as `goal`.
 
-    Ridders, Advances in Engineering Software 4 (1982) 75: the differences of neighbouring extrapolations bound the
-    truncation error; noise/h is added for the rounding of φ.
+        E_i = D_i + (D_i − D_{i−1})/(f − 1), f = (h_{i−1}/h_i)²        uncertainty |E_i − E_{i−1}| + noise·|φ|/h_i
+
+    A rough φ has another slope at a larger scale, and differences that agree there would be sure of a wrong one. So a
+    size counts only where D_{i−1} − D_{i−2} is f times D_i − D_{i−1}, give or take 1.7, or both are rounding.
+    Richardson, Phil. Trans. R. Soc. A 210 (1911) 307.
 
     Args:
         values: h → φ [K] at that place.
-        sizes: Falling h, each the same multiple of the next.
+        sizes: Falling h, each the same multiple of the next; at least three.
         noise: Rounding error to be expected of a value of φ, relative to it.
         goal: Uncertainty that is good enough, [K] float64.
+    Returns:
+        The surest slopes; where no size counts their uncertainty is infinite.
 
     >>> goal = torch.zeros(1, dtype=torch.float64)
-    >>> extrapolated_slope(lambda h: goal.new_tensor([h]).exp(), (0.4, 0.2, 0.1), 1e-16, goal).slope
+    >>> extrapolated_slope(lambda h: goal.new_tensor([h]).sin(), (0.04, 0.02, 0.01), 1e-16, goal).slope
     tensor([1.0000], dtype=torch.float64)
     """
     factor = (sizes[0] / sizes[1]) ** 2
-    above: list[Tensor] = []
-    slope, uncertainty, taken = goal * 0, torch.full_like(goal, torch.inf), 0
+    slope, uncertainty = goal * 0, torch.full_like(goal, torch.inf)
+    differences: list[Tensor] = []
     for h in sizes:
         ahead, behind = values(h).to(goal), values(-h).to(goal)
-        taken += 2
-        floor = noise * torch.maximum(ahead.abs(), behind.abs()) / h
-        row = [(ahead - behind) / (2 * h)]
-        for order, other in enumerate(above, 1):
-            row.append(row[-1] + (row[-1] - other) / (factor**order - 1))
-            error = torch.maximum((row[-1] - row[-2]).abs(), (row[-1] - other).abs()) + floor
-            better = error < uncertainty
-            slope, uncertainty = torch.where(better, row[-1], slope), torch.where(better, error, uncertainty)
-        above = row
+        differences.append((ahead - behind) / (2 * h))
+        if len(differences) < 3:
+            continue
+        before, last, now = differences[-3:]
+        rounding = noise * torch.maximum(ahead.abs(), behind.abs()) / h
+        earlier, later = last - before, now - last
+        smooth = (earlier / later / factor).log().abs() <= math.log(1.7)  # NaN for opposite signs: not smooth
+        counts = smooth | (torch.maximum(earlier.abs(), later.abs()) <= rounding)
+        found = now + later / (factor - 1)
+        error = (found - last - earlier / (factor - 1)).abs() + rounding
+        better = counts & (error < uncertainty)
+        slope, uncertainty = torch.where(better, found, slope), torch.where(better, error, uncertainty)
         if (uncertainty <= goal).all():
             break
-    return Measured(slope, uncertainty, taken)
+    return Measured(slope, uncertainty, 2 * len(differences))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
