@@ -151,14 +151,15 @@ def taylor_errors(
 
 
 def extrapolated_slope(
-    values: Callable[[float], Tensor], sizes: Sequence[float], noise: float, goal: Tensor
+    values: Callable[[float], Tensor], sizes: Sequence[float], noise: float, goal: Tensor, expected: Tensor
 ) -> Measured:
-    """dφ/dh at 0 from central differences D(h) at falling h, extrapolated to h = 0; stops when as sure as `goal`.
+    """dφ/dh at 0 from central differences D(h) at falling h, extrapolated to h = 0.
 
         E_i = D_i + (D_i − D_{i−1})/(f − 1), f = (h_{i−1}/h_i)²        uncertainty |E_i − E_{i−1}| + noise·|φ|/h_i
 
     A rough φ has another slope at a larger scale, and differences that agree there would be sure of a wrong one. So a
-    size counts only where D_{i−1} − D_{i−2} is f times D_i − D_{i−1}, give or take 1.7, or both are rounding.
+    size counts only where D_{i−1} − D_{i−2} is f times D_i − D_{i−1}, give or take 1.7, or both are rounding, and no
+    later D is farther from E_i. It stops early only at the slope expected; another one has to outlast every size.
     Richardson, Phil. Trans. R. Soc. A 210 (1911) 307.
 
     Args:
@@ -166,15 +167,16 @@ def extrapolated_slope(
         sizes: Falling h, each the same multiple of the next; at least three.
         noise: Rounding error to be expected of a value of φ, relative to it.
         goal: Uncertainty that is good enough, [K] float64.
+        expected: Slope at which an early stop is allowed, [K] float64, within twice the goal.
     Returns:
         The surest slopes; where no size counts their uncertainty is infinite.
 
     >>> goal = torch.zeros(1, dtype=torch.float64)
-    >>> extrapolated_slope(lambda h: goal.new_tensor([h]).sin(), (0.04, 0.02, 0.01), 1e-16, goal).slope
+    >>> extrapolated_slope(lambda h: goal.new_tensor([h]).sin(), (0.04, 0.02, 0.01), 1e-16, goal, goal + 1).slope
     tensor([1.0000], dtype=torch.float64)
     """
     factor = (sizes[0] / sizes[1]) ** 2
-    slope, uncertainty = goal * 0, torch.full_like(goal, torch.inf)
+    slope, uncertainty, distance = goal * 0, torch.full_like(goal, torch.inf), goal * 0
     differences: list[Tensor] = []
     for h in sizes:
         ahead, behind = values(h).to(goal), values(-h).to(goal)
@@ -183,6 +185,7 @@ def extrapolated_slope(
             continue
         before, last, now = differences[-3:]
         rounding = noise * torch.maximum(ahead.abs(), behind.abs()) / h
+        uncertainty[(now - slope).abs() > distance + rounding + uncertainty] = torch.inf
         earlier, later = last - before, now - last
         smooth = (earlier / later / factor).log().abs() <= math.log(1.7)  # NaN for opposite signs: not smooth
         counts = smooth | (torch.maximum(earlier.abs(), later.abs()) <= rounding)
@@ -190,7 +193,8 @@ def extrapolated_slope(
         error = (found - last - earlier / (factor - 1)).abs() + rounding
         better = counts & (error < uncertainty)
         slope, uncertainty = torch.where(better, found, slope), torch.where(better, error, uncertainty)
-        if (uncertainty <= goal).all():
+        distance = torch.where(better, (now - found).abs(), distance)
+        if ((uncertainty <= goal) & ((slope - expected).abs() <= 2 * goal)).all():
             break
     return Measured(slope, uncertainty, 2 * len(differences))
 

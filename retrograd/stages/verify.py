@@ -218,14 +218,14 @@ def _differences(
     directions = torch.stack([_aligned(scores, groups, draw)[i % groups] for i in range(count)]).to(training.weights)
     predicted, scale = _predicted(scores, directions)
     measured = []
-    for direction, size in zip(directions, scale):
+    for direction, size, slope in zip(directions, scale, predicted):
 
         def values(h: float, direction: Tensor = direction) -> Tensor:
             final = check.train(training, params, training.weights + h * direction, observe)
             return queries.values(final.params).cpu()
 
         eps = torch.finfo(dtype).eps
-        measured.append(check.extrapolated_slope(values, _sizes(dtype), eps, size * tolerance / 2))
+        measured.append(check.extrapolated_slope(values, _sizes(dtype), eps, size * tolerance / 2, slope))
     slopes, noises = torch.stack([m.slope for m in measured]), torch.stack([m.uncertainty for m in measured])
     what = f"scores against {sum(m.trainings for m in measured)} retrainings along {count} directions"
     return compare(name, what, predicted, slopes, noises, scale, tolerance)
