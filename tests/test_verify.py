@@ -185,6 +185,7 @@ def test_added_queries_are_part_of_the_certificate(world: Path, run: Path) -> No
     assert main(["query", str(run), "--name", "more", "--query.dataset", str(run.parent / "more.jsonl")]) == 0
     checks = certificate(run, "--steps", "0", "--directions", "0", code=0)
     assert "2 query columns" in checks["adjoint"]["words"]
+    assert "1 ± 3.0e-04 would be seen" in checks["adjoint"]["words"]
     scores = torch.load(run / "queries/more/scores.pt", weights_only=True)
     torch.save(scores * 1.001, run / "queries/more/scores.pt")
     assert failed(certificate(run, "--steps", "0", "--directions", "0", code=1)) == {"scores file", "adjoint"}

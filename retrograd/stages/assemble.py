@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from retrograd.lm.query import Queries
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
-from retrograd.runs.health import recipe_findings
+from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.manifest import fingerprint
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
@@ -29,6 +28,7 @@ __all__ = ["Loaded", "assemble", "optimizer"]
 class Loaded(NamedTuple):
     """Everything a run is made of, loaded and checked before the first step.
 
+    findings: what the recipe alone gives away.
     identity: hash of the training; what is asked of it has hashes of its own.
     """
 
@@ -40,6 +40,7 @@ class Loaded(NamedTuple):
     training: Training
     initial: State
     asked: list[Asked]
+    findings: list[Finding]
     identity: str
 
     @property
@@ -84,15 +85,14 @@ def assemble(config: MagicConfig) -> Loaded:
         optimizer(train, len(stream), _embeddings(model)), train.max_grad_norm, train.micro_batch_size, train.seed,
         train.dropout,
     )  # fmt: skip
-    for finding in recipe_findings(recipe, train.batch_size, len(rows), config.dtype):
-        warnings.warn(str(finding), stacklevel=2)
+    findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
     training = Training(recipe, Double(model.objective), stream, stream.weights)
     initial = initial_state(recipe, model.params)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
         stream.epochs, config.attribute, config.dtype,
     )  # fmt: skip
-    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, identity)
+    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, findings, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:

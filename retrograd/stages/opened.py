@@ -23,6 +23,7 @@ __all__ = [
     "added_queries",
     "describe",
     "finished",
+    "free_memory",
     "load_run",
     "open_run",
     "refuse_other",
@@ -56,37 +57,21 @@ def open_run(folder: Path, more: dict[str, QueryConfig] | None = None, *, thread
     Raises:
         ValueError: If there is no finished run, a name is taken, or data, model or recipe have changed since.
     """
-    manifest = finished(folder)
-    run = load_run(folder, manifest, more, threads=threads)
-    refuse_other(folder, manifest, run.loaded)
+    run = load_run(*finished(folder), more, threads=threads)
+    refuse_other(folder, run.manifest, run.loaded)
     return run
 
 
-def finished(folder: Path) -> Manifest:
-    """The manifest of a finished run.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not (folder / "run_config.yaml").exists():
-        raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
-    manifest = Manifest(folder / "manifest.json")
-    if not manifest.done("scores"):
-        raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
-    return manifest
-
-
 def load_run(
-    folder: Path, manifest: Manifest, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None
+    config: MagicConfig, manifest: Manifest, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None
 ) -> Opened:
     """As `open_run`, whether or not data, model and recipe are what they were."""
-    config = dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder)
     loaded = assemble(with_queries(config, more))
     if threads is None:
         set_threads(manifest)
     else:
         torch.set_num_threads(threads)
-    return Opened(folder, config, manifest, loaded)
+    return Opened(config.run, config, manifest, loaded)
 
 
 def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None) -> MagicConfig:
@@ -104,6 +89,20 @@ def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None
     for name, query in everything.items():
         configs.check_query(name, query, everything)
     return dataclasses.replace(config, query=QueryConfig(), queries=everything)
+
+
+def finished(folder: Path) -> tuple[MagicConfig, Manifest]:
+    """Configuration and manifest of a finished run.
+
+    Raises:
+        ValueError: If there is none in the folder.
+    """
+    if not (folder / "run_config.yaml").exists():
+        raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
+    manifest = Manifest(folder / "manifest.json")
+    if not manifest.done("scores"):
+        raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
+    return dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder), manifest
 
 
 def added_queries(folder: Path) -> dict[str, QueryConfig]:
@@ -139,12 +138,13 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Loaded) -> None:
 def replay_of(config: MagicConfig) -> Replay:
     """Budgets in bytes; "auto" is half of what is free now."""
     given = config.replay
-    memory = _free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
+    memory = free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
     disk = shutil.disk_usage(config.run).free // 2 if given.disk == "auto" else parse_size(given.disk)
     return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, given.heartbeat)
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Bytes that processes can still take; a guess of 4 GiB where the system does not tell."""
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024

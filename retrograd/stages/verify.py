@@ -29,6 +29,7 @@ from retrograd.core.sweep import metagradient
 from retrograd.lm.query import Queries
 from retrograd.runs.certificate import Check, attempt, compare, record, table, told
 from retrograd.runs.commands import VerifyConfig
+from retrograd.runs.config import MagicConfig
 from retrograd.runs.files import write_json
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
@@ -63,7 +64,7 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
     console, start = console or Console(), time.monotonic()
     if min(config.steps, config.directions) < 0:
         raise ValueError(f"--steps {config.steps} and --directions {config.directions} have to be 0 or more")
-    checks = list(_checks(config, finished(config.run)))
+    checks = list(_checks(config, *finished(config.run)))
     failed = [one.name for one in checks if one.verdict == "failed"]
     unchecked = [one.name for one in checks if one.verdict == "not checked"]
     write_json(config.run / "verify.json", {
@@ -80,11 +81,11 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
     return 1 if failed else 0
 
 
-def _checks(config: VerifyConfig, manifest: Manifest) -> Iterator[Check]:
+def _checks(config: VerifyConfig, settings: MagicConfig, manifest: Manifest) -> Iterator[Check]:
     """All checks, in the order of their cost."""
     yield from attempt("scores file", lambda: score_checks(config.run, manifest))
     try:
-        run = load_run(config.run, manifest)
+        run = load_run(settings, manifest)
     except (ValueError, OSError) as error:
         yield Check("inputs", "failed", f"what the run is made of cannot be loaded: {told(error)}")
         yield from _left_out("the inputs cannot be loaded")
