@@ -125,6 +125,7 @@ class Trajectory:
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
         if self.folder and (self.folder / "final.safetensors").exists():
+            self.store.kept = set(self.store.durable()) if self.replay.keep else set()
             return self._read_final()
         actions = self._forward_plan()
         turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
