@@ -184,6 +184,7 @@ def test_added_queries_are_part_of_the_certificate(world: Path, run: Path) -> No
     tiny.save_jsonl(run.parent / "more.jsonl", tiny.sentences(2, seed=5))
     assert main(["query", str(run), "--name", "more", "--query.dataset", str(run.parent / "more.jsonl")]) == 0
     checks = certificate(run, "--steps", "0", "--directions", "0", code=0)
+    assert checks["states"]["words"].startswith("3 on disk")  # the query has left the kept states alone
     assert "2 query columns" in checks["adjoint"]["words"]
     assert "1 ± 3.0e-04 would be seen" in checks["adjoint"]["words"]
     scores = torch.load(run / "queries/more/scores.pt", weights_only=True)

@@ -57,9 +57,11 @@ def compare(
     if decided.any():
         worst = float(error[sure].max())
         which = columns if decided.all() else f"{int(decided.sum())} of {columns}"
-        found.append(
-            Check(name, "passed", f"{what}: equal for {which}, noise {_number(noise, sure)}", worst, tolerance)
+        seen = torch.where(sure, tolerance * scale / predicted.abs(), torch.inf).min(0).values[decided].max()
+        words = (
+            f"{what}: equal for {which}, noise {_number(noise, sure)}; a factor of 1 ± {float(seen):.1e} would be seen"
         )
+        found.append(Check(name, "passed", words, worst, tolerance))
     if not decided.all():
         hidden = noise[:, ~decided].min(0).values.max()
         words = f"{what}: for {int((~decided).sum())} of {columns} "
