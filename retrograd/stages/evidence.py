@@ -126,7 +126,9 @@ def query_check(run: Opened, values: Tensor, gradient: Params) -> Check:
             size = tree.norm([wanted[name].cpu() for name in names]).clamp_min(1e-300)
             worst = max(worst, float(tree.norm(apart) / size))
     tolerance = QUERY_ERROR.get(dtype, 1e-2)
-    what = f"values and gradients of {len(run.loaded.asked)} queries at the replayed final state are those on disk"
+    what = (
+        f"values and gradients of {len(run.loaded.asked)} named queries at the replayed final state are those on disk"
+    )
     return Check("query", "passed" if worst <= tolerance else "failed", what, worst, tolerance)
 
 

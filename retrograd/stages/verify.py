@@ -136,7 +136,7 @@ class _Ledger:
             first = self.drifted[0]
             known = "has another digest" if first in self.expected else "has no digest on disk"
             words = (
-                f"state {first} {known}, {len(self.drifted)} of {steps} states in all: the inputs' arithmetic is not "
+                f"state {first} {known}, {len(self.drifted)} of {steps} states in all: the arithmetic is not "
                 "the run's (another machine, thread count or library), or the digests were changed"
             )
             return Check("replay", "failed", words)
