@@ -286,8 +286,8 @@ def check_query(name: str, query: QueryConfig, known: dict[str, QueryConfig]) ->
         if number is not None and number < 1:
             raise ValueError(f"query {name!r}: {setting} is {number}; it has to be at least 1")
     if query.contrast:
-        if len(query.contrast) != 2:
-            raise ValueError(f"query {name!r}: contrast names {len(query.contrast)} queries; it takes two")
+        if len(query.contrast) != 2 or len(set(query.contrast)) != 2:
+            raise ValueError(f"query {name!r} contrasts {', '.join(query.contrast)}; it takes two different queries")
         for other in query.contrast:
             if other not in known or known[other].contrast:
                 raise ValueError(

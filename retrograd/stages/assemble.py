@@ -19,7 +19,7 @@ from retrograd.lm.query import Queries
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
-from retrograd.runs.health import recipe_findings
+from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.manifest import fingerprint
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
@@ -29,7 +29,7 @@ __all__ = ["Loaded", "assemble", "optimizer"]
 class Loaded(NamedTuple):
     """Everything a run is made of, loaded and checked before the first step.
 
-    identity: hash of the training; what is asked of it has hashes of its own.
+    identity: hash of the training; what is asked of it has hashes of its own. findings: what the recipe gives away.
     """
 
     rows: Rows
@@ -41,6 +41,7 @@ class Loaded(NamedTuple):
     initial: State
     asked: list[Asked]
     identity: str
+    findings: list[Finding]
 
     @property
     def queries(self) -> Queries:
@@ -84,7 +85,8 @@ def assemble(config: MagicConfig) -> Loaded:
         optimizer(train, len(stream), _embeddings(model)), train.max_grad_norm, train.micro_batch_size, train.seed,
         train.dropout,
     )  # fmt: skip
-    for finding in recipe_findings(recipe, train.batch_size, len(rows), config.dtype):
+    findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
+    for finding in findings:
         warnings.warn(str(finding), stacklevel=2)
     training = Training(recipe, Double(model.objective), stream, stream.weights)
     initial = initial_state(recipe, model.params)
@@ -92,7 +94,7 @@ def assemble(config: MagicConfig) -> Loaded:
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
         stream.epochs, config.attribute, config.dtype,
     )  # fmt: skip
-    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, identity)
+    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, identity, findings)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:

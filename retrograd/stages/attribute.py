@@ -67,7 +67,8 @@ def write_results(
     if gradients is not None:
         write_json(folder / "recipe_gradients.json", gradients)
     findings = sweep_findings(train, reverse, loaded.training.recipe)
-    write_json(folder / "health.json", {"findings": [vars(finding) for finding in findings]})
+    told = [*loaded.findings, *findings]
+    write_json(folder / "health.json", {"findings": [vars(finding) for finding in told]})
     start = 0
     for one in asked if len(asked) > 1 else ():
         part = slice(start, start := start + len(one.columns))

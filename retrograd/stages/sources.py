@@ -14,7 +14,7 @@ from retrograd.core.optim import Params
 from retrograd.lm.choices import Questions, Scored, build_questions, choice_columns, choice_objective, score_questions
 from retrograd.lm.data import load_documents
 from retrograd.lm.model import CausalLM, bound_model
-from retrograd.lm.query import Column, batch_columns, contrast, function_column, load_function, query_columns
+from retrograd.lm.query import Column, Queries, batch_columns, contrast, function_column, load_function, query_columns
 from retrograd.lm.rows import Rows, build_rows
 from retrograd.runs.config import QueryConfig
 from retrograd.runs.scores import EXCERPT
@@ -132,6 +132,7 @@ def _function(name: str, path: str, model: CausalLM, tokenizer: Any, like: torch
     except OSError:
         source = path
     column = function_column(name, function, bound_model(model.module), tokenizer, like)
+    Queries([column])(model.params)  # what is no query says so now, not after training
     return Asked(name, [column], _hash("function", path, source), {"kind": "function", "function": path})
 
 
