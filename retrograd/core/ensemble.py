@@ -21,7 +21,7 @@ from retrograd.core import tree
 from retrograd.core.optim import Moments, Params, clip
 from retrograd.core.step import Batch, Objective, Recipe, Training, coefficients, micro_batches, random_draws
 
-__all__ = ["train_many"]
+__all__ = ["check_objective", "train_many"]
 
 
 def train_many(
@@ -63,7 +63,7 @@ def train_many(
     recipe, steps = training.recipe, len(training.stream)
     single = {name: theta.detach() for name, theta in params.items()}
     if steps:
-        _check_objective(training, single, objective)
+        check_objective(training, single, objective)
     chosen, place = _distinct(weights)
     size = len(chosen)
     start = (single, recipe.optimizer.init(single))
@@ -75,6 +75,36 @@ def train_many(
         if observe is not None:
             observe(t, losses[place])
     return stacked if size == len(weights) else {name: theta[place] for name, theta in stacked.items()}
+
+
+def check_objective(training: Training, params: Params, objective: Objective) -> None:
+    """Two equal members on the first micro-batch have to have the value of one alone.
+
+    Losses are compared, not only draws counted: vmap may draw as many numbers and use them otherwise.
+
+    Raises:
+        ValueError: If the objective does not run under `torch.vmap`, or has another value there.
+    """
+    (batch, *_), seed = _parts(training, 0)
+    factors = coefficients(batch, training.weights)
+    with torch.no_grad(), random_draws(seed, 0):
+        alone = objective(params, batch.inputs, factors)
+    pair = tree.map(lambda x: torch.stack([x, x]), params)
+    try:
+        with torch.no_grad(), random_draws(seed, 0):
+            stacked = _losses(objective, pair, batch, torch.stack([factors, factors]), seed)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the objective does not run under torch.vmap: {str(error).strip().splitlines()[0]} Retrain one set of "
+            "weights at a time with check.train; where dropout is on, the recipe has to say stochastic=True."
+        ) from error
+    close = torch.finfo(alone.dtype).eps ** 0.5
+    if not torch.allclose(stacked, alone.expand(2), rtol=close, atol=close, equal_nan=True):
+        raise ValueError(
+            f"two equal members of a stack have losses {stacked.tolist()}, one alone has {float(alone)}: the "
+            "objective's random draws or its arithmetic are others under torch.vmap. Retrain one set of weights at a "
+            "time with check.train, or draw from the inputs' shape only."
+        )
 
 
 def _gradient(
@@ -118,33 +148,6 @@ def _distinct(weights: Tensor) -> tuple[Tensor, Tensor]:
     first = [next(r for r in range(s + 1) if torch.equal(weights[r], weights[s])) for s in range(len(weights))]
     kept = sorted(set(first))
     return weights[kept], torch.tensor([kept.index(s) for s in first], device=weights.device)
-
-
-def _check_objective(training: Training, params: Params, objective: Objective) -> None:
-    """Two equal members on the first micro-batch have to have the value of one alone.
-
-    Losses are compared, not only draws counted: vmap may draw as many numbers and use them otherwise.
-    """
-    (batch, *_), seed = _parts(training, 0)
-    factors = coefficients(batch, training.weights)
-    with torch.no_grad(), random_draws(seed, 0):
-        alone = objective(params, batch.inputs, factors)
-    pair = tree.map(lambda x: torch.stack([x, x]), params)
-    try:
-        with torch.no_grad(), random_draws(seed, 0):
-            stacked = _losses(objective, pair, batch, torch.stack([factors, factors]), seed)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the objective does not run under torch.vmap: {str(error).strip().splitlines()[0]} Retrain one set of "
-            "weights at a time with check.train; where dropout is on, the recipe has to say stochastic=True."
-        ) from error
-    close = torch.finfo(alone.dtype).eps ** 0.5
-    if not torch.allclose(stacked, alone.expand(2), rtol=close, atol=close, equal_nan=True):
-        raise ValueError(
-            f"two equal members of a stack have losses {stacked.tolist()}, one alone has {float(alone)}: the objective's "
-            "random draws or its arithmetic are others under torch.vmap. Retrain one set of weights at a time with "
-            "check.train, or draw from the inputs' shape only."
-        )
 
 
 def _parts(training: Training, t: int) -> tuple[list[Batch], str | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -17,7 +19,7 @@ from rich.progress import (
 
 from retrograd.core.sweep import Advanced, Event, Reversed, Turned
 
-__all__ = ["Bars"]
+__all__ = ["Bars", "counting"]
 
 
 class Bars:
@@ -30,17 +32,7 @@ class Bars:
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps, self.tasks = steps, dict[str, TaskID]()
-        self.progress = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console or Console(stderr=True),
-        )
+        self.progress = _progress(console)
 
     def __enter__(self) -> Bars:
         self.progress.start()
@@ -66,3 +58,32 @@ class Bars:
         task = next(task for task in self.progress.tasks if task.id == self.tasks[name])
         rate = f"{task.speed:.2f} steps/s" if task.speed else ""
         self.progress.update(self.tasks[name], completed=done, rate=rate, note=note)
+
+
+@contextmanager
+def counting(name: str, total: int, unit: str = "trainings", console: Console | None = None) -> Iterator[Callable]:
+    """A bar for things that are counted, with their rate a minute; yields a function of how many more are done."""
+    progress = _progress(console)
+    task = progress.add_task(name, total=total, rate="", note="")
+
+    def tick(more: int = 1, note: str = "") -> None:
+        speed = progress.tasks[task].speed
+        rate = f"{60 * speed:.1f} {unit}/min" if speed else ""
+        progress.update(task, advance=more, rate=rate, note=note)
+
+    with progress:
+        yield tick
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console or Console(stderr=True),
+    )

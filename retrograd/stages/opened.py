@@ -18,7 +18,18 @@ from retrograd.runs.parse import build, parse_size, read_yaml
 from retrograd.runs.trajectory import Replay, Trajectory
 from retrograd.stages.assemble import Loaded, assemble
 
-__all__ = ["Opened", "added_queries", "describe", "open_run", "recorded", "refuse_other", "replay_of", "set_threads"]
+__all__ = [
+    "Opened",
+    "added_queries",
+    "describe",
+    "finished",
+    "free_memory",
+    "open_run",
+    "recorded",
+    "refuse_other",
+    "replay_of",
+    "set_threads",
+]
 
 
 class Opened(NamedTuple):
@@ -45,12 +56,7 @@ def open_run(folder: Path, more: dict[str, QueryConfig] | None = None, *, thread
     Raises:
         ValueError: If there is no finished run, a name is taken, or data, model or recipe have changed since.
     """
-    if not (folder / "run_config.yaml").exists():
-        raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
-    manifest = Manifest(folder / "manifest.json")
-    if not manifest.done("scores"):
-        raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
-    config = dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder)
+    config, manifest = finished(folder)
     own = configs.queries_of(config)
     added = {name: query for name, query in added_queries(folder).items() if name not in (more or {})}
     taken = sorted(own.keys() & (more or {}).keys())
@@ -72,6 +78,20 @@ def open_run(folder: Path, more: dict[str, QueryConfig] | None = None, *, thread
                 f"{folder / 'queries' / name}"
             )
     return Opened(folder, config, manifest, loaded)
+
+
+def finished(folder: Path) -> tuple[MagicConfig, Manifest]:
+    """Configuration and manifest of a finished run.
+
+    Raises:
+        ValueError: If there is none in the folder.
+    """
+    if not (folder / "run_config.yaml").exists():
+        raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
+    manifest = Manifest(folder / "manifest.json")
+    if not manifest.done("scores"):
+        raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
+    return dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder), manifest
 
 
 def added_queries(folder: Path) -> dict[str, QueryConfig]:
@@ -113,12 +133,13 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Loaded) -> None:
 def replay_of(config: MagicConfig) -> Replay:
     """Budgets in bytes; "auto" is half of what is free now."""
     given = config.replay
-    memory = _free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
+    memory = free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
     disk = shutil.disk_usage(config.run).free // 2 if given.disk == "auto" else parse_size(given.disk)
     return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, given.heartbeat)
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Bytes that processes can still take; a guess of 4 GiB where the system does not tell."""
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
