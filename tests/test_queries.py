@@ -355,6 +355,54 @@ def test_bad_query_files(
     assert message in capsys.readouterr().err
 
 
+def test_a_query_file_beside_a_query(
+    plain: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = settings(world)
+    both = ("--query_file", save_queries(tmp_path / "q.yaml", {"a": asked["words"], "b": asked["letters"]}))
+    assert main(command(world, tmp_path / "run", *both, "--query.contrast", "b", "a", "--train.epochs", "1")) == 0
+    found = scores(tmp_path / "run")
+    torch.testing.assert_close(found[:, 0], found[:, 2] - found[:, 1], rtol=1e-9, atol=1e-15)
+    taken = ("--query_file", save_queries(tmp_path / "t.yaml", {"query": asked["words"]}))
+    assert main(command(world, tmp_path / "no", *taken, *flags(asked["letters"]))) == 2
+    assert "has a query named 'query', which is the one of --query" in capsys.readouterr().err
+    assert main(["query", str(plain), *both, "--name", "c"]) == 2
+    assert "leave out --name and --query" in capsys.readouterr().err
+    assert main(["query", str(plain), "--query_file", save_queries(tmp_path / "e.yaml", {})]) == 2
+    assert "names no query" in capsys.readouterr().err
+
+
+def test_a_changed_function_is_another_query(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(FUNCTION)
+    arguments = command(world, tmp_path / "run", "--query.function", f"{file}:sharp", "--train.epochs", "1")
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    file.write_text(FUNCTION.replace("the cat sat", "the dog ran"))
+    assert main(arguments) == 2
+    assert "query query: " in capsys.readouterr().err
+
+
+def test_later_queries_of_adapters_and_tokens(world: Path, tmp_path: Path) -> None:
+    asked = settings(world)
+    more = (
+        "--lora.rank",
+        "2",
+        "--lora.target_modules",
+        "query_key_value",
+        "--attribute",
+        "tokens",
+        "--train.epochs",
+        "1",
+    )
+    assert main(command(world, tmp_path / "run", *flags(asked["words"]), *more)) == 0
+    assert main(["query", str(tmp_path / "run"), "--name", "facts", *flags(asked["facts"])]) == 0
+    assert main(command(world, tmp_path / "alone", *flags(asked["facts"]), *more)) == 0
+    found = scores(tmp_path / "run/queries/facts")
+    assert found.ndim == 3
+    assert torch.equal(found, scores(tmp_path / "alone"))
+
+
 def test_recipe_gradients_of_every_query(together: Path, world: Path, tmp_path: Path) -> None:
     found = json.loads((together / "recipe_gradients.json").read_text())
     assert list(found["queries"]) == COLUMNS

@@ -267,6 +267,8 @@ def check(config: MagicConfig) -> None:
         if size != "auto":
             parse_size(size)
     queries = queries_of(config)
+    if "query" in config.queries and config.query != QueryConfig():
+        raise ValueError("--query_file has a query named 'query', which is the one of --query; give it another name")
     if not queries:
         raise ValueError("no query: give --query.dataset (or --query.function, or several in --query_file)")
     for name, query in queries.items():

@@ -65,7 +65,10 @@ def _wanted(config: QueryRunConfig) -> dict[str, QueryConfig]:
     if config.query_file is not None:
         if single or config.name:
             raise ValueError("--query_file names its queries itself; leave out --name and --query")
-        return query_file(config.query_file)
+        wanted = query_file(config.query_file)
+        if not wanted:
+            raise ValueError(f"--query_file {config.query_file} names no query; write settings by name into it")
+        return wanted
     if not config.name:
         raise ValueError("give the new query a --name; its files go to RUN/queries/NAME")
     return {config.name: given}

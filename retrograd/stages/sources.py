@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -127,13 +128,19 @@ def _measured(scored: Scored, questions: Questions) -> dict[str, Any]:
 
 def _function(name: str, path: str, model: CausalLM, tokenizer: Any, like: torch.Tensor) -> Asked:
     function = load_function(path)
-    try:
-        source = inspect.getsource(function)
-    except OSError:
-        source = path
+    source = _source(function) or path
     column = function_column(name, function, bound_model(model.module), tokenizer, like)
     Queries([column])(model.params)  # what is no query says so now, not after training
     return Asked(name, [column], _hash("function", path, source), {"kind": "function", "function": path})
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The whole file of a function, since what it calls counts too; "" for what has none, such as a partial."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        return ""
+    return Path(file).read_text(encoding="utf8") if file else ""
 
 
 def _flag(name: str) -> str:
