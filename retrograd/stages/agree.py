@@ -44,8 +44,6 @@ class Fraction(NamedTuple):
     @property
     def verdict(self) -> str:
         """In plain words."""
-        if self.fraction == 0:
-            return "nothing was left out"
         if math.isnan(self.low):
             return "too few sets, or no change at all: nothing can be said"
         if self.low <= 0:
@@ -102,9 +100,13 @@ def show(result: Validation, wanted: int, run: Path, console: Console) -> Valida
     if result.unchanged is not None:
         same = "exactly 0" if result.unchanged == 0 else f"{result.unchanged:.2g} nats (other threads round otherwise)"
         console.print(f"With nothing left out, retraining differs from the run by {same}.")
-    if result.fractions:
-        console.print(_table(result))
-    for one in result.fractions:
+    empty = [one for one in result.compared if not len(one.left_out.places)]
+    for nothing in empty:
+        console.print(f"Set {nothing.left_out.name}, empty: measured change {np.abs(nothing.measured).max():.3g} nats.")
+    fractions = [one for one in result.fractions if one.fraction]
+    if fractions:
+        console.print(_table(result, fractions))
+    for one in fractions:
         interval = "" if math.isnan(one.low) else f" [{one.low:.3f}, {one.high:.3f}]"
         console.print(f"{one.fraction:.4g} left out: mean LDS {one.mean:.3f}{interval}: {one.verdict}.")
     named = [one for one in result.compared if not one.left_out.name.isdecimal()]
@@ -115,11 +117,11 @@ def show(result: Validation, wanted: int, run: Path, console: Console) -> Valida
     return result
 
 
-def _table(result: Validation) -> Table:
+def _table(result: Validation, fractions: Sequence[Fraction]) -> Table:
     table = Table(title="Predicted against measured, over random sets", title_justify="left")
     for name in ("left out", "query", "sets", "LDS", "Pearson", "slope"):
         table.add_column(name, justify="left" if name == "query" else "right")
-    for part in result.fractions:
+    for part in fractions:
         shown = sorted(zip(part.queries, result.names, strict=True), key=lambda pair: pair[0].lds)[:SHOWN]
         for found, name in shown:
             numbers = (f"{found.lds:.3f}", f"{found.pearson:.3f}", f"{found.slope:.3f}")

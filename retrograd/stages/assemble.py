@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +28,8 @@ __all__ = ["Loaded", "assemble", "optimizer"]
 class Loaded(NamedTuple):
     """Everything a run is made of, loaded and checked before the first step.
 
-    identity: hash of the training; what is asked of it has hashes of its own. findings: what the recipe gives away.
+    findings: what the recipe alone gives away.
+    identity: hash of the training; what is asked of it has hashes of its own.
     """
 
     rows: Rows
@@ -40,8 +40,8 @@ class Loaded(NamedTuple):
     training: Training
     initial: State
     asked: list[Asked]
-    identity: str
     findings: list[Finding]
+    identity: str
 
     @property
     def queries(self) -> Queries:
@@ -86,15 +86,13 @@ def assemble(config: MagicConfig) -> Loaded:
         train.dropout,
     )  # fmt: skip
     findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
-    for finding in findings:
-        warnings.warn(str(finding), stacklevel=2)
     training = Training(recipe, Double(model.objective), stream, stream.weights)
     initial = initial_state(recipe, model.params)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
         stream.epochs, config.attribute, config.dtype,
     )  # fmt: skip
-    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, identity, findings)
+    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, findings, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:

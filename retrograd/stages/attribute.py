@@ -66,9 +66,8 @@ def write_results(
     gradients = recipe_gradients([entry["lr"] for entry in train], reverse, names)
     if gradients is not None:
         write_json(folder / "recipe_gradients.json", gradients)
-    findings = sweep_findings(train, reverse, loaded.training.recipe)
-    told = [*loaded.findings, *findings]
-    write_json(folder / "health.json", {"findings": [vars(finding) for finding in told]})
+    findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
+    write_json(folder / "health.json", {"findings": [vars(finding) for finding in findings]})
     start = 0
     for one in asked if len(asked) > 1 else ():
         part = slice(start, start := start + len(one.columns))
@@ -86,9 +85,8 @@ def stored(run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked]) -> O
     )
     steps = loaded.stream.steps_of_rows()
     order = ranked(per_document(scores, loaded.rows), loaded.rows, steps, loaded.texts, len(asked[0].columns))
-    findings = sweep_findings(
-        read_journal(run / "metrics.jsonl")[0], read_journal(folder / "metrics.jsonl")[1], loaded.training.recipe
-    )
+    train, reverse = read_journal(run / "metrics.jsonl")[0], read_journal(folder / "metrics.jsonl")[1]
+    findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
     return Outcome([column.name for one in asked for column in one.columns], values, scores, order, findings)
 
 

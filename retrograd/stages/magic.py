@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import torch
 import yaml
@@ -45,6 +46,8 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         console.print(f"{config.run} is done; these are its scores. Use --overwrite to compute them again.")
         return summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
     _begin(config, manifest, loaded)
+    for finding in loaded.findings:
+        warnings.warn(str(finding), stacklevel=2)
     with Bars(len(loaded.stream)) as bars:
         journal = Journal(config.run / "metrics.jsonl", loaded.training.recipe.optimizer)
         trajectory = Trajectory(

@@ -41,6 +41,11 @@ class Conditions(NamedTuple):
         """What the bits of a retraining depend on."""
         return {"threads": self.threads, "together": self.together}
 
+    @property
+    def alone(self) -> Conditions:
+        """The same without a stack."""
+        return self._replace(together=1)
+
 
 def conditions_of(config: MagicConfig, manifest: Manifest, sets: int, workers: int, together: int) -> Conditions:
     """Choose what is left to choose (0), by the model's size and what the machine has."""
@@ -52,9 +57,9 @@ def conditions_of(config: MagicConfig, manifest: Manifest, sets: int, workers: i
     if workers == 0 and "RANK" in os.environ:
         workers = 1
     if workers == 0:
-        light = on_cpu and parameters <= LIGHT and seconds > QUICK
-        fit = max(1, free_memory() // ((1 << 30) + 32 * parameters * together))
-        workers = min(cores // (1 if light else threads) if on_cpu else 1, fit, -(-sets // together))
+        per_process = 1 if parameters <= LIGHT else threads
+        fit = free_memory() // ((1 << 30) + 32 * parameters * together)
+        workers = min(cores // per_process, fit, -(-sets // together)) if on_cpu and seconds > QUICK else 1
     workers = max(1, workers)
     return Conditions(max(1, min(threads, cores // workers)), workers, together)
 
@@ -65,16 +70,15 @@ def retrain_all(
     """Retrain without each set, yielding groups as they are done; the baseline first where it is not known yet.
 
     Args:
-        baseline: Query values with everything under the same conditions, if known; a stack has its own.
+        baseline: Query values with everything, trained alone with as many threads, if known. A stack has its own.
     """
-    if conditions.together == 1 and baseline is None:
+    if baseline is None:
         baseline = _values(run, [NOTHING], 1)[0]
         yield [(NOTHING, Retrained(baseline, baseline))]
     size = max(1, conditions.together - 1)  # the baseline is in every stack
     groups = [list(sets[start : start + size]) for start in range(0, len(sets), size)]
     for group, values in _carried_out(run, groups, conditions):
         here = values.pop(0) if conditions.together > 1 else baseline
-        assert here is not None, "known, or trained above"
         yield [(one, Retrained(found, here)) for one, found in zip(group, values, strict=True)]
 
 

@@ -201,12 +201,13 @@ def _carry_out(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditi
         f"processes of {conditions.threads} threads, {conditions.together} models at a time in each."
     )
     with counting("retrain", len(missing)) as tick:
-        for group in retrain_all(run, missing, conditions, bank.baseline(conditions.bits)):
+        for group in retrain_all(run, missing, conditions, bank.baseline(conditions.alone.bits)):
             if group[0][0] is NOTHING:
                 _reproduced(run, conditions, group[0][1].values)
+                bank.add(group, conditions.alone.bits)
             else:
+                bank.add(group, conditions.bits)
                 tick(len(group))
-            bank.add(group, conditions.bits)
 
 
 def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> None:
@@ -215,7 +216,7 @@ def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> N
     Raises:
         RunError: If it does not.
     """
-    if conditions.bits == {"threads": run.manifest.values["threads"], "together": 1}:
+    if conditions.threads == run.manifest.values["threads"]:
         stored = _stored_values(run)
         worst = float(np.abs(np.subtract(baseline, stored)).max())
         if worst:
@@ -226,8 +227,8 @@ def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> N
 
 
 def _unchanged(run: Opened, bank: Bank, conditions: Conditions) -> float | None:
-    """max |φ retrained with everything − φ of the run|, nats; None if it was only trained inside stacks."""
-    baseline = bank.baseline(conditions.bits)
+    """max |φ retrained with everything − φ of the run|, nats; None if other threads have done all of the bank."""
+    baseline = bank.baseline(conditions.alone.bits)
     return float(np.abs(np.subtract(baseline, _stored_values(run))).max()) if baseline else None
 
 
