@@ -18,8 +18,9 @@ import yaml
 
 from retrograd.cli import main
 from retrograd.core import check
-from retrograd.core.sweep import metagradient
+from retrograd.core.sweep import Event, Reversed, metagradient
 from retrograd.runs.config import from_yaml
+from retrograd.runs.journal import Journal
 from retrograd.stages.assemble import assemble
 
 FUNCTION = """
@@ -227,6 +228,32 @@ def test_a_later_query_has_the_bits_of_an_original_one(
     torch.testing.assert_close(second, scores(together)[:, 5:6] - first, rtol=1e-9, atol=1e-15)
     assert (run / "scores.pt").read_bytes() == before
     assert (run / "queries/letters/health.json").exists()
+
+
+@pytest.mark.parametrize("keep", [(), ("--replay.keep",)], ids=["replayed", "kept"])
+def test_an_interrupted_later_query_resumes_to_the_same_bits(
+    world: Path, tmp_path: Path, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(world)
+    base = ("--replay.heartbeat", "0", *keep)
+    assert main(command(world, tmp_path / "run", *flags(asked["words"]), *base)) == 0
+    arguments = ["query", str(tmp_path / "run"), "--name", "letters", *flags(asked["letters"])]
+    write = Journal.__call__
+
+    def stop(journal: Journal, event: Event) -> None:
+        write(journal, event)
+        if isinstance(event, Reversed) and event.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "__call__", stop)
+        assert main(arguments) == 130
+    assert not (tmp_path / "run/queries/letters/scores.pt").exists()
+    assert main(arguments) == 0
+    assert main(command(world, tmp_path / "alone", *flags(asked["letters"]))) == 0
+    assert torch.equal(scores(tmp_path / "run/queries/letters"), scores(tmp_path / "alone"))
+    lines = [json.loads(line) for line in (tmp_path / "run/queries/letters/metrics.jsonl").read_text().splitlines()]
+    assert sorted(line["step"] for line in lines if line["phase"] == "reverse") == [0, 1, 2, 3]
 
 
 def test_a_query_asked_again_is_done_and_its_name_is_taken(
