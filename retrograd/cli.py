@@ -80,6 +80,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
     options: dict[str, Any] = {}
     if issubclass(kind, MagicConfig):
         file = _value_of("--config", arguments)
+        if name == "metasmoothness" and not file and arguments and (Path(arguments[0]) / "run_config.yaml").exists():
+            file = str(Path(arguments[0]) / "run_config.yaml")
         if file:
             options["default"] = settings_from(kind, Path(file))
     flags = (tyro.conf.FlagConversionOff,)

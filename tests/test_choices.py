@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retrograd.core import check, tree
-from retrograd.core.engine import Double
-from retrograd.core.step import coefficients
+from retrograd.core.step import Batch, coefficients
 from retrograd.lm.choices import LOSSES, Scored, choice_columns, choice_objective, score_questions
 from retrograd.lm.model import CausalLM, _keep_float64, load_causal_lm
 from retrograd.lm.prompts import TEMPLATES, Template, find_template, render
-from retrograd.lm.query import lm_query
+from retrograd.lm.query import Queries, batch_columns
 from retrograd.lm.questions import Questions, build_questions
 
 FAMILIES = ["gpt-neox", "llama-tied", "cohere"]  # cohere scales its logits: no plain head
@@ -62,9 +61,13 @@ def naive_loss(scores: Tensor, row: dict[str, Any], form: str, loss: str, normal
     return -(scores.log_softmax(0) if loss == "four_way" else scores)[row["answer"]]
 
 
+def asking(lm: CausalLM, columns: list[list[Batch]], loss: str, normalise: bool) -> Queries:
+    return Queries(batch_columns(choice_objective(lm, loss, normalise=normalise), "quiz", columns))
+
+
 def values(lm: CausalLM, questions: Questions, loss: str, normalise: bool = False, **options: Any) -> Tensor:
     columns = choice_columns(questions, dtype=torch.float64, **options)
-    return lm_query(Double(choice_objective(lm, loss, normalise=normalise)), columns)(lm.params)[0]
+    return asking(lm, columns, loss, normalise).values(lm.params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,16 +96,15 @@ def test_four_way_of_letters_is_a_softmax_over_their_logits(models: dict[str, Ca
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("form,loss,normalise", [
-    ("letter", "full", False), ("letter", "four_way", False), ("cloze", "full", True), ("cloze", "four_way", False),
-    ("cloze", "four_way", True),
-])  # fmt: skip
+@pytest.mark.parametrize("form", ["letter", "cloze"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("normalise", [False, True], ids=["plain", "normalised"])
 def test_gradient_is_the_central_difference(
     models: dict[str, CausalLM], family: str, form: str, loss: str, normalise: bool
 ) -> None:
     lm = models[family]
     columns = choice_columns(asked(form), batch_size=4, dtype=torch.float64)
-    query = lm_query(Double(choice_objective(lm, loss, normalise=normalise)), columns)
+    query = asking(lm, columns, loss, normalise)
     draw = torch.Generator().manual_seed(0)
     v = tree.map(lambda x: torch.randn(x.shape, generator=draw, dtype=x.dtype), lm.params)
     grads, h = query(lm.params)[1], 1e-5
@@ -374,6 +376,17 @@ def test_bad_data_sets_and_tokenizers_are_refused() -> None:
         Template("t", "essay", "{question}")
     with pytest.raises(ValueError, match="27 options and 26 letters"):
         render(TEMPLATES["plain"], "?", ["x"] * 27)
+
+
+def test_the_automatic_template_names_the_subject_where_every_question_has_one() -> None:
+    rows = quiz.questions(3)
+    assert asked("letter", rows, template="auto").template is TEMPLATES["mmlu"]
+    assert asked("cloze", rows, template="auto").template is TEMPLATES["plain_cloze"]
+    bare = [rows[0], {**rows[1], "subject": None}, {**rows[2], "subject": " "}]
+    assert asked("letter", bare, template="auto").template is TEMPLATES["plain"]
+    assert asked("letter", bare, template="auto", limit=1).template is TEMPLATES["mmlu"]
+    nameless = build_questions(quiz.dataset(rows).remove_columns("subject"), TOKENIZER, template="auto")
+    assert nameless.template is TEMPLATES["plain"]
 
 
 def test_bad_queries_are_refused(models: dict[str, CausalLM]) -> None:

@@ -175,10 +175,11 @@ def score_questions(
         raise ValueError(f"failures is {failures!r}; it is raise, or mark (failed questions are missing)")
     options = _option_logprobs(lm)
     first = next(iter(params.values()))
+    dtype = torch.promote_types(first.dtype, torch.float32)  # bfloat16 has no 257 characters
     logprobs = torch.full((len(questions), int(questions.options.max(initial=1))), -torch.inf, dtype=torch.float64)
     widths, mass = torch.zeros_like(logprobs), torch.zeros(len(questions), dtype=torch.float64)
     for group in _groups(questions, batch_size):
-        inputs = _collate(questions, group, first.dtype, first.device)
+        inputs = _collate(questions, group, dtype, first.device)
         scores, there = (part.cpu() for part in options(params, inputs))
         at = torch.tensor(group)
         logprobs[at, : scores.shape[1]] = scores.double().masked_fill(~there, -torch.inf)

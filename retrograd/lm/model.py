@@ -154,17 +154,21 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
 
 
 def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
-    """params, named as by `trainable` → the module as a function of its inputs with them in place, dropout off."""
+    """params, named as by `trainable` → the module as a function of its inputs with them in place, dropout off.
+
+    The function has the module's `config` and `device`, and nothing that would read the module's own parameters.
+    """
     readers = trainable(module)[1]
 
     def bind(params: Params) -> Callable[..., Any]:
         placed = {name: params[leaf] for name, leaf in readers.items()}
-        dtype = next(iter(params.values())).dtype
+        first = next(iter(params.values()))
 
         def model(*arguments: Any, **options: Any) -> Any:
-            with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype), _evaluating(module):
+            with sdpa_kernel(SDPBackend.MATH), _keep_float64(first.dtype), _evaluating(module):
                 return functional_call(module, placed, arguments, options, tie_weights=False)
 
+        vars(model).update(config=getattr(module, "config", None), device=first.device)
         return model
 
     return bind

@@ -110,14 +110,16 @@ def build_questions(
             letter) and, where the template names it, `subject`.
         tokenizer: A transformers tokenizer; its special tokens are added as it does by default.
         form: Answer by letter, or by the option's text.
-        template: A `prompts.Template`, the name of one, or a prompt written out with {question} and {choices}.
+        template: A `prompts.Template`, the name of one, or a prompt written out with {question} and {choices}; None
+            for the plain one of the form; "auto" for mmlu where all questions have a subject to name, else plain.
         max_length: Tokens that the model can read; longer prompts are cut from the left. None for no cut.
         limit: Keep only the first `limit` questions.
         vocab_size: Rows of the model's embedding; token ids must be below.
     Raises:
         ValueError: If columns, a row, the template or tokens do not fit; a letter that is not one token is refused.
     """
-    template = find_template(template, form)
+    if template != "auto":
+        template = find_template(template, form)  # before the data: a wrong name is told at once
     for name, number in (("max_length", max_length), ("limit", limit)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; it has to be at least 1, or None")
@@ -132,6 +134,8 @@ def build_questions(
         raise ValueError("the data set has no question; give one with rows, or a wider split")
     columns = [name for name in ("question", "choices", "answer", "subject") if name in documents.column_names]
     documents = documents.with_format(None).select_columns(columns).select(range(count))
+    if not isinstance(template, Template):
+        template = find_template(_automatic(documents, form), form)
     questions: list[_Question] = []
     tokens: list[tuple[list[np.ndarray], list[np.ndarray], bool]] = []
     for batch in documents.iter(batch_size=_BATCH):
@@ -150,6 +154,11 @@ def build_questions(
         sum(cut for _, _, cut in tokens),
         [question.subject for question in questions],
     )
+
+
+def _automatic(documents: Dataset, form: str) -> str | None:
+    subjects = documents["subject"][:] if form == "letter" and "subject" in documents.column_names else [None]
+    return "mmlu" if all(isinstance(subject, str) and subject.strip() for subject in subjects) else None
 
 
 def _read(row: dict[str, Any], number: int, template: Template) -> _Question:

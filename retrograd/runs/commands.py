@@ -58,10 +58,15 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class MetasmoothnessConfig(MagicConfig):
-    """Train three times at perturbed data weights: is this training smooth enough for its scores to mean much?"""
+    """Train at perturbed data weights: is this training smooth enough for its scores to mean much?
+
+    Takes the arguments of `retrograd magic`; for the folder of a run, that run's settings are the defaults.
+    """
 
     h: float = 0.1
     """Size of the perturbation of the data weights."""
+    noise_seed: int = 0
+    """Of its random direction."""
 
 
 @dataclass(frozen=True)

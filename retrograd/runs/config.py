@@ -68,10 +68,12 @@ class QueryConfig:
     """text: mean token loss. letter, cloze: multiple choice by answer letter, or by the answers' own texts; the data
     set then needs question, choices and answer."""
     template: str = "auto"
-    """Prompt of a question: mmlu, wmdp, cloze, legacy, or a text with {question} and {choices}; auto is cloze for
-    cloze, and else mmlu where there is a subject and wmdp where there is none."""
-    loss: Literal["full", "four_way"] = "full"
-    """full: −log p of the right answer; four_way: −log of its share among the question's choices."""
+    """Prompt of a question: plain, mmlu, wmdp, wmdp_chem, wmdp_cyber or legacy (letter); plain_cloze or wmdp_cloze
+    (cloze); or a text with {question} and, for letter, {choices}. auto: plain_cloze for cloze; for letter, mmlu where
+    every question has a subject, and else plain."""
+    loss: Literal["four_way", "full"] = "four_way"
+    """four_way: −log of the right answer's share among the question's choices, what accuracy measures; full: −log p of
+    the right answer, which also falls when all answers become more likely."""
     normalise: bool = False
     """cloze: divide an answer's log-likelihood by its length in characters."""
     function: str | None = None
@@ -244,6 +246,7 @@ def check(config: MagicConfig) -> None:
     train, data, replay = config.train, config.data, config.replay
     for name, number in (("train.batch_size", train.batch_size), ("train.epochs", train.epochs),
                          ("train.micro_batch_size", train.micro_batch_size), ("data.limit", data.limit),
+                         ("data.max_length", data.max_length), ("data.chunk_length", data.chunk_length),
                          ("replay.interval", replay.interval), ("replay.slots", replay.slots)):  # fmt: skip
         if number is not None and number < 1:
             raise ValueError(f"--{name} is {number}; it has to be at least 1")
@@ -264,6 +267,8 @@ def check(config: MagicConfig) -> None:
         if size != "auto":
             parse_size(size)
     queries = queries_of(config)
+    if "query" in config.queries and config.query != QueryConfig():
+        raise ValueError("--query_file has a query named 'query', which is the one of --query; give it another name")
     if not queries:
         raise ValueError("no query: give --query.dataset (or --query.function, or several in --query_file)")
     for name, query in queries.items():
@@ -279,21 +284,35 @@ def check_query(name: str, query: QueryConfig, known: dict[str, QueryConfig]) ->
     if len(given) != 1:
         found = f"it has {' and '.join(given)}" if given else "it has none"
         raise ValueError(f"query {name!r} needs exactly one of dataset, function and contrast; {found}")
-    if query.limit is not None and query.limit < 1:
-        raise ValueError(f"query {name!r}: limit is {query.limit}; it has to be at least 1")
+    for setting, number in (("limit", query.limit), ("max_length", query.max_length)):
+        if number is not None and number < 1:
+            raise ValueError(f"query {name!r}: {setting} is {number}; it has to be at least 1")
     if query.contrast:
-        if len(query.contrast) != 2:
-            raise ValueError(f"query {name!r}: contrast names {len(query.contrast)} queries; it takes two")
+        if len(query.contrast) != 2 or len(set(query.contrast)) != 2:
+            raise ValueError(f"query {name!r} contrasts {', '.join(query.contrast)}; it takes two different queries")
         for other in query.contrast:
             if other not in known or known[other].contrast:
                 raise ValueError(
                     f"query {name!r} contrasts {other!r}, which is no other plain query; there are "
                     f"{', '.join(n for n in known if not known[n].contrast) or 'none'}"
                 )
-    if query.form == "text" and (query.loss != "full" or query.normalise or query.template != "auto"):
-        raise ValueError(f"query {name!r}: loss, normalise and template belong to --query.form letter or cloze")
+    changed = [f.name for f in dataclasses.fields(query) if getattr(query, f.name) != f.default]
+    _check_belongs(name, query, given[0], changed)
     if query.normalise and query.form != "cloze":
         raise ValueError(f"query {name!r}: normalise belongs to --query.form cloze; a letter is one token")
+
+
+def _check_belongs(name: str, query: QueryConfig, source: str, changed: list[str]) -> None:
+    """Refuse settings that this kind of query would ignore."""
+    if source != "dataset":
+        unread = [setting for setting in changed if setting != source]
+        kind = f"a {source}"
+    elif query.form == "text":
+        unread, kind = [s for s in changed if s in ("template", "loss", "normalise")], "--query.form text"
+    else:
+        unread, kind = [s for s in changed if s == "text_column"], f"--query.form {query.form}"
+    if unread:
+        raise ValueError(f"query {name!r}: {kind} has no use for {', '.join(unread)}; leave that out")
 
 
 def _plain(value: Any) -> Any:

@@ -13,9 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from retrograd.core.counterfactual import Agreement, agreement, mean_lds
 from retrograd.report.pictures import scatter
 from retrograd.runs.bank import LeftOut
+from retrograd.runs.counterfactual import Agreement, agreement, mean_lds
 from retrograd.runs.files import write_atomic, write_json
 
 __all__ = ["Compared", "Fraction", "Validation", "show", "validation", "write_validation"]
@@ -47,7 +47,7 @@ class Fraction(NamedTuple):
         if math.isnan(self.low):
             return "too few sets, or no change at all: nothing can be said"
         if self.low <= 0:
-            return "not validated: the interval includes 0"
+            return "not validated: the interval is not above 0"
         return "validated" if self.mean >= GRADE else f"validated, below the {GRADE} of a smooth training"
 
 
@@ -159,6 +159,6 @@ def _record(result: Validation) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _number(value: float) -> float | None:
+def _number(value: float | int) -> float | int | None:
     """JSON has no NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value

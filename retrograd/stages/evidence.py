@@ -16,7 +16,7 @@ from retrograd.runs.errors import RunError
 from retrograd.runs.files import file_digest, read_lines, read_tensors
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.scores import read_scores
-from retrograd.stages.opened import Opened, refuse_other
+from retrograd.stages.opened import Opened, recorded, refuse_other
 
 __all__ = ["digests", "input_check", "query_check", "score_checks", "state_checks", "stored_scores"]
 
@@ -26,7 +26,7 @@ QUERY_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}
 def score_checks(folder: Path, manifest: Manifest) -> Iterator[Check]:
     """The bytes of the score files against the manifest's SHA-256."""
     wanted = {"": manifest.values["phases"]["scores"].get("sha256")}
-    wanted |= {name: one.get("sha256") for name, one in manifest.values.get("queries", {}).items()}
+    wanted |= {name: one.get("sha256") for name, one in recorded(folder, manifest).items()}
     together = {file_digest(path) for path in (folder / "queries").glob("together-*/scores.pt")}
     bad = []
     for name, sha256 in wanted.items():
@@ -47,7 +47,7 @@ def input_check(run: Opened) -> Check:
     except ValueError as error:
         changed = [line.strip() for line in str(error).splitlines()[1:-1]]
         return Check("inputs", "failed", f"changed since the run: {'; '.join(changed)}")
-    known = run.manifest.values.get("queries", {})
+    known = recorded(run.folder, run.manifest)
     others = [
         f"query {one.name}: {known[one.name]['digest']} → {one.digest}"
         for one in run.loaded.asked

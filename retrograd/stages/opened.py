@@ -26,6 +26,7 @@ __all__ = [
     "free_memory",
     "load_run",
     "open_run",
+    "recorded",
     "refuse_other",
     "replay_of",
     "set_threads",
@@ -59,6 +60,13 @@ def open_run(folder: Path, more: dict[str, QueryConfig] | None = None, *, thread
     """
     run = load_run(*finished(folder), more, threads=threads)
     refuse_other(folder, run.manifest, run.loaded)
+    known, added = recorded(folder, run.manifest), added_queries(folder).keys() - (more or {}).keys()
+    for name in added & known.keys():
+        if known[name]["digest"] != run.loaded.hashes[f"query {name}"]:
+            raise ValueError(
+                f"query {name!r} of {folder} reads other data than when it was asked; put its files back, or delete "
+                f"{folder / 'queries' / name}"
+            )
     return run
 
 
@@ -109,6 +117,12 @@ def added_queries(folder: Path) -> dict[str, QueryConfig]:
     """Queries that `retrograd query` has added to a run, by name."""
     files = sorted((folder / "queries").glob("*/query_config.yaml"))
     return {path.parent.name: build(QueryConfig, read_yaml(path), str(path)) for path in files}
+
+
+def recorded(folder: Path, manifest: Manifest) -> dict[str, dict[str, str]]:
+    """The manifest's entries of the added queries that are there; one whose folder was deleted is gone."""
+    names = added_queries(folder)
+    return {name: entry for name, entry in manifest.values.get("queries", {}).items() if name in names}
 
 
 def set_threads(manifest: Manifest) -> None:

@@ -14,7 +14,7 @@ from retrograd.runs.journal import Journal
 from retrograd.runs.manifest import fingerprint
 from retrograd.runs.progress import Bars
 from retrograd.stages.attribute import Outcome, all_of, ask, stored, summarise, write_results
-from retrograd.stages.opened import Opened, open_run
+from retrograd.stages.opened import Opened, open_run, recorded
 
 __all__ = ["query"]
 
@@ -34,7 +34,7 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
     key = fingerprint(*(one.digest for one in asked))
     label = ",".join(wanted)
     folder = config.run / "queries" / (asked[0].name if len(asked) == 1 else f"together-{key[:8]}")
-    done = run.manifest.values.get("queries", {})
+    done = recorded(config.run, run.manifest)
     for one in asked:
         if done.get(one.name, {}).get("digest", one.digest) != one.digest:
             raise ValueError(
@@ -65,7 +65,10 @@ def _wanted(config: QueryRunConfig) -> dict[str, QueryConfig]:
     if config.query_file is not None:
         if single or config.name:
             raise ValueError("--query_file names its queries itself; leave out --name and --query")
-        return query_file(config.query_file)
+        wanted = query_file(config.query_file)
+        if not wanted:
+            raise ValueError(f"--query_file {config.query_file} names no query; write settings by name into it")
+        return wanted
     if not config.name:
         raise ValueError("give the new query a --name; its files go to RUN/queries/NAME")
     return {config.name: given}
@@ -78,6 +81,6 @@ def _record(run: Opened, wanted: dict[str, QueryConfig], digests: dict[str, str]
         path = run.folder / "queries" / name / "query_config.yaml"
         text = yaml.safe_dump(values, sort_keys=False)
         write_atomic(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf8"))  # type: ignore[misc]
-    known = run.manifest.values.get("queries", {})
+    known = recorded(run.folder, run.manifest)
     added = {name: {"digest": digest, "sha256": sha256} for name, digest in digests.items()}
     run.manifest.update(queries={**known, **added})

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 
 from retrograd.core.check import train
-from retrograd.core.counterfactual import without
 from retrograd.core.ensemble import train_many
 from retrograd.runs.bank import BASELINE, LeftOut, Retrained
 from retrograd.runs.config import MagicConfig
+from retrograd.runs.counterfactual import without
 from retrograd.runs.manifest import Manifest
 from retrograd.stages.opened import Opened, free_memory, open_run
 

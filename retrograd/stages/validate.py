@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from retrograd.core.counterfactual import predicted, random_subset
 from retrograd.core.ensemble import check_objective
 from retrograd.runs.bank import Bank, LeftOut
 from retrograd.runs.commands import ValidateConfig
+from retrograd.runs.counterfactual import predicted, random_subset
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors
 from retrograd.runs.progress import counting

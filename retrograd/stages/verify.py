@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -275,9 +274,7 @@ def _shortened(config: VerifyConfig, run: Opened, bars: Bars) -> list[Check]:
 
 
 def _in_float64(run: Opened) -> Loaded:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself has given them
-        loaded = assemble(dataclasses.replace(with_queries(run.config), dtype="float64"))
+    loaded = assemble(dataclasses.replace(with_queries(run.config), dtype="float64"))
     kinds = {leaf.dtype for leaf in tree.leaves((loaded.initial, loaded.training.weights)) if leaf.is_floating_point()}
     if kinds != {torch.float64}:
         raise TypeError(f"the model or the optimizer cannot be cast to float64, it has {sorted(map(str, kinds))}")
