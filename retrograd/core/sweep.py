@@ -68,7 +68,7 @@ class Reversed(NamedTuple):
     cotangent: Cotangent
     index: Tensor  # type: ignore[assignment]  # tuple.index is never called on an event
     scores: Tensor
-    norm: Tensor  # of λ_t, [K]
+    norm: Tensor  # of λ_t's part for the parameters, [K]; moments have scales of their own
     nonfinite: float  # fraction of λ_t's and the scores' entries; more than 0 stops the sweep
     recipe: dict[str, Tensor]  # ∂φ/∂lr_t and this step's share of ∂φ/∂weight_decay, [K] each
     sharpness: float | None = None  # estimate of the preconditioned Hessian's largest eigenvalue, if asked for
@@ -274,9 +274,10 @@ def _stacked(params: Params) -> Params:
 
 
 def _health(cotangent: Cotangent, scores: Tensor, step: int) -> tuple[Tensor, float]:
-    """‖λ‖ [K] and the fraction of entries that are not finite, counted only where the norm gives cause."""
-    norm = tree.norm(cotangent, batch_dims=1)
-    suspect = not (torch.isfinite(norm).all() and torch.isfinite(scores).all())
+    """‖λ_θ‖ [K] and the fraction of λ's entries that are not finite, counted only where a norm gives cause."""
+    norm = tree.norm(cotangent.params, batch_dims=1)
+    moments = tree.norm(cotangent.moments, batch_dims=1) if tree.leaves(cotangent.moments) else norm
+    suspect = not all(torch.isfinite(x).all() for x in (norm, moments, scores))
     bad = tree.nonfinite((cotangent, scores)) if suspect else 0.0
     if bad:
         raise NonFiniteError(

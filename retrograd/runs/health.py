@@ -19,7 +19,7 @@ __all__ = ["Finding", "curvature_limit", "recipe_findings", "sweep_findings"]
 
 SWALLOWED = 0.05  # share of updates lost to rounding
 DRIFT = 1.5  # decades between the mean |score| of different steps
-GROWTH = 2.0  # decades by which the cotangent grows on its way back
+GROWTH = 1.0  # decades by which the parameters' cotangent grows on its way back
 SMALL_BATCH = 8  # rows
 
 
