@@ -1,4 +1,4 @@
-"""The command line: `retrograd magic RUN …`.
+"""The command line: `retrograd COMMAND RUN …`.
 
 Nothing heavy is imported until a command runs, so that --help answers at once. Exit codes: 0 done, 2 the user can mend
 it, 1 the machine failed and the same command resumes.
@@ -7,25 +7,43 @@ it, 1 the machine failed and the same command resumes.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import sys
 import typing
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.runs.config import MagicConfig, from_yaml
+from retrograd.runs.commands import MetasmoothnessConfig, QueryRunConfig, ValidateConfig, VerifyConfig
+from retrograd.runs.config import MagicConfig, query_file, settings_from
 
 __all__ = ["main"]
 
-_USAGE = """usage: retrograd COMMAND [OPTIONS]
+
+class _Command(NamedTuple):
+    config: Any
+    does: str
+
+
+# `retrograd NAME` is the function NAME of retrograd.stages.NAME
+_COMMANDS = {
+    "magic": _Command(MagicConfig, "train, query, reverse: an exact score for every training example or token"),
+    "query": _Command(QueryRunConfig, "ask a trained run further questions, without training again"),
+    "validate": _Command(ValidateConfig, "retrain without random subsets: do the scores predict what happens?"),
+    "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact"),
+    "metasmoothness": _Command(MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?"),
+}
+
+_LISTED = "\n".join(f"  {name:<14} RUN  {command.does}" for name, command in _COMMANDS.items())
+_USAGE = f"""usage: retrograd COMMAND [OPTIONS]
 
 Which training data made this model do that? Exact training-data attribution by metagradients (MAGIC).
 
 commands:
-  magic RUN    train, query, reverse: an exact score for every training example or token
+{_LISTED}
 
 retrograd COMMAND --help shows a command's options.
 """
@@ -37,16 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if arguments else 2
-    if arguments[0] != "magic":
-        return _fail(ValueError(f"unknown command {arguments[0]!r}; the commands are: magic"), 2)
+    name = arguments[0]
+    if name not in _COMMANDS:
+        return _fail(ValueError(f"unknown command {name!r}; the commands are: {', '.join(_COMMANDS)}"), 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.showwarning = _warn
     try:
-        config = _parse(arguments[1:])
-        from retrograd.stages.magic import magic
-
-        magic(config)
-        return 0
+        config = _parse(name, arguments[1:])
+        code = getattr(importlib.import_module(f"retrograd.stages.{name}"), name)(config)
+        return code if isinstance(code, int) else 0
     except ValueError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
@@ -56,19 +73,27 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 1)
 
 
-def _parse(arguments: list[str]) -> MagicConfig:
+def _parse(name: str, arguments: list[str]) -> Any:
     """Flags over the defaults of --config."""
-    arguments = _spell_out_switches(arguments)
-    file = _value_of("--config", arguments)
-    default = from_yaml(Path(file)) if file else None
-    options: dict[str, Any] = {} if default is None else {"default": default}
+    kind = _COMMANDS[name].config
+    arguments = _spell_out_switches(arguments, kind)
+    options: dict[str, Any] = {}
+    if issubclass(kind, MagicConfig):
+        file = _value_of("--config", arguments)
+        if name == "metasmoothness" and not file and arguments and (Path(arguments[0]) / "run_config.yaml").exists():
+            file = str(Path(arguments[0]) / "run_config.yaml")
+        if file:
+            options["default"] = settings_from(kind, Path(file))
     flags = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(MagicConfig, prog="retrograd magic", args=arguments, config=flags, **options)
+    config = tyro.cli(kind, prog=f"retrograd {name}", args=arguments, config=flags, **options)
+    if isinstance(config, MagicConfig) and config.query_file is not None:
+        config = dataclasses.replace(config, queries={**config.queries, **query_file(config.query_file)})
+    return config
 
 
-def _spell_out_switches(arguments: list[str]) -> list[str]:
+def _spell_out_switches(arguments: list[str], kind: Any) -> list[str]:
     """--overwrite → --overwrite True, and true/false in any case after a switch."""
-    switches, found = _switches(MagicConfig), []
+    switches, found = _switches(kind), []
     for place, argument in enumerate(arguments):
         previous = arguments[place - 1].replace("-", "_") if place else ""
         is_value = previous in switches and argument.lower() in ("true", "false")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import Optimizer, Pair, Params
+from retrograd.core.muon import Pair
+from retrograd.core.optim import Optimizer, Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
 from retrograd.lm.model import causal_objective, trainable

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from retrograd.core import check
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, AdamW, Muon
+from retrograd.core.muon import Muon
+from retrograd.core.optim import SGD, AdamW
 from retrograd.core.step import Recipe, Training, coefficients
 from retrograd.core.sweep import metagradient
 from retrograd.lm.loss import weighted_causal_lm_ce
 from retrograd.lm.model import CausalLM, load_causal_lm, trainable
-from retrograd.lm.query import lm_query, query_columns
+from retrograd.lm.query import Queries, query_columns
 from retrograd.lm.rows import Rows, build_rows
 from retrograd.lm.stream import DataStream
 
@@ -80,7 +81,7 @@ def test_scores_of_real_architectures_equal_retraining(folder: Path, case: str, 
         adapters = LoraConfig(r=2, lora_alpha=8, target_modules=["query_key_value"], task_type="CAUSAL_LM")
     lm = model(folder, family, lora=adapters)
     training, engine = run(lm, rows(folder=folder, chunk_length=options.get("chunk")), Recipe(OPTIMIZERS[name]))
-    query = lm_query(engine, query_columns(rows(1, folder=folder), "none", dtype=torch.float64))
+    query = Queries(query_columns(engine.objective, rows(1, folder=folder), "none", dtype=torch.float64))
     _, scores = metagradient(training, lm.params, query)
     v = torch.randn(training.weights.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     measured = check.central_difference(training, lm.params, query, v, h=1e-5)
@@ -94,7 +95,7 @@ def test_token_scores_sum_to_document_scores(folder: Path, chunk: int | None) ->
     found = []
     for per_token in (True, False):
         training, engine = run(lm, data, Recipe(AdamW(3e-3, eps_root=1e-6)), per_token)
-        query = lm_query(engine, query_columns(rows(1, folder=folder), dtype=torch.float64))
+        query = Queries(query_columns(engine.objective, rows(1, folder=folder), dtype=torch.float64))
         found.append(metagradient(training, lm.params, query)[1])
     from retrograd.runs.scores import doc_ids
 
@@ -285,10 +286,10 @@ def test_models_that_are_not_causal_or_not_there(folder: Path) -> None:
 def test_query_reductions(folder: Path) -> None:
     lm, data = model(folder, "gpt-neox"), rows(folder=folder)
     engine = Double(lm.objective)
-    each, _ = lm_query(engine, query_columns(data, "none", dtype=torch.float64))(lm.params)
-    mean, grads = lm_query(engine, query_columns(data, "mean", batch_size=3, dtype=torch.float64))(lm.params)
+    each, _ = Queries(query_columns(engine.objective, data, "none", dtype=torch.float64))(lm.params)
+    mean, grads = Queries(query_columns(engine.objective, data, "mean", batch_size=3, dtype=torch.float64))(lm.params)
     sizes = torch.tensor([int(mask.sum()) for mask in data.target_mask], dtype=torch.float64)
     torch.testing.assert_close(mean[0], (each * sizes).sum() / sizes.sum(), rtol=1e-12, atol=1e-12)
     assert all(g.shape == (1, *lm.params[n].shape) for n, g in grads.items())
     with pytest.raises(ValueError, match="unknown query reduction 'sum'"):
-        query_columns(data, "sum")
+        query_columns(engine.objective, data, "sum")

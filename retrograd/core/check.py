@@ -2,35 +2,63 @@
 
 unrolled            one autograd graph through all of training: the naive twin, O(T) memory
 forward_mode        ⟨∂φ/∂w, v⟩ by forward-mode differentiation through the run, with no reverse sweep
+forward_tangent     θ̇_T along v by Hessian-vector products, for models without forward-mode derivatives
 central_difference  (φ(w + hv) − φ(w − hv))/2h by retraining
+extrapolated_slope  the same from several h, with an error estimate
 taylor_errors       |φ(w + εv) − φ(w) − ε⟨τ, v⟩| by retraining: falls as ε² if τ is right, as ε if it is not
 
-All want float64. The first two share autograd with the sweep, so a graph that is cut looks the same to them; the last
-two retrain and do not.
+All want float64. The first three share autograd with the sweep, so a graph that is cut looks the same to them; the
+others retrain and do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.optim import Moments, Params, clip
-from retrograd.core.step import Batch, Objective, State, Training, coefficients, initial_state, micro_batches, step
+from retrograd.core.step import Batch, Objective, State, Training, coefficients, initial_state, micro_batches_of, step
 from retrograd.core.sweep import Query
 
-__all__ = ["central_difference", "forward_mode", "relative_error", "taylor_errors", "train", "unrolled"]
+__all__ = [
+    "Measured",
+    "central_difference",
+    "extrapolated_slope",
+    "forward_mode",
+    "forward_tangent",
+    "relative_error",
+    "taylor_errors",
+    "train",
+    "unrolled",
+]
 
 
-def train(training: Training, params: Params, weights: Tensor | None = None) -> State:
-    """The final state of training from `params`, at other data weights if given."""
+class Measured(NamedTuple):
+    """A slope measured by retraining, [K], with its uncertainty [K]; retrainings it took."""
+
+    slope: Tensor
+    uncertainty: Tensor
+    trainings: int
+
+
+def train(
+    training: Training,
+    params: Params,
+    weights: Tensor | None = None,
+    observe: Callable[[State], None] = lambda state: None,
+) -> State:
+    """The final state of training from `params`, at other data weights if given; each new state is shown."""
     if weights is not None:
         training = training._replace(weights=weights)
     state = initial_state(training.recipe, params)
     while state.step < len(training.stream):
         state = step(training, state).state
+        observe(state)
     return state
 
 
@@ -78,6 +106,34 @@ def forward_mode(
     return phi, torch.stack([torch.as_tensor(slope) for slope in slopes])
 
 
+def forward_tangent(
+    training: Training,
+    params: Params,
+    directions: Tensor,
+    observe: Callable[[State], None] = lambda state: None,
+) -> tuple[State, Params]:
+    """The final state, and its parameters' tangents θ̇_T along directions of the data weights.
+
+        ġ_t = H_t θ̇_t + Σ_j v[index_j] · scale_j · ∇loss_j        ṡ_{t+1} = jvp of U_t∘clip along (ṡ_t, ġ_t)
+
+    The gradient is linear in the data weights, so its second part is the gradient at v in their place. H_t is
+    symmetric, so the engine's pullback gives the first. Forward AD sees the optimizer only. No cotangent is involved.
+
+    Args:
+        directions: v, [D, *weights.shape].
+        observe: Called with every new state, which has the bits that training gives it.
+    Returns:
+        The final state, and θ̇_T by parameter, [D, *shape]; ⟨∂φ/∂w, v⟩ = ⟨∇φ, θ̇_T⟩.
+    """
+    state = initial_state(training.recipe, params)
+    tangents = tree.map(lambda x: x.new_zeros((len(directions), *x.shape)), (state.params, state.moments))
+    while state.step < len(training.stream):
+        tangents = _tangent_step(training, state, tangents, directions)
+        state = step(training, state).state
+        observe(state)
+    return state, tangents[0]
+
+
 def central_difference(training: Training, params: Params, query: Query, direction: Tensor, h: float = 1e-5) -> Tensor:
     """⟨∂φ/∂w, direction⟩ [K] from two retrainings at w ± h·direction; error O(h²) plus rounding/h."""
     ahead = query(train(training, params, training.weights + h * direction).params)[0]
@@ -94,16 +150,103 @@ def taylor_errors(
     return torch.stack([(phi - here - e * slope).abs() for phi, e in zip(there, sizes)])
 
 
+def extrapolated_slope(
+    values: Callable[[float], Tensor], sizes: Sequence[float], noise: float, goal: Tensor, expected: Tensor
+) -> Measured:
+    """dφ/dh at 0 from central differences D(h) at falling h, extrapolated to h = 0.
+
+        E_i = D_i + (D_i − D_{i−1})/(f − 1), f = (h_{i−1}/h_i)²        uncertainty |E_i − E_{i−1}| + noise·|φ|/h_i
+
+    A rough φ has another slope at a larger scale, and differences that agree there would be sure of a wrong one. So a
+    size counts only where D_{i−1} − D_{i−2} is f times D_i − D_{i−1}, give or take 1.7, or both are rounding, and no
+    later D is farther from E_i. It stops early only at the slope expected; another one has to outlast every size.
+    Richardson, Phil. Trans. R. Soc. A 210 (1911) 307.
+
+    Args:
+        values: h → φ [K] at that place.
+        sizes: Falling h, each the same multiple of the next; at least three.
+        noise: Rounding error to be expected of a value of φ, relative to it.
+        goal: Uncertainty that is good enough, [K] float64.
+        expected: Slope at which an early stop is allowed, [K] float64, within twice the goal.
+    Returns:
+        The surest slopes; where no size counts their uncertainty is infinite.
+
+    >>> goal = torch.zeros(1, dtype=torch.float64)
+    >>> extrapolated_slope(lambda h: goal.new_tensor([h]).sin(), (0.04, 0.02, 0.01), 1e-16, goal, goal + 1).slope
+    tensor([1.0000], dtype=torch.float64)
+    """
+    factor = (sizes[0] / sizes[1]) ** 2
+    slope, uncertainty, distance = goal * 0, torch.full_like(goal, torch.inf), goal * 0
+    differences: list[Tensor] = []
+    for h in sizes:
+        ahead, behind = values(h).to(goal), values(-h).to(goal)
+        differences.append((ahead - behind) / (2 * h))
+        if len(differences) < 3:
+            continue
+        before, last, now = differences[-3:]
+        rounding = noise * torch.maximum(ahead.abs(), behind.abs()) / h
+        uncertainty[(now - slope).abs() > distance + rounding + uncertainty] = torch.inf
+        earlier, later = last - before, now - last
+        smooth = (earlier / later / factor).log().abs() <= math.log(1.7)  # NaN for opposite signs: not smooth
+        counts = smooth | (torch.maximum(earlier.abs(), later.abs()) <= rounding)
+        found = now + later / (factor - 1)
+        error = (found - last - earlier / (factor - 1)).abs() + rounding
+        better = counts & (error < uncertainty)
+        slope, uncertainty = torch.where(better, found, slope), torch.where(better, error, uncertainty)
+        distance = torch.where(better, (now - found).abs(), distance)
+        if ((uncertainty <= goal) & ((slope - expected).abs() <= 2 * goal)).all():
+            break
+    return Measured(slope, uncertainty, 2 * len(differences))
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖/‖expected‖."""
     return float((found - expected).norm() / expected.norm())
 
 
 def _parts(training: Training, t: int) -> list[Batch]:
-    return micro_batches(training.stream[t], training.recipe.micro_batch_size)
+    return micro_batches_of(training, t)[0]
 
 
 def _update(training: Training, params: Params, moments: Moments, grads: Params, t: int) -> tuple[Params, Moments]:
     recipe = training.recipe
     grads = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
     return recipe.optimizer.update(params, moments, grads, t)
+
+
+def _tangent_step(
+    training: Training, state: State, tangents: tuple[Params, Moments], directions: Tensor
+) -> tuple[Params, Moments]:
+    batches, seed = micro_batches_of(training, state.step)
+    grads: Params = {}
+
+    def along(found: Params) -> Params:
+        grads.update(found)
+        return tangents[0]
+
+    curvature, _ = training.engine.pullback(state.params, batches, training.weights, seed, along)
+    moved = []
+    for d, direction in enumerate(directions):
+        pushed = training.engine.gradient(state.params, batches, direction, seed)[1]
+        slopes = {name: curvature[name][d] + pushed[name] for name in grads}
+        moved.append(_update_tangent(training, state, grads, (*tree.map(lambda x, d=d: x[d], tangents), slopes)))
+    return tree.map(lambda *parts: torch.stack(parts), moved[0], *moved[1:])
+
+
+def _update_tangent(
+    training: Training, state: State, grads: Params, tangents: tuple[Params, Moments, Params]
+) -> tuple[Params, Moments]:
+    """The tangent of one update, by forward AD over the tensors that have a slope (a step count has none)."""
+    given = (state.params, state.moments, grads)
+    slots = list(zip(tree.leaves(given), tree.leaves(tangents), strict=True))
+    after: list[tuple[Params, Moments]] = []
+
+    def update(*floating: Tensor) -> list[Tensor]:
+        leaves = iter(floating)
+        placed = tree.map(lambda x: next(leaves) if x.is_floating_point() else x, given)
+        after.append(_update(training, *placed, state.step))
+        return [leaf for leaf in tree.leaves(after[0]) if leaf.is_floating_point()]
+
+    primals, seeds = zip(*((x, dx) for x, dx in slots if x.is_floating_point()))
+    moved = iter(torch.func.jvp(update, primals, seeds)[1])
+    return tree.map(lambda x: next(moved) if x.is_floating_point() else x.new_zeros(x.shape), after[0])

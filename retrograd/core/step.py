@@ -25,6 +25,7 @@ __all__ = [
     "Batch",
     "Engine",
     "Objective",
+    "Pulled",
     "Recipe",
     "State",
     "Stepped",
@@ -33,6 +34,7 @@ __all__ = [
     "coefficients",
     "initial_state",
     "micro_batches",
+    "micro_batches_of",
     "pullback",
     "random_draws",
     "step",
@@ -88,11 +90,31 @@ class State(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """A step's outcome: the next state, the weighted batch loss in nats, and ‖g‖ before clipping."""
+    """A step's outcome: the next state, the weighted batch loss in nats, and ‖g‖ before clipping.
+
+    swallowed: share of parameters with a gradient that the update did not move, because it rounded to nothing; None at
+    steps where it was not counted.
+    """
 
     state: State
     loss: float
     grad_norm: float
+    swallowed: float | None = None
+
+
+class Pulled(NamedTuple):
+    """A step's pullback. λ_t; the batch's index [B] or [B, L] and the scores [K, *index.shape] to add there.
+
+    recipe: ∂φ/∂lr_t and this step's share of ∂φ/∂weight_decay, [K] each; empty for a foreign optimizer.
+    probe: H·probe, if a probe was given; sharpness: ⟨u, Hu⟩/⟨u, Pu⟩ for it, P the optimizer's preconditioner.
+    """
+
+    cotangent: Cotangent
+    index: Tensor  # type: ignore[assignment]  # tuple.index is never called on a pullback
+    scores: Tensor
+    recipe: dict[str, Tensor]
+    probe: Params | None = None
+    sharpness: float | None = None
 
 
 @runtime_checkable
@@ -142,38 +164,51 @@ def initial_state(recipe: Recipe, params: Params) -> State:
 
 def step(training: Training, state: State) -> Stepped:
     """s_t → s_{t+1}. A pure function of the state: the same state gives the same bits."""
-    recipe, batches, seed = _prepare(training, state)
+    recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     loss, grads = training.engine.gradient(state.params, batches, training.weights, seed)
     with torch.no_grad():
         grad_norm = float(tree.norm(grads))
         clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
         params, moments = recipe.optimizer.update(state.params, state.moments, clipped, state.step)
-    return Stepped(State(state.step + 1, params, moments), float(loss), grad_norm)
+        swallowed = _swallowed(state.params, params, grads) if _counted(state.step) else None
+    return Stepped(State(state.step + 1, params, moments), float(loss), grad_norm, swallowed)
 
 
-def pullback(training: Training, state: State, cotangent: Cotangent) -> tuple[Cotangent, Tensor, Tensor]:
+def pullback(training: Training, state: State, cotangent: Cotangent, probe: Params | None = None) -> Pulled:
     """λ_{t+1} → λ_t, and this step's share of the scores.
 
     Args:
         state: State t.
         cotangent: λ_{t+1}, tensors [K, *shape].
-    Returns:
-        λ_t; the batch's index [B] or [B, L]; the scores to add there, [K, *index.shape], nats per unit of weight.
+        probe: A direction u; the Hessian-vector product Hu comes out of the same graph as one more query.
     """
-    recipe, batches, seed = _prepare(training, state)
-    after: list[Cotangent] = []
+    recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
+    queries = len(next(iter(cotangent.params.values())))
+    after: list[Any] = []
 
     def update_half(grads: Params) -> Params:
         limit = recipe.max_grad_norm
         with torch.no_grad():
             clipped = clip(grads, limit) if limit else grads
-        pulled, bars = recipe.optimizer.pullback(state.params, state.moments, clipped, state.step, cotangent)
-        after.append(pulled)
-        return clip_pullback(grads, limit, bars) if limit else bars
+            given = (state.params, state.moments, clipped, state.step)
+            pulled, bars = recipe.optimizer.pullback(*given, cotangent)
+            numbers = recipe.optimizer.recipe_pullback(*given, cotangent, bars)
+            metric = recipe.optimizer.preconditioner(state.moments, clipped, state.step) if probe else None
+        after.extend((pulled, numbers, metric))
+        bars = clip_pullback(grads, limit, bars) if limit else bars
+        return bars if probe is None else {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
 
     curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, update_half)
-    params = {name: bar + curvature[name] for name, bar in after[0].params.items()}
-    return Cotangent(params, after[0].moments), torch.cat([batch.index for batch in batches]), scores
+    pulled, numbers, metric = after
+    params = {name: bar + curvature[name][:queries] for name, bar in pulled.params.items()}
+    index = torch.cat([batch.index for batch in batches])
+    found = Pulled(Cotangent(params, pulled.moments), index, scores[:queries], numbers)
+    if probe is None:
+        return found
+    product = {name: bar[queries] for name, bar in curvature.items()}
+    scaled = product if metric is None else {name: metric[name] * x for name, x in product.items()}
+    weighed = probe if metric is None else {name: x / metric[name] for name, x in probe.items()}
+    return found._replace(probe=scaled, sharpness=float(tree.dot(probe, product) / tree.dot(probe, weighed)))
 
 
 def coefficients(batch: Batch, weights: Tensor) -> Tensor:
@@ -189,6 +224,13 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
     return [tree.map(lambda x, start=start: x[start : start + size], batch) for start in range(0, rows, size)]
 
 
+def micro_batches_of(training: Training, step: int) -> tuple[list[Batch], str | None]:
+    """What the engine gets at a step: its micro-batches and the seed of its draws, None where there are none."""
+    recipe = training.recipe
+    seed = f"{recipe.seed}/{step}" if recipe.stochastic else None
+    return micro_batches(training.stream[step], recipe.micro_batch_size), seed
+
+
 @contextmanager
 def random_draws(seed: str | None, part: int) -> Iterator[None]:
     """Random numbers as a function of (seed, step, micro-batch), without disturbing the caller's."""
@@ -201,8 +243,11 @@ def random_draws(seed: str | None, part: int) -> Iterator[None]:
         yield
 
 
-def _prepare(training: Training, state: State) -> tuple[Recipe, list[Batch], str | None]:
-    recipe = training.recipe
-    batch = training.stream[state.step]
-    seed = f"{recipe.seed}/{state.step}" if recipe.stochastic else None
-    return recipe, micro_batches(batch, recipe.micro_batch_size), seed
+def _counted(step: int) -> bool:
+    return step % 16 == 0 or step & (step - 1) == 0
+
+
+def _swallowed(before: Params, after: Params, grads: Params) -> float:
+    moved = [(g != 0, before[name] == after[name]) for name, g in grads.items()]
+    live = sum(int(pushed.sum()) for pushed, _ in moved)
+    return sum(int((pushed & still).sum()) for pushed, still in moved) / max(1, live)

@@ -68,8 +68,10 @@ class Reversed(NamedTuple):
     cotangent: Cotangent
     index: Tensor  # type: ignore[assignment]  # tuple.index is never called on an event
     scores: Tensor
-    norm: Tensor  # of λ_t, [K]
+    norm: Tensor  # of λ_t's part for the parameters, [K]; moments have scales of their own
     nonfinite: float  # fraction of λ_t's and the scores' entries; more than 0 stops the sweep
+    recipe: dict[str, Tensor]  # ∂φ/∂lr_t and this step's share of ∂φ/∂weight_decay, [K] each
+    sharpness: float | None = None  # estimate of the preconditioned Hessian's largest eigenvalue, if asked for
 
 
 Event = Advanced | Turned | Reversed
@@ -135,16 +137,19 @@ def sweep(
     *,
     state: State | None = None,
     cotangent: Cotangent | None = None,
+    curvature: bool = False,
 ) -> Iterator[Event]:
     """Execute actions of a plan, yielding an event for each step taken or reversed.
 
     A whole plan is swept in two parts: up to and including its Turn, with `state`; and from there on, with the working
-    state the first part leaves (state T−1) and the query's cotangent.
+    state the first part leaves (state T−1) and the query's cotangent. With `curvature`, one more Hessian-vector product
+    a step drives a power iteration for the largest eigenvalue, carried from step to step.
 
     Raises:
         ReplayDriftError: If a replayed state has other bits than the original.
         NonFiniteError: If a loss or cotangent is not finite; it names the step.
     """
+    probe = _random_probe(cotangent.params) if curvature and cotangent is not None else None
     for action in actions:
         match action:
             case plans.Advance(start, stop):
@@ -168,13 +173,20 @@ def sweep(
                 assert state is not None, "a Reverse needs a working state"
                 assert cotangent is not None, "a Reverse needs a cotangent"
                 assert state.step == t, "the plan was checked"
-                cotangent, index, scores = pullback(training, state, cotangent)
-                norm, nonfinite = _health(cotangent, scores, t)
-                yield Reversed(t, cotangent, index, scores, norm, nonfinite)
+                pulled = pullback(training, state, cotangent, probe)
+                cotangent, probe = pulled.cotangent, _unit(pulled.probe)
+                norm, nonfinite = _health(cotangent, pulled.scores, t)
+                yield Reversed(
+                    t, cotangent, pulled.index, pulled.scores, norm, nonfinite, pulled.recipe, pulled.sharpness
+                )
 
 
 def metagradient(
-    training: Training, params: Params, query: Query, plan: plans.Plan | None = None
+    training: Training,
+    params: Params,
+    query: Query,
+    plan: plans.Plan | None = None,
+    observe: Callable[[Event], None] = lambda event: None,
 ) -> tuple[Tensor, Tensor]:
     """Query values after training, and their gradients with respect to the data weights.
 
@@ -186,6 +198,7 @@ def metagradient(
         params: Initial parameters.
         query: params → (φ [K] in nats, ∇φ [K, *shape]).
         plan: Replay plan for `len(training.stream)` steps; all states are held when None.
+        observe: Called with every event: losses, cotangent norms, recipe gradients by step.
     Returns:
         φ [K] in nats and τ [K, *weights.shape] in nats per unit of weight. τ < 0: a proponent, training on it lowers
         the query loss.
@@ -199,6 +212,7 @@ def metagradient(
     slots, ledger = MemorySlots(), Ledger()
     state, final = initial_state(training.recipe, params), None
     for event in sweep(actions[:turn], training, slots, ledger, state=state):
+        observe(event)
         if isinstance(event, Advanced):
             state = event.outcome.state
         elif isinstance(event, Turned):
@@ -208,6 +222,7 @@ def metagradient(
     cotangent = seed_cotangent(gradient, final)
     scores = torch.zeros((len(values), *training.weights.shape), dtype=training.weights.dtype)
     for event in sweep(actions[turn:], training, slots, ledger, state=state, cotangent=cotangent):
+        observe(event)
         if isinstance(event, Reversed):
             accumulate(scores, event)
     return values, scores
@@ -241,10 +256,28 @@ def _advance(training: Training, state: State, ledger: Ledger) -> Stepped:
     return outcome
 
 
+def _random_probe(params: Params) -> Params:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {name: torch.randn_like(bar[0]) for name, bar in params.items()}
+
+
+def _unit(probe: Params | None) -> Params | None:
+    if probe is None:
+        return None
+    size = float(tree.norm(probe))
+    return {name: x / size for name, x in probe.items()} if size > 0 else _random_probe(_stacked(probe))
+
+
+def _stacked(params: Params) -> Params:
+    return {name: x[None] for name, x in params.items()}
+
+
 def _health(cotangent: Cotangent, scores: Tensor, step: int) -> tuple[Tensor, float]:
-    """‖λ‖ [K] and the fraction of entries that are not finite, counted only where the norm gives cause."""
-    norm = tree.norm(cotangent, batch_dims=1)
-    suspect = not (torch.isfinite(norm).all() and torch.isfinite(scores).all())
+    """‖λ_θ‖ [K] and the fraction of λ's entries that are not finite, counted only where a norm gives cause."""
+    norm = tree.norm(cotangent.params, batch_dims=1)
+    moments = tree.norm(cotangent.moments, batch_dims=1) if tree.leaves(cotangent.moments) else norm
+    suspect = not all(torch.isfinite(x).all() for x in (norm, moments, scores))
     bad = tree.nonfinite((cotangent, scores)) if suspect else 0.0
     if bad:
         raise NonFiniteError(

@@ -1,10 +1,10 @@
 """Hugging Face causal language models as chains of their decoder layers, for the `blocks` engine.
 
-The chain is found by structure and proved by trial, not looked up by model name. A candidate is a `ModuleList` of layers
-of one type. With the layers' own work left out (each hands on what it gets), the base model's forward still embeds the
-tokens and makes masks, positions and rotary embeddings, which are recorded layer by layer; with the last layer handing on
-a given x instead, the same forward is what follows the layers. So packed rows, sliding windows and position schemes are
-the model's own code. Then gradient and pullback on a small batch must equal those of `Double`.
+The chain is found by structure and proved by trial, not looked up by model name. A candidate is a `ModuleList` of
+layers of one type. With the layers' own work left out (each hands on what it gets), the base model's forward still
+embeds the tokens and makes masks, positions and rotary embeddings, which are recorded layer by layer; with the last
+layer handing on a given x instead, the same forward is what follows the layers. So packed rows, sliding windows and
+position schemes are the model's own code. Then gradient and pullback on a small batch must equal those of `Double`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class VocabularyHead:
 
     def _operands(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
         weight, bias = (
-            params[self.names[name]] if name in self.names else getattr(self.linear, name) for name in ("weight", "bias")
+            params[self.names[name]] if name in self.names else getattr(self.linear, name)
+            for name in ("weight", "bias")
         )
         rows, columns, targets = targets_of(inputs)
         return (x[rows, columns], weight, bias, targets, factors[rows, columns + 1]), (rows, columns)
@@ -216,7 +217,8 @@ class _Parts:
     def _enter(self, inputs: Any) -> Tensor:
         """What enters the first layer, once it is clear that the layers are called as a chain."""
         seen: list[tuple[int, Tensor, Any]] = []
-        with _replaced(self.layers, [_recording(seen, place) for place in range(len(self.layers))]), torch.enable_grad():
+        recorders = [_recording(seen, place) for place in range(len(self.layers))]
+        with _replaced(self.layers, recorders), torch.enable_grad():
             live, arguments = self._around(self.base)[1], model_arguments(inputs, self.module)
             functional_call(self.base, live, (), arguments, tie_weights=False)
         order = [place for place, _, _ in seen]
@@ -251,11 +253,11 @@ def _replaced(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Tens
             vars(layer)["forward"] = forward
         yield
     finally:
-        for layer, forward in zip(layers, before):
-            if forward is None:
+        for layer, previous in zip(layers, before):
+            if previous is None:
                 vars(layer).pop("forward", None)
             else:
-                vars(layer)["forward"] = forward
+                vars(layer)["forward"] = previous
 
 
 def _layer_call(layer: nn.Module) -> Callable[[Params, Tensor, Any], Tensor]:

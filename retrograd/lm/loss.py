@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -88,7 +89,30 @@ def fused_ce(
         coefficients: [M].
         chunk: Tokens whose logits exist at once; chosen by size if not given.
     """
-    return _FusedCE.apply(hidden, weight, bias, targets, coefficients, chunk or _chunk(weight))
+    chunk = chunk or _chunk(weight)
+    if is_batchedtensor(hidden):
+        return _Stacked.apply(hidden, weight, bias, targets, coefficients, chunk)
+    return _FusedCE.apply(hidden, weight, bias, targets, coefficients, chunk)
+
+
+class _Stacked(torch.autograd.Function):
+    """The fused head under vmap: member by member, each on its own tensors, where plain autograd sees it."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        raise AssertionError("only reached through vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        raise AssertionError("only reached through vmap")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        members = [
+            [x if dim is None else x.select(dim, s) for x, dim in zip(arguments, in_dims)]
+            for s in range(info.batch_size)
+        ]
+        return torch.stack([fused_ce(*member) for member in members]), 0
 
 
 class _FusedCE(torch.autograd.Function):
@@ -144,9 +168,7 @@ class _FusedGrad(torch.autograd.Function):
         return (*outs, dscale.to(scale), None, None, None, None, None)
 
 
-def head_first(
-    operands: _Operands, wanted: Sequence[bool], chunk: int | None = None
-) -> tuple[Tensor, Tensor, _Grads]:
+def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = None) -> tuple[Tensor, Tensor, _Grads]:
     """The head's loss and gradient in one pass over the chunks.
 
     Args:

@@ -8,7 +8,7 @@ and the vocabulary projection is fused with its cross-entropy where the model's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,15 @@ from torch.overrides import TorchFunctionMode
 from retrograd.core.optim import Params
 from retrograd.lm.loss import fused_ce, token_ce
 
-__all__ = ["CausalLM", "causal_objective", "load_causal_lm", "load_tokenizer", "trainable"]
+__all__ = [
+    "CausalLM",
+    "bound_model",
+    "causal_logits",
+    "causal_objective",
+    "load_causal_lm",
+    "load_tokenizer",
+    "trainable",
+]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -38,6 +46,11 @@ class CausalLM:
     params: Params
     objective: Callable[[Params, Any, Tensor], Tensor]
     fused: bool
+
+    def evaluated(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
+        """The objective with dropout off: what a query asks, however the model is trained."""
+        with _evaluating(self.module):
+            return self.objective(params, inputs, coefficients)
 
 
 def trainable(module: nn.Module) -> tuple[Params, dict[str, str]]:
@@ -132,13 +145,10 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
     Parameters of the objective go by the names of `trainable(module)`.
     """
     fused = has_plain_head(module)
-    scored = _Scored(module, fused)
-    readers = trainable(module)[1]
+    call = _functional(_Scored(module, fused))
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
-        placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
-        with twice_differentiable(coefficients.dtype):
-            return functional_call(scored, placed, (inputs, coefficients), tie_weights=False)
+        return call(params, coefficients.dtype, inputs, coefficients)
 
     return objective, fused
 
@@ -146,8 +156,74 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
 @contextmanager
 def twice_differentiable(dtype: torch.dtype) -> Iterator[None]:
     """Attention on SDPA's MATH path; in a float64 run, no casts to float32."""
-    with sdpa_kernel(SDPBackend.MATH), _KeepFloat64() if dtype == torch.float64 else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
         yield
+
+
+def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
+    """params, named as by `trainable` → the module as a function of its inputs with them in place, dropout off.
+
+    The function has the module's `config` and `device`, and nothing that would read the module's own parameters.
+    """
+    readers = trainable(module)[1]
+
+    def bind(params: Params) -> Callable[..., Any]:
+        placed = {name: params[leaf] for name, leaf in readers.items()}
+        first = next(iter(params.values()))
+
+        def model(*arguments: Any, **options: Any) -> Any:
+            with twice_differentiable(first.dtype), _evaluating(module):
+                return functional_call(module, placed, arguments, options, tie_weights=False)
+
+        vars(model).update(config=getattr(module, "config", None), device=first.device)
+        return model
+
+    return bind
+
+
+def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Tensor]:
+    """Logits at chosen positions only, differentiable, dropout off whatever the module's mode.
+
+    Returns:
+        (params, input_ids [R, L], rows [M], columns [M]) → [M, V], the prediction of the token after each position;
+        float32 at least. Rows are padded on the right. With a plain head, no other logits exist.
+    """
+    call = _functional(_Chosen(lm.module, lm.fused))
+
+    def logits(params: Params, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        with _evaluating(lm.module):
+            found = call(params, next(iter(params.values())).dtype, input_ids, rows, columns)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    return logits
+
+
+def _functional(wrapped: _Scored | _Chosen) -> Callable[..., Tensor]:
+    """(params, dtype, *arguments) → wrapped(*arguments), with the leaves of `trainable` in their places."""
+    readers = trainable(wrapped.module)[1]
+
+    def call(params: Params, dtype: torch.dtype, *arguments: Any) -> Tensor:
+        placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
+        with twice_differentiable(dtype):
+            return functional_call(wrapped, placed, arguments, tie_weights=False)
+
+    return call
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule's own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _keep_float64(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
 
 
 class _KeepFloat64(TorchFunctionMode):
@@ -188,6 +264,22 @@ class _Scored(nn.Module):
         return fused_ce(hidden[rows, columns], head.weight, head.bias, targets, coefficients[rows, columns + 1])
 
 
+class _Chosen(nn.Module):
+    """Model and head at chosen positions, as one module for the same reason."""
+
+    def __init__(self, module: nn.Module, fused: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.fused = fused
+
+    def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        model = inner(self.module)
+        if not self.fused:
+            return model(input_ids=input_ids, use_cache=False).logits[rows, columns]
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return model.get_output_embeddings()(hidden[rows, columns])
+
+
 def targets_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Where the valid targets are predicted from, and the targets: the state at (row, column) predicts column + 1."""
     rows, columns = inputs["target_mask"][:, 1:].nonzero(as_tuple=True)
@@ -195,7 +287,7 @@ def targets_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def model_arguments(inputs: dict[str, Tensor], module: nn.Module) -> dict[str, Any]:
-    """What a Hugging Face model is called with; for packed rows, positions that restart and attention inside documents."""
+    """What a Hugging Face model is called with; packed rows get positions that restart and attention inside documents."""
     arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
     if "segment_ids" not in inputs:
         return arguments

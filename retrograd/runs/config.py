@@ -5,22 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-import yaml
+
+from retrograd.runs.parse import build, parse_size, read_yaml
 
 __all__ = [
     "DataConfig", "LoraConfig", "MagicConfig", "QueryConfig", "ReplayConfig", "TrainConfig",
-    "check", "difference", "from_yaml", "parse_size", "to_dict",
+    "check", "check_query", "difference", "from_yaml", "queries_of", "query_file", "settings_from", "to_dict",
 ]  # fmt: skip
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """What is asked of the trained model: the mean token loss, in nats, of these documents."""
+    """What is asked of the trained model, in nats: its loss on documents or on questions, or a function of yours."""
 
-    dataset: str = tyro.MISSING
+    dataset: str | None = None
     """As --data.dataset."""
     subset: str | None = None
     """As --data.subset."""
@@ -60,11 +59,27 @@ class QueryConfig:
     text_column: str | None = None
     """As --data.text-column."""
     max_length: int | None = None
-    """As --data.max-length."""
+    """As --data.max-length; questions are cut from the left."""
     limit: int | None = None
-    """Use the first documents only."""
+    """Use the first documents or questions only."""
     reduction: Literal["mean", "none"] = "mean"
-    """One score for the whole set (mean), or one score column for each document (none)."""
+    """One score for the whole set (mean), or one score column for each document or question (none)."""
+    form: Literal["text", "letter", "cloze"] = "text"
+    """text: mean token loss. letter, cloze: multiple choice by answer letter, or by the answers' own texts; the data
+    set then needs question, choices and answer."""
+    template: str = "auto"
+    """Prompt of a question: plain, mmlu, wmdp, wmdp_chem, wmdp_cyber or legacy (letter); plain_cloze or wmdp_cloze
+    (cloze); or a text with {question} and, for letter, {choices}. auto: plain_cloze for cloze; for letter, mmlu where
+    every question has a subject, and else plain."""
+    loss: Literal["four_way", "full"] = "four_way"
+    """four_way: −log of the right answer's share among the question's choices, what accuracy measures; full: −log p of
+    the right answer, which also falls when all answers become more likely."""
+    normalise: bool = False
+    """cloze: divide an answer's log-likelihood by its length in characters."""
+    function: str | None = None
+    """A Python function instead, module:name or file.py:name, called with (model, tokenizer); returns a scalar."""
+    contrast: tuple[str, ...] = ()
+    """Two other queries by name instead: the first minus the second."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +170,16 @@ class MagicConfig:
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     data: DataConfig = field(default_factory=DataConfig)
     query: QueryConfig = field(default_factory=QueryConfig)
+    query_file: Path | None = None
+    """YAML file of several queries for one sweep, settings by name: {a: {dataset: …}, gap: {contrast: [a, b]}}."""
+    queries: tyro.conf.Suppress[dict[str, QueryConfig]] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     attribute: Literal["examples", "tokens"] = "examples"
     """One score per document, or one per training token."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    sharpness: bool = False
+    """Estimate lr·λ_max of the Hessian by step; costs one more Hessian-vector product a step."""
     config: Path | None = None
     """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
     overwrite: bool = False
@@ -167,16 +187,13 @@ class MagicConfig:
 
 
 # Where a run is and how it is carried out do not change what it computes.
-_NOT_THE_RUN = ("run", "config", "overwrite", "replay")
+_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness")
 
 
 def to_dict(config: MagicConfig) -> dict[str, Any]:
     """The configuration as plain values, without the folder and the flags about it."""
-    values = dataclasses.asdict(config)
-    for name in ("run", "config", "overwrite"):
-        values.pop(name)
-    values["lora"]["target_modules"] = list(values["lora"]["target_modules"])
-    return values
+    values = _plain(dataclasses.asdict(config))
+    return {name: value for name, value in values.items() if name in _STORED}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -190,31 +207,34 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def from_yaml(path: Path) -> MagicConfig:
+def settings_from(kind: type[C], path: Path) -> C:
     """Defaults from a YAML file; the folder of the run is left to be given.
 
     Raises:
         ValueError: If the file is missing or not YAML, or names a setting that does not exist.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"the configuration {path} is a {type(values).__name__}; it has to be settings by name")
-    return _build(MagicConfig, values, str(path))
+    return build(kind, read_yaml(path), str(path))
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "8GiB", "500MB" or "1024".
+def from_yaml(path: Path) -> MagicConfig:
+    """The configuration of a run, from its run_config.yaml."""
+    return settings_from(MagicConfig, path)
 
-    >>> parse_size("1.5KiB")
-    1536
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"size {text!r} is not understood; write a number with a unit, such as 8GiB, 500MB or 0")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+def query_file(path: Path) -> dict[str, QueryConfig]:
+    """Queries by name, from a YAML file."""
+    values = read_yaml(path)
+    for name, settings in values.items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: query {name!r} is {settings!r}; it has to be settings, such as {{dataset: …}}")
+    return {str(name): build(QueryConfig, settings, f"{path}: {name}") for name, settings in values.items()}
+
+
+def queries_of(config: MagicConfig) -> dict[str, QueryConfig]:
+    """All queries of a run by name; the one of --query.* is called "query"."""
+    given = config.query
+    main = {"query": given} if given.dataset or given.function or given.contrast else {}
+    return {**main, **config.queries}
 
 
 def check(config: MagicConfig) -> None:
@@ -226,8 +246,8 @@ def check(config: MagicConfig) -> None:
     train, data, replay = config.train, config.data, config.replay
     for name, number in (("train.batch_size", train.batch_size), ("train.epochs", train.epochs),
                          ("train.micro_batch_size", train.micro_batch_size), ("data.limit", data.limit),
-                         ("query.limit", config.query.limit), ("replay.interval", replay.interval),
-                         ("replay.slots", replay.slots)):  # fmt: skip
+                         ("data.max_length", data.max_length), ("data.chunk_length", data.chunk_length),
+                         ("replay.interval", replay.interval), ("replay.slots", replay.slots)):  # fmt: skip
         if number is not None and number < 1:
             raise ValueError(f"--{name} is {number}; it has to be at least 1")
     for name, value in (("train.lr", train.lr), ("replay.heartbeat", replay.heartbeat)):
@@ -246,6 +266,63 @@ def check(config: MagicConfig) -> None:
     for size in (replay.memory, replay.disk):
         if size != "auto":
             parse_size(size)
+    queries = queries_of(config)
+    if "query" in config.queries and config.query != QueryConfig():
+        raise ValueError("--query_file has a query named 'query', which is the one of --query; give it another name")
+    if not queries:
+        raise ValueError("no query: give --query.dataset (or --query.function, or several in --query_file)")
+    for name, query in queries.items():
+        check_query(name, query, queries)
+
+
+def check_query(name: str, query: QueryConfig, known: dict[str, QueryConfig]) -> None:
+    """Refuse a query that cannot work."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"query name {name!r} is used as a folder; use letters, digits, '.', '_' and '-'")
+    sources = {"dataset": query.dataset, "function": query.function, "contrast": query.contrast}
+    given = [source for source, value in sources.items() if value]
+    if len(given) != 1:
+        found = f"it has {' and '.join(given)}" if given else "it has none"
+        raise ValueError(f"query {name!r} needs exactly one of dataset, function and contrast; {found}")
+    for setting, number in (("limit", query.limit), ("max_length", query.max_length)):
+        if number is not None and number < 1:
+            raise ValueError(f"query {name!r}: {setting} is {number}; it has to be at least 1")
+    if query.contrast:
+        if len(query.contrast) != 2 or len(set(query.contrast)) != 2:
+            raise ValueError(f"query {name!r} contrasts {', '.join(query.contrast)}; it takes two different queries")
+        for other in query.contrast:
+            if other not in known or known[other].contrast:
+                raise ValueError(
+                    f"query {name!r} contrasts {other!r}, which is no other plain query; there are "
+                    f"{', '.join(n for n in known if not known[n].contrast) or 'none'}"
+                )
+    changed = [f.name for f in dataclasses.fields(query) if getattr(query, f.name) != f.default]
+    _check_belongs(name, query, given[0], changed)
+    if query.normalise and query.form != "cloze":
+        raise ValueError(f"query {name!r}: normalise belongs to --query.form cloze; a letter is one token")
+
+
+def _check_belongs(name: str, query: QueryConfig, source: str, changed: list[str]) -> None:
+    """Refuse settings that this kind of query would ignore."""
+    if source != "dataset":
+        unread = [setting for setting in changed if setting != source]
+        kind = f"a {source}"
+    elif query.form == "text":
+        unread, kind = [s for s in changed if s in ("template", "loss", "normalise")], "--query.form text"
+    else:
+        unread, kind = [s for s in changed if s == "text_column"], f"--query.form {query.form}"
+    if unread:
+        raise ValueError(f"query {name!r}: {kind} has no use for {', '.join(unread)}; leave that out")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as YAML has them."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+_STORED = {f.name for f in dataclasses.fields(MagicConfig)} - {"run", "config", "overwrite", "query_file"}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -253,33 +330,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(values.keys() - hints.keys())
-    if unknown:
-        raise ValueError(f"{where} names settings that do not exist: {', '.join(unknown)}. Known: {', '.join(hints)}.")
-    return kind(**{name: _convert(hints[name], value, f"{where}: {name}") for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value or {}, where)
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _convert(options[0], value, where)
-    if origin is Literal:
-        if value not in options:
-            raise ValueError(f"{where} is {value!r}; it has to be one of {', '.join(map(str, options))}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(options[0], value, where)
-    if origin is tuple:
-        return tuple(value)
-    try:
-        if hint is bool and not isinstance(value, bool):
-            raise TypeError
-        return hint(value)  # YAML reads 1e-4 as a string
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where} is {value!r}; it has to be of type {hint.__name__}") from error

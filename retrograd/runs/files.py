@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -16,7 +17,16 @@ from torch import Tensor
 
 from retrograd.runs.errors import RunError
 
-__all__ = ["append_line", "read_lines", "read_tensors", "write_atomic", "write_json", "write_tensors", "write_torch"]
+__all__ = [
+    "append_line",
+    "file_digest",
+    "read_lines",
+    "read_tensors",
+    "write_atomic",
+    "write_json",
+    "write_tensors",
+    "write_torch",
+]
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
@@ -77,6 +87,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is broken or truncated ({size} bytes): {error}. Delete this file and run the same command again; "
             "what it held is computed again from an earlier state."
         ) from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 16 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def append_line(path: Path, line: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -17,7 +19,7 @@ from rich.progress import (
 
 from retrograd.core.sweep import Advanced, Event, Reversed, Turned
 
-__all__ = ["Bars"]
+__all__ = ["Bars", "counting"]
 
 
 class Bars:
@@ -30,17 +32,7 @@ class Bars:
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.steps, self.tasks = steps, dict[str, TaskID]()
-        self.progress = Progress(
-            TextColumn("{task.description:<8}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console or Console(stderr=True),
-        )
+        self.progress = _progress(console)
 
     def __enter__(self) -> Bars:
         self.progress.start()
@@ -54,15 +46,46 @@ class Bars:
     def __call__(self, event: Event) -> None:
         """Move the bar that the event belongs to."""
         if isinstance(event, Reversed):
-            self._move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
+            self.move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
         elif isinstance(event, Turned) or not event.replayed:
-            self._move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
+            self.move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
         elif isinstance(event, Advanced) and "reverse" in self.tasks:
             self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
 
-    def _move(self, name: str, done: int, note: str) -> None:
+    def move(self, name: str, done: int, note: str = "", total: int | None = None) -> None:
+        """Move any bar, `steps` long if no total is given; it appears when it first moves."""
         if name not in self.tasks:
-            self.tasks[name] = self.progress.add_task(name, total=self.steps, completed=done - 1, rate="", note="")
+            total = self.steps if total is None else total
+            self.tasks[name] = self.progress.add_task(name, total=total, completed=done - 1, rate="", note="")
         task = next(task for task in self.progress.tasks if task.id == self.tasks[name])
         rate = f"{task.speed:.2f} steps/s" if task.speed else ""
         self.progress.update(self.tasks[name], completed=done, rate=rate, note=note)
+
+
+@contextmanager
+def counting(name: str, total: int, unit: str = "trainings", console: Console | None = None) -> Iterator[Callable]:
+    """A bar for things that are counted, with their rate a minute; yields a function of how many more are done."""
+    progress = _progress(console)
+    task = progress.add_task(name, total=total, rate="", note="")
+
+    def tick(more: int = 1, note: str = "") -> None:
+        speed = progress.tasks[task].speed
+        rate = f"{60 * speed:.1f} {unit}/min" if speed else ""
+        progress.update(task, advance=more, rate=rate, note=note)
+
+    with progress:
+        yield tick
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console or Console(stderr=True),
+    )

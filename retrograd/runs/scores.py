@@ -19,7 +19,7 @@ from retrograd.lm.rows import Rows
 from retrograd.runs.files import write_atomic, write_json, write_torch
 from retrograd.runs.manifest import SIGN
 
-__all__ = ["Ranked", "doc_ids", "per_document", "ranked", "write_scores"]
+__all__ = ["Ranked", "doc_ids", "per_document", "ranked", "read_scores", "write_scores"]
 
 TOP = 50
 EXCERPT = 200
@@ -54,11 +54,13 @@ def per_document(scores: Tensor, rows: Rows) -> Tensor:
     return totals.index_add_(1, doc_ids(rows).flatten(), scores.flatten(1))
 
 
-def ranked(scores: Tensor, rows: Rows, steps: np.ndarray, texts: Sequence[str]) -> list[Ranked]:
-    """Every document that has a row, by ascending score (the mean over queries): strongest proponents first.
+def ranked(
+    scores: Tensor, rows: Rows, steps: np.ndarray, texts: Sequence[str], leading: int | None = None
+) -> list[Ranked]:
+    """Every document that has a row, by ascending score: strongest proponents first.
 
     Args:
-        scores: [K, documents].
+        scores: [K, documents]; the score that ranks is the mean over the `leading` first of the K, all if None.
         steps: The step at which each row is trained on, [epochs, rows].
         texts: Excerpt of each document.
     """
@@ -69,14 +71,33 @@ def ranked(scores: Tensor, rows: Rows, steps: np.ndarray, texts: Sequence[str]) 
             where.setdefault(int(document), set()).update(steps[:, row].tolist())
             targets[int(document)] = targets.get(int(document), 0) + int(mask[documents == document].sum())
     found = [
-        Ranked(doc, float(scores[:, doc].mean()), scores[:, doc].tolist(), sorted(where[doc]), targets[doc], texts[doc])
+        Ranked(
+            doc,
+            float(scores[:leading, doc].mean()),
+            scores[:, doc].tolist(),
+            sorted(where[doc]),
+            targets[doc],
+            texts[doc],
+        )
         for doc in where
     ]
     return sorted(found, key=lambda record: record.score)
 
 
+def read_scores(path: Path, per_token: bool) -> Tensor:
+    """Scores of a `scores.pt`, with a leading query axis [K, …]."""
+    scores = torch.load(path, weights_only=True)
+    return scores[None] if scores.ndim == (2 if per_token else 1) else scores.movedim(-1, 0)
+
+
 def write_scores(
-    folder: Path, scores: Tensor, rows: Rows, steps: np.ndarray, order: list[Ranked], token_text: Any
+    folder: Path,
+    scores: Tensor,
+    rows: Rows,
+    steps: np.ndarray,
+    order: list[Ranked],
+    token_text: Any,
+    names: Sequence[str],
 ) -> None:
     """Write every score file of a run.
 
@@ -84,15 +105,16 @@ def write_scores(
         scores: [K, documents] or [K, rows, length].
         order: From `ranked`.
         token_text: Function from token ids to their texts.
+        names: Of the K queries.
     """
     trailing = scores[0] if len(scores) == 1 else scores.movedim(0, -1)
     if scores.ndim == 3:
         write_torch(folder / "doc_ids.pt", doc_ids(rows))
-        table = _token_table(scores, rows, steps, token_text)
+        table = _token_table(scores, rows, steps, token_text, names)
     else:
-        table = _document_table(order)
+        table = _document_table(order, names)
     _write_parquet(folder / "scores.parquet", table)
-    records = [_record(record) for record in order]
+    records = [_record(record, names) for record in order]
     by_id = sorted(records, key=lambda record: record["doc_id"])
     write_json(folder / "all_scores.json", {"meaning": SIGN, "examples": by_id})
     lowest = "The most negative scores: the strongest proponents. "
@@ -102,31 +124,33 @@ def write_scores(
     write_torch(folder / "scores.pt", trailing)  # last: whoever sees it sees all
 
 
-def _record(record: Ranked) -> dict[str, Any]:
+def _record(record: Ranked, names: Sequence[str]) -> dict[str, Any]:
     values = {"doc_id": record.doc_id, "score": record.score, "steps": record.steps, "targets": record.targets}
-    several = {"scores": record.scores} if len(record.scores) > 1 else {}
+    several = {"scores": dict(zip(names, record.scores, strict=True))} if len(record.scores) > 1 else {}
     return {**values, **several, "text": record.text}
 
 
-def _score_columns(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns "score", or "score_0" … for several queries, of values [n, K]."""
+def _score_columns(values: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns "score", or "score_NAME" for each of several queries, of values [n, K]."""
     if values.shape[1] == 1:
         return {"score": values[:, 0]}
-    return {f"score_{k}": values[:, k] for k in range(values.shape[1])}
+    return {f"score_{name}": values[:, k] for k, name in enumerate(names)}
 
 
-def _document_table(order: list[Ranked]) -> dict[str, Any]:
+def _document_table(order: list[Ranked], names: Sequence[str]) -> dict[str, Any]:
     order = sorted(order, key=lambda record: record.doc_id)
     return {
         "doc_id": [record.doc_id for record in order],
-        **_score_columns(np.array([record.scores for record in order])),
+        **_score_columns(np.array([record.scores for record in order]), names),
         "steps": [record.steps for record in order],
         "targets": [record.targets for record in order],
         "text": [record.text for record in order],
     }
 
 
-def _token_table(scores: Tensor, rows: Rows, steps: np.ndarray, token_text: Any) -> dict[str, Any]:
+def _token_table(
+    scores: Tensor, rows: Rows, steps: np.ndarray, token_text: Any, names: Sequence[str]
+) -> dict[str, Any]:
     lengths = [len(ids) for ids in rows.input_ids]
     ids = np.concatenate([np.asarray(x) for x in rows.input_ids])
     row = np.repeat(np.arange(len(rows)), lengths)
@@ -139,7 +163,7 @@ def _token_table(scores: Tensor, rows: Rows, steps: np.ndarray, token_text: Any)
         "token_id": ids,
         "token": token_text(ids),
         "target": np.concatenate([np.asarray(x) for x in rows.target_mask]),
-        **_score_columns(values),
+        **_score_columns(values, names),
         "steps": [steps[:, r].tolist() for r in row],
     }
 

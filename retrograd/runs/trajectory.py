@@ -125,6 +125,7 @@ class Trajectory:
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
         if self.folder and (self.folder / "final.safetensors").exists():
+            self.store.kept = set(self.store.durable()) if self.replay.keep else set()
             return self._read_final()
         actions = self._forward_plan()
         turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
@@ -152,41 +153,52 @@ class Trajectory:
         self._write_final(final)
         return final
 
-    def reverse(self, gradient: dict[str, Tensor], final: State) -> Tensor:
-        """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any."""
+    def reverse(self, gradient: dict[str, Tensor], final: State, key: str = "", *, curvature: bool = False) -> Tensor:
+        """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any.
+
+        Args:
+            key: Tells this sweep's durable cotangent from another query's.
+            curvature: Estimate the preconditioned Hessian's largest eigenvalue on the way; see `sweep`.
+        """
         gradient = {name: gradient[name] for name in final.params}  # files have their own order
         queries = next(iter(gradient.values())).shape[0]
         cotangent = seed_cotangent(gradient, final)
         weights = self.training.weights
         scores = torch.zeros((queries, *weights.shape), dtype=weights.dtype)
-        cotangent, scores, left = self._read_reverse(cotangent, scores)
+        cotangent, scores, left = self._read_reverse(cotangent, scores, key)
         actions, state = self._reverse_plan(left)
         self._beat = time.monotonic()
-        for event in sweep(actions, self.training, self.store, self.ledger, state=state, cotangent=cotangent):
+        for event in sweep(
+            actions, self.training, self.store, self.ledger, state=state, cotangent=cotangent, curvature=curvature
+        ):
             if isinstance(event, Reversed):
                 accumulate(scores, event)
-                self._reverse_heartbeat(event, scores)
+                self._reverse_heartbeat(event, scores, key)
             self.observe(event)
         return scores
 
-    def reverse_steps_left(self) -> int:
+    def reverse_steps_left(self, key: str = "") -> int:
         """Steps still to be pulled back, by the durable cotangent."""
-        path = self.folder / "reverse.safetensors" if self.folder else None
+        path = self._reverse_path(key)
         return int(read_tensors(path)[1]["step"]) if path is not None and path.exists() else self.steps
 
-    def clean(self) -> None:
+    def clean(self, key: str = "") -> None:
         """Remove what only a resume would need; the final state stays, and the forward states if they are kept."""
         if self.folder is None:
             return
         for step in self.store.durable():
             if not self.replay.keep:
                 self.store.path(step).unlink()
-        self.clean_reverse()
+        self.clean_reverse(key)
 
-    def clean_reverse(self) -> None:
-        """Remove the durable cotangent of a finished sweep, so that another query starts its own."""
-        if self.folder is not None:
-            (self.folder / "reverse.safetensors").unlink(missing_ok=True)
+    def clean_reverse(self, key: str = "") -> None:
+        """Remove the durable cotangent of a finished sweep."""
+        path = self._reverse_path(key)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _reverse_path(self, key: str) -> Path | None:
+        return self.folder / f"reverse{'-' if key else ''}{key}.safetensors" if self.folder else None
 
     def _forward_plan(self) -> plans.Plan:
         durable = self.store.durable()
@@ -238,22 +250,22 @@ class Trajectory:
             self.store.path(step).unlink(missing_ok=True)
         self._extra = {state.step}
 
-    def _reverse_heartbeat(self, event: Reversed, scores: Tensor) -> None:
-        if not self._due():
+    def _reverse_heartbeat(self, event: Reversed, scores: Tensor, key: str) -> None:
+        path = self._reverse_path(key)
+        if path is None or not self._due():
             return
-        assert self.folder is not None, "only due with a folder"
         tensors = {**tree.named(event.cotangent), "scores": scores}
         digest = tree.digest((event.cotangent, scores))
         metadata = {"step": str(event.step), "identity": self.store.identity, "digest": digest}
-        write_tensors(self.folder / "reverse.safetensors", tensors, metadata)
+        write_tensors(path, tensors, metadata)
         if not self.replay.keep:
             for step in self.store.durable():
                 if step >= event.step and step not in self.store.held:
                     self.store.path(step).unlink(missing_ok=True)
 
-    def _read_reverse(self, cotangent: Cotangent, scores: Tensor) -> tuple[Cotangent, Tensor, int]:
+    def _read_reverse(self, cotangent: Cotangent, scores: Tensor, key: str) -> tuple[Cotangent, Tensor, int]:
         """The last durable cotangent, scores and steps left; or those given, and all."""
-        path = self.folder / "reverse.safetensors" if self.folder else None
+        path = self._reverse_path(key)
         if path is None or not path.exists():
             return cotangent, scores, self.steps
         tensors, metadata = read_tensors(path)

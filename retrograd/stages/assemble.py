@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, AdamW, Muon, Optimizer
+from retrograd.core.muon import Muon
+from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
 from retrograd.core.step import Recipe, State, Training, initial_state
-from retrograd.lm.data import load_documents
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
-from retrograd.lm.query import query_columns
-from retrograd.lm.rows import Rows, build_rows
+from retrograd.lm.query import Queries
+from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
-from retrograd.runs.config import MagicConfig, TrainConfig
+from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
+from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.manifest import fingerprint
-from retrograd.runs.scores import EXCERPT
+from retrograd.stages.sources import Asked, load_queries, load_rows
 
 __all__ = ["Loaded", "assemble", "optimizer"]
 
 
 class Loaded(NamedTuple):
-    """Everything a run is made of, loaded and checked before the first step."""
+    """Everything a run is made of, loaded and checked before the first step.
+
+    findings: what the recipe alone gives away.
+    identity: hash of the training; what is asked of it has hashes of its own.
+    """
 
     rows: Rows
     texts: list[str]
@@ -35,9 +39,24 @@ class Loaded(NamedTuple):
     stream: DataStream
     training: Training
     initial: State
-    columns: list[Any]
-    query_rows: Rows
+    asked: list[Asked]
+    findings: list[Finding]
     identity: str
+
+    @property
+    def queries(self) -> Queries:
+        """All columns of all queries, in order."""
+        return Queries([column for asked in self.asked for column in asked.columns])
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What the run is made of, part by part."""
+        return {
+            "recipe": fingerprint(self.training.recipe),
+            "rows": self.rows.digest()[:16],
+            "model": tree.digest(self.initial.params)[-16:],
+            **{f"query {asked.name}": asked.digest for asked in self.asked},
+        }
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -46,35 +65,34 @@ def assemble(config: MagicConfig) -> Loaded:
     Raises:
         ValueError: For whatever cannot work, before anything is computed or written.
     """
-    device = _device(config.device)
+    device, train = _device(config.device), config.train
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     model = _load_model(config, device)
-    rows, texts = _rows(config.data, tokenizer, model, config.data.chunk_length, config.data.min_chars, "data")
-    query_rows, _ = _rows(config.query, tokenizer, model, None, 0, "query")
+    rows, texts = load_rows(config.data, tokenizer, model, config.data.chunk_length, config.data.min_chars, "data")
     stream = DataStream(
         rows,
-        config.train.batch_size,
-        epochs=config.train.epochs,
+        train.batch_size,
+        epochs=train.epochs,
         shuffle=config.data.shuffle,
-        seed=config.train.seed,
+        seed=train.seed,
         weight_shape=(len(rows), rows.max_length) if config.attribute == "tokens" else None,
         dtype=torch.promote_types(DTYPES[config.dtype], torch.float32),
         device=device,
     )
-    train = config.train
+    size = train.micro_batch_size or train.batch_size
+    asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
     recipe = Recipe(
         optimizer(train, len(stream), _embeddings(model)), train.max_grad_norm, train.micro_batch_size, train.seed,
         train.dropout,
     )  # fmt: skip
+    findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
     training = Training(recipe, Double(model.objective), stream, stream.weights)
     initial = initial_state(recipe, model.params)
-    size = train.micro_batch_size or train.batch_size
-    columns = query_columns(query_rows, config.query.reduction, batch_size=size, dtype=stream.dtype, device=device)
     identity = fingerprint(
-        recipe, rows.digest(), query_rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed,
-        stream.batch_size, stream.epochs, config.attribute, config.query.reduction, config.dtype,
+        recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
+        stream.epochs, config.attribute, config.dtype,
     )  # fmt: skip
-    return Loaded(rows, texts, model, tokenizer, stream, training, initial, columns, query_rows, identity)
+    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, findings, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:
@@ -102,64 +120,10 @@ def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:
             r=config.lora.rank, lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
             target_modules=list(config.lora.target_modules) or None, task_type="CAUSAL_LM",
         )  # fmt: skip
-    if config.dtype == "bfloat16":
-        warnings.warn(
-            "bfloat16 parameters swallow small updates (at |w| = 0.02 neighbours are 1e-4 apart): scores are mostly "
-            "noise; a cosine of -0.42 with float32 was measured elsewhere. Use --dtype float32 for scores you act on.",
-            stacklevel=2,
-        )
-    if config.train.optimizer != "sgd" and config.train.eps_root < 1e-10:
-        warnings.warn(
-            f"--train.eps_root {config.train.eps_root:g} leaves the update rough where gradients are near 0: scores "
-            "will be finite but will predict retraining badly. 1e-8 or more is smoother.",
-            stacklevel=2,
-        )
     return load_causal_lm(
         config.model, dtype=config.dtype, device=device, lora=adapters, seed=config.train.seed,
         dropout=config.train.dropout,
     )  # fmt: skip
-
-
-def _rows(
-    source: Any, tokenizer: Any, model: CausalLM, chunk_length: int | None, min_chars: int, name: str
-) -> tuple[Rows, list[str]]:
-    """Token rows of a data or query source, and an excerpt of each document."""
-    documents = load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
-    settings = getattr(model.module, "config")  # noqa: B009
-    context = getattr(settings, "max_position_embeddings", None)
-    longest = source.max_length or (None if chunk_length else context)
-    if context and max(longest or 0, chunk_length or 0) > context:
-        raise ValueError(f"--{name}: rows of {longest or chunk_length} tokens exceed the model's context of {context}")
-    try:
-        rows = build_rows(
-            documents, tokenizer, text_column=source.text_column, max_length=longest, chunk_length=chunk_length,
-            min_chars=min_chars, vocab_size=settings.vocab_size,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"--{name}.dataset {source.dataset}: {error}") from error
-    return rows, _excerpts(documents, source.text_column, tokenizer)
-
-
-def _excerpts(documents: Any, column: str | None, tokenizer: Any) -> list[str]:
-    names = documents.column_names
-    for columns in ([column], ["messages"], ["prompt", "completion"], ["text"], ["input_ids"]):
-        if all(name in names for name in columns):
-            found = zip(*(documents[name] for name in columns))
-            return [_excerpt(values, tokenizer) for values in found]
-    raise AssertionError("build_rows has chosen a column")
-
-
-def _excerpt(values: tuple[Any, ...], tokenizer: Any) -> str:
-    parts = []
-    for value in values:
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            parts.append(" ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in value))
-        elif isinstance(value, list):
-            parts.append(tokenizer.decode(value[:EXCERPT]))
-        else:
-            parts.append(str(value or ""))
-    text = " ".join(" ".join(parts).split())
-    return text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…"
 
 
 def _embeddings(model: CausalLM) -> tuple[str, ...]:

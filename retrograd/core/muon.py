@@ -1,0 +1,196 @@
+"""Optimizers whose pullback goes through autograd: Muon on matrices, and any foreign (init, update) pair.
+
+Sources: Jordan et al., Muon (2024), as in torch.optim.Muon with `match_rms_adamw`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrograd.core import tree
+from retrograd.core.optim import AdamW, Cotangent, LearningRate, Moments, Params, check_fraction, inner, rate, zeros
+
+__all__ = ["Muon", "Pair", "autograd_pullback", "newton_schulz"]
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Orthogonalised momentum on matrices, AdamW on every other parameter and on those named in `exclude`.
+
+        b' = μb + (1−μ)g     u = NewtonSchulz((1−μ)g + μb')     θ' = θ·(1 − lr·wd) − 0.2·lr·√max(rows, columns)·u
+
+    Momentum and scaling are torch.optim.Muon's with `nesterov` and `match_rms_adamw`, so one learning rate serves both
+    halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16), and the decay is differentiated.
+    """
+
+    lr: LearningRate
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    ns_steps: int = 5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    eps_root: float = 1e-8
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fraction(momentum=self.momentum)
+        self._rest()
+
+    def init(self, params: Params) -> Moments:
+        matrices, rest = self._divide(params)
+        return {"momentum": zeros({name: params[name] for name in matrices}), **self._rest().init(_only(params, rest))}
+
+    def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
+        matrices, rest = self._divide(params)
+        lr, new, buffers = rate(self.lr, step), {}, {}
+        for name in matrices:
+            new[name], buffers[name] = self._matrix(lr, params[name], moments["momentum"][name], grads[name])
+        others, other_moments = self._rest().update(_only(params, rest), _adam(moments), grads, step)
+        return {name: (new | others)[name] for name in params}, {"momentum": buffers, **other_moments}
+
+    def pullback(
+        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent
+    ) -> tuple[Cotangent, Params]:
+        matrices, rest = self._divide(params)
+        lr, buffers = rate(self.lr, step), {}
+        below = Cotangent(_only(cotangent.params, rest), _adam(cotangent.moments))
+        others, gs = self._rest().pullback(_only(params, rest), _adam(moments), grads, step, below)
+        thetas = dict(others.params)
+        for name in matrices:
+            given = (params[name], moments["momentum"][name], grads[name])
+            bars = (cotangent.params[name], cotangent.moments["momentum"][name])
+            thetas[name], buffers[name], gs[name] = autograd_pullback(
+                lambda theta, b, g: self._matrix(lr, theta, b, g), given, bars
+            )
+        pulled = Cotangent({name: thetas[name] for name in params}, {"momentum": buffers, **others.moments})
+        return pulled, {name: gs[name] for name in params}
+
+    def recipe_pullback(
+        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
+    ) -> dict[str, Tensor]:
+        matrices, rest = self._divide(params)
+        below = Cotangent(_only(cotangent.params, rest), _adam(cotangent.moments))
+        found = self._rest().recipe_pullback(_only(params, rest), _adam(moments), grads, step, below, bars)
+        # θ' is affine in lr and in lr·wd: its slope is the update of rate 1 without θ's own share
+        directions = {
+            name: self._matrix(1.0, params[name], moments["momentum"][name], grads[name])[0] - params[name]
+            for name in matrices
+        }
+        decay = rate(self.lr, step) * inner(_only(cotangent.params, matrices), params)
+        return {
+            "lr": found["lr"] + inner(_only(cotangent.params, matrices), directions),
+            "weight_decay": found["weight_decay"] - decay,
+        }
+
+    def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
+        return None
+
+    def _matrix(self, lr: float, theta: Tensor, buffer: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        buffer = torch.lerp(buffer, g, 1 - self.momentum)
+        direction = torch.lerp(g, buffer, self.momentum) if self.nesterov else buffer
+        scale = 0.2 * lr * math.sqrt(max(theta.shape))
+        return theta * (1 - lr * self.weight_decay) - scale * newton_schulz(direction, self.ns_steps), buffer
+
+    def _rest(self) -> AdamW:
+        return AdamW(self.lr, self.beta1, self.beta2, self.eps, self.eps_root, self.weight_decay)
+
+    def _divide(self, params: Params) -> tuple[list[str], list[str]]:
+        matrices = [name for name, theta in params.items() if theta.ndim == 2 and name not in self.exclude]
+        return matrices, [name for name in params if name not in matrices]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Any (init, update) pair in the convention of optax and torchopt, differentiated by autograd.
+
+    `update(grads, state, params=params) -> (updates, state)`, and θ' = θ + updates. It must be pure: torchopt's
+    in-place default is switched off here.
+    """
+
+    pair: Any
+
+    def init(self, params: Params) -> Moments:
+        return self.pair.init(params)
+
+    def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
+        inplace = {"inplace": False} if "inplace" in _parameters(self.pair.update) else {}
+        updates, moments = self.pair.update(grads, moments, params=params, **inplace)
+        return {name: theta + updates[name] for name, theta in params.items()}, moments
+
+    def pullback(
+        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent
+    ) -> tuple[Cotangent, Params]:
+        def update(params: Params, moments: Moments, grads: Params) -> tuple[Params, Moments]:
+            return self.update(params, moments, grads, step)
+
+        thetas, moment_bars, gs = autograd_pullback(update, (params, moments, grads), tuple(cotangent))
+        return Cotangent(thetas, moment_bars), gs
+
+    def recipe_pullback(
+        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
+    ) -> dict[str, Tensor]:
+        return {}
+
+    def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
+        return None
+
+
+def autograd_pullback(function: Callable[..., Any], inputs: tuple[Any, ...], bars: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cotangents of `inputs`, [K, *shape], from those of the outputs of `function`; one graph for all K.
+
+    Integer tensors (a step count) have no slope: their cotangent is zero.
+    """
+    live = tree.map(lambda x: x.detach().requires_grad_() if x.is_floating_point() else x, inputs)
+    with torch.enable_grad():
+        outputs = tree.leaves(function(*live))
+    wanted = [x for x in tree.leaves(live) if x.requires_grad]
+    pairs = [(out, bar) for out, bar in zip(outputs, tree.leaves(bars), strict=True) if out.requires_grad]
+    queries = tree.leaves(bars)[0].shape[0]
+    found = [
+        torch.autograd.grad(
+            [out for out, _ in pairs],
+            wanted,
+            [bar[k] for _, bar in pairs],
+            retain_graph=k + 1 < queries,
+            materialize_grads=True,
+        )
+        for k in range(queries)
+    ]
+    stacked = iter([torch.stack(group) for group in zip(*found)])
+
+    def place(x: Tensor) -> Tensor:
+        return next(stacked) if x.requires_grad else torch.zeros((queries, *x.shape), device=x.device)
+
+    return tree.map(place, live)
+
+
+def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
+    """Approximate UVᵀ of matrix = USVᵀ, [R, C], by the quintic iteration of Muon."""
+    x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    # the root of Σx² + tiny, not max(‖x‖, ε): a gradient of exactly 0 has to keep a finite slope
+    x = x / torch.sqrt(torch.sum(x * x) + 1e-14)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def _only(tensors: Params, names: list[str]) -> Params:
+    return {name: tensors[name] for name in names}
+
+
+def _adam(moments: Moments) -> Moments:
+    return {"m": moments["m"], "v": moments["v"]}
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)

@@ -1,0 +1,115 @@
+"""The certificate of a run: what was checked, how large the error was, and what could not be checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from retrograd.runs.errors import RunError
+
+__all__ = ["Check", "attempt", "compare", "record", "table", "told"]
+
+Verdict = Literal["passed", "failed", "not checked"]
+_COLOURS = {"passed": "green", "failed": "bold red", "not checked": "yellow"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a certificate. error and tolerance are relative; None where a check has no number."""
+
+    name: str
+    verdict: Verdict
+    words: str
+    error: float | None = None
+    tolerance: float | None = None
+
+
+def compare(
+    name: str, what: str, predicted: Tensor, measured: Tensor, noise: Tensor, scale: Tensor, tolerance: float
+) -> list[Check]:
+    """Compare slopes of K query columns along D directions, all arguments [D, K].
+
+    A column passes if along some direction its error is within the tolerance and the noise small enough to tell. An
+    error beyond both the tolerance and eight times the noise fails. Columns that noise hides are listed as not checked.
+
+    Args:
+        what: The two sides, in words.
+        noise: Error that `measured` may have by itself.
+        scale: What errors are relative to; where it is 0, the measured slope.
+    """
+    scale = torch.where(scale > 0, scale, measured.abs().clamp_min(torch.finfo(scale.dtype).tiny))
+    error, noise = (predicted - measured).abs() / scale, noise / scale
+    bad = ~(error <= torch.clamp(8 * noise, min=tolerance)) & torch.isfinite(noise)
+    sure = (error <= tolerance) & (noise <= tolerance / 2)
+    columns = f"{predicted.shape[1]} query column{'s' if predicted.shape[1] > 1 else ''}"
+    if bad.any():
+        worst = float(torch.where(bad, error, 0).nan_to_num(torch.inf).max())
+        words = f"{what}: they differ for {int(bad.any(0).sum())} of {columns}; noise explains {_number(noise, bad)}"
+        return [Check(name, "failed", words, worst, tolerance)]
+    found, decided = [], sure.any(0)
+    if decided.any():
+        worst = float(error[sure].max())
+        which = columns if decided.all() else f"{int(decided.sum())} of {columns}"
+        seen = torch.where(sure, tolerance * scale / predicted.abs(), torch.inf).min(0).values[decided].max()
+        words = (
+            f"{what}: equal for {which}, noise {_number(noise, sure)}; a factor of 1 ± {float(seen):.1e} would be seen"
+        )
+        found.append(Check(name, "passed", words, worst, tolerance))
+    if not decided.all():
+        hidden = noise[:, ~decided].min(0).values.max()
+        words = f"{what}: for {int((~decided).sum())} of {columns} "
+        if torch.isinf(hidden):
+            words += "training is too rough, or its rounding too large, at every size of step that was tried"
+        else:
+            words += f"noise of {float(hidden):.1e} is above half the tolerance, or explains the difference"
+        found.append(Check(name, "not checked", words))
+    return found
+
+
+def attempt(name: str, make: Callable[[], Iterable[Check]]) -> list[Check]:
+    """The checks that `make` makes; an error inside becomes a line of its own, so that the others go on.
+
+    A file that cannot be read fails; anything else could not be checked.
+    """
+    try:
+        return list(make())
+    except (RunError, OSError) as error:
+        return [Check(name, "failed", told(error))]
+    except Exception as error:  # a certificate has to say what it could not see
+        return [Check(name, "not checked", f"stopped by {told(error)}")]
+
+
+def told(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no reason given'}"
+
+
+def table(checks: Sequence[Check], title: str) -> Table:
+    """The certificate, for people."""
+    shown = Table(title=title, title_justify="left", expand=True)
+    shown.add_column("check", no_wrap=True)
+    shown.add_column("verdict", no_wrap=True)
+    shown.add_column("error", justify="right", no_wrap=True)
+    shown.add_column("tolerance", justify="right", no_wrap=True)
+    shown.add_column("what", ratio=1)
+    for check in checks:
+        numbers = ["" if x is None else f"{x:.1e}" for x in (check.error, check.tolerance)]
+        shown.add_row(check.name, Text(check.verdict, _COLOURS[check.verdict]), *numbers, Text(check.words))
+    return shown
+
+
+def record(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """The certificate, for programs."""
+    return [dataclasses.asdict(check) for check in checks]
+
+
+def _number(noise: Tensor, where: Tensor) -> str:
+    return f"{float(noise[where].max()):.1e}"

@@ -1,0 +1,83 @@
+"""The configurations of the commands that work on a finished run. No heavy imports here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from retrograd.runs.config import MagicConfig, QueryConfig
+
+__all__ = ["MetasmoothnessConfig", "QueryRunConfig", "ValidateConfig", "VerifyConfig"]
+
+
+@dataclass(frozen=True)
+class QueryRunConfig:
+    """Ask a trained run another question: its scores from the kept states, without training again."""
+
+    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder of a finished run. With `--replay.keep` its states are on disk; otherwise they are replayed."""
+    name: str | None = None
+    """Name of the query; its files go to RUN/queries/NAME."""
+    query: QueryConfig = field(default_factory=QueryConfig)
+    query_file: Path | None = None
+    """YAML file of several queries in one sweep, settings by name, instead of --name and --query."""
+    sharpness: bool = False
+    """As in `retrograd magic`."""
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """Retrain without random subsets and compare with what the scores predict: LDS, Pearson, slope."""
+
+    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder of a finished run."""
+    subsets: int = 50
+    """Random subsets for each fraction. Asking for more later reuses those that are done."""
+    fraction: tuple[float, ...] = (0.01,)
+    """Share of documents (or tokens) a subset leaves out; several may be given."""
+    tokens: bool = False
+    """Leave out sets of target tokens instead of documents; needs a run with --attribute tokens."""
+    ends: tuple[int, ...] = ()
+    """Also leave out the N strongest proponents and the N strongest detractors, for each N given."""
+    sets: Path | None = None
+    """Also leave out these: a text file with one set a line, document ids separated by spaces."""
+    seed: int = 0
+    """Of the random subsets."""
+    start: int = 0
+    """First random subset of this call, to share a bank of retrainings among machines."""
+    stop: int | None = None
+    """Subset to stop before; the last when None."""
+    workers: int = 0
+    """Processes that retrain side by side; 0 takes what cores and memory allow. Under torchrun, each rank is one."""
+    together: int = 0
+    """Retrainings batched in one process with vmap; 1 retrains one by one, 0 chooses."""
+
+
+@dataclass(frozen=True)
+class MetasmoothnessConfig(MagicConfig):
+    """Train at perturbed data weights: is this training smooth enough for its scores to mean much?
+
+    Takes the arguments of `retrograd magic`; for the folder of a run, that run's settings are the defaults.
+    """
+
+    h: float = 0.1
+    """Size of the perturbation of the data weights."""
+    noise_seed: int = 0
+    """Of its random direction."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """An independent certificate for a finished run: files, replay, adjoint identity, central differences."""
+
+    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder of a finished run."""
+    steps: int = 6
+    """Steps of the shortened run that is checked in float64; 0 leaves that check out."""
+    directions: int = 2
+    """Directions of data weights for the central differences, four to ten retrainings each; 0 leaves them out."""
+    seed: int = 0
+    """Of the directions."""

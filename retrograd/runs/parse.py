@@ -1,0 +1,76 @@
+"""Settings from text: YAML files into dataclasses, sizes into bytes. No heavy imports here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+__all__ = ["build", "parse_size", "read_yaml"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, by name.
+
+    Raises:
+        ValueError: If the file is missing, not YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the configuration {path} is a {type(values).__name__}; it has to be settings by name")
+    return values
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "8GiB", "500MB" or "1024".
+
+    >>> parse_size("1.5KiB")
+    1536
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"size {text!r} is not understood; write a number with a unit, such as 8GiB, 500MB or 0")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"{where} names settings that do not exist: {', '.join(unknown)}. Known: {', '.join(hints)}.")
+    return kind(**{name: _convert(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value or {}, where)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _convert(options[0], value, where)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{where} is {value!r}; it has to be one of {', '.join(map(str, options))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(options[0], value, where)
+    if origin is tuple:
+        return tuple(value)
+    if origin is dict:
+        return {str(name): _convert(options[1], inner, f"{where}: {name}") for name, inner in (value or {}).items()}
+    try:
+        if hint is bool and not isinstance(value, bool):
+            raise TypeError
+        return hint(value)  # YAML reads 1e-4 as a string
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is {value!r}; it has to be of type {hint.__name__}") from error

@@ -1,0 +1,130 @@
+"""Retraining without sets of data: one by one, batched in one process, or side by side in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from retrograd.core.check import train
+from retrograd.core.ensemble import train_many
+from retrograd.runs.bank import BASELINE, LeftOut, Retrained
+from retrograd.runs.config import MagicConfig
+from retrograd.runs.counterfactual import without
+from retrograd.runs.manifest import Manifest
+from retrograd.stages.opened import Opened, free_memory, open_run
+
+__all__ = ["NOTHING", "Conditions", "conditions_of", "retrain_all"]
+
+SMALL, STACK = 100_000, 16  # parameters up to which a stack of models is faster than a loop; models in it
+LIGHT = 5_000_000  # parameters up to which several processes of one thread beat one of several
+QUICK = 60.0  # seconds of work that are not worth starting processes for
+NOTHING = LeftOut(BASELINE, 0.0, torch.zeros(0, dtype=torch.int64).numpy())
+
+
+class Conditions(NamedTuple):
+    """How to retrain: threads of each process, processes, and models in a stack (1: no stack)."""
+
+    threads: int
+    workers: int
+    together: int
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """What the bits of a retraining depend on."""
+        return {"threads": self.threads, "together": self.together}
+
+    @property
+    def alone(self) -> Conditions:
+        """The same without a stack."""
+        return self._replace(together=1)
+
+
+def conditions_of(config: MagicConfig, manifest: Manifest, sets: int, workers: int, together: int) -> Conditions:
+    """Choose what is left to choose (0), by the model's size and what the machine has."""
+    values, cores = manifest.values, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    parameters, threads = values["parameters"], values["threads"]
+    on_cpu = values.get("device", "cpu") == "cpu"
+    together = together or (STACK if parameters <= SMALL and sets > 1 else 1)
+    seconds = values["phases"].get("train", {}).get("seconds", 0.0) * sets / together
+    if workers == 0 and "RANK" in os.environ:
+        workers = 1
+    if workers == 0:
+        per_process = 1 if parameters <= LIGHT else threads
+        fit = free_memory() // ((1 << 30) + 32 * parameters * together)
+        workers = min(cores // per_process, fit, -(-sets // together)) if on_cpu and seconds > QUICK else 1
+    workers = max(1, workers)
+    return Conditions(max(1, min(threads, cores // workers)), workers, together)
+
+
+def retrain_all(
+    run: Opened, sets: Sequence[LeftOut], conditions: Conditions, baseline: list[float] | None
+) -> Iterator[list[tuple[LeftOut, Retrained]]]:
+    """Retrain without each set, yielding groups as they are done; the baseline first where it is not known yet.
+
+    Args:
+        baseline: Query values with everything, trained alone with as many threads, if known. A stack has its own.
+    """
+    if baseline is None:
+        baseline = _values(run, [NOTHING], 1)[0]
+        yield [(NOTHING, Retrained(baseline, baseline))]
+    size = max(1, conditions.together - 1)  # the baseline is in every stack
+    groups = [list(sets[start : start + size]) for start in range(0, len(sets), size)]
+    for group, values in _carried_out(run, groups, conditions):
+        here = values.pop(0) if conditions.together > 1 else baseline
+        yield [(one, Retrained(found, here)) for one, found in zip(group, values, strict=True)]
+
+
+def _carried_out(
+    run: Opened, groups: Sequence[list[LeftOut]], conditions: Conditions
+) -> Iterator[tuple[list[LeftOut], list[list[float]]]]:
+    workers = min(conditions.workers, len(groups))
+    if workers <= 1:
+        for group in groups:
+            yield group, _values(run, group, conditions.together)
+        return
+    given = (run.folder, conditions.threads, os.getpid())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, given)
+    try:
+        started = {pool.submit(_in_worker, group, conditions.together): group for group in groups}
+        for future in as_completed(started):
+            yield started[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[list[float]]:
+    """Query values [K] after training without each set; in a stack, after those with everything."""
+    loaded, queries = run.loaded, run.loaded.queries
+    weights = [without(loaded.training.weights, one.places) for one in group]
+    params = loaded.initial.params
+    if together == 1:
+        finals = (train(loaded.training, params, w).params for w in weights)
+        return [queries.values(final).tolist() for final in finals]
+    stack = torch.stack([loaded.training.weights, *weights])
+    many = train_many(loaded.training, params, stack, objective=loaded.model.objective)
+    return [queries.values({name: leaf[s] for name, leaf in many.items()}).tolist() for s in range(len(stack))]
+
+
+_WORKER: dict[str, Opened] = {}  # of a worker process: the run, opened once
+
+
+def _begin(folder: Path, threads: int, parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # the parent was killed
+
+    threading.Thread(target=watch, daemon=True).start()
+    _WORKER["run"] = open_run(folder, threads=threads)
+
+
+def _in_worker(group: list[LeftOut], together: int) -> list[list[float]]:
+    return _values(_WORKER["run"], group, together)
