@@ -272,10 +272,11 @@ def _layer_call(layer: nn.Module) -> Callable[[Params, Tensor, Any], Tensor]:
 
 
 def _trial_batch(module: nn.Module) -> Batch:
-    """Two rows of six tokens, the second one padded by one."""
+    """Two rows of six tokens, the second one padded by one; the embedding's padding token stands among them."""
     leaf = next(iter(trainable(module)[0].values()))
-    embedding = inner(module).get_input_embeddings().weight
-    ids = torch.arange(1, 13, device=leaf.device).view(2, 6) % len(embedding)
+    embedding = inner(module).get_input_embeddings()
+    ids = torch.arange(1, 13, device=leaf.device).view(2, 6) % len(embedding.weight)
+    ids[0, 2] = getattr(embedding, "padding_idx", None) or 0
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 0] = mask[1, -1] = False
     scale = mask.to(torch.promote_types(leaf.dtype, torch.float32)) / mask.sum()

@@ -287,7 +287,7 @@ def targets_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def model_arguments(inputs: dict[str, Tensor], module: nn.Module) -> dict[str, Any]:
-    """What a Hugging Face model is called with; packed rows get positions that restart and attention inside documents."""
+    """What the model is called with; packed rows get positions that restart and attention inside each document."""
     arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
     if "segment_ids" not in inputs:
         return arguments

@@ -132,7 +132,7 @@ class Blocks:
     ) -> tuple[Tensor, Params]:
         """(Σ loss [], gradient) over the micro-batches, added in order."""
         assert batches, "a step needs at least one batch"
-        loss, sums = torch.zeros(()), {}
+        loss, sums = torch.zeros(()), dict[str, Tensor]()
         for part, batch in enumerate(batches):
             found = self._first(params, batch, coefficients(batch, weights), _Draws(seed, part))
             loss = loss.to(found.loss) + found.loss
@@ -230,7 +230,9 @@ class Blocks:
             dots = x.new_zeros((queries, *x.shape))
             if embed.names:
                 with draws(0):
-                    x, dots = _jvp(_start(embed, inputs), _local(embed.names, params), _local(embed.names, bars))
+                    x, dots = _adjoint_jvp(
+                        _start(embed, inputs), _local(embed.names, params), _local(embed.names, bars)
+                    )
             path = [(x, dots)]
             for place, (link, context) in enumerate(zip(self.chain.links, contexts, strict=True), start=1):
                 x, dots = path[-1]
@@ -263,24 +265,35 @@ def _vjp(function: _Function, point: Params, bar: Tensor) -> Params:
 def _jvp(function: _Function, point: Params, along: Params) -> tuple[Tensor, Tensor]:
     """The value and its tangents [K, …]; the value is computed once for each chunk of tangents."""
 
-    def push(tangents: Params) -> tuple[Tensor, Tensor]:
+    def push(tangents: Params) -> Any:
         return jvp(function, (point,), (tangents,))
 
     queries = len(next(iter(along.values())))
     if queries == 1:
         y, dots = push({name: tangent[0] for name, tangent in along.items()})
         return y, dots.unsqueeze(0)
-    many, found = vmap(push, out_dims=(None, 0), randomness="same"), []
+    many, found = vmap(push, out_dims=(None, 0), randomness="same"), []  # type: ignore[arg-type]  # None: shared
     for start in range(0, queries, _CHUNK):
         y, dots = many({name: tangent[start : start + _CHUNK] for name, tangent in along.items()})
         found.append(dots)
     return y, torch.cat(found)
 
 
-def _vjp_along(
-    function: _Function, point: Params, along: Params, bar: Tensor, bardots: Tensor
-) -> tuple[Tensor | None, Params]:
-    """The vjp's cotangent of x, and the tangents [K, …] of the whole vjp along (point: along, bar: bardots)."""
+def _adjoint_jvp(function: _Function, point: Params, along: Params) -> tuple[Tensor, Tensor]:
+    """The value and its tangents [K, …] as the transpose of the vjp.
+
+    For embeddings: their vjp leaves out the row of `padding_idx`, their jvp does not, and training takes the vjp.
+    """
+    leaves = _live(point)
+    with torch.enable_grad():
+        y = function(leaves)
+        bar = torch.zeros_like(y, requires_grad=True)
+        first = grad(y, list(leaves.values()), bar, create_graph=True, materialize_grads=True)
+    return y.detach(), _pullbacks(list(first), [along[name] for name in leaves], [bar])[0]
+
+
+def _vjp_along(function: _Function, point: Params, along: Params, bar: Tensor, bardots: Tensor) -> tuple[Any, Params]:
+    """The vjp's cotangent of x, if any, and the tangents [K, …] of the vjp along (point: along, bar: bardots)."""
     leaves = _live(point)
     with torch.enable_grad():
         y = function(leaves)
