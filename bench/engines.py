@@ -12,6 +12,7 @@ it for both, and are also stated apart. Seconds are the median of the pullbacks 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -82,6 +83,7 @@ def child(kind: str, size: dict[str, int], repeats: int) -> None:
 
     small = world({**size, "length": 8, "batch": 1})[2]
     chosen.pullback(params, [small], weights, None, update_half)  # libraries load, thread pools start
+    ctypes.CDLL(None).malloc_trim(0)  # what that took and freed would hide growth
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     first = pullback()
