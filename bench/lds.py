@@ -20,11 +20,13 @@ LENGTH, VOCABULARY, DOCUMENTS, QUERIES = 64, 2000, 512, 4
 
 COMMON = ["--query.reduction", "none"]
 REGIMES = {
-    "sgd": "--train.optimizer sgd --train.lr 0.1 --train.batch_size 32",
-    "adamw": "--train.optimizer adamw --train.lr 1e-4 --train.eps_root 1e-6 --train.batch_size 32",
-    "adamw-eps_root-1e-10": "--train.optimizer adamw --train.lr 1e-4 --train.eps_root 1e-10 --train.batch_size 32",
-    "sgd-large-lr": "--train.optimizer sgd --train.lr 2 --train.batch_size 32",
-    "adamw-large-lr": "--train.optimizer adamw --train.lr 1e-2 --train.eps_root 1e-6 --train.batch_size 32",
+    "sgd": "--train.optimizer sgd --train.lr 0.1 --train.batch_size 32 --train.epochs 3",
+    "adamw": "--train.optimizer adamw --train.lr 3e-4 --train.eps_root 1e-6 --train.batch_size 32 --train.epochs 2",
+    "adamw-eps_root-1e-10": "--train.optimizer adamw --train.lr 1e-3 --train.eps_root 1e-10 --train.batch_size 32 "
+    "--train.epochs 2",
+    "sgd-large-lr": "--train.optimizer sgd --train.lr 1 --train.batch_size 32 --train.epochs 2",
+    "adamw-large-lr": "--train.optimizer adamw --train.lr 1e-2 --train.eps_root 1e-6 --train.batch_size 32 "
+    "--train.epochs 2",
 }
 FAILING = {"adamw-eps_root-1e-10", "sgd-large-lr", "adamw-large-lr"}
 
