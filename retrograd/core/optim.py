@@ -272,7 +272,7 @@ def rate(lr: LearningRate, step: int) -> float:
 def _in_pieces(
     function: Callable[..., tuple[Tensor, ...]], leaves: Sequence[Tensor], bars: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
-    """Elementwise function of tensors [*shape] and [K, *shape]; on a CPU in pieces, so that temporaries stay in cache."""
+    """An elementwise function of [*shape] and [K, *shape]; on a CPU in pieces, so that temporaries stay in cache."""
     size, queries = leaves[0].numel(), len(bars[0]) if bars else 1
     piece = max(1, _PIECE // queries)
     given = (*leaves, *bars)
