@@ -1,9 +1,10 @@
-"""One pullback of a training step by `double` and by `blocks`: seconds and peak memory.
+"""One pullback of a training step by `double` and by `blocks`: CPU seconds and peak memory.
 
 Both engines get the same GPT-NeoX model of random weights and the same batch; that they agree is asserted first. Then
 every measurement is a process of its own, the engines taking turns. Peak memory is the growth of the process's resident
 set over one pullback, its high-water mark reset before (Linux); gradient, ḡ and H ḡ, three times the parameters, are in
-it for both, and are also stated apart. Seconds are the median of the pullbacks after that one.
+it for both; "activations" is what is left without them. Seconds are the median of the pullbacks after that one. Out
+comes a Markdown table, `blocks` as a multiple of `double`.
 
     python bench/engines.py                                   # 12 layers, width 256, 4 × 256 tokens, and variations
     python bench/engines.py --depth 6 --width 128 --vocabulary 50304 --batch 8 --length 112 --only
@@ -77,9 +78,9 @@ def child(kind: str, size: dict[str, int], repeats: int) -> None:
     chosen = engine(kind, model)
 
     def pullback() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         chosen.pullback(params, [batch], weights, None, update_half)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     small = world({**size, "length": 8, "batch": 1})[2]
     chosen.pullback(params, [small], weights, None, update_half)  # libraries load, thread pools start
@@ -120,15 +121,18 @@ def compare(size: dict[str, int], turns: int, repeats: int) -> dict:
     owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in params.values())
     time_ratio, peak_ratio = (median("blocks", n) / median("double", n) for n in ("seconds", "peak_bytes"))
     active = [max(0.0, median(kind, "peak_bytes") - owed) for kind in runs]
-    print(
-        f"{' '.join(f'{name} {size[name]}' for name in NAMES)}: "
-        f"{median('double', 'seconds'):.2f} → {median('blocks', 'seconds'):.2f} s (× {time_ratio:.2f}), peak "
-        f"{median('double', 'peak_bytes') / 2**20:.0f} → {median('blocks', 'peak_bytes') / 2**20:.0f} MiB "
-        f"(× {peak_ratio:.2f}; without the {owed / 2**20:.0f} MiB of g, ḡ, H ḡ × {active[1] / active[0]:.2f}); "
-        f"results equal to {error:.1g}",
-        flush=True,
-    )
-    return {"size": size, "time": time_ratio, "peak": peak_ratio, "error": error, "owed_bytes": owed, "runs": runs}
+    peaks = " → ".join(f"{median(kind, 'peak_bytes') / 2**20:.0f}" for kind in runs)
+    cells = [*(size[name] for name in NAMES), f"{time_ratio:.2f}", f"{peaks} MiB", f"{peak_ratio:.2f}"]
+    print(f"| {' | '.join(map(str, cells))} | {active[1] / active[0]:.2f} | {error:.0e} |", flush=True)
+    return {
+        "size": size,
+        "time": time_ratio,
+        "peak": peak_ratio,
+        "activations": active[1] / active[0],
+        "error": error,
+        "owed_bytes": owed,
+        "runs": runs,
+    }
 
 
 def main() -> None:
@@ -145,6 +149,8 @@ def main() -> None:
     if arguments.child:
         return child(arguments.child, base, arguments.repeats)
     sizes = [base] if arguments.only else [{**base, **change} for change in VARIATIONS]
+    columns = [*NAMES, "CPU time", "peak", "peak, ratio", "activations, ratio", "results differ by"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     results = [compare(size, arguments.turns, arguments.repeats) for size in sizes]
     if arguments.json:
         import torch
