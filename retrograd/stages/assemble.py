@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +119,8 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
 
 def _engine(config: MagicConfig, model: CausalLM, rows: int, length: int, queries: int, state_bytes: int) -> Choice:
     """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
-    begun = {} if config.overwrite else Manifest(config.run / "manifest.json").values
+    nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
+    begun = {} if nowhere else Manifest(config.run / "manifest.json").values
     recorded = begun.get("engine", {"used": "double", "why": "asked for"}) if "identity" in begun else None
     if recorded and config.engine not in ("auto", recorded["used"]):
         raise ValueError(
