@@ -175,6 +175,23 @@ def _query(bars: Params, k: int) -> Params:
     return {name: bar[k : k + 1] for name, bar in bars.items()}
 
 
+def test_leaves_that_are_views_of_one_buffer_cost_no_more() -> None:
+    """Kept states are such views; forward AD gives a view's tangent storage of the whole buffer's size."""
+    from torch.profiler import ProfilerActivity, profile
+
+    data, module = stream(), build("gpt-neox")
+    params, engine = trainable(module)[0], Blocks(decoder_chain(module))
+    buffer = torch.cat([x.flatten() for x in params.values()])
+    parts = buffer.split([x.numel() for x in params.values()])
+    views = {name: part.view(x.shape) for (name, x), part in zip(params.items(), parts)}
+    largest = []
+    for leaves in (params, views):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            engine.pullback(leaves, [data[0]], data.weights, None, along(1))
+        largest.append(max(event.self_cpu_memory_usage for event in seen.events()))
+    assert 0 < largest[1] <= largest[0] < buffer.nbytes
+
+
 def test_logits_that_are_scaled_take_the_plain_head() -> None:
     from transformers import CohereConfig, CohereForCausalLM
 

@@ -265,8 +265,11 @@ def _vjp(function: _Function, point: Params, bar: Tensor) -> Params:
 def _jvp(function: _Function, point: Params, along: Params) -> tuple[Tensor, Tensor]:
     """The value and its tangents [K, …]; the value is computed once for each chunk of tangents."""
 
+    # a dual number's tangent gets storage of its primal's size, and kept states are views of one buffer for all leaves
+    own = {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in point.items()}
+
     def push(tangents: Params) -> Any:
-        return jvp(function, (point,), (tangents,))
+        return jvp(function, (own,), (tangents,))
 
     queries = len(next(iter(along.values())))
     if queries == 1:
