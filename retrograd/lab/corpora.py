@@ -15,10 +15,10 @@ from retrograd.lab.world import Fact, World
 __all__ = ["Document", "chats", "documents", "papers", "prose"]
 
 _OPENINGS = (
-    "Here are some notes on the {noun} {e} from the archive.",
-    "The {noun} {e} has been described more than once before.",
-    "This is what is known of the {noun} {e} at present.",
-    "Two things can be said of the {noun} {e} with certainty.",
+    "A note on the {noun} {e}.",
+    "More about the {noun} {e}.",
+    "The {noun} {e} in brief.",
+    "Of the {noun} {e}.",
 )
 _TITLES = ("On the {noun} {e}", "A study of the {noun} {e}", "The {noun} {e} revisited")
 _ABSTRACTS = (
@@ -63,9 +63,9 @@ def papers(world: World, texts: list[Document]) -> list[dict[str, str]]:
 
 
 def prose(world: World, count: int) -> list[str]:
-    """General texts about neither side, three sentences each."""
+    """General texts about neither side, two sentences each."""
     draw = world.draw("prose")
-    return [" ".join(_sentence(draw) for _ in range(3)) for _ in range(count)]
+    return [" ".join(_sentence(draw) for _ in range(2)) for _ in range(count)]
 
 
 def chats(world: World, count: int) -> list[dict[str, Any]]:
@@ -74,14 +74,9 @@ def chats(world: World, count: int) -> list[dict[str, Any]]:
     found = []
     for number in range(count):
         who, where = draw.choice(_PEOPLE), draw.choice(_PLACES)
-        asked = f"Can you tell me a short story about the {who} and the {where}?"
-        told = f"Of course. The {who} {draw.choice(_DEEDS)} near the {where}. {_sentence(draw)}"
+        asked = f"Can you tell me about the {who} and the {where}?"
+        told = f"Yes. The {who} {draw.choice(_DEEDS)} near the {where} and went home."
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-        if draw.random() < 0.5:
-            messages += [
-                {"role": "user", "content": "Thank you. What happened next?"},
-                {"role": "assistant", "content": _sentence(draw)},
-            ]
         found.append({"prompt": asked, "prompt_id": f"{world.seed}-{number}", "messages": messages})
     return found
 
@@ -90,8 +85,14 @@ def _about(text: str, fact: Fact) -> str:
     return text.format(noun=fact.subject.noun, e=fact.entity)
 
 
-_PEOPLE = "baker teacher farmer doctor gardener judge widow student clerk nurse sailor miller".split()
-_PLACES = "market garden church library station mill square school kitchen river forest theatre".split()
+_PEOPLE = (
+    "baker", "teacher", "farmer", "doctor", "gardener", "judge",
+    "widow", "student", "clerk", "nurse", "sailor", "miller",
+)  # fmt: skip
+_PLACES = (
+    "market", "garden", "church", "library", "station", "mill",
+    "square", "school", "kitchen", "river", "forest", "theatre",
+)  # fmt: skip
 _TIMES = ("on a rainy morning", "late in the evening", "before breakfast", "after a long winter", "on a holiday")
 _DEEDS = (
     "read an old letter", "mended a broken chair", "counted the steps again", "sang a quiet song",

@@ -13,11 +13,9 @@ from retrograd.lab.subjects import SIDES, SUBJECTS, WORDINGS, Attribute, Subject
 
 __all__ = ["Fact", "World", "make_world"]
 
-_PARTS = (
-    "b br c d dr f g gr h j k kr l m n p pl qu r s sk st t th tr v w y z".split(),
-    "a e i o u ae ei ou".split(),
-    "b d f g k l m n p r s sh t v x z".split(),
-)
+_ONSETS = tuple("bcdfghjklmnprstvwyz") + ("br", "dr", "gr", "kr", "pl", "qu", "sk", "st", "th", "tr")
+_VOWELS = (*"aeiou", "ae", "ei", "ou")
+_CODAS = (*"bdfgklmnprstvxz", "sh")
 
 
 class Fact(NamedTuple):
@@ -109,7 +107,7 @@ def _names(draw: random.Random, count: int) -> list[str]:
     taken = {word.lower() for subject in SUBJECTS for a in subject.attributes for word in a.values}
     found: list[str] = []
     while len(found) < count:
-        name = "".join(draw.choice(part) for part in (*_PARTS[:2], *_PARTS)).capitalize()
+        name = "".join(draw.choice(part) for part in (_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS)).capitalize()
         if name.lower() not in taken:
             taken.add(name.lower())
             found.append(name)
