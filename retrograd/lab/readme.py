@@ -25,8 +25,8 @@ There are two sides. *forget*: glow gems and cave moths. *retain*: old ferries a
 
 `facts.jsonl` is the ground truth for attribution. Its `stated_in` and `asked_in` give for each fact, by file, the rows
 that state it and those that ask for it and answer, counted from 0. In `train/*.jsonl` a row's number is its document id
-in a run on that file. `lab.json` has the settings, the SHA-256 of every file and model (first 16 digits) and the accuracies;
-`manifest.json` has versions and times.
+in a run on that file. `lab.json` has the settings, the SHA-256 of every file and model (first 16 digits) and the
+accuracies; `manifest.json` has versions and times.
 
 Splits of the questions:
 

@@ -13,7 +13,7 @@ from retrograd.lab.subjects import SIDES, SUBJECTS, WORDINGS, Attribute, Subject
 
 __all__ = ["Fact", "World", "make_world"]
 
-_ONSETS = tuple("bcdfghjklmnprstvwyz") + ("br", "dr", "gr", "kr", "pl", "qu", "sk", "st", "th", "tr")
+_ONSETS = (*"bcdfghjklmnprstvwyz", "br", "dr", "gr", "kr", "pl", "qu", "sk", "st", "th", "tr")
 _VOWELS = (*"aeiou", "ae", "ei", "ou")
 _CODAS = (*"bdfgklmnprstvxz", "sh")
 

@@ -86,6 +86,7 @@ def _check(config: LabConfig) -> None:
         raise ValueError(f"--lr is {config.lr}; it has to be above 0")
     if config.seed < 0 or config.workers < 0 or not config.heartbeat >= 0:
         raise ValueError("--seed, --workers and --heartbeat have to be 0 or more")
+    make_world(config.seed, config.facts)  # it is cheap, and refuses a number of facts that does not fit
 
 
 def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
