@@ -19,7 +19,6 @@ from retrograd.lab.corpora import documents
 from retrograd.lab.exams import SPLITS
 from retrograd.lab.files import File, describe_files, make_files, make_words
 from retrograd.lab.learn import train_model
-from retrograd.lab.score import wilson
 from retrograd.lab.subjects import SIDES
 from retrograd.lab.world import World, make_world
 from retrograd.lm.data import load_documents
@@ -278,14 +277,6 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(
     assert weights(tmp_path / "x") == weights(built)
     assert (tmp_path / "x/lab.json").read_bytes() == (built / "lab.json").read_bytes()
     assert not (tmp_path / "x/training").exists()
-
-
-def test_wilson_intervals_are_scipys() -> None:
-    from scipy.stats import binomtest
-
-    for right, n in ((0, 6), (3, 11), (240, 240), (217, 868)):
-        expected = binomtest(right, n).proportion_ci(method="wilson")
-        assert wilson(right, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 @pytest.mark.slow

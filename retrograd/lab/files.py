@@ -22,7 +22,7 @@ from retrograd.runs.files import file_digest, write_atomic
 
 __all__ = ["MIXTURES", "File", "changed_files", "describe_files", "make_files", "make_words", "write_files"]
 
-SHUFFLES = 2
+SHUFFLES = 1
 MIXTURES = {"base": SIDES, "filtered": ("retain",)}
 """The sides that each trained model has seen."""
 

@@ -50,7 +50,7 @@ def save_random(folder: Path, tokenizer: Any, size: Size) -> None:
 
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer), hidden_size=size.width, num_hidden_layers=size.layers,
-        num_attention_heads=max(1, size.width // 32), intermediate_size=4 * size.width,
+        num_attention_heads=max(1, size.width // 32), intermediate_size=4 * size.width, initializer_range=0.05,
         max_position_embeddings=CONTEXT, use_parallel_residual=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,

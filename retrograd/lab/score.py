@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ from retrograd.lab.exams import SPLITS
 from retrograd.lab.subjects import SIDES
 from retrograd.lm.choices import build_questions, score_questions
 from retrograd.lm.data import load_documents
+from retrograd.lm.exam import wilson
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.lm.prompts import FORMS
 
-__all__ = ["score_model", "wilson"]
+__all__ = ["score_model"]
 
 _BATCH = 64
 
@@ -37,11 +37,3 @@ def score_model(folder: Path, name: str) -> list[dict[str, Any]]:
                     entry["letter_mass"] = float(scored.mass.mean())
                 found.append(entry)
     return found
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    z, share = 1.959963984540054, right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)

@@ -93,15 +93,15 @@ class LabConfig:
     """Of the world, the untrained model and the order of training rows."""
     facts: int = 240
     """Facts of each side, a multiple of 8."""
-    width: int = 128
+    width: int = 96
     """Of the models, a multiple of 32."""
     layers: int = 4
     """Of the models."""
-    epochs: int = 20
+    epochs: int = 10
     """Passes over the training rows."""
     batch_size: int = 64
     """Rows in a training step."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     workers: int = 0
     """Models trained side by side, in processes of one thread; 0 takes two where there are two cores. Same bits."""
