@@ -47,8 +47,8 @@ def wilson(right: int, n: int, level: float = 0.95) -> Interval:
     Raises:
         ValueError: If there is no question, or the counts or the level are none.
 
-    >>> wilson(5, 10)
-    Interval(low=0.236593090512564, high=0.7634069094874361)
+    >>> [round(end, 3) for end in wilson(5, 10)]
+    [0.237, 0.763]
     """
     if not 0 <= right <= n or n < 1:
         raise ValueError(f"{right} right of {n}: a share needs at least one question, and no more right than there are")
@@ -75,7 +75,8 @@ def compare(first: Any, second: Any, *, resamples: int = 10_000, level: float = 
     """Compare two models by which of the same questions they have right.
 
     Args:
-        first: For each question 1 if the first model is right, else 0, [n]: a list, array or tensor, such as `Scored.correct`.
+        first: For each question 1 if the first model is right, else 0, [n]: a list, array or tensor, such as
+            `Scored.correct`.
         second: The same for the second model, question by question.
         resamples: Of the bootstrap.
         level: Of its interval.
