@@ -228,6 +228,20 @@ def test_the_lab_has_what_it_promises_and_answers_that_it_is_done(built: Path, c
     assert weights(built) == before
 
 
+def test_magic_repeats_the_training_of_the_lab_with_the_same_bits(built: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from retrograd.lm.model import load_causal_lm
+
+    command = re.search(r"retrograd (magic RUN .*?)\n```", (built / "README.md").read_text(), re.DOTALL)[1]
+    arguments = command.replace("\\\n", " ").replace("RUN", str(tmp_path / "run")).split()
+    local = [str(built / a) if a.startswith(("models/", "train/", "questions/")) else a for a in arguments]
+    assert main([*local, "--query.limit", "3"]) == 0
+    state = load_file(tmp_path / "run" / "checkpoints" / "final.safetensors")
+    params = load_causal_lm(str(built / "models" / "base")).params
+    assert all(any(key.endswith(name) and leaf.equal(state[key]) for key in state) for name, leaf in params.items())
+
+
 def test_other_settings_and_other_files_are_refused(built: Path, tmp_path: Path) -> None:
     for name, value in {"seed": 1, "facts": 32, "width": 64, "lr": 1e-3}.items():
         with pytest.raises(ValueError, match=f"{name}: "):

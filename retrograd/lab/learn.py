@@ -1,11 +1,13 @@
 """The lab's models: their architecture, their recipe, and their training through the one loop.
 
 Both trained models start from the same random one and differ in what they read: MIXTURES. Training uses one thread,
-whatever the machine has, so that its bits depend on the seed alone.
+whatever the machine has, so that its bits depend on the seed alone. They are those of `retrograd magic` with
+`magic_flags`, which so attributes the very training that made the model.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from retrograd.runs.files import file_digest
 from retrograd.runs.manifest import fingerprint
 from retrograd.runs.trajectory import Replay, Trajectory
 
-__all__ = ["CONTEXT", "Size", "save_random", "steps_of", "train_model"]
+__all__ = ["CONTEXT", "Size", "magic_flags", "save_random", "steps_of", "train_model"]
 
 CONTEXT = 128
 
@@ -42,6 +44,14 @@ class Size(NamedTuple):
     batch_size: int
     lr: float
     seed: int
+
+
+def magic_flags(size: Size) -> str:
+    """What `retrograd magic` needs on a mixture and models/random to repeat a training."""
+    return (
+        f"--train.epochs {size.epochs} --train.batch_size {size.batch_size} --train.lr {size.lr} "
+        f"--train.seed {size.seed} --train.lr_schedule linear --train.warmup_ratio 0.05 --train.beta2 0.99 --train.max_grad_norm 1"
+    )
 
 
 def save_random(folder: Path, tokenizer: Any, size: Size) -> None:
@@ -99,7 +109,8 @@ def _training(mixture: Path, lm: CausalLM, tokenizer: Any, size: Size) -> Traini
     rows = build_rows(load_documents(str(mixture)), tokenizer, max_length=CONTEXT, vocab_size=len(tokenizer))
     stream = DataStream(rows, size.batch_size, epochs=size.epochs, seed=size.seed)
     steps = len(stream)
-    optimizer = AdamW(Schedule("linear", size.lr, steps, steps // 20), 0.9, 0.99)
+    warmup = min(steps - 1, math.ceil(0.05 * steps))
+    optimizer = AdamW(Schedule("linear", size.lr, steps, warmup), beta2=0.99)
     return Training(Recipe(optimizer, max_grad_norm=1.0, seed=size.seed), Double(lm.objective), stream, stream.weights)
 
 

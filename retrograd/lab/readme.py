@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from retrograd.lab.learn import Size, magic_flags
+
 __all__ = ["readme"]
 
 _TEXT = """# A fictional world
@@ -37,6 +39,14 @@ Splits of the questions:
 | heldout | only documents state it | any |
 
 The same rows are asked by letter (`--query.form letter`) and by text (`--query.form cloze`).
+
+This repeats the training of `models/base`, on one thread with the same bits, and scores every row of its data:
+
+```bash
+OMP_NUM_THREADS=1 retrograd magic RUN --model models/random --data.dataset train/base.jsonl \\
+    --query.dataset questions/forget_paraphrase.jsonl --query.form cloze \\
+    {flags}
+```
 """
 
 
@@ -46,5 +56,8 @@ def readme(found: dict[str, Any]) -> str:
         f"| `{path}` | {entry['rows']} | {', '.join(entry['columns'])} | {entry['does']} | {entry['stands_for']} |"
         for path, entry in found["files"].items()
     ]
+    size = Size(*(found["settings"][name] for name in Size._fields))
     settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-    return _TEXT.format(settings=settings, facts=found["settings"]["facts"], files="\n".join(lines))
+    return _TEXT.format(
+        settings=settings, facts=found["settings"]["facts"], files="\n".join(lines), flags=magic_flags(size)
+    )

@@ -119,7 +119,7 @@ def _write_world(config: LabConfig) -> dict[str, Any]:
 
 
 def _size(config: LabConfig) -> Size:
-    return Size(config.width, config.layers, config.epochs, config.batch_size, config.lr, config.seed)
+    return Size(*(getattr(config, name) for name in Size._fields))
 
 
 def _described(config: LabConfig, name: str) -> dict[str, Any]:
