@@ -50,7 +50,8 @@ def magic_flags(size: Size) -> str:
     """What `retrograd magic` needs on a mixture and models/random to repeat a training."""
     return (
         f"--train.epochs {size.epochs} --train.batch_size {size.batch_size} --train.lr {size.lr} "
-        f"--train.seed {size.seed} --train.lr_schedule linear --train.warmup_ratio 0.05 --train.beta2 0.99 --train.max_grad_norm 1"
+        f"--train.seed {size.seed} --train.lr_schedule linear --train.warmup_ratio 0.05 --train.beta2 0.99 "
+        "--train.max_grad_norm 1"
     )
 
 

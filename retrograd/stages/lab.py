@@ -156,19 +156,14 @@ def _side_by_side(config: LabConfig, names: list[str], bars: Bars) -> None:
     news: Any = context.Queue()
     with ProcessPoolExecutor(len(names), context, _begin, (os.getpid(), news)) as pool:
         trainings: list[Future[None]] = [pool.submit(_in_worker, config, name) for name in names]
-        try:
-            while not all(training.done() for training in trainings):
-                try:
-                    name, step, note = news.get(timeout=0.5)
-                except queue.Empty:
-                    continue
-                bars.move(name, step, note, steps_of(config.dir, name, _size(config)))
-            for training in trainings:
-                training.result()
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
+        while not all(training.done() for training in trainings):
+            try:
+                name, step, note = news.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            bars.move(name, step, note, steps_of(config.dir, name, _size(config)))
+        for training in trainings:
+            training.result()
 
 
 _NEWS: list[Any] = []  # of a worker process: where it tells how far it is
