@@ -1,7 +1,7 @@
 """The lab's models: their architecture, their recipe, and their training through the one loop.
 
 Both trained models start from the same random one and differ in what they read: MIXTURES. Training uses one thread,
-whatever the machine has, so that its bits depend on the seed alone. They are those of `retrograd magic` with
+whatever the machine has, so that its bits do not depend on the cores. They are those of `retrograd magic` with
 `magic_flags`, which so attributes the very training that made the model.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from retrograd.runs.files import file_digest
 from retrograd.runs.manifest import fingerprint
 from retrograd.runs.trajectory import Replay, Trajectory
 
-__all__ = ["CONTEXT", "Size", "magic_flags", "save_random", "steps_of", "train_model"]
+__all__ = ["CONTEXT", "Size", "magic_flags", "one_thread", "save_random", "steps_of", "train_model"]
 
 CONTEXT = 128
 
@@ -87,9 +88,7 @@ def train_model(
         heartbeat: Seconds between durable resume points; 0 makes one at every step.
         observe: Called with every event.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         source = str(folder / "models" / "random")
         lm, tokenizer = load_causal_lm(source), load_tokenizer(source)
         mixture = folder / "train" / f"{name}.jsonl"
@@ -102,6 +101,15 @@ def train_model(
         _place(lm, final.params)
         _save(folder / "models" / name, lm.module, tokenizer)
         shutil.rmtree(place)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums are split by thread and their bits depend on it: with one thread, cores do not matter."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

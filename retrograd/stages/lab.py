@@ -21,7 +21,7 @@ from rich.table import Table
 
 from retrograd.core.sweep import Event, Reversed, Turned
 from retrograd.lab.files import MIXTURES, changed_files, describe_files, make_files, make_words, write_files
-from retrograd.lab.learn import Size, save_random, steps_of, train_model
+from retrograd.lab.learn import Size, one_thread, save_random, steps_of, train_model
 from retrograd.lab.readme import readme
 from retrograd.lab.score import score_model
 from retrograd.lab.world import make_world
@@ -47,7 +47,6 @@ def lab(config: LabConfig, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     _check(config)
-    path = config.dir / "lab.json"
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_THE_LAB}
     found = _known(config.dir, settings)
     if "scores" in found:
@@ -55,23 +54,16 @@ def lab(config: LabConfig, console: Console | None = None) -> dict[str, Any]:
         _show(found, console)
         return found
     manifest = Manifest(config.dir / "manifest.json")
-    if not found:
-        found = {"settings": settings}
-        config.dir.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
     if "files" not in found:
-        with manifest.phase("world"):
-            found["files"] = _write_world(config)
-        write_json(path, found)
-        manifest.update(**environment(torch.device("cpu")))
+        found = _begin(config, settings, manifest)
     with manifest.phase("train"):
         _train(config)
-    with manifest.phase("score"):
+    with manifest.phase("score"), one_thread():
         found["models"] = {name: _described(config, name) for name in ("random", *MIXTURES)}
         found["scores"] = [entry for name in (*MIXTURES, "random") for entry in score_model(config.dir, name)]
     write_atomic(config.dir / "README.md", lambda temporary: temporary.write_text(readme(found), encoding="utf8"))
     shutil.rmtree(config.dir / "training", ignore_errors=True)
-    write_json(path, found)
+    write_json(config.dir / "lab.json", found)
     _show(found, console)
     return json.loads(json.dumps(found))
 
@@ -101,21 +93,28 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{folder} holds a lab of other settings:\n  {lines}\nUse another folder, or delete this one.")
-    other = changed_files(folder, found.get("files", {}))
+    models = {f"models/{name}/model.safetensors": entry for name, entry in found.get("models", {}).items()}
+    other = changed_files(folder, {**found.get("files", {}), **models})
     if other:
         raise ValueError(
-            f"{folder}: {other[0]} is missing or has changed since it was written, and the models would not fit it. "
+            f"{folder}: {other[0]} is missing or has changed since it was written, and the rest would not fit it. "
             "Put it back, or delete the folder and build the lab again."
         )
     return found
 
 
-def _write_world(config: LabConfig) -> dict[str, Any]:
-    """Corpora, questions, mixtures, the truth and the untrained model."""
-    files = make_files(make_world(config.seed, config.facts))
-    write_files(config.dir, files)
-    save_random(config.dir / "models" / "random", make_words(files), _size(config))
-    return describe_files(files)
+def _begin(config: LabConfig, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Write corpora, questions, mixtures, the truth and the untrained model; what lab.json says so far."""
+    path = config.dir / "lab.json"
+    write_json(path, {"settings": settings})
+    with manifest.phase("world"):
+        files = make_files(make_world(config.seed, config.facts))
+        write_files(config.dir, files)
+        save_random(config.dir / "models" / "random", make_words(files), _size(config))
+    manifest.update(**environment(torch.device("cpu")))
+    found = {"settings": settings, "files": describe_files(files)}
+    write_json(path, found)
+    return found
 
 
 def _size(config: LabConfig) -> Size:
@@ -154,7 +153,7 @@ def _side_by_side(config: LabConfig, names: list[str], bars: Bars) -> None:
     """One process for each model; they end with this one."""
     context = multiprocessing.get_context("spawn")
     news: Any = context.Queue()
-    with ProcessPoolExecutor(len(names), context, _begin, (os.getpid(), news)) as pool:
+    with ProcessPoolExecutor(len(names), context, _enter, (os.getpid(), news)) as pool:
         trainings: list[Future[None]] = [pool.submit(_in_worker, config, name) for name in names]
         while not all(training.done() for training in trainings):
             try:
@@ -169,7 +168,7 @@ def _side_by_side(config: LabConfig, names: list[str], bars: Bars) -> None:
 _NEWS: list[Any] = []  # of a worker process: where it tells how far it is
 
 
-def _begin(parent: int, news: Any) -> None:
+def _enter(parent: int, news: Any) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
