@@ -12,15 +12,24 @@ if TYPE_CHECKING:
     from retrograd.core.sweep import metagradient
     from retrograd.lm.loss import weighted_causal_lm_ce
     from retrograd.lm.stream import DataStream
-    from retrograd.trainer import Metagradient, Trainer, TrainerState
+    from retrograd.trainer import Metagradient, Trainer, TrainerState, Validation
 
-__all__ = ["DataStream", "Metagradient", "Trainer", "TrainerState", "metagradient", "weighted_causal_lm_ce"]
+__all__ = [
+    "DataStream",
+    "Metagradient",
+    "Trainer",
+    "TrainerState",
+    "Validation",
+    "metagradient",
+    "weighted_causal_lm_ce",
+]
 
 _HOMES = {
     "DataStream": "retrograd.lm.stream",
     "Metagradient": "retrograd.trainer",
     "Trainer": "retrograd.trainer",
     "TrainerState": "retrograd.trainer",
+    "Validation": "retrograd.trainer",
     "metagradient": "retrograd.core.sweep",
     "weighted_causal_lm_ce": "retrograd.lm.loss",
 }

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrograd.core import tree
+from retrograd.core import check, tree
 from retrograd.core.engine import Double
 from retrograd.core.muon import Pair
 from retrograd.core.optim import Optimizer, Params
@@ -18,10 +19,11 @@ from retrograd.core.sweep import Event, Query
 from retrograd.lm.model import causal_objective, trainable
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
+from retrograd.runs.counterfactual import Agreement, agreement, mean_lds, predicted, random_subset, without
 from retrograd.runs.manifest import fingerprint
 from retrograd.runs.trajectory import Replay, Trajectory
 
-__all__ = ["Evaluation", "Metagradient", "Trainer", "TrainerState"]
+__all__ = ["Evaluation", "Metagradient", "Trainer", "TrainerState", "Validation"]
 
 TrainerState = State
 """Everything that evolves: step, params and moments."""
@@ -42,6 +44,23 @@ class Metagradient(NamedTuple):
 
     weight_grads: Tensor
     value: Tensor
+
+
+class Validation(NamedTuple):
+    """Changes of the query values in nats when each of n random subsets is left out, and how the two go together.
+
+    Args:
+        predicted: −Σ score, [n, K].
+        measured: By retraining, [n, K].
+        agreement: LDS (Spearman), Pearson and slope of each query.
+        mean_lds: Over the queries, with the 95 % interval (low, high) of a bootstrap over the subsets.
+    """
+
+    predicted: np.ndarray
+    measured: np.ndarray
+    agreement: list[Agreement]
+    mean_lds: float
+    interval: tuple[float, float]
 
 
 class Trainer:
@@ -169,6 +188,42 @@ class Trainer:
         trajectory.clean_reverse()
         single = query.value.ndim == 0
         return Metagradient(scores[0] if single else scores, query.value)
+
+    def validate(
+        self,
+        state: State,
+        stream: DataStream,
+        query: DataStream | Query,
+        scores: Tensor,
+        *,
+        subsets: int = 50,
+        fraction: float = 0.05,
+        seed: int = 0,
+    ) -> Validation:
+        """Retrain without random subsets of the stream's examples (or tokens): do the scores predict what happens?
+
+        Args:
+            state: Where training starts, from `initialize`.
+            stream: The stream that was trained on.
+            query: As for `evaluate`.
+            scores: weight_grads of `backward`.
+            subsets: How many to leave out, one retraining each, and one with everything.
+            fraction: Share of the examples in a subset.
+        """
+        training = Training(self.recipe, self.engine, stream, stream.weights)
+
+        def value(weights: Tensor) -> np.ndarray:
+            final = check.train(training, state.params, weights)
+            return self.evaluate(final, query).value.reshape(-1).double().cpu().numpy()
+
+        columns = scores if scores.ndim > stream.weights.ndim else scores[None]
+        members, here = np.arange(stream.weights.numel()), value(stream.weights)
+        sets = [random_subset(members, fraction, seed, number) for number in range(subsets)]
+        prediction = np.stack([predicted(columns, stream.weights, one).numpy() for one in sets])
+        measured = np.stack([value(without(stream.weights, one)) - here for one in sets])
+        each = [agreement(prediction[:, k], measured[:, k]) for k in range(len(here))]
+        mean, low, high = mean_lds(prediction, measured)
+        return Validation(prediction, measured, each, mean, (low, high))
 
     def _trajectory(
         self,

@@ -33,9 +33,13 @@ class Compared(NamedTuple):
 
 
 class Fraction(NamedTuple):
-    """Agreement over the random sets of one fraction: for each query, and the mean LDS with its 95 % interval."""
+    """Agreement over the random sets of one fraction: for each query, and the mean LDS with its 95 % interval.
+
+    different: how many of the sets are, for a few documents have few subsets.
+    """
 
     fraction: float
+    different: int
     queries: list[Agreement]
     mean: float
     low: float
@@ -65,12 +69,11 @@ def validation(compared: Sequence[Compared], names: Sequence[str], unchanged: fl
     random = [one for one in compared if one.left_out.name.isdecimal()]
     found = []
     for fraction in sorted({one.left_out.fraction for one in random}):
-        prediction, measurement = (
-            np.array([getattr(one, part) for one in random if one.left_out.fraction == fraction])
-            for part in ("predicted", "measured")
-        )
+        these = [one for one in random if one.left_out.fraction == fraction]
+        different = len({one.left_out.key for one in these})
+        prediction, measurement = np.array([one.predicted for one in these]), np.array([one.measured for one in these])
         each = [agreement(prediction[:, k], measurement[:, k]) for k in range(len(names))]
-        found.append(Fraction(fraction, each, *mean_lds(prediction, measurement)))
+        found.append(Fraction(fraction, different, each, *mean_lds(prediction, measurement)))
     return Validation(list(names), list(compared), found, unchanged)
 
 
@@ -108,7 +111,9 @@ def show(result: Validation, wanted: int, run: Path, console: Console) -> Valida
         console.print(_table(result, fractions))
     for one in fractions:
         interval = "" if math.isnan(one.low) else f" [{one.low:.3f}, {one.high:.3f}]"
-        console.print(f"{one.fraction:.4g} left out: mean LDS {one.mean:.3f}{interval}: {one.verdict}.")
+        sets = one.queries[0].sets
+        few = f" Only {one.different} of the {sets} sets are different: take more." if one.different < sets else ""
+        console.print(f"{one.fraction:.4g} left out: mean LDS {one.mean:.3f}{interval}: {one.verdict}.{few}")
     named = [one for one in result.compared if not one.left_out.name.isdecimal()]
     if named:
         console.print(_named(named))
@@ -147,7 +152,7 @@ def _record(result: Validation) -> dict[str, Any]:
         "unchanged_nats": result.unchanged,
         "fractions": [
             {
-                "fraction": part.fraction, "mean_lds": _number(part.mean),
+                "fraction": part.fraction, "different_sets": part.different, "mean_lds": _number(part.mean),
                 "interval": [_number(part.low), _number(part.high)], "verdict": part.verdict,
                 "queries": {
                     name: {key: _number(value) for key, value in found._asdict().items()}

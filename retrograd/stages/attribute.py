@@ -23,7 +23,7 @@ from retrograd.runs.scores import Ranked, per_document, ranked, read_scores, wri
 from retrograd.stages.assemble import Loaded
 from retrograd.stages.sources import Asked
 
-__all__ = ["Outcome", "all_of", "ask", "scores_path", "stored", "summarise", "write_results"]
+__all__ = ["Outcome", "all_of", "ask", "stored", "summarise", "write_results"]
 
 
 class Outcome(NamedTuple):
@@ -88,12 +88,6 @@ def stored(run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked]) -> O
     train, reverse = read_journal(run / "metrics.jsonl")[0], read_journal(folder / "metrics.jsonl")[1]
     findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
     return Outcome([column.name for one in asked for column in one.columns], values, scores, order, findings)
-
-
-def scores_path(run: Path, name: str) -> Path:
-    """The file with the scores of one named query of a run."""
-    own = run / "queries" / name / "scores.pt"
-    return own if own.exists() else run / "scores.pt"
 
 
 def all_of(*observers: Callable[[Event], None]) -> Callable[[Event], None]:

@@ -17,9 +17,9 @@ from retrograd.runs.counterfactual import predicted, random_subset
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors
 from retrograd.runs.progress import counting
-from retrograd.runs.scores import doc_ids, per_document, read_scores
+from retrograd.runs.scores import doc_ids, per_document
 from retrograd.stages.agree import Compared, Validation, show, validation, write_validation
-from retrograd.stages.attribute import scores_path
+from retrograd.stages.evidence import stored_scores
 from retrograd.stages.opened import Opened, finished, open_run
 from retrograd.stages.retrain import NOTHING, Conditions, conditions_of, retrain_all
 
@@ -45,7 +45,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
     conditions = conditions_of(magic_config, manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads)
     conditions = _stackable(run, conditions, config, console)
-    scores = _scores(run)
+    scores = stored_scores(run)
     wanted = _wanted(config, run, scores)
     mine = [one for one in wanted if _is_mine(one, config)]
     bank = _bank(config, run, f"-rank{rank}" if ranks > 1 else "")
@@ -151,22 +151,6 @@ def _from_file(path: Path, units: dict[int, np.ndarray]) -> list[LeftOut]:
                 f"{min(units)} to {max(units)}); correct the file"
             )
     return [_set(f"set-{number}", chosen, units) for number, chosen in enumerate(sets)]
-
-
-def _scores(run: Opened) -> torch.Tensor:
-    """Scores of all queries of a run, own and added, [K, *weights.shape]."""
-    loaded, found, parts = run.loaded, dict[Path, torch.Tensor](), []
-    own = [one.name for one in loaded.asked]
-    for name in own:
-        path = scores_path(run.folder, name)
-        if path not in found:
-            found[path] = read_scores(path, loaded.stream.per_token)
-        parts.append(found[path])
-    columns = [len(one.columns) for one in loaded.asked]
-    for name, part, count in zip(own, parts, columns, strict=True):
-        if len(part) != count:
-            raise ValueError(f"the scores of query {name!r} have {len(part)} columns and not {count}; ask it again")
-    return torch.cat(parts)
 
 
 def _bank(config: ValidateConfig, run: Opened, writer: str) -> Bank:
