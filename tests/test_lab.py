@@ -287,15 +287,15 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(
         build(tmp_path / "x", heartbeat=0.0)
     assert [path.name for path in (tmp_path / "x/training/base").glob("state-*")] == ["state-000010.safetensors"]
     monkeypatch.undo()
-    build(tmp_path / "x", workers=2)  # and side by side
+    build(tmp_path / "x")
     assert weights(tmp_path / "x") == weights(built)
     assert (tmp_path / "x/lab.json").read_bytes() == (built / "lab.json").read_bytes()
     assert not (tmp_path / "x/training").exists()
 
 
 @pytest.mark.slow
-def test_kill_nine_and_again(built: Path, tmp_path: Path) -> None:
-    flags = [part for k, v in SMALL.items() for part in (f"--{k}", str(v))]
+def test_kill_nine_and_again_side_by_side(built: Path, tmp_path: Path) -> None:
+    flags = [part for k, v in {**SMALL, "workers": 2}.items() for part in (f"--{k}", str(v))]
     command = [sys.executable, "-m", "retrograd", "lab", str(tmp_path / "x"), *flags, "--heartbeat", "0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "x/training").glob("*/state-*")) and process.poll() is None:
