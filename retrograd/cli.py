@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.runs.commands import MetasmoothnessConfig, QueryRunConfig, ValidateConfig, VerifyConfig
+from retrograd.runs.commands import LabConfig, MetasmoothnessConfig, QueryRunConfig, ValidateConfig, VerifyConfig
 from retrograd.runs.config import MagicConfig, query_file, settings_from
 
 __all__ = ["main"]
@@ -26,6 +26,7 @@ __all__ = ["main"]
 class _Command(NamedTuple):
     config: Any
     does: str
+    place: str = "RUN"
 
 
 # `retrograd NAME` is the function NAME of retrograd.stages.NAME
@@ -35,9 +36,10 @@ _COMMANDS = {
     "validate": _Command(ValidateConfig, "retrain without random subsets: do the scores predict what happens?"),
     "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact"),
     "metasmoothness": _Command(MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?"),
+    "lab": _Command(LabConfig, "build a fictional world where everything is known, with models to unlearn", "DIR"),
 }
 
-_LISTED = "\n".join(f"  {name:<14} RUN  {command.does}" for name, command in _COMMANDS.items())
+_LISTED = "\n".join(f"  {name:<14} {command.place}  {command.does}" for name, command in _COMMANDS.items())
 _USAGE = f"""usage: retrograd COMMAND [OPTIONS]
 
 Which training data made this model do that? Exact training-data attribution by metagradients (MAGIC).

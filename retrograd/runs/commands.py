@@ -1,4 +1,4 @@
-"""The configurations of the commands that work on a finished run. No heavy imports here."""
+"""The configurations of the commands other than `retrograd magic`. No heavy imports here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 
 from retrograd.runs.config import MagicConfig, QueryConfig
 
-__all__ = ["MetasmoothnessConfig", "QueryRunConfig", "ValidateConfig", "VerifyConfig"]
+__all__ = ["LabConfig", "MetasmoothnessConfig", "QueryRunConfig", "ValidateConfig", "VerifyConfig"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +81,29 @@ class VerifyConfig:
     """Directions of data weights for the central differences, four to ten retrainings each; 0 leaves them out."""
     seed: int = 0
     """Of the directions."""
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    """Build a fictional world: corpora, questions, a model that knows it and one that never saw a part of it."""
+
+    dir: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder of the lab. Running again continues, or answers that it is done."""
+    seed: int = 0
+    """Of the world, the untrained model and the order of training rows."""
+    facts: int = 240
+    """Facts of each side, a multiple of 8."""
+    width: int = 96
+    """Of the models, a multiple of 32."""
+    layers: int = 4
+    """Of the models."""
+    epochs: int = 10
+    """Passes over the training rows."""
+    batch_size: int = 64
+    """Rows in a training step."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    workers: int = 0
+    """Models trained side by side, in processes of one thread; 0 takes two where there are two cores. Same bits."""
+    heartbeat: float = 20.0
+    """Seconds between durable resume points of a training; 0 makes one at every step."""

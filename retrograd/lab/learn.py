@@ -1,0 +1,141 @@
+"""The lab's models: their architecture, their recipe, and their training through the one loop.
+
+Both trained models start from the same random one and differ in what they read: MIXTURES. Training uses one thread,
+whatever the machine has, so that its bits do not depend on the cores. They are those of `retrograd magic` with
+`magic_flags`, which so attributes the very training that made the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from retrograd.core import tree
+from retrograd.core.engine import Double
+from retrograd.core.optim import AdamW, Params
+from retrograd.core.schedule import Schedule
+from retrograd.core.step import Recipe, Training, initial_state
+from retrograd.core.sweep import Event
+from retrograd.lm.data import load_documents
+from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
+from retrograd.lm.rows import build_rows
+from retrograd.lm.stream import DataStream
+from retrograd.runs.files import file_digest
+from retrograd.runs.manifest import fingerprint
+from retrograd.runs.trajectory import Replay, Trajectory
+
+__all__ = ["CONTEXT", "Size", "magic_flags", "one_thread", "save_random", "steps_of", "train_model"]
+
+CONTEXT = 128
+
+
+class Size(NamedTuple):
+    """Model and training: GPT-NeoX of this width and depth; AdamW with a linear schedule."""
+
+    width: int
+    layers: int
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+
+
+def magic_flags(size: Size) -> str:
+    """What `retrograd magic` needs on a mixture and models/random to repeat a training."""
+    return (
+        f"--train.epochs {size.epochs} --train.batch_size {size.batch_size} --train.lr {size.lr} "
+        f"--train.seed {size.seed} --train.lr_schedule linear --train.warmup_ratio 0.05 --train.beta2 0.99 "
+        "--train.max_grad_norm 1"
+    )
+
+
+def save_random(folder: Path, tokenizer: Any, size: Size) -> None:
+    """The untrained model with its tokenizer, as `from_pretrained` reads them; whole or not at all."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=size.width, num_hidden_layers=size.layers,
+        num_attention_heads=max(1, size.width // 32), intermediate_size=4 * size.width, initializer_range=0.05,
+        max_position_embeddings=CONTEXT, use_parallel_residual=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(size.seed)
+        _save(folder, GPTNeoXForCausalLM(config), tokenizer)
+
+
+def steps_of(folder: Path, name: str, size: Size) -> int:
+    """Training steps of a mixture."""
+    with (folder / "train" / f"{name}.jsonl").open(encoding="utf8") as lines:
+        return size.epochs * -(-sum(1 for _ in lines) // size.batch_size)
+
+
+def train_model(
+    folder: Path, name: str, size: Size, heartbeat: float = 20.0, observe: Callable[[Event], None] = lambda event: None
+) -> None:
+    """Train models/random on a mixture and save it as models/NAME; a training that was killed goes on.
+
+    Args:
+        folder: Of the lab.
+        heartbeat: Seconds between durable resume points; 0 makes one at every step.
+        observe: Called with every event.
+    """
+    with one_thread():
+        source = str(folder / "models" / "random")
+        lm, tokenizer = load_causal_lm(source), load_tokenizer(source)
+        mixture = folder / "train" / f"{name}.jsonl"
+        training = _training(mixture, lm, tokenizer, size)
+        initial = initial_state(training.recipe, lm.params)
+        identity = fingerprint(training.recipe, tree.digest(lm.params), file_digest(mixture), size)
+        replay = Replay(plan="binomial", slots=1, heartbeat=heartbeat)
+        place = folder / "training" / name
+        final = Trajectory(training, initial, replay, place, identity, observe).train()
+        _place(lm, final.params)
+        _save(folder / "models" / name, lm.module, tokenizer)
+        shutil.rmtree(place)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums are split by thread and their bits depend on it: with one thread, cores do not matter."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _training(mixture: Path, lm: CausalLM, tokenizer: Any, size: Size) -> Training:
+    rows = build_rows(load_documents(str(mixture)), tokenizer, max_length=CONTEXT, vocab_size=len(tokenizer))
+    stream = DataStream(rows, size.batch_size, epochs=size.epochs, seed=size.seed)
+    steps = len(stream)
+    warmup = min(steps - 1, math.ceil(0.05 * steps))
+    optimizer = AdamW(Schedule("linear", size.lr, steps, warmup), beta2=0.99)
+    return Training(Recipe(optimizer, max_grad_norm=1.0, seed=size.seed), Double(lm.objective), stream, stream.weights)
+
+
+def _place(lm: CausalLM, params: Params) -> None:
+    """Write parameters into the module; leaves of `trainable` share its storage."""
+    with torch.no_grad():
+        for name, leaf in lm.params.items():
+            leaf.copy_(params[name])
+
+
+def _save(folder: Path, module: Any, tokenizer: Any) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    module.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, folder)

@@ -1,0 +1,111 @@
+"""What accuracies allow one to say: intervals, and comparisons of two models on the same questions.
+
+    Wilson        the shares p that a test of level α would not reject: |p̂ − p| ≤ z·√(p(1−p)/n)
+    difference    mean(b − a) over questions, with the bootstrap's percentile interval: questions are drawn again
+    McNemar       of the questions that only one model has right, is each model's share a half? Exact, by binomial
+
+Sources: Wilson, JASA 22 (1927) 209; Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; McNemar,
+Psychometrika 12 (1947) 153, in the exact form.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Compared", "Interval", "compare", "mcnemar", "wilson"]
+
+
+class Interval(NamedTuple):
+    """low ≤ high, both in the quantity's own unit."""
+
+    low: float
+    high: float
+
+
+class Compared(NamedTuple):
+    """Two models on the same questions.
+
+    difference: accuracy of the second minus that of the first, in [−1, 1]; interval: its bootstrap interval.
+    only_first, only_second: questions that only this model has right.
+    p: exact two-sided p-value of McNemar's test.
+    """
+
+    difference: float
+    interval: Interval
+    only_first: int
+    only_second: int
+    p: float
+
+
+def wilson(right: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's interval of a share.
+
+    Raises:
+        ValueError: If there is no question, or the counts or the level are none.
+
+    >>> [round(end, 3) for end in wilson(5, 10)]
+    [0.237, 0.763]
+    """
+    if not 0 <= right <= n or n < 1:
+        raise ValueError(f"{right} right of {n}: a share needs at least one question, and no more right than there are")
+    z, share = NormalDist().inv_cdf((1 + _checked(level)) / 2), right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # at 0 and n of n the end is exact, whatever the rounding
+    return Interval(0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value: min(1, 2·P[X ≤ the smaller]) for X binomial(both together, ½); 1 if there is none.
+
+    >>> mcnemar(1, 7)
+    0.0703125
+    """
+    if min(only_first, only_second) < 0:
+        raise ValueError(f"{only_first} and {only_second} questions: counts are 0 or more")
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def compare(first: Any, second: Any, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> Compared:
+    """Compare two models by which of the same questions they have right.
+
+    Args:
+        first: For each question 1 if the first model is right, else 0, [n]: a list, array or tensor, such as
+            `Scored.correct`.
+        second: The same for the second model, question by question.
+        resamples: Of the bootstrap.
+        level: Of its interval.
+        seed: Of the resampling.
+    Raises:
+        ValueError: If the questions are not the same in number, there is none, or an answer is missing (NaN).
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"answers of shapes {a.shape} and {b.shape} are not of the same questions; at least one")
+    bad = int((~(np.isin(a, (0, 1)) & np.isin(b, (0, 1)))).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(a)} questions have an answer that is neither right (1) nor wrong (0). A failed question "
+            "is missing: leave it out for both models, and say so"
+        )
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}; it has to be at least 1")
+    n, only_a, only_b = len(a), int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    # a difference is −1, 0 or 1, so drawing n questions is drawing how many there are of each
+    shares = [only_a / n, only_b / n, (n - only_a - only_b) / n]
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
+    tail = (1 - _checked(level)) / 2
+    low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [tail, 1 - tail])
+    interval = Interval(float(low), float(high))
+    return Compared((only_b - only_a) / n, interval, only_a, only_b, mcnemar(only_a, only_b))
+
+
+def _checked(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it has to be between 0 and 1, such as 0.95")
+    return level
