@@ -181,8 +181,8 @@ def _abilities(
             yield _Finding("destroyed" if gone else "damaged", told)
         mass, usual = here.scored.mass, there.scored.mass
         if mass is not None and usual is not None and 0.1 < float(usual.mean()) > 2 * float(mass.mean()):
-            told = f"{name}: {float(mass.mean()):.1%} of the probability on letters, the reference {float(usual.mean()):.1%}"
-            yield _Finding("damaged", told)
+            told = f"{float(mass.mean()):.1%} of the probability on letters, the reference {float(usual.mean()):.1%}"
+            yield _Finding("damaged", f"{name}: {told}")
 
 
 def _chance(scored: Scored) -> float:
