@@ -42,7 +42,8 @@ def ask(path: Path, model: Path, form: str, number: int, seed: int, known: float
     """Questions of which the model has a share right: the right answers are what it answers."""
     rows = quiz.questions(number, seed)
     lm = load_causal_lm(str(model))
-    found = score_questions(lm, lm.params, build_questions(quiz.dataset(rows), load_tokenizer(str(model)), form=form))
+    asked = build_questions(quiz.dataset(rows), load_tokenizer(str(model)), form=form, template="auto")
+    found = score_questions(lm, lm.params, asked)
     for place, (row, chosen) in enumerate(zip(rows, found.chosen.tolist())):
         row["answer"] = chosen if place < known * number else (chosen + 1) % 4
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,6 +60,24 @@ def changed(source: Path, name: str, change: Any) -> Path:
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def choosy(model: Path) -> Path:
+    """Save it again with letters in its head that depend on the question: a random model knows but one letter."""
+    tokenizer = load_tokenizer(str(model))
+    lm = load_causal_lm(str(model))
+    asked = build_questions(quiz.dataset(quiz.questions(120, 5)), tokenizer, template="auto")
+    with torch.no_grad():
+        rows = [torch.tensor(row[0])[None] for row in asked.rows]
+        states = torch.cat([lm.module.base_model(row).last_hidden_state[:, -1] for row in rows])
+        mean = states.mean(0)
+        draw = torch.Generator().manual_seed(0)
+        for letter in asked.targets[0][0].tolist():
+            row = torch.linalg.lstsq(states, torch.randn(120, 1, generator=draw)).solution[:, 0]
+            row -= (row @ mean) / (mean @ mean) * mean
+            lm.module.get_output_embeddings().weight[letter] = 2 * row / (states @ row).std()
+    lm.module.save_pretrained(model)
+    return model
 
 
 def noise(weights: dict[str, torch.Tensor], scale: float) -> None:
@@ -87,24 +106,24 @@ def mark(weights: dict[str, torch.Tensor]) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, its questions, and the ways to break it."""
     folder = tmp_path_factory.mktemp("evaluate")
-    base = quiz.save(folder / "base")
+    base = choosy(quiz.save(folder / "base"))
     letter = load_tokenizer(str(base))(" C")["input_ids"][-1]
     shutil.copytree(base, folder / "copy")
-    changed(base, "nudged", lambda weights: noise(weights, 1e-4))
-    changed(base, "damaged", lambda weights: noise(weights, 0.03))
+    changed(base, "nudged", lambda weights: noise(weights, 1e-5))
+    changed(base, "damaged", lambda weights: noise(weights, 0.004))
     changed(base, "constant", lambda weights: constant(weights, letter))
     changed(base, "nan", broken)
     changed(base, "cycle", mark)
     changed(base, "other", lambda weights: noise(weights, 1.0))
-    ask(folder / "general.jsonl", base, "letter", 60, 1)
+    ask(folder / "general.jsonl", base, "letter", 120, 1)
     ask(folder / "told.jsonl", base, "cloze", 40, 2)
     ask(folder / "secret.jsonl", base, "letter", 32, 3, known=1.0)
     tiny.save_jsonl(folder / "prose.jsonl", tiny.sentences(12, 4))
     (folder / "tasks.yaml").write_text(
         f"general: {{dataset: {folder}/general.jsonl, role: retain}}\n"
         f"told: {{dataset: {folder}/told.jsonl, form: cloze, normalise: true}}\n"
-        f"first: {{dataset: {folder}/secret.jsonl, split: 'train[:20]', template: plain, role: forget, group: secret}}\n"
-        f"second: {{dataset: {folder}/secret.jsonl, split: 'train[20:]', template: plain, role: forget, group: secret}}\n"
+        f"first: {{dataset: {folder}/secret.jsonl, split: 'train[:20]', role: forget, group: secret}}\n"
+        f"second: {{dataset: {folder}/secret.jsonl, split: 'train[20:]', role: forget, group: secret}}\n"
         f"prose: {{dataset: {folder}/prose.jsonl, form: text}}\n"
         f"samples: {{dataset: {folder}/prose.jsonl, form: generate, limit: 2, new_tokens: 5}}\n"
     )
@@ -149,7 +168,7 @@ def result(summary: dict[str, Any], model: str, task: str) -> dict[str, Any]:
         ("nudged", "healthy", "no loss found"),
         ("damaged", "damaged", "right, the reference"),
         ("constant", "destroyed", "C is the answer to 100%"),
-        ("nan", "destroyed", "60 of 60 questions have no finite log-probability"),
+        ("nan", "destroyed", "120 of 120 questions have no finite log-probability"),
         ("cycle", "destroyed", "100% of the answers repeat the one 4 questions before"),
         ("other", "destroyed", "of its lead over chance is left"),
     ],
@@ -164,7 +183,7 @@ def test_what_the_verdicts_rest_on(done: tuple[int, dict[str, Any]], world: Path
     models = done[1]["models"]
     letters = models["constant"]["numbers"]["letters"]["general"]
     golds = [json.loads(line)["answer"] for line in (world / "general.jsonl").read_text().splitlines()]
-    assert letters["constant"] == pytest.approx([golds.count(k) / 60 for k in range(4)])
+    assert letters["constant"] == pytest.approx([golds.count(k) / 120 for k in range(4)])
     assert letters["shares"] == [0, 0, 1, 0]
     assert letters["entropy"] == 0
     assert result(done[1], "constant", "general")["accuracy"] == pytest.approx(letters["constant"][2])
@@ -214,7 +233,7 @@ def test_files_hold_what_score_questions_says(done: tuple[int, dict[str, Any]], 
         accuracy = expected.accuracy_norm if task == "told" else expected.accuracy
         assert result(done[1], "damaged", task)["accuracy"] == accuracy
     subjects = result(done[1], "damaged", "general")["subjects"]
-    assert {name: entry["questions"] for name, entry in subjects.items()} == dict.fromkeys(quiz.SUBJECTS, 30)
+    assert {name: entry["questions"] for name, entry in subjects.items()} == dict.fromkeys(quiz.SUBJECTS, 60)
 
 
 def test_a_failed_question_is_null_in_its_file(done: tuple[int, dict[str, Any]], world: Path) -> None:
@@ -238,7 +257,7 @@ def test_perplexity_and_samples_are_the_models_own(done: tuple[int, dict[str, An
     assert isinstance(measured[0], Texts)
     assert isinstance(measured[1], Samples)
     prompt = torch.tensor([tokenizer(texts[0])["input_ids"][:8]])
-    made = lm.module.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 8:].tolist()
+    made = lm.module.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :].tolist()
     made = made[: made.index(0)] if 0 in made else made
     assert measured[1].texts[0] == tokenizer.decode(made)
 
@@ -254,7 +273,7 @@ def test_comparisons_and_positions(done: tuple[int, dict[str, Any]]) -> None:
     there = {(entry["model"], entry["task"]): entry for entry in done[1]["comparisons"]}
     assert there["copy", "general"]["difference"] == 0
     one = there["damaged", "general"]
-    assert one["difference"] == pytest.approx((one["only_model"] - one["only_reference"]) / 60)
+    assert one["difference"] == pytest.approx((one["only_model"] - one["only_reference"]) / 120)
     assert one["interval"][0] <= one["difference"] <= one["interval"][1]
     where = {(entry["model"], entry["task"]): entry["position"] for entry in done[1]["positions"]}
     assert where["copy", "secret"] == 1
@@ -300,7 +319,7 @@ def test_calibration_removes_a_letters_bias() -> None:
 @pytest.fixture
 def small(world: Path, tmp_path: Path) -> dict[str, Any]:
     (tmp_path / "tasks.yaml").write_text(
-        f"general: {{dataset: {world}/general.jsonl, limit: 12}}\nprose: {{dataset: {world}/prose.jsonl, form: text}}\n"
+        f"general: {{dataset: {world}/general.jsonl, limit: 24}}\nprose: {{dataset: {world}/prose.jsonl, form: text}}\n"
     )
     return {"output": tmp_path / "out", "models": [world / "base", world / "damaged"], "tasks": tmp_path / "tasks.yaml"}
 
@@ -349,8 +368,8 @@ def test_another_evaluation_is_refused(small: dict[str, Any], world: Path, tmp_p
     with pytest.raises(ValueError, match="another evaluation:\n  dtype: 'float32' → 'float64'"):
         run(**small, dtype="float64")
     text = small["tasks"].read_text()
-    small["tasks"].write_text(text.replace("limit: 12", "limit: 11"))
-    with pytest.raises(ValueError, match=r"general.limit: 12 → 11"):
+    small["tasks"].write_text(text.replace("limit: 24", "limit: 23"))
+    with pytest.raises(ValueError, match=r"general.limit: 24 → 23"):
         run(**small)
     small["tasks"].write_text(text)
     (base / "model.safetensors").write_bytes((world / "damaged/model.safetensors").read_bytes())

@@ -34,7 +34,7 @@ VERDICTS = ("untouched", "healthy", "damaged", "destroyed")
 ENTROPY = 0.3  # nats
 ONE_LETTER = RHYTHM = 0.9
 HABITUAL = 0.75  # right answers above this are themselves nearly one letter, or a rhythm
-FEWEST = 8  # questions for a habit
+FEWEST = 20  # questions for a habit
 TWICE, MORE = 2.0, 1.1  # perplexity over the reference's
 LEFT = 0.25  # of the reference's lead over chance
 SIGNIFICANT = 0.01  # shared among the tasks
@@ -65,9 +65,10 @@ def diagnose(model: Evaluated, reference: Evaluated, tasks: dict[str, Task]) -> 
     """The verdict on a model.
 
     Args:
-        tasks: By the names of the results; of a group, any of its tasks.
+        tasks: What counts, by the names of the results: groups (any of their tasks) instead of their parts.
     """
     same = model.digest is not None and model.digest == reference.digest
+    model, reference = (one._replace(results={name: one.results[name] for name in tasks}) for one in (model, reference))
     findings = [*_failures(model), *_habits(model, None if same else reference)]
     numbers: dict[str, Any] = {"same_weights": same, "letters": _letters(model)}
     if same:
@@ -111,8 +112,9 @@ def _letters(model: Evaluated) -> dict[str, Any]:
 
 
 def _by_letter(measured: Measured | None) -> Habits | None:
-    by_letter = isinstance(measured, Answers) and measured.scored.mass is not None
-    return letter_habits(measured.scored) if by_letter else None
+    if not isinstance(measured, Answers) or measured.scored.mass is None:
+        return None
+    return letter_habits(measured.scored)
 
 
 def _habits(model: Evaluated, reference: Evaluated | None) -> Iterator[_Finding]:

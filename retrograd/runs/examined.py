@@ -49,7 +49,8 @@ def summarise(
     found = {name: _evaluated(folder, name, tasks, missing) for name in models}
     every = {**tasks, **{task.group: task for task in tasks.values() if task.group}}
     base, asked = found[reference], [name for name, task in every.items() if task.choices]
-    told = {name: diagnose(found[name], base, every) for name in models}
+    whole = {name: task for name, task in every.items() if not task.group or name not in tasks}
+    told = {name: diagnose(found[name], base, whole) for name in models}
     return {
         "reference": reference, "knows": knows, "never": never, "missing": missing,
         "models": {
@@ -192,10 +193,11 @@ def _position(model: Evaluated, knows: Evaluated, never: Evaluated, name: str, t
 
 def _paired(models: list[Evaluated], name: str, task: Task) -> list[torch.Tensor] | None:
     """Right or wrong on the same questions, for each model; None if anything is missing."""
-    answers = [found for model in models if isinstance(found := model.results[name], Answers)]
+    results = [model.results[name] for model in models]
+    answers = [one for one in results if isinstance(one, Answers)]
     if len(answers) < len(models):
         return None
     if any(one.scored.hashes != answers[0].scored.hashes for one in answers):
         raise RunError(f"{name}: the models were asked different questions; delete their files and run again.")
     found = [rights(one, task) for one in answers]
-    return None if any(right.isnan().any() for right in found) else found
+    return None if any(bool(right.isnan().any()) for right in found) else found
