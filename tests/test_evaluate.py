@@ -26,8 +26,9 @@ from retrograd.lm.habits import letter_habits
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.runs.answers import Answers, Samples, Texts, read_measured
 from retrograd.runs.commands import EvaluateConfig
+from retrograd.runs.diagnosis import Evaluated, diagnose
 from retrograd.runs.errors import RunError
-from retrograd.runs.tasks import READY, tasks_from
+from retrograd.runs.tasks import READY, Task, tasks_from
 from retrograd.stages.evaluate import evaluate
 
 MARK = 7.0  # in the embedding of a token that no text has: the model of the fixed cycle
@@ -206,6 +207,63 @@ def test_a_failure_is_missing_and_never_a_number(done: tuple[int, dict[str, Any]
     assert all(e["difference"] is None for e in summary["comparisons"] if e["model"] == "nan")
     assert all(e["position"] is None for e in summary["positions"] if e["model"] == "nan")
     assert "NaN" not in json.dumps(summary)
+
+
+N = 200
+GOLD = [(3 * k + k // 4) % 4 for k in range(N)]  # balanced, no rhythm
+
+
+def answers(chosen: list[int], mass: float | None = 0.9) -> Answers:
+    """By letter, or by text without a mass: the chosen options are the likeliest."""
+    s = torch.full((len(chosen), 4), -9.0, dtype=torch.float64)
+    s[torch.arange(len(chosen)), chosen] = -1.0
+    of_letters = None if mass is None else torch.full((len(chosen),), mass, dtype=torch.float64)
+    return Answers(Scored(s, torch.ones_like(s), torch.tensor(GOLD), of_letters, ["x"] * N), [None] * N)
+
+
+def wrong(number: int) -> list[int]:
+    """All right but the last so many."""
+    return [gold if place < N - number else (gold + 1) % 4 for place, gold in enumerate(GOLD)]
+
+
+def texts(loss: float) -> Texts:
+    return Texts([loss] * 3, [10] * 3, [0, 1, 2])
+
+
+LETTER, TEXT, SECRET = Task("x"), Task("x", form="text"), Task("x", role="forget")
+
+
+@pytest.mark.parametrize(
+    ("task", "here", "there", "verdict", "reason"),
+    [
+        (LETTER, answers(wrong(3)), answers(wrong(0)), "healthy", "no loss found"),
+        (LETTER, answers(wrong(30)), answers(wrong(0)), "damaged", "85.0% right, the reference 100.0%"),
+        (LETTER, answers(wrong(130)), answers(wrong(0)), "destroyed", "13% of its lead over chance is left"),
+        (LETTER, answers(wrong(0), 0.3), answers(wrong(0)), "damaged", "30.0% of the probability on letters"),
+        (LETTER, answers([2] * 185 + [0, 1, 3] * 5), answers(wrong(0)), "destroyed", "C is the answer to 92% of 200"),
+        (LETTER, answers([2] * 185 + [0, 1, 3] * 5), answers([2] * 190 + [0] * 10), None, "nothing here measures"),
+        (LETTER, answers(([0, 1] * N)[:N]), answers(wrong(0)), "destroyed", "repeat the one 2 questions before"),
+        (LETTER, None, answers(wrong(0)), None, "missing: task"),
+        (LETTER, answers(wrong(0)), None, None, "missing: task"),
+        (SECRET, answers(wrong(130)), answers(wrong(0)), None, "nothing here measures general ability"),
+        (TEXT, texts(1.05), texts(1.0), "healthy", "no loss found in task"),
+        (TEXT, texts(1.2), texts(1.0), "damaged", "1.22 times the reference's"),
+        (TEXT, texts(1.8), texts(1.0), "destroyed", "2.23 times the reference's"),
+        (TEXT, texts(math.nan), texts(1.0), "destroyed", "not finite"),
+        (TEXT, texts(800.0), texts(1.0), "destroyed", "not finite"),
+    ],
+)
+def test_each_reason_by_itself(task: Task, here: Any, there: Any, verdict: str | None, reason: str) -> None:
+    found = diagnose(Evaluated("a", "1", {"task": here}), Evaluated("b", "2", {"task": there}), {"task": task})
+    assert found.verdict == verdict, found.reasons
+    assert any(reason in told for told in found.reasons), found.reasons
+
+
+def test_a_broken_model_is_no_better_for_being_its_own_reference() -> None:
+    model = Evaluated("a", "1", {"task": answers([1] * N)})
+    found = diagnose(model, model, {"task": LETTER})
+    assert found.verdict == "destroyed"
+    assert found.reasons == ["task: B is the answer to 100% of 200 questions", "it is the reference"]
 
 
 # ---------------------------------------------------------------- the files and the summary
@@ -439,6 +497,12 @@ def test_ready_tasks_are_those_of_the_literature(tmp_path: Path, world: Path) ->
     code, summary = run(tmp_path / "out", [world / "base"], tasks=tmp_path / "tasks.yaml")
     assert code == 1
     assert "40 questions, and this task 41: it is another set" in summary["missing"][0]["reason"]
+
+
+def test_the_tasks_of_the_page_are_tasks(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs/evaluation.md").read_text(encoding="utf8")
+    (tmp_path / "tasks.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    assert len(tasks_from(tmp_path / "tasks.yaml")) == 12
 
 
 def test_command_line_refusals(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

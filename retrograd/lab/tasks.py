@@ -27,8 +27,12 @@ def lab_tasks(folder: Path) -> dict[str, Task]:
     found = {}
     for side in SIDES:
         for form in FORMS:
-            asked: dict[str, Any] = {"form": form, "template": "plain" if form == "letter" else "plain_cloze"}
+            asked: dict[str, Any] = {
+                "role": side,
+                "form": form,
+                "template": "plain" if form == "letter" else "plain_cloze",
+            }
             for split in SPLITS:
                 questions = str(folder / "questions" / f"{side}_{split}.jsonl")
-                found[f"{side}_{split}_{form}"] = Task(questions, role=side, **asked)
+                found[f"{side}_{split}_{form}"] = Task(questions, **asked)
     return {**found, "prose_heldout": Task(prose, form="text"), "samples": Task(prose, form="generate", limit=4)}

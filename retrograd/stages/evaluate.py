@@ -102,14 +102,13 @@ def _planned(config: EvaluateConfig) -> _Plan:
 
 def _plain(source: str) -> str:
     """The same model under one spelling."""
-    return os.path.relpath(source) if Path(source).exists() else source
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:
     """A name for each different source: the end of its path, as many parts as it takes to tell them apart."""
     found = list(dict.fromkeys(map(_plain, sources)))
-    parts = {source: Path(source).absolute().parts if Path(source).exists() else tuple(source.split("/"))
-             for source in found}  # fmt: skip
+    parts = {source: tuple(source.split("/")) for source in found}
     names = {}
     for source in found:
         count = 1
@@ -128,7 +127,8 @@ def _claim(config: EvaluateConfig, plan: _Plan, *, write: bool) -> None:
         ValueError: If the folder holds something else, or a model or data set has changed.
     """
     path = config.output / "evaluation.json"
-    tasks = {name: {**vars(task), "content": _content(task.dataset)} for name, task in plan.tasks.items()}
+    tasks = {name: {**vars(task), "dataset": _plain(task.dataset), "content": _content(task.dataset)}
+             for name, task in plan.tasks.items()}  # fmt: skip
     models = {name: {"source": source, "content": _content(source)} for name, source in plan.models.items()}
     settings = {"dtype": config.dtype, "tokenizer": config.tokenizer, "tasks": tasks, "models": models}
     settings = json.loads(json.dumps(settings))
@@ -149,12 +149,13 @@ def _claim(config: EvaluateConfig, plan: _Plan, *, write: bool) -> None:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], names: Sequence[str] | None = None) -> list[str]:
-    """Lines "name: old → new"; of records, only what differs. A content that was not there yet may come."""
+    """Lines "name: old → new"; of records, only what differs. A file that was not there yet may come."""
     found = []
     for name in sorted(old.keys() | new.keys()) if names is None else names:
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            inner = [key for key in {**a, **b} if key != "content" or a.get(key) is not None]
+            came = a.get("content") is None and b.get("content") is not None
+            inner = [key for key in {**a, **b} if not came or key not in ("content", "source", "dataset")]
             found += [f"{name}.{line}" for line in _changes(a, b, inner)]
         elif a != b:
             found.append(f"{name}: {_short(a)} → {_short(b)}")
