@@ -5,7 +5,7 @@ the same batches; that they train alike is asserted before anything is timed. Ev
 two kinds taking turns; printed are the ratio of the medians and each kind's peak memory.
 
     python bench/overhead.py                    # the full size: 64 steps, 3 turns
-    python bench/overhead.py --steps 8 --turns 1
+    python bench/overhead.py --steps 8 --turns 1 --engine double blocks
 """
 
 from __future__ import annotations
@@ -63,14 +63,16 @@ def plain(steps: int) -> tuple[list[float], float]:
     return losses, time.perf_counter() - start
 
 
-def metagradient(steps: int, eps_root: float = 1e-8, backward: bool = True) -> tuple[list[float], dict[str, float]]:
+def metagradient(
+    steps: int, engine: str, eps_root: float = 1e-8, backward: bool = True
+) -> tuple[list[float], dict[str, float]]:
     """The whole run; (loss by step, seconds by phase)."""
     from retrograd import DataStream, Trainer
     from retrograd.core.sweep import Turned
     from retrograd.optim import adamw
 
     losses: list[float] = []
-    trainer, state = Trainer.initialize(make_model(), adamw(LR, eps_root=eps_root))
+    trainer, state = Trainer.initialize(make_model(), adamw(LR, eps_root=eps_root), engine=engine)
     stream = DataStream(make_rows(steps * BATCH), BATCH)
     query = DataStream(make_rows(8, seed=1), BATCH, shuffle=False)
     marks = [time.perf_counter()]
@@ -99,24 +101,29 @@ def timed(kind: str, steps: int) -> dict[str, float]:
 
 
 def child(kind: str, steps: int) -> None:
-    seconds = {"whole": plain(steps)[1]} if kind == "plain" else metagradient(steps)[1]
+    make_model()  # libraries load
+    start = time.process_time()
+    seconds = {"whole": plain(steps)[1]} if kind == "plain" else metagradient(steps, kind)[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({**seconds, "peak_bytes": peak}))
+    print(json.dumps({**seconds, "cpu": time.process_time() - start, "peak_bytes": peak}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--engine", nargs="+", default=["double"], choices=("double", "blocks"))
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--child", choices=("plain", "metagradient"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("plain", "double", "blocks"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         return child(arguments.child, arguments.steps)
-    expected, found = plain(3)[0], metagradient(3, eps_root=0.0, backward=False)[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    print(f"same losses as the plain loop for 3 steps: {np.round(found, 4).tolist()}")
-    runs: dict[str, list[dict[str, float]]] = {"plain": [], "metagradient": []}
+    expected = plain(3)[0]
+    for engine in arguments.engine:
+        found = metagradient(3, engine, eps_root=0.0, backward=False)[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    print(f"same losses as the plain loop for 3 steps: {np.round(expected, 4).tolist()}")
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in ("plain", *arguments.engine)}
     for turn in range(arguments.turns):
         for kind in runs:
             runs[kind].append(timed(kind, arguments.steps))
@@ -130,13 +137,17 @@ def report(runs: dict[str, list[dict[str, float]]], steps: int, path: Path | Non
     def median(kind: str, name: str) -> float:
         return statistics.median(run[name] for run in runs[kind])
 
-    ratio = median("metagradient", "whole") / median("plain", "whole")
-    for name in ("train", "query", "reverse"):
-        print(f"  {name}: {median('metagradient', name) / median('plain', 'whole'):.2f} training runs")
-    print(f"whole metagradient run: {ratio:.2f} × the plain loop ({steps} steps)")
-    peaks = {kind: median(kind, "peak_bytes") / 2**30 for kind in runs}
     states = steps * 3 * 4 * sum(p.numel() for p in make_model().parameters()) / 2**30
-    print(f"peak memory: {peaks['metagradient']:.2f} GiB, plain {peaks['plain']:.2f} GiB; kept states {states:.2f} GiB")
+    base, ratio = median("plain", "whole"), {}
+    print(f"{steps} steps, kept states {states:.2f} GiB; seconds as multiples of the plain loop's {base:.1f}")
+    print("| | train | query | reverse | whole | whole, CPU time | peak memory |\n|---|---|---|---|---|---|---|")
+    for kind in runs:
+        phases = [
+            f"{median(kind, name) / base:.2f}" if kind != "plain" else "" for name in ("train", "query", "reverse")
+        ]
+        ratio[kind] = [median(kind, name) / median("plain", name) for name in ("whole", "cpu")]
+        cells = [*phases, *(f"{x:.2f}" for x in ratio[kind]), f"{median(kind, 'peak_bytes') / 2**30:.2f} GiB"]
+        print(f"| {kind} | {' | '.join(cells)} |")
     if path:
         machine = {"processor": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
         path.write_text(json.dumps({"ratio": ratio, "runs": runs, "machine": machine}, indent=2) + "\n")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from retrograd.core import check, tree
-from retrograd.core.engine import Double
 from retrograd.core.muon import Pair
 from retrograd.core.optim import Optimizer, Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
+from retrograd.lm.engines import Choice, choose_engine
 from retrograd.lm.model import causal_objective, trainable
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
@@ -69,9 +69,9 @@ class Trainer:
     Made by `Trainer.initialize`. Methods are pure in the state: training twice from one state gives the same bits.
     """
 
-    def __init__(self, recipe: Recipe, objective: Objective, initial: State, module: nn.Module) -> None:
+    def __init__(self, recipe: Recipe, chosen: Choice, initial: State, module: nn.Module) -> None:
         self.recipe, self.initial, self.module = recipe, initial, module
-        self.engine = Double(objective)
+        self.engine, self._engine_name = chosen.engine, chosen.name
         self._last: Trajectory | None = None
 
     @classmethod
@@ -85,6 +85,7 @@ class Trainer:
         micro_batch_size: int | None = None,
         dropout: bool = False,
         seed: int = 0,
+        engine: Literal["double", "blocks"] = "double",
     ) -> tuple[Trainer, State]:
         """A trainer and the state before step 0.
 
@@ -96,9 +97,12 @@ class Trainer:
                 `torch.func.functional_call(model, params, …)`. None for Hugging Face causal language models: the
                 weighted next-token cross-entropy (`weighted_causal_lm_ce`).
             dropout: Train with the module in training mode; random draws are replayed.
+            engine: How steps are differentiated twice: "double" for any module; "blocks", for Hugging Face models
+                that are chains of layers, holds one layer's graph at a time and takes longer.
         Raises:
             ValueError: If nothing is trainable, the optimizer is no pair, the loss is missing for a module that is no
-                language model, or training mode would change buffers behind the recipe's back.
+                language model, training mode would change buffers behind the recipe's back, or the model is not one
+                that the engine can cut into layers.
         """
         model.train(dropout)
         if dropout:
@@ -112,9 +116,14 @@ class Trainer:
             objective = causal_objective(model)[0]
         else:
             objective = _weighted(loss)
+            if engine != "double":
+                raise ValueError(
+                    f"engine {engine!r} needs a Hugging Face language model and its own loss; with a loss of yours "
+                    "take 'double'"
+                )
         recipe = Recipe(_as_optimizer(optimizer), max_grad_norm, micro_batch_size, seed, stochastic=dropout)
         state = initial_state(recipe, trainable(model)[0])
-        return cls(recipe, objective, state, model), state
+        return cls(recipe, choose_engine(engine, model, objective), state, model), state
 
     def train(
         self,
@@ -243,7 +252,8 @@ class Trainer:
         data = stream.rows.digest() if isinstance(stream.rows, Rows) else tree.digest(stream.rows)
         order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed)
         recipe = self.recipe if not isinstance(self.recipe.optimizer, Pair) else "a foreign optimizer"
-        return fingerprint(recipe, data, order, tree.digest(stream.weights), tree.digest(state.params))
+        engine = () if self._engine_name == "double" else (self._engine_name,)  # another one may round otherwise
+        return fingerprint(recipe, data, order, tree.digest(stream.weights), tree.digest(state.params), *engine)
 
 
 def _weighted(loss: Callable[[Params, Any], Tensor]) -> Objective:

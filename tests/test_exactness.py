@@ -393,3 +393,23 @@ def test_one_pullback_is_the_transpose_of_one_step() -> None:
     left = float(tree.dot(tree.map(lambda x: x[0], bar), moved[1:]))
     right = float(tree.dot(tree.map(lambda x: x[0], pulled), v[1:]))
     assert left == pytest.approx(right, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (640,), (1,)])
+def test_large_leaves_are_updated_in_pieces_to_the_same_values(shape: tuple[int, ...], monkeypatch: object) -> None:
+    draw = torch.Generator().manual_seed(2)
+
+    def some(*sizes: int) -> dict[str, Tensor]:
+        return {"x": torch.rand((*sizes, *shape), generator=draw).double() + 0.1}
+
+    optimizer, theta, grads, moments = AdamW(0.1, weight_decay=0.1), some(), some(), {"m": some(), "v": some()}
+    cotangent = Cotangent(some(3), {"m": some(3), "v": some(3)})
+
+    def both() -> list[Tensor]:
+        given = (theta, moments, grads, 4)
+        return tree.leaves((optimizer.update(*given), optimizer.pullback(*given, cotangent)))
+
+    whole = both()
+    monkeypatch.setattr("retrograd.core.optim._PIECE", 30)  # type: ignore[attr-defined]
+    for one, other in zip(both(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=0)

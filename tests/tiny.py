@@ -50,7 +50,15 @@ def save_tokenizer(folder: Path) -> None:
 
 def configurations() -> dict:
     """One small configuration for each family, with what is special about it: ties, GQA, parallel residuals."""
-    from transformers import GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+    from transformers import (
+        GemmaConfig,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+        MistralConfig,
+        Olmo2Config,
+        Qwen2Config,
+    )
 
     common = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
               "num_attention_heads": 2, "max_position_embeddings": 32}  # fmt: skip
@@ -60,6 +68,8 @@ def configurations() -> dict:
         "llama-gqa": LlamaConfig(**common, num_key_value_heads=1),
         "qwen2-tied": Qwen2Config(**common, num_key_value_heads=1, tie_word_embeddings=True),
         "gemma": GemmaConfig(**common, num_key_value_heads=1, head_dim=8),
+        "mistral": MistralConfig(**common, num_key_value_heads=1, head_dim=8, sliding_window=6),
+        "olmo2": Olmo2Config(**common, num_key_value_heads=1, eos_token_id=0, pad_token_id=1),
     }
 
 

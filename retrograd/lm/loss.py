@@ -15,6 +15,7 @@ for its pullback, against 3 and 6 for autograd, and a fraction of its memory tra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["fused_ce", "token_ce", "weighted_causal_lm_ce"]
+__all__ = ["fused_ce", "head_first", "head_second", "token_ce", "weighted_causal_lm_ce"]
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+_Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # h [M, D], W [V, D], b [V] or None, y [M], c [M]
+_Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of (h, W, b, c); None for zero
 
 _CHUNK_BYTES = 24 << 20  # of one [chunk, V] buffer; measured flat between 12 and 48 MiB
 
@@ -86,8 +89,7 @@ def fused_ce(
         coefficients: [M].
         chunk: Tokens whose logits exist at once; chosen by size if not given.
     """
-    if chunk is None:
-        chunk = max(16, _CHUNK_BYTES // (4 * len(weight)))
+    chunk = chunk or _chunk(weight)
     if is_batchedtensor(hidden):
         return _Stacked.apply(hidden, weight, bias, targets, coefficients, chunk)
     return _FusedCE.apply(hidden, weight, bias, targets, coefficients, chunk)
@@ -117,7 +119,7 @@ class _FusedCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, c: Tensor, chunk: int) -> Tensor:
         wanted = ctx.needs_input_grad[:3]
-        ce, lse, grads = _first(h, w, b, y, c, chunk, wanted)
+        ce, lse, grads = head_first((h, w, b, y, c), wanted, chunk)
         ctx.save_for_backward(h, w, b, y, c, lse, ce)
         ctx.chunk, ctx.wanted, ctx.found = chunk, wanted, grads
         return torch.dot(ce, c.to(ce)).to(c.dtype)
@@ -128,7 +130,7 @@ class _FusedCE(torch.autograd.Function):
         # given away once: whoever gets a gradient may write into it, so a retained graph computes its own
         found, ctx.found = ctx.found, None
         if found is None:
-            found = _first(h, w, b, y, c, ctx.chunk, ctx.wanted)[2]
+            found = head_first((h, w, b, y, c), ctx.wanted, ctx.chunk)[2]
         dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, lse, ce, ctx.chunk, found)
         return dh, dw, db, None, dc, None
 
@@ -157,8 +159,8 @@ class _FusedGrad(torch.autograd.Function):
         ctx: Any, uh: Tensor | None, uw: Tensor | None, ub: Tensor | None, uc: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         h, w, b, c, scale, y, lse, ce = ctx.saved_tensors
-        grads = _second((h, w, b, y, c), lse, (uh, uw, ub, uc), ctx.chunk, ctx.needs_input_grad[:3])
-        dh, dw, db, slopes = grads
+        wanted = ctx.needs_input_grad[:3]
+        [(dh, dw, db, slopes)] = head_second((h, w, b, y, c), lse, [(uh, uw, ub, uc)], wanted, ctx.chunk)
         dscale = torch.dot(slopes, c.to(slopes)) + (torch.dot(uc.to(ce), ce) if uc is not None else 0)
         one = scale.device.type == "cpu" and float(scale) == 1.0
         outs = [None if x is None else (x if one else x * scale).to(like.dtype) for x, like in
@@ -166,11 +168,19 @@ class _FusedGrad(torch.autograd.Function):
         return (*outs, dscale.to(scale), None, None, None, None, None)
 
 
-def _first(
-    h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, c: Tensor, chunk: int, wanted: tuple[bool, ...]
-) -> tuple[Tensor, Tensor, _Grads]:
-    """Cross-entropies and log-normalisers [M], and the wanted gradients, in one pass over the chunks."""
-    h, w, b, c = _work(h, w, b, c)
+def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = None) -> tuple[Tensor, Tensor, _Grads]:
+    """The head's loss and gradient in one pass over the chunks.
+
+    Args:
+        operands: (h [M, D], W [V, D], b [V] or None, targets [M], coefficients [M]).
+        wanted: Which of ∂h, ∂W, ∂b to compute.
+        chunk: Tokens whose logits exist at once; chosen by size if not given.
+    Returns:
+        ce and lse [M] in nats, and (∂h, ∂W, ∂b), None where not wanted.
+    """
+    y = operands[3]
+    h, w, b, c = _work(operands)
+    chunk = chunk or _chunk(w)
     ce, lse = h.new_empty(len(h)), h.new_empty(len(h))
     dh, dw, db = _accumulators(h, w, b, wanted)
     buffer = h.new_empty(min(chunk, len(h)), len(w))
@@ -194,39 +204,54 @@ def _first(
     return ce, lse, (dh, dw, db)
 
 
-def _second(
-    given: tuple[Any, ...], lse: Tensor, tangents: tuple[Any, ...], chunk: int, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Pullback of the gradient: cotangents of (h, w, b) and ⟨p, ż⟩ − ż_y [M], for the tangents (ḣ, Ẇ, ḃ, ċ)."""
-    y = given[3]
-    h, w, b, c = _work(given[0], given[1], given[2], given[4])
-    uh, uw, ub, uc = (None if u is None else u.to(h) for u in tangents)
-    slopes = h.new_empty(len(h))
-    dh, dw, db = _accumulators(h, w, b, wanted)
+def head_second(
+    operands: _Operands, lse: Tensor, tangents: Sequence[_Tangents], wanted: Sequence[bool], chunk: int | None = None
+) -> list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]]:
+    """Tangents of the head's gradient; by the symmetry of the Hessian, also the gradient's pullback.
+
+    Args:
+        operands: As for `head_first`.
+        lse: Log-normalisers that it found, [M].
+        tangents: Of (h, W, b, c), one tuple for each direction; p is computed once for all of them.
+        wanted: Which of the tangents of ∂h, ∂W, ∂b to compute.
+    Returns:
+        For each direction, those and ⟨p, ż⟩ − ż_y [M], the tangent of ce; None where not wanted.
+    """
+    y = operands[3]
+    h, w, b, c = _work(operands)
+    chunk = chunk or _chunk(w)
+    moved = [[None if u is None else u.to(h) for u in each] for each in tangents]
+    found = [(*_accumulators(h, w, b, wanted), h.new_empty(len(h))) for _ in tangents]
     buffers = [h.new_empty(min(chunk, len(h)), len(w)) for _ in range(3)]
     for start in range(0, len(h), chunk):
         part = slice(start, start + chunk)
+        place, ck = y[part, None], c[part, None]
         p = _logits(h[part], w, b, buffers[0]).sub_(lse[part, None]).exp_()
-        zdot = _tangent(h[part], w, None if uh is None else uh[part], uw, ub, buffers[1])
-        slopes[part] = torch.linalg.vecdot(p, zdot) - zdot.gather(1, y[part, None]).squeeze(1)
-        d = torch.ops.aten._softmax_backward_data.out(zdot, p, 1, p.dtype, grad_input=buffers[2][: len(p)])
-        p.scatter_add_(1, y[part, None], p.new_full((len(p), 1), -1.0))
-        ck = c[part, None]
-        if dh is not None:
-            dh[part] = ck * (d @ w if uw is None else torch.addmm(p @ uw, d, w))
-            if uc is not None:
-                dh[part] += uc[part, None] * (p @ w)
-        if dw is not None or db is not None:
-            other = _sum(None if uh is None else ck * uh[part], None if uc is None else uc[part, None] * h[part])
+        ours = p.gather(1, place)
+        for (uh, uw, ub, uc), (dh, dw, db, slopes) in zip(moved, found, strict=True):
+            zdot = _tangent(h[part], w, None if uh is None else uh[part], uw, ub, buffers[1])
+            slopes[part] = torch.linalg.vecdot(p, zdot) - zdot.gather(1, place).squeeze(1)
+            d = torch.ops.aten._softmax_backward_data.out(zdot, p, 1, p.dtype, grad_input=buffers[2][: len(p)])
+            p.scatter_(1, place, ours - 1)  # P = p − 1_y until the next direction
+            if dh is not None:
+                dh[part] = ck * (d @ w if uw is None else torch.addmm(p @ uw, d, w))
+                if uc is not None:
+                    dh[part] += uc[part, None] * (p @ w)
             if dw is not None:
                 dw.addmm_(d.t(), ck * h[part])
+                other = _sum(None if uh is None else ck * uh[part], None if uc is None else uc[part, None] * h[part])
                 if other is not None:
                     dw.addmm_(p.t(), other)
             if db is not None:
                 db.addmv_(d.t(), c[part])
                 if uc is not None:
                     db.addmv_(p.t(), uc[part])
-    return dh, dw, db, slopes
+            p.scatter_(1, place, ours)
+    return found
+
+
+def _chunk(weight: Tensor) -> int:
+    return max(16, _CHUNK_BYTES // (4 * len(weight)))
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor) -> Tensor:
@@ -246,13 +271,14 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return second if first is None else first if second is None else first + second
 
 
-def _work(h: Tensor, w: Tensor, b: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The operands in the dtype of the arithmetic: float32 for half precision, their own otherwise."""
+def _work(operands: _Operands) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(h, W, b, c) in the dtype of the arithmetic: float32 for half precision, their own otherwise."""
+    h, w, b, _, c = operands
     dtype = torch.promote_types(h.dtype, torch.float32)
     return h.detach().to(dtype), w.detach().to(dtype), None if b is None else b.detach().to(dtype), c.detach().to(dtype)
 
 
-def _accumulators(h: Tensor, w: Tensor, b: Tensor | None, wanted: tuple[bool, ...]) -> _Grads:
+def _accumulators(h: Tensor, w: Tensor, b: Tensor | None, wanted: Sequence[bool]) -> _Grads:
     return (
         torch.empty_like(h) if wanted[0] else None,
         torch.zeros_like(w) if wanted[1] else None,

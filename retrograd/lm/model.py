@@ -144,13 +144,20 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
 
     Parameters of the objective go by the names of `trainable(module)`.
     """
-    fused = _has_plain_head(module)
+    fused = has_plain_head(module)
     call = _functional(_Scored(module, fused))
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         return call(params, coefficients.dtype, inputs, coefficients)
 
     return objective, fused
+
+
+@contextmanager
+def twice_differentiable(dtype: torch.dtype) -> Iterator[None]:
+    """Attention on SDPA's MATH path; in a float64 run, no casts to float32."""
+    with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
+        yield
 
 
 def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
@@ -165,7 +172,7 @@ def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
         first = next(iter(params.values()))
 
         def model(*arguments: Any, **options: Any) -> Any:
-            with sdpa_kernel(SDPBackend.MATH), _keep_float64(first.dtype), _evaluating(module):
+            with twice_differentiable(first.dtype), _evaluating(module):
                 return functional_call(module, placed, arguments, options, tie_weights=False)
 
         vars(model).update(config=getattr(module, "config", None), device=first.device)
@@ -197,7 +204,7 @@ def _functional(wrapped: _Scored | _Chosen) -> Callable[..., Tensor]:
 
     def call(params: Params, dtype: torch.dtype, *arguments: Any) -> Tensor:
         placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
-        with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
+        with twice_differentiable(dtype):
             return functional_call(wrapped, placed, arguments, tie_weights=False)
 
     return call
@@ -213,6 +220,10 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _keep_float64(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
 
 
 class _KeepFloat64(TorchFunctionMode):
@@ -234,10 +245,6 @@ class _KeepFloat64(TorchFunctionMode):
         return function(*arguments, **options)
 
 
-def _keep_float64(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
-
-
 class _Scored(nn.Module):
     """Model and loss as one module, so that the head's weight is substituted like any other parameter."""
 
@@ -247,17 +254,14 @@ class _Scored(nn.Module):
         self.fused = fused
 
     def forward(self, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
-        ids, mask = inputs["input_ids"], inputs["target_mask"]
-        extra = _packed(inputs, coefficients.dtype, self.module)
-        model = _inner(self.module)
+        model, arguments = inner(self.module), model_arguments(inputs, self.module)
         if not self.fused:
-            logits = model(input_ids=ids, use_cache=False, **extra).logits
-            return torch.sum(token_ce(logits, ids) * coefficients)
-        hidden = model.base_model(input_ids=ids, use_cache=False, **extra).last_hidden_state
+            logits = model(**arguments).logits
+            return torch.sum(token_ce(logits, inputs["input_ids"]) * coefficients)
+        hidden = model.base_model(**arguments).last_hidden_state
         head = model.get_output_embeddings()
-        rows, columns = mask[:, 1:].nonzero(as_tuple=True)
-        chosen = hidden[rows, columns]  # state at k-1 predicts token k
-        return fused_ce(chosen, head.weight, head.bias, ids[rows, columns + 1], coefficients[rows, columns + 1])
+        rows, columns, targets = targets_of(inputs)
+        return fused_ce(hidden[rows, columns], head.weight, head.bias, targets, coefficients[rows, columns + 1])
 
 
 class _Chosen(nn.Module):
@@ -269,20 +273,27 @@ class _Chosen(nn.Module):
         self.fused = fused
 
     def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        model = _inner(self.module)
+        model = inner(self.module)
         if not self.fused:
             return model(input_ids=input_ids, use_cache=False).logits[rows, columns]
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden[rows, columns])
 
 
-def _packed(inputs: dict[str, Tensor], dtype: torch.dtype, module: nn.Module) -> dict[str, Tensor]:
-    """Positions that restart and attention that stays inside each document of a packed row."""
+def targets_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the valid targets are predicted from, and the targets: the state at (row, column) predicts column + 1."""
+    rows, columns = inputs["target_mask"][:, 1:].nonzero(as_tuple=True)
+    return rows, columns, inputs["input_ids"][rows, columns + 1]
+
+
+def model_arguments(inputs: dict[str, Tensor], module: nn.Module) -> dict[str, Any]:
+    """What the model is called with; packed rows get positions that restart and attention inside each document."""
+    arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
     if "segment_ids" not in inputs:
-        return {}
+        return arguments
     segments = inputs["segment_ids"]
     length = segments.shape[1]
-    window = getattr(_inner(module).config, "sliding_window", None)
+    window = getattr(inner(module).config, "sliding_window", None)
     if window and length > window:
         raise ValueError(
             f"chunk_length {length} is above the model's sliding attention window {window}; packing masks attention "
@@ -290,18 +301,18 @@ def _packed(inputs: dict[str, Tensor], dtype: torch.dtype, module: nn.Module) ->
         )
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     allowed = (segments[:, :, None] == segments[:, None, :]) & causal
-    return {"attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
+    return {**arguments, "attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
 
 
-def _inner(module: nn.Module) -> Any:
+def inner(module: nn.Module) -> Any:
     """The Hugging Face model inside a peft wrapper; its adapters are in place there."""
     base = getattr(module, "get_base_model", None)
     return module if base is None else base()
 
 
-def _has_plain_head(module: nn.Module) -> bool:
+def has_plain_head(module: nn.Module) -> bool:
     """Whether logits are exactly head(hidden), head a bare linear layer: tried out, not looked up by name."""
-    model = _inner(module)
+    model = inner(module)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or model.base_model is model:
         return False

@@ -166,6 +166,9 @@ class MagicConfig:
     """Tokenizer, if not the model's."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of parameters and arithmetic. Scores in bfloat16 are mostly noise."""
+    engine: Literal["auto", "double", "blocks"] = "auto"
+    """How a step is differentiated twice: double is faster and holds the whole graph; blocks holds one layer's. auto
+    takes double where it fits in memory. Results are equal to rounding."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -187,7 +190,8 @@ class MagicConfig:
 
 
 # Where a run is and how it is carried out do not change what it computes.
-_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness")
+# The engine that training took is in the manifest; it is compared there, for "auto" does not tell.
+_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine")
 
 
 def to_dict(config: MagicConfig) -> dict[str, Any]:

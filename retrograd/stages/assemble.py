@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from retrograd.core import tree
-from retrograd.core.engine import Double
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
 from retrograd.core.step import Recipe, State, Training, initial_state
+from retrograd.lm.engines import Choice, Load, choose_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.query import Queries
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
 from retrograd.runs.health import Finding, recipe_findings
-from retrograd.runs.manifest import fingerprint
+from retrograd.runs.machine import free_memory
+from retrograd.runs.manifest import Manifest, fingerprint
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
 __all__ = ["Loaded", "assemble", "find_device", "optimizer"]
@@ -28,6 +30,7 @@ __all__ = ["Loaded", "assemble", "find_device", "optimizer"]
 class Loaded(NamedTuple):
     """Everything a run is made of, loaded and checked before the first step.
 
+    engine: which engine differentiates the steps, and why.
     findings: what the recipe alone gives away.
     identity: hash of the training; what is asked of it has hashes of its own.
     """
@@ -40,6 +43,7 @@ class Loaded(NamedTuple):
     training: Training
     initial: State
     asked: list[Asked]
+    engine: Choice
     findings: list[Finding]
     identity: str
 
@@ -86,13 +90,15 @@ def assemble(config: MagicConfig) -> Loaded:
         train.dropout,
     )  # fmt: skip
     findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
-    training = Training(recipe, Double(model.objective), stream, stream.weights)
     initial = initial_state(recipe, model.params)
+    queries = sum(len(found.columns) for found in asked) + config.sharpness
+    engine = _engine(config, model, min(size, len(rows)), rows.max_length, queries, tree.nbytes(initial))
+    training = Training(recipe, engine.engine, stream, stream.weights)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
-        stream.epochs, config.attribute, config.dtype,
+        stream.epochs, config.attribute, config.dtype, *_unless_double(engine),
     )  # fmt: skip
-    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, findings, identity)
+    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, engine, findings, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:
@@ -109,6 +115,41 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
         case "muon":
             return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude)
     raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
+
+
+def _engine(config: MagicConfig, model: CausalLM, rows: int, length: int, queries: int, state_bytes: int) -> Choice:
+    """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
+    nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
+    begun = {} if nowhere else Manifest(config.run / "manifest.json").values
+    recorded = begun.get("engine", {"used": "double", "why": "asked for"}) if "identity" in begun else None
+    if recorded and config.engine not in ("auto", recorded["used"]):
+        raise ValueError(
+            f"{config.run} was begun with --engine {recorded['used']}, now it is {config.engine}: replay has to take "
+            "the engine that training took. Leave --engine out, use another folder, or --overwrite to start afresh."
+        )
+    asked = recorded["used"] if recorded else config.engine
+    if config.train.dropout:
+        if asked == "blocks":
+            raise ValueError(
+                "--engine blocks draws dropout layer by layer, retraining draws it model by model: with "
+                "--train.dropout take --engine double"
+            )
+        asked = "double"
+    # g, and of each query ḡ, Hḡ, λ and the next λ
+    owed = tree.nbytes(model.params) * (1 + 2 * queries) + 2 * queries * state_bytes
+    load = Load(rows, length, queries, _free(next(iter(model.params.values())).device) - owed)
+    choice = choose_engine(asked, model.module, model.objective, load)
+    return choice._replace(why=recorded["why"]) if recorded else choice
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that steps may take: all of a GPU's, half of the host's, for the other half is for states."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // 2
+
+
+def _unless_double(engine: Choice) -> tuple[str, ...]:
+    """The engine as part of the run's identity: another one may round otherwise. Runs of before have none."""
+    return () if engine.name == "double" else (engine.name,)
 
 
 def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:

@@ -46,6 +46,7 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         console.print(f"{config.run} is done; these are its scores. Use --overwrite to compute them again.")
         return summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
     _begin(config, manifest, loaded)
+    console.print(f"engine: {loaded.engine.name} ({loaded.engine.why})")
     for finding in loaded.findings:
         warnings.warn(str(finding), stacklevel=2)
     with Bars(len(loaded.stream)) as bars:
@@ -103,6 +104,7 @@ def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
         steps=len(loaded.stream),
         parameters=sum(leaf.numel() for leaf in loaded.initial.params.values()),
         fused_head=loaded.model.fused,
+        engine={"used": loaded.engine.name, "why": loaded.engine.why},
         rows={
             "documents": rows.documents, "rows": len(rows), "targets": rows.targets, "longest": rows.max_length,
             "truncated": rows.truncated, "packed": rows.packed, "skipped_chunks": rows.skipped_chunks,

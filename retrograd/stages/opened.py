@@ -13,6 +13,7 @@ import torch
 from retrograd.core.sweep import Event
 from retrograd.runs import config as configs
 from retrograd.runs.config import MagicConfig, QueryConfig
+from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.parse import build, parse_size, read_yaml
 from retrograd.runs.trajectory import Replay, Trajectory
@@ -23,7 +24,6 @@ __all__ = [
     "added_queries",
     "describe",
     "finished",
-    "free_memory",
     "load_run",
     "open_run",
     "recorded",
@@ -155,14 +155,6 @@ def replay_of(config: MagicConfig) -> Replay:
     memory = free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
     disk = shutil.disk_usage(config.run).free // 2 if given.disk == "auto" else parse_size(given.disk)
     return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, given.heartbeat)
-
-
-def free_memory() -> int:
-    """Bytes that processes can still take; a guess of 4 GiB where the system does not tell."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return 4 << 30
 
 
 def describe(trajectory: Trajectory) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from retrograd.core.ensemble import train_many
 from retrograd.runs.bank import BASELINE, LeftOut, Retrained
 from retrograd.runs.config import MagicConfig
 from retrograd.runs.counterfactual import without
+from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
-from retrograd.stages.opened import Opened, free_memory, open_run
+from retrograd.stages.opened import Opened, open_run
 
 __all__ = ["NOTHING", "Conditions", "conditions_of", "retrain_all"]
 

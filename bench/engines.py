@@ -1,0 +1,166 @@
+"""One pullback of a training step by `double` and by `blocks`: CPU seconds and peak memory.
+
+Both engines get the same GPT-NeoX model of random weights and the same batch; that they agree is asserted first. Then
+every measurement is a process of its own, the engines taking turns. Peak memory is the growth of the process's resident
+set over one pullback, its high-water mark reset before (Linux); gradient, ḡ and H ḡ, three times the parameters, are in
+it for both; "activations" is what is left without them. Seconds are the median of the pullbacks after that one. Out
+comes a Markdown table, `blocks` as a multiple of `double`.
+
+    python bench/engines.py                                   # 12 layers, width 256, 4 × 256 tokens, and variations
+    python bench/engines.py --depth 6 --width 128 --vocabulary 50304 --batch 8 --length 112 --only
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NAMES = ("depth", "width", "length", "vocabulary", "batch", "queries")
+DEFAULT = {"depth": 12, "width": 256, "length": 256, "vocabulary": 1024, "batch": 4, "queries": 1}
+VARIATIONS = [{}, {"depth": 4}, {"width": 64}, {"length": 64}, {"vocabulary": 50_304, "depth": 6}, {"queries": 4}]
+
+
+def world(size: dict[str, int]):
+    """(model, params, batch, weights, update half)."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from retrograd.lm.model import trainable
+    from retrograd.lm.stream import DataStream
+
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=size["vocabulary"], hidden_size=size["width"], num_hidden_layers=size["depth"],
+        num_attention_heads=4, intermediate_size=4 * size["width"], max_position_embeddings=size["length"],
+        hidden_dropout=0.0, attention_dropout=0.0, bos_token_id=0, eos_token_id=0,
+    ), )  # fmt: skip
+    model.eval()
+    ids = torch.randint(size["vocabulary"], (size["batch"], size["length"])).tolist()
+    stream = DataStream(ids, size["batch"], weight_shape=(size["batch"], size["length"]))
+    scales = torch.linspace(1, 2, size["queries"])
+
+    def update_half(grads):
+        return {name: torch.stack([g * s for s in scales]) for name, g in grads.items()}
+
+    return model, trainable(model)[0], stream[0], stream.weights, update_half
+
+
+def engine(kind: str, model):
+    from retrograd.core.engine import Blocks, Double
+    from retrograd.lm.blocks import decoder_chain
+    from retrograd.lm.model import causal_objective
+
+    return Double(causal_objective(model)[0]) if kind == "double" else Blocks(decoder_chain(model))
+
+
+def assert_equal(size: dict[str, int]) -> float:
+    """Largest relative difference of the two engines' results, by tensor; refused above 1e-3 (float32)."""
+    model, params, batch, weights, update_half = world(size)
+    results = [engine(k, model).pullback(params, [batch], weights, None, update_half) for k in ("double", "blocks")]
+    (expected, scores), (found, slopes) = results
+    total = sum(float(x.norm()) ** 2 for x in expected.values()) ** 0.5
+    errors = [float((found[n] - expected[n]).norm()) / (float(expected[n].norm()) + 1e-3 * total) for n in params]
+    error = max(*errors, float((slopes - scores).norm() / scores.norm()))
+    assert error < 1e-3, f"the engines differ by {error:.2g}"
+    assert float(scores.abs().max()) > 0
+    return error
+
+
+def child(kind: str, size: dict[str, int], repeats: int) -> None:
+    model, params, batch, weights, update_half = world(size)
+    chosen = engine(kind, model)
+
+    def pullback() -> float:
+        start = time.process_time()
+        chosen.pullback(params, [batch], weights, None, update_half)
+        return time.process_time() - start
+
+    small = world({**size, "length": 8, "batch": 1})[2]
+    chosen.pullback(params, [small], weights, None, update_half)  # libraries load, thread pools start
+    ctypes.CDLL(None).malloc_trim(0)  # what that took and freed would hide growth
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    first = pullback()
+    peak = _status("VmHWM") - before
+    seconds = [pullback() for _ in range(repeats)] or [first]
+    print(json.dumps({"seconds": statistics.median(seconds), "peak_bytes": peak}))
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def measured(kind: str, size: dict[str, int], repeats: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", kind, "--repeats", str(repeats)]
+    command += [part for name in NAMES for part in (f"--{name}", str(size[name]))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(size: dict[str, int], turns: int, repeats: int) -> dict:
+    error = assert_equal(size)
+    runs: dict[str, list[dict[str, float]]] = {"double": [], "blocks": []}
+    for _ in range(turns):
+        for kind in runs:
+            runs[kind].append(measured(kind, size, repeats))
+
+    def median(kind: str, name: str) -> float:
+        return statistics.median(run[name] for run in runs[kind])
+
+    params = world(size)[1]
+    owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in params.values())
+    time_ratio, peak_ratio = (median("blocks", n) / median("double", n) for n in ("seconds", "peak_bytes"))
+    active = [max(0.0, median(kind, "peak_bytes") - owed) for kind in runs]
+    peaks = " → ".join(f"{median(kind, 'peak_bytes') / 2**20:.0f}" for kind in runs)
+    cells = [*(size[name] for name in NAMES), f"{time_ratio:.2f}", f"{peaks} MiB", f"{peak_ratio:.2f}"]
+    print(f"| {' | '.join(map(str, cells))} | {active[1] / active[0]:.2f} | {error:.0e} |", flush=True)
+    return {
+        "size": size,
+        "time": time_ratio,
+        "peak": peak_ratio,
+        "activations": active[1] / active[0],
+        "error": error,
+        "owed_bytes": owed,
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name in NAMES:
+        parser.add_argument(f"--{name}", type=int, default=DEFAULT[name])
+    parser.add_argument("--only", action="store_true", help="this size alone, without the variations")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="timed pullbacks in each process")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--child", choices=("double", "blocks"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    base = {name: getattr(arguments, name) for name in NAMES}
+    if arguments.child:
+        return child(arguments.child, base, arguments.repeats)
+    sizes = [base] if arguments.only else [{**base, **change} for change in VARIATIONS]
+    columns = [*NAMES, "CPU time", "peak", "peak, ratio", "activations, ratio", "results differ by"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    results = [compare(size, arguments.turns, arguments.repeats) for size in sizes]
+    if arguments.json:
+        import torch
+
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        machine = {"processor": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        arguments.json.write_text(
+            json.dumps({"commit": commit, "machine": machine, "results": results}, indent=2) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""What more queries cost: one reverse sweep of K columns against one of a single column, over the same kept states.
+
+A GPT-NeoX model of random weights is trained once and its states are kept; K queries are the losses of K documents. First
+every column of the widest sweep that is timed has to equal its own sweep. Then sweeps take turns; printed are medians of
+their CPU time as multiples of a single sweep, and of K single sweeps.
+
+    python bench/queries.py                          # both engines, K = 1, 2, 8, 32
+    python bench/queries.py --engine blocks --queries 1 8 --turns 5 --json queries.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+VOCABULARY = 1024
+
+
+def world(engine: str, arguments: argparse.Namespace):
+    """(training, initial state, states before each step, final parameters, objective)."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from retrograd.core.optim import AdamW
+    from retrograd.core.step import Recipe, Training, initial_state, step
+    from retrograd.lm.engines import choose_engine
+    from retrograd.lm.model import causal_objective, trainable
+    from retrograd.lm.stream import DataStream
+
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=arguments.width, num_hidden_layers=arguments.depth, num_attention_heads=4,
+        intermediate_size=4 * arguments.width, max_position_embeddings=arguments.length, hidden_dropout=0.0,
+        attention_dropout=0.0, bos_token_id=0, eos_token_id=0,
+    ))  # fmt: skip
+    model.eval()
+    objective = causal_objective(model)[0]
+    rows = torch.randint(VOCABULARY, (arguments.steps * arguments.batch, arguments.length)).tolist()
+    stream = DataStream(rows, arguments.batch)
+    recipe = Recipe(AdamW(1e-3, eps_root=1e-6))
+    training = Training(recipe, choose_engine(engine, model, objective).engine, stream, stream.weights)
+    states = [initial_state(recipe, trainable(model)[0])]
+    for _ in range(len(stream)):
+        states.append(step(training, states[-1]).state)
+    return training, states, objective
+
+
+def columns(states, objective, count: int):
+    """Gradients of the losses of `count` documents at the final parameters, [K, *shape]."""
+    import torch
+
+    from retrograd.core.engine import Double
+    from retrograd.lm.stream import DataStream
+
+    rows = torch.randint(VOCABULARY, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
+    stream, final = DataStream(rows, 1, shuffle=False), states[-1].params
+    engine = Double(objective)
+    grads = [engine.gradient(final, [stream[k]], stream.weights, None)[1] for k in range(count)]
+    return {name: torch.stack([g[name] for g in grads]) for name in final}
+
+
+def reverse(training, states, gradient):
+    """Scores [K, N] of one sweep over the kept states, and its CPU seconds."""
+    import torch
+
+    from retrograd.core.step import pullback
+    from retrograd.core.sweep import seed_cotangent
+
+    start = time.process_time()
+    cotangent = seed_cotangent(gradient, states[-1])
+    scores = torch.zeros(len(next(iter(gradient.values()))), training.weights.numel())
+    for state in reversed(states[:-1]):
+        pulled = pullback(training, state, cotangent)
+        cotangent = pulled.cotangent
+        scores.index_add_(1, pulled.index.flatten(), pulled.scores.flatten(1))
+    return scores, time.process_time() - start
+
+
+def compare(engine: str, arguments: argparse.Namespace) -> dict:
+    training, states, objective = world(engine, arguments)
+    gradient = columns(states, objective, max(arguments.queries))
+    together = reverse(training, states, gradient)[0]
+    picked = {0, max(arguments.queries) // 2, max(arguments.queries) - 1}
+    alone = {k: reverse(training, states, {n: g[k : k + 1] for n, g in gradient.items()})[0][0] for k in picked}
+    error = max(float((together[k] - found).norm() / found.norm()) for k, found in alone.items())
+    assert error < 1e-4, f"{engine}: a column differs from its own sweep by {error:.2g}"
+    seconds: dict[int, list[float]] = {count: [] for count in arguments.queries}
+    for _ in range(arguments.turns):
+        for count, taken in seconds.items():
+            taken.append(reverse(training, states, {n: g[:count] for n, g in gradient.items()})[1])
+    medians = {count: statistics.median(taken) for count, taken in seconds.items()}
+    for count, median in medians.items():
+        ratio = median / medians[min(medians)]
+        print(f"| {engine} | {count} | {ratio:.2f} | {ratio / count:.2f} |", flush=True)
+    return {"engine": engine, "error": error, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--engine", nargs="+", default=["double", "blocks"], choices=("double", "blocks"))
+    parser.add_argument(
+        "--queries", nargs="+", type=int, default=[1, 2, 8, 32], help="the first is what others compare to"
+    )
+    for name, default in (("depth", 6), ("width", 128), ("length", 112), ("batch", 8), ("steps", 3), ("turns", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    assert min(arguments.queries) == 1, "costs are told in single sweeps: --queries has to include 1"
+    print("| engine | K | single sweeps | of K single sweeps |\n|---|---|---|---|")
+    results = [compare(engine, arguments) for engine in arguments.engine]
+    if arguments.json:
+        import torch
+
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        machine = {"processor": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        values = {
+            "commit": commit,
+            "machine": machine,
+            "arguments": vars(arguments) | {"json": None},
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

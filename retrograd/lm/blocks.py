@@ -1,0 +1,310 @@
+"""Hugging Face causal language models as chains of their decoder layers, for the `blocks` engine.
+
+The chain is found by structure and proved by trial, not looked up by model name. A candidate is a `ModuleList` of
+layers of one type. With the layers' own work left out (each hands on what it gets), the base model's forward still
+embeds the tokens and makes masks, positions and rotary embeddings, which are recorded layer by layer; with the last
+layer handing on a given x instead, the same forward is what follows the layers. So packed rows, sliding windows and
+position schemes are the model's own code. Then gradient and pullback on a small batch must equal those of `Double`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from retrograd.core import tree
+from retrograd.core.engine.blocks import Blocks, Chain, Found, Link, PlainHead
+from retrograd.core.engine.double import Double
+from retrograd.core.optim import Params
+from retrograd.core.step import Batch
+from retrograd.lm.loss import head_first, head_second, token_ce
+from retrograd.lm.model import (
+    causal_objective,
+    has_plain_head,
+    inner,
+    model_arguments,
+    targets_of,
+    trainable,
+    twice_differentiable,
+)
+
+__all__ = ["VocabularyHead", "decoder_chain"]
+
+# largest relative difference from `Double` on the trial batch, by dtype: rounding, not a wrong term
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+
+def decoder_chain(module: nn.Module) -> Chain:
+    """The chain embed → decoder layers → final norm → vocabulary head of a Hugging Face causal model.
+
+    Parameters go by the names of `trainable(module)`. The trial costs some 30 forward passes of 10 tokens and, for its
+    duration, the memory of six gradients.
+
+    Raises:
+        ValueError: If no chain of layers in the model has the model's gradient and pullback.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=3, n_head=2))
+    >>> [sorted(link.names)[0] for link in decoder_chain(model).links]
+    ['attn.c_attn.bias', 'attn.c_attn.bias', 'attn.c_attn.bias', 'ln_f.bias']
+    """
+    was_training = module.training
+    module.eval()
+    reasons = []
+    try:
+        for name, layers in _candidates(inner(module).base_model):
+            try:
+                chain = _Parts(module, layers).chain()
+                _prove(module, chain)
+            except (ValueError, RuntimeError) as error:
+                reasons.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            else:
+                return chain
+    finally:
+        module.train(was_training)
+    raise ValueError(
+        f"{type(inner(module)).__name__} cannot be cut into a chain of its layers: "
+        f"{'; '.join(reasons) or 'it has no ModuleList of layers of one type'}. Use the engine 'double' for this model."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyHead:
+    """A bare linear layer and the weighted cross-entropy, in chunks of tokens: logits [B, T, V] never exist."""
+
+    names: Mapping[str, str]
+    linear: nn.Linear
+
+    def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
+        operands, place = self._operands(params, x, inputs, factors)
+        ce, lse, (dh, dw, db) = head_first(operands, (True, "weight" in self.names, "bias" in self.names))
+        assert dh is not None
+        loss = torch.dot(ce, operands[4].to(ce)).to(factors.dtype)
+        return Found(loss, _spread(dh, x, place), self._grads(params, dw, db), (lse, dh))
+
+    def second(
+        self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
+    ) -> tuple[Tensor, Tensor, Params, Tensor]:
+        operands, place = self._operands(params, x, inputs, factors)
+        if kept is None:
+            _, lse, (dh, _, _) = head_first(operands, (True, False, False))
+        else:
+            lse, dh = kept
+        assert dh is not None
+        local = {name: bars[leaf] for name, leaf in self.names.items()}
+        tangents = [
+            (dot[place], *(local[name][k] if name in local else None for name in ("weight", "bias")), None)
+            for k, dot in enumerate(dots)
+        ]
+        along = head_second(operands, lse, tangents, (True, "weight" in self.names, "bias" in self.names))
+        each = [self._grads(params, dw, db) for _, dw, db, _ in along]
+        rows, columns = place
+        slopes = factors.new_zeros((len(dots), *factors.shape))
+        for k, found in enumerate(along):
+            slopes[k, rows, columns + 1] = found[3].to(slopes)
+        back = torch.stack([_spread(found[0], x, place) for found in along if found[0] is not None])
+        return _spread(dh, x, place), back, {name: torch.stack([g[name] for g in each]) for name in each[0]}, slopes
+
+    def _operands(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
+        weight, bias = (
+            params[self.names[name]] if name in self.names else getattr(self.linear, name)
+            for name in ("weight", "bias")
+        )
+        rows, columns, targets = targets_of(inputs)
+        return (x[rows, columns], weight, bias, targets, factors[rows, columns + 1]), (rows, columns)
+
+    def _grads(self, params: Params, dw: Tensor | None, db: Tensor | None) -> Params:
+        found = {"weight": dw, "bias": db}
+        return {leaf: g.to(params[leaf]) for name, leaf in self.names.items() if (g := found[name]) is not None}
+
+
+def _spread(chosen: Tensor, like: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
+    """Zeros like x but for the rows that predict a target."""
+    whole = torch.zeros_like(like)
+    whole[place] = chosen.to(like)
+    return whole
+
+
+def _candidates(base: nn.Module) -> list[tuple[str, list[nn.Module]]]:
+    """Lists of layers of one type, the largest first."""
+    found = [
+        (name, list(child))
+        for name, child in base.named_modules()
+        if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1
+    ]
+    return sorted(found, key=lambda pair: -sum(p.numel() for layer in pair[1] for p in layer.parameters()))
+
+
+class _Parts:
+    """The parts of a model around a list of its layers, each a function of its own parameters."""
+
+    def __init__(self, module: nn.Module, layers: list[nn.Module]) -> None:
+        self.module, self.model, self.layers = module, inner(module), layers
+        self.base, self.fused = self.model.base_model, has_plain_head(module)
+        self.leaves, readers = trainable(module)
+        self.leaf_of = {id(p): readers[n] for n, p in module.named_parameters(remove_duplicate=False) if n in readers}
+
+    def chain(self) -> Chain:
+        """The chain, with each parameter where it is used.
+
+        Raises:
+            ValueError: If the model does not run its layers as a chain.
+        """
+        batch = _trial_batch(self.module)
+        links = [Link(self._names(layer), _layer_call(layer)) for layer in self.layers]
+        with twice_differentiable(batch.scale.dtype):
+            x = self._enter(batch.inputs)
+            embed = Link(self._used(self.base, lambda p: self.embed(p, batch.inputs)[0]), self.embed)
+            if self.fused:
+                links.append(Link(self._used(self.base, lambda p: self.tail(p, x, batch.inputs)), self.tail))
+                linear = self.model.get_output_embeddings()
+                head: Any = VocabularyHead(self._names(linear), linear)
+            else:
+                head = PlainHead(self._used(self.model, lambda p: self.logits(p, x, batch.inputs)), self.loss)
+        return Chain(embed, links, head, twice_differentiable)
+
+    def embed(self, params: Params, inputs: Any, _: Any = None) -> tuple[Tensor, list[Any]]:
+        """What enters the first layer, and for each link what else it is called with."""
+        seen: list[tuple[int, Tensor, Any]] = []
+        with _replaced(self.layers, [_recording(seen, place) for place in range(len(self.layers))]):
+            functional_call(self.base, params, (), model_arguments(inputs, self.module), tie_weights=False)
+        contexts = [context for _, _, context in seen]
+        return seen[0][1], [*contexts, inputs] if self.fused else contexts
+
+    def tail(self, params: Params, x: Tensor, inputs: Any) -> Tensor:
+        """What follows the last layer in the base model: the final norm."""
+        with _replaced(self.layers, _handing_on(x, len(self.layers))):
+            arguments = model_arguments(inputs, self.module)
+            return functional_call(self.base, params, (), arguments, tie_weights=False).last_hidden_state
+
+    def logits(self, params: Params, x: Tensor, inputs: Any) -> Tensor:
+        """What follows the last layer in the whole model."""
+        with _replaced(self.layers, _handing_on(x, len(self.layers))):
+            arguments = model_arguments(inputs, self.module)
+            return functional_call(self.model, params, (), arguments, tie_weights=False).logits
+
+    def loss(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Tensor:
+        return torch.sum(token_ce(self.logits(params, x, inputs), inputs["input_ids"]) * factors)
+
+    def _names(self, part: nn.Module) -> dict[str, str]:
+        """The leaf behind each of a part's parameters that has one."""
+        found = part.named_parameters(remove_duplicate=False)
+        return {name: self.leaf_of[id(p)] for name, p in found if id(p) in self.leaf_of}
+
+    def _around(self, part: nn.Module) -> tuple[dict[str, str], Params]:
+        """The parameters of a part that are not its layers', and live copies of them."""
+        inside = {id(p) for layer in self.layers for p in layer.parameters()}
+        found = part.named_parameters(remove_duplicate=False)
+        names = {n: self.leaf_of[id(p)] for n, p in found if id(p) in self.leaf_of and id(p) not in inside}
+        return names, {name: self.leaves[leaf].detach().requires_grad_() for name, leaf in names.items()}
+
+    def _used(self, part: nn.Module, function: Callable[[Params], Tensor]) -> dict[str, str]:
+        """The names of the parameters that reach the function's value."""
+        names, live = self._around(part)
+        with torch.enable_grad():
+            y = function(live)
+        if not (live and y.requires_grad):
+            return {}
+        found = torch.autograd.grad(y.sum(), list(live.values()), allow_unused=True)
+        return {name: names[name] for name, g in zip(live, found) if g is not None}
+
+    def _enter(self, inputs: Any) -> Tensor:
+        """What enters the first layer, once it is clear that the layers are called as a chain."""
+        seen: list[tuple[int, Tensor, Any]] = []
+        recorders = [_recording(seen, place) for place in range(len(self.layers))]
+        with _replaced(self.layers, recorders), torch.enable_grad():
+            live, arguments = self._around(self.base)[1], model_arguments(inputs, self.module)
+            functional_call(self.base, live, (), arguments, tie_weights=False)
+        order = [place for place, _, _ in seen]
+        if order != list(range(len(self.layers))):
+            raise ValueError(f"its {len(self.layers)} layers are called in the order {order}")
+        if any(x is not seen[0][1] for _, x, _ in seen):
+            raise ValueError("something is computed between its layers")
+        if any(x.requires_grad for x in tree.leaves([context for _, _, context in seen])):
+            raise ValueError("what its layers get besides the hidden state depends on the parameters")
+        return seen[0][1].detach()
+
+
+def _recording(seen: list[tuple[int, Tensor, Any]], place: int) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *others: Any, **options: Any) -> Tensor:
+        seen.append((place, x, (others, options)))
+        return x
+
+    return forward
+
+
+def _handing_on(last: Tensor, count: int) -> list[Callable[..., Tensor]]:
+    """Layers that do nothing; the last one gives `last`."""
+    return [lambda x, *others, **options: x] * (count - 1) + [lambda x, *others, **options: last]
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """The layers with other forward functions."""
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer, forward in zip(layers, forwards, strict=True):
+            vars(layer)["forward"] = forward
+        yield
+    finally:
+        for layer, previous in zip(layers, before):
+            if previous is None:
+                vars(layer).pop("forward", None)
+            else:
+                vars(layer)["forward"] = previous
+
+
+def _layer_call(layer: nn.Module) -> Callable[[Params, Tensor, Any], Tensor]:
+    def call(params: Params, x: Tensor, context: Any) -> Tensor:
+        others, options = context
+        y = functional_call(layer, params, (x, *others), options, tie_weights=False)
+        if not isinstance(y, Tensor):
+            raise ValueError(f"a layer, {type(layer).__name__}, returns a {type(y).__name__}, not a hidden state")
+        return y
+
+    return call
+
+
+def _trial_batch(module: nn.Module) -> Batch:
+    """Two rows of six tokens, the second one padded by one; the embedding's padding token stands among them."""
+    leaf = next(iter(trainable(module)[0].values()))
+    embedding = inner(module).get_input_embeddings()
+    ids = torch.arange(1, 13, device=leaf.device).view(2, 6) % len(embedding.weight)
+    ids[0, 2] = getattr(embedding, "padding_idx", None) or 0
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = mask[1, -1] = False
+    scale = mask.to(torch.promote_types(leaf.dtype, torch.float32)) / mask.sum()
+    return Batch({"input_ids": ids, "target_mask": mask}, torch.arange(12, device=leaf.device).view(2, 6), scale)
+
+
+def _prove(module: nn.Module, chain: Chain) -> None:
+    """Gradient and pullback of the chain against `Double`, on a small batch.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    params, batch = trainable(module)[0], _trial_batch(module)
+    weights = torch.linspace(0.5, 1.5, 12).to(batch.scale)
+
+    def along(grads: Params) -> Params:
+        return {name: g.unsqueeze(0) for name, g in grads.items()}
+
+    curvature, slopes = Blocks(chain).pullback(params, [batch], weights, None, along)
+    products, expected = Double(causal_objective(module)[0]).pullback(params, [batch], weights, None, along)
+    pairs = {"data weights": (slopes, expected), **{name: (curvature[name], products[name]) for name in params}}
+    whole = max(float(expected.norm()), float(tree.norm(products)))
+    tolerance = _TOLERANCE.get(next(iter(params.values())).dtype, 0.2)
+    for name, (one, other) in pairs.items():
+        difference = float((one - other).norm())
+        # a mathematically zero entry (a key's bias under softmax) is rounding in both
+        if not difference <= tolerance * (float(other.norm()) + 1e-3 * whole):
+            raise ValueError(
+                f"the chain's pullback differs from the model's own by {difference:.2g} of {float(other.norm()):.2g} "
+                f"in {name}"
+            )
