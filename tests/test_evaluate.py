@@ -450,7 +450,14 @@ def test_two_ranks_share_the_work(small: dict[str, Any], tmp_path: Path) -> None
     models = [str(model) for model in small["models"]]
     flags = ["--tasks", str(small["tasks"]), "--output", str(small["output"])]
     command = [sys.executable, "-m", "retrograd", "evaluate", *models, *flags]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "COLUMNS": "200"}
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "COLUMNS": "200",
+    }
     ranks = [
         subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
