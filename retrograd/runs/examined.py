@@ -20,7 +20,7 @@ from retrograd.runs.diagnosis import Evaluated, diagnose, rights
 from retrograd.runs.errors import RunError
 from retrograd.runs.tasks import Task
 
-__all__ = ["failed_path", "measured_path", "summarise"]
+__all__ = ["failed_path", "measured_path", "summarise", "together"]
 
 
 def measured_path(folder: Path, model: str, task: str) -> Path:
@@ -89,7 +89,7 @@ def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[d
             "changed meanwhile. Delete that folder and run again."
         )
     for group in dict.fromkeys(task.group for task in tasks.values() if task.group):
-        results[group] = _together([results[name] for name, task in tasks.items() if task.group == group])
+        results[group] = together([results[name] for name, task in tasks.items() if task.group == group])
     return Evaluated(model, next(iter(digests.values()), None), results)
 
 
@@ -104,7 +104,7 @@ def _failure(measured: Measured | None, task: Task) -> str | None:
     return None
 
 
-def _together(parts: list[Measured | None]) -> Measured | None:
+def together(parts: Sequence[Measured | None]) -> Answers | None:
     """All questions of a group; None if a part is missing."""
     answers = [part for part in parts if isinstance(part, Answers)]
     if len(answers) < len(parts):
