@@ -115,27 +115,31 @@ def ask_harness(
 
 
 class _Found(NamedTuple):
-    """A task, tag or group; plain: a single task."""
+    """A task, tag or group; members: names of what a tag or group holds."""
 
     name: str
-    plain: bool
+    members: list[str]
 
 
 def _manager(asked: Sequence[str], include_path: Path | None) -> Any:
-    """Reading lm-eval's own 15,000 files takes seconds; it is left out where all are single tasks of the user's."""
+    """Reading lm-eval's own 15,000 files takes seconds; it is left out where all that is asked for is the user's."""
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(include_path)
     found = TaskManager(include_path=folder, include_defaults=False)
-    entries = [_find(found, spec) for spec in asked]
-    return found if all(entry and entry.plain for entry in entries) else TaskManager(include_path=folder)
+    return found if all(_complete(found, spec) for spec in asked) else TaskManager(include_path=folder)
+
+
+def _complete(manager: Any, spec: str) -> bool:
+    found = _find(manager, spec)
+    return found is not None and all(_complete(manager, member) for member in found.members)
 
 
 def _find(manager: Any, spec: str) -> _Found | None:
     """None if lm-eval knows no such name, and it is no file."""
     entry = manager.task_index.get(spec)
     if entry is not None:
-        return _Found(str(entry.name), entry.kind.name == "TASK")
+        return _Found(str(entry.name), sorted(entry.tags) if entry.kind.name == "TAG" else _members(entry.cfg or {}))
     if not spec.endswith((".yaml", ".yml")):
         return None
     try:
@@ -146,7 +150,13 @@ def _find(manager: Any, spec: str) -> _Found | None:
     found = next((name for name in names if isinstance(name, str)), None)
     if found is None:
         raise ValueError(f"--tasks: {spec} is no task of lm-eval; it has to say `task: NAME` or `group: NAME`")
-    return _Found(found, names[0] is None)
+    return _Found(found, _members(settings))
+
+
+def _members(settings: dict[str, Any]) -> list[str]:
+    listed = settings.get("task")
+    items = listed if isinstance(listed, list) else []
+    return [str(item.get("task", item.get("group")) if isinstance(item, dict) else item) for item in items]
 
 
 class _Untagged(yaml.SafeLoader):
