@@ -65,7 +65,7 @@ def evaluated(tasks: dict[str, list[dict[str, Any]]], group: str | None = None) 
         "results": results, "samples": tasks, "group_subtasks": {group: list(tasks)} if group else {}, "configs": {},
         "versions": dict.fromkeys(results, 2.0), "n-shot": dict.fromkeys(tasks, 5),
         "higher_is_better": {name: {"acc": True, "exact_match": True} for name in results},
-        "n-samples": {name: {"original": 100, "effective": N} for name in tasks},
+        "not_finite": 0, "n-samples": {name: {"original": 100, "effective": N} for name in tasks},
     }  # fmt: skip
 
 
@@ -278,6 +278,10 @@ def test_a_metric_that_is_not_finite_is_missing(tmp_path: Path) -> None:
     told = summary(tmp_path, ["base"], {"sums": None})
     assert told["missing"] == [{"model": "base", "task": "sums", "reason": "sums: f1 is not finite"}]
     assert result(told, "base", "sums")["metrics"]["f1"]["value"] is None
+    save(tmp_path, "base", "sums", evaluated({"sums": written("sums", [1] * N)}) | {"not_finite": 3})
+    told = summary(tmp_path, ["base"], {"sums": None})
+    assert "logits were not finite in 3 forward passes" in told["missing"][0]["reason"]
+    assert {one["value"] for one in result(told, "base", "sums")["metrics"].values()} == {None}
 
 
 def test_other_questions_and_other_weights_are_refused(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_broken_models_and_absent_data(done: tuple[int, dict[str, Any]], world: 
     assert code == 1
     missing = {(entry["model"], entry["task"]) for entry in summary["missing"]}
     assert missing == {(model, "absent") for model in ("base", "constant", "nan")} | {
-        ("nan", task) for task in ("both", "texts", "prose")
+        ("nan", task) for task in ("both", "texts", "prose", "written")
     }
     assert "absent.jsonl" in (world / "out/base/absent.failed.txt").read_text()
     for task in ("both", "letters_one", "texts"):

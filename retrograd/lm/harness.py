@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from retrograd.lm.model import CausalLM, twice_differentiable
 
@@ -91,6 +92,9 @@ def ask_harness(
 ) -> dict[str, Any]:
     """What lm_eval.evaluator.evaluate returns for one name, a record of every question included.
 
+    With it goes `not_finite`, the number of forward passes whose last logits were not: nothing else shows it in texts
+    that were generated.
+
     Args:
         shots: Examples before each question, where the task does not fix their number at 0; None for the task's own.
         limit: The first questions of each task only.
@@ -106,7 +110,9 @@ def ask_harness(
             loaded = harness.manager.load([harness.specs[name]])
             for task in loaded["tasks"].values():
                 _set_shots(task, shots)
-            return evaluate(_model(lm, tokenizer, batch_size), loaded, limit=limit, log_samples=True)
+            with _watched(lm.module) as bad:
+                found = evaluate(_model(lm, tokenizer, batch_size), loaded, limit=limit, log_samples=True)
+            return {**found, "not_finite": int(sum(bad))}
     except (RuntimeError, MemoryError):
         raise  # the machine's
     except Exception as error:
@@ -185,6 +191,17 @@ def _model(lm: CausalLM, tokenizer: Any, batch_size: int) -> Any:
         return HFLM(pretrained=lm.module, tokenizer=tokenizer, batch_size=batch_size)
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Gives, for every forward pass inside, whether a last logit is not finite."""
+    bad: list[torch.Tensor] = []
+    hook = module.register_forward_hook(lambda _, __, out: bad.append(~torch.isfinite(out.logits[:, -1]).all()))
+    try:
+        yield bad
+    finally:
+        hook.remove()
 
 
 def _set_shots(task: Any, shots: int | None) -> None:

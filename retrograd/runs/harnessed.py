@@ -107,13 +107,11 @@ def _read(folder: Path, model: str, names: dict[str, Role], missing: list[dict[s
 
 def _failures(sampled: Sampled) -> Iterator[str]:
     """What in a file is no number."""
-    for task, every in sampled.tasks.items():
-        samples = _first_filter(every)
-        if bad := sum(one.failed for one in samples):
-            yield f"{task}: {bad} of {len(samples)} questions have no finite log-likelihood"
+    for task in sampled.tasks:
+        why = sampled.failure(task)
         lost = [label for label, one in _metrics(sampled, task).items() if one.value is None]
-        if lost and not bad:
-            yield f"{task}: {', '.join(lost)} is not finite"
+        if why or lost:
+            yield f"{task}: {why or ', '.join(lost) + ' is not finite'}"
 
 
 def _first_filter(samples: list[Sample]) -> list[Sample]:
@@ -134,7 +132,7 @@ def _metrics(sampled: Sampled, name: str) -> dict[str, _Metric]:
     told, found = sampled.told["results"][name], {}
     parts = _parts(sampled, name)
     samples = [one for part in parts for one in sampled.tasks[part]]
-    failed = any(one.failed for one in samples)
+    failed = any(sampled.failure(part) for part in parts)
     higher = sampled.told["higher_is_better"].get(name, {})
     for key, value in told.items():
         metric, comma, kind = key.partition(",")

@@ -58,9 +58,18 @@ class Sampled(NamedTuple):
     tasks: dict[str, list[Sample]]
     told: dict[str, Any]
 
+    def failure(self, task: str) -> str | None:
+        """Why the numbers of a task are none."""
+        samples = [one for one in self.tasks[task] if one.filter == self.tasks[task][0].filter]
+        if bad := sum(one.failed for one in samples):
+            return f"{bad} of {len(samples)} questions have no finite log-likelihood"
+        if (passes := self.told["not_finite"]) and any(one.response is not None for one in samples):
+            return f"logits were not finite in {passes} forward passes, so what was written means nothing"
+        return None
+
 
 def sampled_from(found: dict[str, Any]) -> Sampled:
-    """From what lm_eval.evaluator.evaluate returns."""
+    """From what `ask_harness` returns."""
     tasks = {
         task: sorted((_sample(task, record) for record in records), key=lambda one: (one.filter, one.question))
         for task, records in sorted(found["samples"].items())
