@@ -16,13 +16,14 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 __all__ = ["LOGGERS", "Logger", "check_loggers", "open_loggers", "scalars"]
 
 PROJECT = "retrograd"
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Where scalars go."""
 
@@ -48,7 +49,7 @@ def check_loggers(names: Sequence[str]) -> None:
     if "trackio" in names and elsewhere:
         raise ValueError(
             f"--log trackio: {elsewhere[0]} is set, and the numbers would be sent to {os.environ[elsewhere[0]]}; logs "
-            f"stay on this machine. Unset it, and share the finished log with trackio's own commands."
+            "stay on this machine. Unset it, and share the finished log with trackio's own commands."
         )
 
 
@@ -136,7 +137,7 @@ class _Trackio:
         import trackio
 
         name = f"{run.name}-{_place(run)}"
-        for old in trackio.Api().runs(PROJECT):
+        for old in _trackio_runs():
             if old.name == name:
                 old.delete()
         self.run: Any = trackio.init(project=PROJECT, name=name, embed=False, auto_log_gpu=False, auto_log_cpu=False)
@@ -146,6 +147,15 @@ class _Trackio:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _trackio_runs() -> list[Any]:
+    import trackio
+
+    try:
+        return list(trackio.Api().runs(PROJECT))
+    except ValueError:  # there is no such project yet
+        return []
 
 
 LOGGERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}

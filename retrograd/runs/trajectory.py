@@ -137,12 +137,12 @@ class Trajectory:
         for event in sweep(actions[:turn], self.training, self.store, self.ledger, state=state):
             if isinstance(event, Turned):
                 final = event.outcome.state
-                self._record(final)
                 self.observe(event)
+                self._record(final)
             elif isinstance(event, Advanced):
                 state = event.outcome.state
+                self.observe(event)  # first: a step with a durable digest counts as told when a run resumes
                 self._record(state)
-                self.observe(event)
                 self._forward_heartbeat(state)
         assert final is not None, "a forward plan ends with its Turn"
         if self.replay.keep:
