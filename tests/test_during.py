@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import quiz
 import tiny
 import torch
+from rich.console import Console
 from test_magic import _kill_after
 
 from retrograd.cli import main
@@ -30,13 +33,14 @@ from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.tasks import tasks_from
 from retrograd.stages import during as stage
+from retrograd.stages.curve import show_evaluations
 from retrograd.stages.measure import measure
 
 RULE = "min:prose while letters >= start - 1"
 TASKS = """
-letters: {{dataset: {0}/a.jsonl, role: retain, limit: 8}}
-one: {{dataset: {0}/a.jsonl, form: cloze, limit: 6, group: both}}
-two: {{dataset: {0}/b.jsonl, form: cloze, limit: 4, group: both}}
+letters: {{dataset: {0}/a.jsonl, role: retain, limit: 6}}
+one: {{dataset: {0}/a.jsonl, form: cloze, limit: 3, group: both}}
+two: {{dataset: {0}/b.jsonl, form: cloze, limit: 2, group: both}}
 prose: {{dataset: {0}/query.jsonl, form: text}}
 said: {{dataset: {0}/query.jsonl, form: generate, limit: 1, new_tokens: 3}}
 """
@@ -64,7 +68,7 @@ def command(world: Path, run: Path, *more: str) -> list[str]:
 
 
 def asking(world: Path, *more: str) -> list[str]:
-    return ["--evaluate.tasks", str(world / "tasks.yaml"), "--evaluate.every", "3", "--evaluate.geometric",
+    return ["--evaluate.tasks", str(world / "tasks.yaml"), "--evaluate.every", "4", "--evaluate.geometric",
             "--evaluate.keep_best", RULE, *more]  # fmt: skip
 
 
@@ -125,7 +129,9 @@ def by_step(**values: list[float | None]) -> dict[int, dict[str, Any]]:
 ])  # fmt: skip
 def test_the_best_step(rule: str, best: tuple[int, float] | None) -> None:
     found = by_step(
-        a=[0.5, 0.75, 0.375, 0.25, 0.75, None], b=[0.9, None, 0.85, 0.1, 0.2, 0.9], prose=[2.0, 2.5, 3.0, 3.5, None, 1.0]
+        a=[0.5, 0.75, 0.375, 0.25, 0.75, None],
+        b=[0.9, None, 0.85, 0.1, 0.2, 0.9],
+        prose=[2.0, 2.5, 3.0, 3.5, None, 1.0],
     )
     assert best_of(found, parse_rule(rule)) == best
 
@@ -171,8 +177,10 @@ def test_a_run_with_evaluation_has_the_bits_of_one_without(plain: Path, done: Pa
 
 
 @pytest.mark.parametrize("more", [
-    ("--train.dropout",), ("--engine", "blocks", "--replay.plan", "binomial", "--replay.slots", "2"),
-], ids=["dropout", "blocks"])  # fmt: skip
+    pytest.param(("--train.dropout",), id="dropout"),
+    pytest.param(("--engine", "blocks", "--replay.plan", "binomial", "--replay.slots", "2"), id="blocks",
+                 marks=pytest.mark.slow),
+])  # fmt: skip
 def test_dropout_and_the_other_engine_keep_their_bits_too(world: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     assert main(command(world, tmp_path / "plain", *more)) == 0
     assert main(command(world, tmp_path / "asked", *more, *asking(world))) == 0
@@ -181,18 +189,18 @@ def test_dropout_and_the_other_engine_keep_their_bits_too(world: Path, tmp_path:
 
 def test_the_lines_say_what_the_exams_say(world: Path, done: Path) -> None:
     found = read_evaluations(done / "metrics.jsonl")
-    assert list(found) == [0, 1, 2, 3, 4, 6, 8, 9, 10]  # in order, and once
-    assert len([line for line in lines(done) if line["phase"] == "evaluate"]) == 9
+    assert list(found) == [0, 1, 2, 4, 8, 10]  # in order, and once
+    assert len([line for line in lines(done) if line["phase"] == "evaluate"]) == 6
     tasks, last = tasks_from(world / "tasks.yaml"), found[10]["tasks"]
     start = load_causal_lm(str(world / "model"))
     tokenizer = load_tokenizer(str(world / "model"))
     answers = measure(tasks["letters"], start, tokenizer, 16)[0]
     assert found[0]["tasks"]["letters"]["accuracy"] == answers.scored.accuracy
-    assert found[0]["tasks"]["letters"]["questions"] == 8
+    assert found[0]["tasks"]["letters"]["questions"] == 6
     assert found[0]["tasks"]["prose"]["nats_per_token"] == measure(tasks["prose"], start, tokenizer, 16)[0].loss
     assert last["prose"]["nats_per_token"] < found[0]["tasks"]["prose"]["nats_per_token"] - 0.3
     assert last["both"]["right"] == last["one"]["right"] + last["two"]["right"]
-    assert last["both"]["questions"] == 10
+    assert last["both"]["questions"] == 5
     assert len(last["said"]["samples"]) == 1
 
 
@@ -235,9 +243,7 @@ def test_a_finished_run_is_not_evaluated_later(world: Path, plain: Path, capsys:
 
 def test_adapters_are_merged_into_the_best_model(world: Path, tmp_path: Path) -> None:
     more = ["--lora.rank", "2", "--lora.target_modules", "query_key_value"]
-    assert main(command(world, tmp_path / "plain", *more)) == 0
     assert main(command(world, tmp_path / "run", *more, *asking(world))) == 0
-    same_bits(tmp_path / "plain", tmp_path / "run")
     about = json.loads((tmp_path / "run/best/best.json").read_text())
     best = load_causal_lm(str(tmp_path / "run/best"))
     found = measure(tasks_from(world / "tasks.yaml")["prose"], best, load_tokenizer(str(tmp_path / "run/best")), 16)[0]
@@ -282,7 +288,7 @@ def interrupt(patch: pytest.MonkeyPatch, place: str) -> None:
     if place == "between the renames":
         renames: list[int] = []
         ends_in_best = Interrupted(
-            Path.rename, lambda self, to: to.name == "best" and not renames.append(1) and len(renames) == 5
+            Path.rename, lambda self, to: to.name == "best" and not renames.append(1) and len(renames) == 4
         )
         patch.setattr(Path, "rename", lambda self, to: ends_in_best(self, to))
     elif place == "while measuring":
@@ -294,8 +300,9 @@ def interrupt(patch: pytest.MonkeyPatch, place: str) -> None:
         patch.setattr(Journal, "evaluation", lambda self, step, **values: stops(self, step, **values))
 
 
-@pytest.mark.parametrize("heartbeat", ["0", "1000"])
-@pytest.mark.parametrize("place", ["while measuring", "between the renames", "before the line", "after the line"])
+@pytest.mark.parametrize("place,heartbeat", [
+    pytest.param("while measuring", "0", marks=pytest.mark.slow), ("between the renames", "1000"), ("before the line", "0"), ("after the line", "1000"),
+])  # fmt: skip
 def test_a_run_that_was_cut_off_has_each_step_once_and_the_same_best(
     world: Path, done: Path, tmp_path: Path, place: str, heartbeat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,14 +310,14 @@ def test_a_run_that_was_cut_off_has_each_step_once_and_the_same_best(
     with monkeypatch.context() as patch:
         interrupt(patch, place)
         assert main(arguments) == 130
-    assert max(read_evaluations(tmp_path / "run/metrics.jsonl")) == 4 - (place not in ("after the line",))
+    assert max(read_evaluations(tmp_path / "run/metrics.jsonl")) == (4 if place == "after the line" else 2)
     counted: list[int] = []
     measured = stage.During._measured
     monkeypatch.setattr(
         stage.During, "_measured", lambda self, state: (counted.append(state.step), measured(self, state))[1]
     )
     assert main(arguments) == 0
-    assert counted == ([6, 8, 9, 10] if place == "after the line" else [4, 6, 8, 9, 10])  # nor in the sweep's replays
+    assert counted == ([8, 10] if place == "after the line" else [4, 8, 10])  # nor in the sweep's replays
     _is(tmp_path / "run", done)
 
 
@@ -323,7 +330,7 @@ def _is(run: Path, done: Path) -> None:
 
 def test_a_run_killed_for_real(world: Path, done: Path, tmp_path: Path) -> None:
     arguments = command(world, tmp_path / "run", *asking(world), "--replay.heartbeat", "0")
-    _kill_after(arguments, tmp_path / "run", "evaluate", 3)
+    _kill_after(arguments, tmp_path / "run", "evaluate", 4)
     assert 10 not in read_evaluations(tmp_path / "run/metrics.jsonl")
     assert main(arguments) == 0
     _is(tmp_path / "run", done)
@@ -338,10 +345,10 @@ def test_steps_passed_before_evaluation_was_asked_for_are_told(
         patch.setattr(Journal, "__call__", lambda self, event: stops(self, event))
         assert main(arguments) == 130
     assert main([*arguments, *asking(world)]) == 0
-    assert list(read_evaluations(tmp_path / "run/metrics.jsonl")) == [0, 6, 8, 9, 10]
+    assert list(read_evaluations(tmp_path / "run/metrics.jsonl")) == [0, 8, 10]
     assert [line for line in lines(tmp_path / "run") if line["phase"] != "evaluate"] == lines(plain)
     told = " ".join(capsys.readouterr().out.split())
-    assert "MISSING step 1, 2, 3, 4: the trajectory did not come by it while evaluation was on" in told
+    assert "MISSING step 1, 2, 4: the trajectory did not come by it while evaluation was on" in told
     same_bits(plain, tmp_path / "run")
 
 
@@ -352,7 +359,7 @@ def test_other_tasks_or_another_rule_do_not_join_the_lines_of_a_run(
         interrupt(patch, "after the line")
         assert main(command(world, tmp_path / "run", *asking(world))) == 130
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    for more in (["--evaluate.keep_best", "max:both"], ["--evaluate.limit", "3"]):
+    for more in (["--evaluate.keep_best", "max:both"], ["--evaluate.limit", "2"]):
         assert main(command(world, tmp_path / "run", *asking(world), *more)) == 2
         assert "evaluated steps with other tasks or another rule" in capsys.readouterr().err
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
@@ -372,7 +379,7 @@ def test_a_model_that_has_left_the_numbers_is_missing_and_never_the_best(
     assert main(command(world, tmp_path / "run", *asking(world), *more)) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "left the finite numbers at step 1" in error  # the trajectory itself decides, after its evaluation
-    assert "MISSING step 1 letters: 8 of 8 questions have no finite log-probability" in error
+    assert "MISSING step 1 letters: 6 of 6 questions have no finite log-probability" in error
     found = read_evaluations(tmp_path / "run/metrics.jsonl")
     assert list(found) == [0, 1]
     assert found[1]["tasks"]["letters"]["accuracy"] is None
@@ -412,14 +419,35 @@ def test_an_exam_that_fails_is_missing_with_its_reason_and_training_goes_on(
     assert not (tmp_path / "run/best").exists()
 
 
-def test_a_lost_best_model_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    keep = stage.During._keep
-    monkeypatch.setattr(
-        stage.During, "_keep", lambda self, state, *rest: None if state.step == 10 else keep(self, state, *rest)
-    )
-    assert main(command(world, tmp_path / "run", *asking(world))) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "MISSING the model of step 10, which is the best by the lines in metrics.jsonl" in told
+def test_a_lost_best_model_is_told(tmp_path: Path) -> None:
+    found = {step: {"tasks": tasks, "seconds": 0.5} for step, tasks in by_step(a=[0.5, 0.75, 0.25]).items()}
+    (tmp_path / "best").mkdir()
+    rule = parse_rule("max:a")
+    for step, lost in ((1, False), (0, True)):
+        about = {"step": step, "rule": rule.text, "value": 0.5}
+        (tmp_path / "best/best.json").write_text(json.dumps(about))
+        with (console := Console(width=200)).capture() as shown:
+            show_evaluations(tmp_path, found, console, rule)
+        assert ("MISSING the model of step 1, which is the best by the lines" in shown.get()) == lost
+    shutil.rmtree(tmp_path / "best")
+    with console.capture() as shown:
+        show_evaluations(tmp_path, found, console, rule)
+    assert f"MISSING {tmp_path / 'best'}, the model of step 1" in shown.get()
+    assert "It took 1.5 seconds" in shown.get()
+
+
+def test_the_table_of_many_steps_has_the_ends_the_best_and_some_between(tmp_path: Path) -> None:
+    values = [0.01 * step for step in range(100)]
+    found = {step: {"tasks": tasks, "seconds": 0.0} for step, tasks in by_step(a=values).items()}
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/best.json").write_text(json.dumps({"step": 37, "rule": "max:a", "value": 0.37}))
+    with (console := Console(width=200)).capture() as shown:
+        show_evaluations(tmp_path, found, console)
+    text = shown.get()
+    assert re.search(r"task\W+0\W+20\W+best: 37\W+40\W+59\W+79\W+99\W", text), text
+    assert re.search(r"a\W+0\.0\W+20\.0\W+37\.0\W", text), text
+    assert "7 of 100 evaluated steps" in " ".join(text.split())
+    assert "Best by max:a: step 37 with 0.37; its model is" in text  # and no emoji
 
 
 @pytest.mark.parametrize("more,message", [
@@ -520,7 +548,7 @@ def told(run: Path) -> dict[tuple[str, int], float]:
     }
 
 
-@pytest.mark.parametrize("phase", ["train", "reverse"])
+@pytest.mark.parametrize("phase", [pytest.param("train", marks=pytest.mark.slow), "reverse"])
 def test_a_viewer_has_every_number_of_a_cut_off_run_once(
     world: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:

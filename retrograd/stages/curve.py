@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from retrograd.report.pictures import Curve, curves
 from retrograd.runs.during import Rule, best_of, value_of
@@ -44,10 +45,10 @@ def show_evaluations(
             table.add_row(name, *(_cell(entry) for entry in entries))
     seconds = sum(entry["seconds"] for entry in evaluations.values())
     console.print(table)
-    console.print(f"It took {seconds:.1f} seconds. Every step: {run / 'metrics.jsonl'}, {run / PICTURE}", markup=False)
+    console.print(Text(f"It took {seconds:.1f} seconds. Every step: {run / 'metrics.jsonl'}, {run / PICTURE}"))
     _tell_best(run, evaluations, rule, console)
     for line in _missing(evaluations, wanted):
-        console.print(f"MISSING {line}", style="bold red", markup=False)
+        console.print(Text(f"MISSING {line}"), style="bold red")
 
 
 def draw_evaluations(run: Path, evaluations: Evaluations) -> None:
@@ -95,14 +96,14 @@ def _tell_best(run: Path, evaluations: Evaluations, rule: Rule | None, console: 
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf8"))
         told = f"Best by {kept['rule']}: step {kept['step']} with {kept['value']:.4g}; its model is {run / 'best'}"
-        console.print(told, markup=False)
+        console.print(Text(told))  # a string would have max:a: read as an emoji
         if chosen is not None and chosen[0] != kept["step"]:
             lost = f"MISSING the model of step {chosen[0]}, which is the best by the lines in metrics.jsonl"
-            console.print(lost, style="bold red", markup=False)
+            console.print(Text(lost), style="bold red")
     elif chosen is not None:
-        console.print(f"MISSING {run / 'best'}, the model of step {chosen[0]}", style="bold red", markup=False)
+        console.print(Text(f"MISSING {run / 'best'}, the model of step {chosen[0]}"), style="bold red")
     elif rule is not None:
-        console.print(f"No evaluated step meets {rule.text}: no model was kept.", style="bold red", markup=False)
+        console.print(Text(f"No evaluated step meets {rule.text}: no model was kept."), style="bold red")
 
 
 def _missing(evaluations: Evaluations, wanted: Sequence[int]) -> list[str]:
