@@ -446,6 +446,9 @@ def test_the_table_of_many_steps_has_the_ends_the_best_and_some_between(tmp_path
     text = shown.get()
     assert re.search(r"task\W+0\W+20\W+best: 37\W+40\W+59\W+79\W+99\W", text), text
     assert re.search(r"a\W+0\.0\W+20\.0\W+37\.0\W", text), text
+    with (narrow := Console(width=44)).capture() as shown:
+        show_evaluations(tmp_path, found, narrow)
+    assert re.search(r"task\W+0\W+best: 37\W+50\W+99\W", shown.get()), shown.get()
     assert "7 of 100 evaluated steps" in " ".join(text.split())
     assert "Best by max:a: step 37 with 0.37; its model is" in text  # and no emoji
 

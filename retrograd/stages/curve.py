@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from retrograd.report.pictures import Curve, curves
@@ -18,7 +18,8 @@ from retrograd.runs.files import write_atomic
 __all__ = ["BEST", "PICTURE", "draw_evaluations", "show_evaluations"]
 
 BEST, PICTURE = "best.json", "evaluation.html"
-COLUMNS = 7  # steps in the table: the first, the last, the best, and others between
+COLUMNS = 7  # steps in the table at most: the first, the last, the best, and others between
+WIDTH = 10  # characters of a column
 
 Evaluations = Mapping[int, Mapping[str, Any]]
 """Lines of metrics.jsonl by step."""
@@ -35,10 +36,13 @@ def show_evaluations(
         wanted: Steps that were to be evaluated.
     """
     kept = _kept(run)
-    steps = _shown(sorted(evaluations), kept)
-    title = f"On the way: accuracy in %, texts: nats per token. {len(steps)} of {len(evaluations)} evaluated steps"
-    table = Table("task", *(f"{'best: ' if kept == step else ''}{step}" for step in steps), title=title)
     names = dict.fromkeys(name for step in sorted(evaluations) for name in evaluations[step]["tasks"])
+    room = (console.width - max(map(len, names), default=0)) // WIDTH
+    steps = _shown(sorted(evaluations), kept, max(3, min(COLUMNS, room)))
+    title = f"On the way: accuracy in %, texts: nats per token. {len(steps)} of {len(evaluations)} evaluated steps"
+    table = Table(
+        Column("task", overflow="fold"), *(f"{'best: ' if kept == step else ''}{step}" for step in steps), title=title
+    )
     for name in names:
         entries = [evaluations[step]["tasks"].get(name, {}) for step in steps]
         if not any("samples" in entry for entry in entries):
@@ -74,11 +78,11 @@ def _kept(run: Path) -> int | None:
     return int(json.loads(path.read_text(encoding="utf8"))["step"]) if path.exists() else None
 
 
-def _shown(steps: Sequence[int], kept: int | None) -> list[int]:
-    """At most COLUMNS of the steps: the first, the last and the kept one, the others evenly."""
-    if len(steps) <= COLUMNS:
+def _shown(steps: Sequence[int], kept: int | None, most: int) -> list[int]:
+    """At most so many of the steps, 3 or more: the first, the last and the kept one, the others evenly."""
+    if len(steps) <= most:
         return list(steps)
-    places = {round(k * (len(steps) - 1) / (COLUMNS - 2)) for k in range(COLUMNS - 1)}
+    places = {round(k * (len(steps) - 1) / (most - 2)) for k in range(most - 1)}
     return [step for place, step in enumerate(steps) if place in places or step == kept]
 
 
