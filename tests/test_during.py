@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import re
@@ -231,7 +230,7 @@ def test_the_summary_and_the_picture(world: Path, done: Path, capsys: pytest.Cap
     assert "best: step 10" in page
     assert '"name":"letters"' in page
     assert "mean loss (nats per token)" in page
-    assert "cdn.plot.ly" not in page.split("<script", 1)[0]
+    assert len(page) > 1_000_000  # plotly is inside: it opens without a network
 
 
 def test_a_finished_run_is_not_evaluated_later(world: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -384,9 +383,8 @@ def test_a_model_that_has_left_the_numbers_is_missing_and_never_the_best(
     assert list(found) == [0, 1]
     assert found[1]["tasks"]["letters"]["accuracy"] is None
     assert found[1]["tasks"]["prose"]["nats_per_token"] is None
-    assert found[1]["tasks"]["both"] == {"accuracy": None, "missing": "missing: one, two"} | {
-        name: value for name, value in found[1]["tasks"]["both"].items() if name not in ("accuracy", "missing")
-    }
+    both = found[1]["tasks"]["both"]
+    assert (both["accuracy"], both["missing"]) == (None, "missing: one, two")
     assert json.loads((tmp_path / "run/best/best.json").read_text())["step"] == 0
     assert "MISSING" in error
     assert loggers.scalars(found[1]) == {"seconds": found[1]["seconds"]}
@@ -641,8 +639,7 @@ def test_what_a_viewer_shows_is_what_the_file_says(
     arguments = command(world, run, *asking(world), "--log", viewer, "--replay.heartbeat", "0")
     _kill_after(arguments, run, "train", 5)
     assert 9 not in {line["step"] for line in lines(run)}
-    with contextlib.suppress(SystemExit):
-        assert main(arguments) == 0
+    assert main(arguments) == 0
     same_bits(plain, run)
     found, expected = READERS[viewer](run, tmp_path), told(run)
     assert found.keys() == expected.keys()
