@@ -182,6 +182,7 @@ class Trajectory:
                 accumulate(scores, event)
                 self._reverse_heartbeat(event, scores, key)
             self.observe(event)
+            del event  # or its cotangent would outlast the next step
         return scores
 
     def reverse_steps_left(self, key: str = "") -> int:
