@@ -101,7 +101,8 @@ class Note(NamedTuple):
         import torch
 
         try:
-            taken = measured(call, self.bench.device, repeats=repeats, until=self.bench.until)
+            few = 1 if self.bench.toy else repeats
+            taken = measured(call, self.bench.device, repeats=few, until=self.bench.until)
         except torch.OutOfMemoryError as error:
             self.found[kind] = {"out_of_memory": str(error).splitlines()[0]}
             print(f"  {kind}: out of memory", flush=True)
@@ -132,8 +133,8 @@ def release(device: Any) -> None:
     """Give unused memory back to the device, so that the next measurement finds it whole."""
     import torch
 
-    gc.collect()
     if torch.device(device).type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

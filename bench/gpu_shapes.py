@@ -28,7 +28,7 @@ def shape_section(name: str, bench: Bench) -> None:
 
     shape = bench.shapes[name]
     values: dict[str, Any] = {
-        "shape": shape._asdict(), "parameters": shape.parameters, "steps": 24 if bench.toy else 250,
+        "shape": shape._asdict(), "parameters": shape.parameters, "steps": 8 if bench.toy else 250,
         "host_bytes": free_memory() // 2, "memory": {}, "slots": {}, "modes": {},
     }  # fmt: skip
     for dtype in ("bfloat16", "float32") if name == "6.9B" else ("float32", "bfloat16"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import platform
@@ -73,7 +72,6 @@ def peak_of(function: Callable[[], Any], device: Any) -> tuple[int, Any]:
     """(most bytes during a call, its result): of tensors on a GPU, of the whole process on a CPU (Linux)."""
     import torch
 
-    gc.collect()
     if torch.device(device).type == "cuda":
         idle(device)
         torch.cuda.reset_peak_memory_stats(device)

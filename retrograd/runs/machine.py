@@ -30,6 +30,3 @@ def deterministic(device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # with them torch also fills all memory it hands out, against reads of what was never written: kept states are
-        # packed into such memory, which would be written twice
-        torch.utils.deterministic.fill_uninitialized_memory = False
