@@ -218,7 +218,7 @@ def scores(one: World, training: Any, replay: Any, mark: Callable[[], None] = la
     mark()
     final = trajectory.train()
     mark()
-    found = trajectory.reverse(one.query(final.params)[1], final)
+    found = trajectory.reverse(one.query(final.params)[1])
     mark()
     assert bool(found.isfinite().all())
     assert float(found.abs().max()) > 0

@@ -192,6 +192,7 @@ def main() -> None:
     for name, default in (("tokens", 888), ("width", 128), ("vocabulary", 50_304)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=list(ways()), help="ways to time; plain is always one")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -204,7 +205,8 @@ def main() -> None:
             for name, each in found.items()]  # fmt: skip
     print("Relative error in float64, or why not:\n\n" + table(["", *kinds], rows))
     print(f"{size}: equal to plain autograd within {assert_equal(size, found):.0e} in float32\n", flush=True)
-    pairs = [(name, work) for name in found for work in WORK if able(found, name, work)]
+    chosen = [name for name in found if name in ("plain", *arguments.only)]
+    pairs = [(name, work) for name in chosen for work in WORK if able(found, name, work)]
     runs: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in pairs}
     for _ in range(arguments.turns):
         for pair, taken in runs.items():
