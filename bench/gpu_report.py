@@ -14,6 +14,7 @@ __all__ = ["report", "write_docs", "written"]
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- bench/gpu.sh -->", "<!-- end of bench/gpu.sh -->"
 _SHAPES = ("160M", "1.4B", "6.9B")
+_ALL = ("rates", "exact", *_SHAPES, "engines", "queries", "head")
 
 
 def report(values: dict[str, Any]) -> str:
@@ -22,6 +23,8 @@ def report(values: dict[str, Any]) -> str:
     toy = "Toy sizes, which say nothing about speed. " if values["toy"] else ""
     late = [name for name, found in sections.items() if not found["finished"]]
     cut = f" Cut off by time or error, figures up to there: {', '.join(late)}." if late else ""
+    missing = [name for name in _ALL if name not in sections]
+    cut += f" Not measured: {', '.join(missing)}." if missing else ""
     head = (
         f"{toy}{where['device']}, torch {where['torch']}, transformers {where['transformers']}, commit "
         f"{where['commit'][:9]}. Medians of up to 5 calls.{cut}\n"

@@ -103,6 +103,8 @@ def test_the_sections_run_and_report(tmp_path: Path) -> None:
     assert whole["whole"] == pytest.approx(whole["train"] + whole["reverse"])
     text = gpu_report.report(values)
     assert text.startswith("Toy sizes, which say nothing about speed.")
+    assert "Not measured: 1.4B, 6.9B." in text
+    assert set(gpu_report._ALL) == set(gpu.SECTIONS) == set(gpu.BUDGETS)
     for title in (
         "Square products",
         "rank correlation",
