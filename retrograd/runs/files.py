@@ -70,9 +70,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_atomic(path, lambda t: save_file(flat, t, metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: Path, own: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a safetensors file.
 
+    Args:
+        own: Copies the tensors given, which are views of the mapped file; one by one when None.
     Raises:
         RunError: If the file is truncated or not of this format.
     """
@@ -80,7 +84,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = own(mapped) if own else {name: tensor.clone() for name, tensor in mapped.items()}
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise RunError(
