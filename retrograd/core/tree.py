@@ -109,11 +109,8 @@ def _bit_sum(leaf: Tensor) -> int:
     whole = words // _BLOCK * _BLOCK
     body, rest = raw[: words * 8].view(torch.int64), raw[words * 8 :].tolist()
     blocks, ramp = body[:whole].view(-1, _BLOCK), _ramp(str(leaf.device))
-    on_cpu, tail, factors = (
-        leaf.device.type == "cpu",
-        body[whole:],
-        ramp[: words - whole],
-    )  # on a GPU no integer mv or dot
+    on_cpu = leaf.device.type == "cpu"  # a GPU has no product of integer matrices
+    tail, factors = body[whole:], ramp[: words - whole]
     sums = torch.mv(blocks, ramp) if on_cpu else (blocks * ramp).sum(1)
     total = sum(part * (2 * place + 1) for place, part in enumerate(sums.tolist()))
     total += int(torch.dot(tail, factors) if on_cpu else (tail * factors).sum()) * (2 * len(sums) + 1)
