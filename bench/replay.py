@@ -77,7 +77,7 @@ def run(world, replay, on_disk: bool):
         start = time.perf_counter()
         trajectory = Trajectory(training, initial, replay, Path(folder) if on_disk else None)
         final = trajectory.train()
-        scores = trajectory.reverse(query(final.params), final)
+        scores = trajectory.reverse(query(final.params))
         return scores, time.perf_counter() - start, trajectory.layout
 
 

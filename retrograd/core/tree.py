@@ -6,7 +6,7 @@ count, a None) pass through unchanged, so that mapping over a state cannot forge
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["digest", "dot", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "unnamed"]
+__all__ = ["digest", "dot", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "stacked", "unnamed"]
 
 T = TypeVar("T")
 
@@ -86,6 +86,11 @@ def unnamed(like: T, tensors: dict[str, Tensor], *, move: bool = True) -> T:
             )
     ordered = iter([tensors[name].to(leaf.device) if move else tensors[name] for name, leaf in wanted.items()])
     return map(lambda _: next(ordered), like)
+
+
+def stacked(group: Sequence[Tensor]) -> Tensor:
+    """[K, *shape] of K tensors; of a single one a view instead of a copy."""
+    return group[0].unsqueeze(0) if len(group) == 1 else torch.stack(list(group))
 
 
 def digest(tree: Any) -> str:

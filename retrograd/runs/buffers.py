@@ -16,20 +16,21 @@ from torch import Tensor
 
 from retrograd.core import tree
 
-__all__ = ["copy_alone", "packed"]
+__all__ = ["Copy", "copy_alone", "packed"]
 
 T = TypeVar("T")
+
+Copy = Callable[[Tensor, Tensor], Any]
+"""(destination, source) → anything; fills a tensor."""
 
 _ALIGNED = 64  # bytes; sums over a vector may depend on where it begins, so every leaf begins as a fresh tensor does
 _LARGE = 4 << 20
 
 
-def packed(values: T, copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_, *, pinned: bool = False) -> T:
+def packed(values: T, copy: Copy = Tensor.copy_, *, pinned: bool = False) -> T:
     """A copy of a tree in host memory whose tensors are views of one buffer.
 
-    Args:
-        copy: (destination, source) → anything; fills a tensor.
-        pinned: Take page-locked memory, which a GPU copies to and from without the processor.
+    With `pinned` it is page-locked memory, which a GPU copies to and from without the processor.
     """
     leaves = tree.leaves(values)
     sizes = [-(-leaf.numel() * leaf.element_size() // _ALIGNED) * _ALIGNED for leaf in leaves]

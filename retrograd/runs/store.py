@@ -16,10 +16,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from torch import Tensor
+
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.runs.buffers import copy_alone, packed
+from retrograd.runs.buffers import Copy, copy_alone, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -77,9 +79,9 @@ class Store:
             if state.step not in self._saved:
                 self.save(state)
         elif self._copies.on_host:
-            self.memory[state.step] = packed(state)
+            self.memory[state.step] = _in_memory(state)
         else:
-            self._send(state, lambda host: self.memory.update({state.step: packed(host, copy_alone)}))
+            self._send(state, lambda host: self.memory.update({state.step: _in_memory(host, copy_alone)}))
         self.held.append(state.step)
 
     def get(self, step: int) -> State:
@@ -194,7 +196,7 @@ class Store:
     def _read(self, step: int) -> State:
         if step in self.memory:
             return self.memory[step]
-        tensors, metadata = read_tensors(self.path(step), lambda found: packed(found, copy_alone))
+        tensors, metadata = read_tensors(self.path(step), _owned)
         if metadata.get("identity") != self.identity:
             raise RunError(
                 f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
@@ -211,3 +213,14 @@ class Store:
     def _raise(self) -> None:
         if self._last is not None and self._last.done():
             self.settle()
+
+
+def _in_memory(state: State, copy: Copy = Tensor.copy_) -> State:
+    """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
+    return state._replace(params=packed(state.params, copy), moments=packed(state.moments, copy))
+
+
+def _owned(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
+    params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
+    moments = {name: leaf for name, leaf in mapped.items() if name not in params}
+    return packed(params, copy_alone) | packed(moments, copy_alone)
