@@ -26,6 +26,7 @@ from retrograd.runs import copies, store, trajectory
 from retrograd.runs.buffers import packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
+from retrograd.runs.files import read_tensors, write_tensors
 from retrograd.runs.store import Store
 from retrograd.runs.trajectory import Replay, Trajectory
 
@@ -250,6 +251,18 @@ def test_a_broken_file_read_ahead_is_told_when_it_is_restored(tmp_path: Path) ->
     assert bits(held.get(2)) == bits(state(2))
     with pytest.raises(RunError, match=r"state-000001.* does not have the bits that were written"):
         held.get(1)
+
+
+def test_a_file_cut_while_it_is_read_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.ones(1000), "b": torch.ones(1000)}, {})
+
+    def cut(mapped: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        os.truncate(path, 6000)
+        return {name: torch.zeros(1000) for name in mapped}
+
+    with pytest.raises(RunError, match=r"broken or truncated \(6000 bytes\): it ends within tensor b"):
+        read_tensors(path, cut)
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:

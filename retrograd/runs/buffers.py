@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrograd.core import tree
 
-__all__ = ["Copy", "copy_alone", "packed"]
+__all__ = ["Copy", "as_bytes", "copy_alone", "leave_empty", "packed"]
 
 T = TypeVar("T")
 
@@ -48,10 +48,15 @@ def packed(values: T, copy: Copy = Tensor.copy_, *, pinned: bool = False) -> T:
 
 def copy_alone(destination: Tensor, source: Tensor) -> None:
     """Copy contiguous host memory by the calling thread alone: torch would start a team of threads for it."""
-    np.copyto(_bytes(destination), _bytes(source))
+    np.copyto(as_bytes(destination), as_bytes(source))
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
+def leave_empty(destination: Tensor, source: Tensor) -> None:
+    """A `Copy` for room that is filled later."""
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor on the host."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.runs.buffers import copy_alone, packed
+from retrograd.runs.buffers import copy_alone, leave_empty, packed
 
 __all__ = ["Copies"]
 
@@ -65,5 +65,5 @@ class Copies:
 
     def _pin(self, way: str) -> State:
         if way not in self._pinned:
-            self._pinned[way] = packed(self.like, lambda to, x: None, pinned=True)
+            self._pinned[way] = packed(self.like, leave_empty, pinned=True)
         return self._pinned[way]

@@ -21,7 +21,7 @@ from torch import Tensor
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.runs.buffers import Copy, copy_alone, packed
+from retrograd.runs.buffers import Copy, copy_alone, leave_empty, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -196,7 +196,7 @@ class Store:
     def _read(self, step: int) -> State:
         if step in self.memory:
             return self.memory[step]
-        tensors, metadata = read_tensors(self.path(step), _owned)
+        tensors, metadata = read_tensors(self.path(step), _rooms)
         if metadata.get("identity") != self.identity:
             raise RunError(
                 f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
@@ -220,7 +220,7 @@ def _in_memory(state: State, copy: Copy = Tensor.copy_) -> State:
     return state._replace(params=packed(state.params, copy), moments=packed(state.moments, copy))
 
 
-def _owned(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
     params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
     moments = {name: leaf for name, leaf in mapped.items() if name not in params}
-    return packed(params, copy_alone) | packed(moments, copy_alone)
+    return packed(params, leave_empty) | packed(moments, leave_empty)
