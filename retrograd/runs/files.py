@@ -125,7 +125,7 @@ def _read_into(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         header = json.loads(file.read(length))
         for name, tensor in tensors.items():
             file.seek(8 + length + header[name]["data_offsets"][0])
-            if file.readinto(memory := memoryview(as_bytes(tensor))) != len(memory):
+            if file.readinto(memory := as_bytes(tensor).data) != len(memory):
                 raise OSError(f"it ends within tensor {name}")
     return tensors
 
