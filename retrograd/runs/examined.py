@@ -104,7 +104,7 @@ def failure(measured: Measured | None, task: Task) -> str | None:
     return None
 
 
-def together(parts: list[Measured | None]) -> Measured | None:
+def together(parts: Sequence[Measured | None]) -> Answers | None:
     """All questions of a group; None if a part is missing."""
     answers = [part for part in parts if isinstance(part, Answers)]
     if len(answers) < len(parts):
