@@ -1,4 +1,4 @@
-"""Which engine differentiates a language model: `double`, or `blocks` where the double graph would not fit.
+"""Which engine differentiates a language model: `double`, or `blocks` where that does not fit or takes longer.
 
 With G the bytes of a micro-batch's double graph, L layers, x the bytes of one hidden state [B, T, D] and K queries,
 
@@ -8,6 +8,13 @@ of activations are live. G is measured, not derived: everything that autograd sa
 gradient's graph on one row of 4, 8 and 12 tokens is counted, a + bT + cT² through the three is what a row of T needs,
 and the second way back holds cotangents of it besides. Peaks of whole processes were 0.8 to 1.1 of the figure for
 `double` and 0.9 to 1.3 for `blocks` (bench/engines.py).
+
+With h multiplications a token in a trained vocabulary head and b in all layers, a step and its pullback take, in units
+of a forward pass and where the moments give the gradient back,
+
+    double  (13 + 6(K−1))·h + (12 + 6(K−1))·b          blocks  (11 + 6(K−1))·h + (16 + 8(K−1))·b
+
+so `blocks` takes less where h > (1 + K)·b: small models with large vocabularies.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from retrograd.core.engine import Blocks, Double
 from retrograd.core.optim import Params
 from retrograd.core.step import Engine
 from retrograd.lm.blocks import decoder_chain
-from retrograd.lm.model import inner, trainable
+from retrograd.lm.model import has_plain_head, inner, trainable
 
 __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "graph_bytes"]
 
@@ -35,12 +42,16 @@ _Objective = Callable[[Params, Any, Tensor], Tensor]
 
 
 class Load(NamedTuple):
-    """Rows of a micro-batch, tokens of its longest row, queries, and the bytes of activations that fit."""
+    """Rows of a micro-batch, tokens of its longest row, queries, and the bytes of activations that fit.
+
+    spared: whether the sweep knows the gradients from the moments.
+    """
 
     rows: int
     length: int
     queries: int
     budget: int
+    spared: bool = False
 
 
 class Choice(NamedTuple):
@@ -52,7 +63,7 @@ class Choice(NamedTuple):
 
 
 def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Load | None = None) -> Choice:
-    """The engine of a name; for "auto", `double` where its graph fits, and else `blocks` where the model is a chain.
+    """The engine of a name; for "auto", `double` where its graph fits and it is faster, else `blocks` if possible.
 
     Raises:
         ValueError: If there is no such engine, or `blocks` is asked for and the model is no chain of layers.
@@ -69,8 +80,10 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     except (ValueError, RuntimeError) as error:
         return Choice(Double(objective), "double", f"what it needs could not be measured: {_told(error)}")
     needs = f"double takes about {_size(graph)} of activations, {_size(max(0, load.budget))} may be used"
-    if graph <= load.budget:
+    if graph <= load.budget and not (load.spared and _mostly_head(module, load.queries)):
         return Choice(Double(objective), "double", needs)
+    if graph <= load.budget:
+        needs += ", but most of the work is the vocabulary head, of which blocks does less"
     try:
         chain = decoder_chain(module)
     except ValueError as error:
@@ -115,6 +128,17 @@ def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int) -> int:
         grads = grad(loss, list(live.values()), create_graph=True, materialize_grads=True)
     del loss, grads
     return sum(held.values())
+
+
+def _mostly_head(module: nn.Module, queries: int) -> bool:
+    """Whether a trained vocabulary head outweighs all layers by so much that `blocks` takes less time."""
+    if not has_plain_head(module):
+        return False
+    ends = [inner(module).get_input_embeddings(), inner(module).get_output_embeddings()]
+    outside = {id(p) for end in ends for p in end.parameters()}
+    body = sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in outside)
+    head = ends[1].weight
+    return bool(head.requires_grad) and head.numel() > (1 + queries) * body
 
 
 def _hidden_bytes(module: nn.Module, load: Load) -> int:

@@ -141,12 +141,12 @@ class Trajectory:
         for event in sweep(actions[:turn], self.training, self.store, self.ledger, state=state):
             if isinstance(event, Turned):
                 final = event.outcome.state
-                self._record(final)
                 self.observe(event)
+                self._record(final)
             elif isinstance(event, Advanced):
                 state = event.outcome.state
+                self.observe(event)  # first: a step with a durable digest counts as told when a run resumes
                 self._record(state)
-                self.observe(event)
                 self._forward_heartbeat(state)
         assert final is not None, "a forward plan ends with its Turn"
         if self.replay.keep:
@@ -186,6 +186,7 @@ class Trajectory:
                 accumulate(scores, event)
                 self._reverse_heartbeat(event, scores, key)
             self.observe(event)
+            del event  # or its cotangent would outlast the next step
         return scores
 
     def reverse_steps_left(self, key: str = "") -> int:

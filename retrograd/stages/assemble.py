@@ -12,7 +12,7 @@ from retrograd.core import tree
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
-from retrograd.core.step import Recipe, State, Training, initial_state
+from retrograd.core.step import Recipe, State, Training, initial_state, recovered
 from retrograd.lm.engines import Choice, Load, choose_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.query import Queries
@@ -92,7 +92,7 @@ def assemble(config: MagicConfig) -> Loaded:
     findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
     initial = initial_state(recipe, model.params)
     queries = sum(len(found.columns) for found in asked) + config.sharpness
-    engine = _engine(config, model, min(size, len(rows)), rows.max_length, queries, tree.nbytes(initial))
+    engine = _engine(config, model, (min(size, len(rows)), rows.max_length), queries, recipe, initial)
     training = Training(recipe, engine.engine, stream, stream.weights)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
@@ -117,7 +117,9 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
     raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
 
 
-def _engine(config: MagicConfig, model: CausalLM, rows: int, length: int, queries: int, state_bytes: int) -> Choice:
+def _engine(
+    config: MagicConfig, model: CausalLM, batch: tuple[int, int], queries: int, recipe: Recipe, initial: State
+) -> Choice:
     """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     begun = {} if nowhere else Manifest(config.run / "manifest.json").values
@@ -136,8 +138,9 @@ def _engine(config: MagicConfig, model: CausalLM, rows: int, length: int, querie
             )
         asked = "double"
     # g, and of each query ḡ, Hḡ, λ and the next λ
-    owed = tree.nbytes(model.params) * (1 + 2 * queries) + 2 * queries * state_bytes
-    load = Load(rows, length, queries, _free(next(iter(model.params.values())).device) - owed)
+    owed = tree.nbytes(model.params) * (1 + 2 * queries) + 2 * queries * tree.nbytes(initial)
+    spared = recovered(recipe, initial, initial.moments) is not None
+    load = Load(*batch, queries, _free(next(iter(model.params.values())).device) - owed, spared)
     choice = choose_engine(asked, model.module, model.objective, load)
     return choice._replace(why=recorded["why"]) if recorded else choice
 
