@@ -121,9 +121,7 @@ def _plain_step(one: World) -> Callable[[], float]:
 
 
 def _slots(one: World, note: Note) -> None:
-    """A state into a slot of host memory and back, and its copy on the device."""
-    import torch
-
+    """A state into a slot of host memory, and back."""
     from retrograd.core import tree
     from retrograd.core.step import initial_state
     from retrograd.runs.machine import free_memory
@@ -132,20 +130,25 @@ def _slots(one: World, note: Note) -> None:
     initial = initial_state(one.recipe, one.params)
     first = initial._replace(step=1)
     size, repeats = tree.nbytes(first), 3 if tree.nbytes(first) < 2 << 30 else 1
-    if 4 * size > free_memory():
-        return print(f"  slots: 4 states of {show(size)} do not fit into {show(free_memory())} of the host", flush=True)
+    if 5 * size > free_memory():  # the slot, and two page-locked buffers that torch rounds up to powers of two
+        return print(f"  slots: 5 states of {show(size)} do not fit into {show(free_memory())} of the host", flush=True)
     store = Store(initial, None, "")
 
-    def put() -> None:
+    def put() -> float:
+        """Seconds until the next step can begin; the call ends when the copy is made."""
         if store.held:
             store.drop(first.step)
+        start = time.perf_counter()
         store.put(first)
+        taken = time.perf_counter() - start
+        store.settle()
+        return taken
 
-    note("put", put, repeats, state_bytes=size)
+    waited = note("put", put, repeats, state_bytes=size)
+    if waited is not None:
+        note.found["put"]["waited"] = waited
     note("get", lambda: bool(tree.leaves(store.get(first.step))), repeats, state_bytes=size)
     store.drop(first.step)
-    if 2 * size < free_bytes(note.bench.device):
-        note("copy", lambda: bool(tree.leaves(tree.map(torch.clone, first))), 3, state_bytes=size)
 
 
 def _extrapolations(
@@ -154,18 +157,16 @@ def _extrapolations(
     """Seconds of a whole run by engine and by where its states are; beside them the same steps of a plain loop."""
     from retrograd.runs.trajectory import Replay, layout
 
-    def seconds(kind: str) -> float | None:
-        return found.get(kind, {}).get("seconds")
+    def seconds(kind: str, part: str = "seconds") -> float | None:
+        return found.get(kind, {}).get(part)
 
     runs: dict[str, Any] = {}
     steps, plain = values["steps"], seconds("plain")
     for engine in ("double", "blocks"):
         on_device = memory["free_bytes"] - memory["needed_bytes"][engine]
-        for place, room, put, get in (
-            ("host", values["host_bytes"], "put", "get"),
-            ("device", on_device, "copy", None),
-        ):
-            parts = (seconds("train"), seconds("digest"), seconds(engine), seconds(put), seconds(get) if get else 0.0)
+        host = (seconds("put", "waited"), seconds("put"), seconds("get"))
+        for place, room, slot in (("host", values["host_bytes"], host), ("device", on_device, (0.0, 0.0, 0.0))):
+            parts = (seconds("train"), seconds("digest"), seconds(engine), *slot)
             if None in parts or room < 2 * state_bytes:
                 continue
             way = layout(Replay("auto", memory=room), steps, state_bytes)

@@ -91,11 +91,15 @@ def needed_bytes(shape: Shape, what: str, entry_bytes: int, graph_bytes: int) ->
 
 
 class Costs(NamedTuple):
-    """Seconds of one training step, its digest, one pullback, and a state's way into a slot and back."""
+    """Seconds of one training step, its digest, one pullback, and of a state's way into a slot and back.
+
+    waited: of `put`, what passes before the next step can begin; the rest of the copy goes on beside the computation.
+    """
 
     step: float
     digest: float
     pullback: float
+    waited: float
     put: float
     get: float
 
@@ -103,20 +107,24 @@ class Costs(NamedTuple):
 def extrapolated(plan: Sequence[Any], steps: int, costs: Costs) -> dict[str, float]:
     """Seconds of a run of `steps` steps by a replay plan, from the seconds of its parts.
 
-    The plan is walked action by action; state 0 is never copied. The query, one gradient, is left out.
+    The plan is walked action by action, with one copy under way at most, as the product has it; state 0 is never
+    copied. The query, one gradient, is left out, and restores are not read ahead.
     """
     from retrograd.core import plan as plans
 
-    turn = next(i for i, action in enumerate(plan) if isinstance(action, plans.Turn)) + 1
-
-    def seconds(actions: Sequence[Any]) -> float:
-        advances = sum(action.stop - action.start for action in actions if isinstance(action, plans.Advance))
-        advances += sum(isinstance(action, plans.Turn) for action in actions)
-        puts = sum(isinstance(action, plans.Snapshot) and action.step > 0 for action in actions)
-        gets = sum(isinstance(action, plans.Restore) and action.step > 0 for action in actions)
-        pulled = sum(isinstance(action, plans.Reverse) for action in actions)
-        return advances * (costs.step + costs.digest) + puts * costs.put + gets * costs.get + pulled * costs.pullback
-
+    now = copied = trained = 0.0
+    for action in plan:
+        match action:
+            case plans.Advance(start, stop):
+                now += (stop - start) * (costs.step + costs.digest)
+            case plans.Turn():
+                now = trained = max(now + costs.step + costs.digest, copied)
+            case plans.Snapshot(t) if t > 0:
+                now = max(now, copied) + costs.waited
+                copied = now + costs.put - costs.waited
+            case plans.Restore(t) if t > 0:
+                now += costs.get
+            case plans.Reverse():
+                now += costs.pullback
     cost = plans.check(plan, steps)
-    found = {"train": seconds(plan[:turn]), "reverse": seconds(plan[turn:])}
-    return {**found, "whole": sum(found.values()), "slots": cost.slots, "replays": cost.replays}
+    return {"train": trained, "reverse": now - trained, "whole": now, "slots": cost.slots, "replays": cost.replays}

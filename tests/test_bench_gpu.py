@@ -74,16 +74,25 @@ def test_shapes_have_the_parameters_they_say(name: str) -> None:
 
 
 def test_a_run_is_extrapolated_action_by_action() -> None:
-    costs = shapes.Costs(step=1.0, digest=0.1, pullback=10.0, put=100.0, get=1000.0)
-    found = shapes.extrapolated(plans.make("all", 5), 5, costs)
-    # states 1 … 4 are kept and read again; the last one is the working state when the way back begins
-    gets = sum(isinstance(a, plans.Restore) and a.step > 0 for a in plans.make("all", 5))
-    puts = sum(isinstance(a, plans.Snapshot) and a.step > 0 for a in plans.make("all", 5))
+    costs = shapes.Costs(step=1.0, digest=0.1, pullback=10.0, waited=100.0, put=100.0, get=1000.0)
+    plan = plans.make("all", 5)
+    puts = sum(isinstance(action, plans.Snapshot) and action.step > 0 for action in plan)
+    gets = sum(isinstance(action, plans.Restore) and action.step > 0 for action in plan)
+    found = shapes.extrapolated(plan, 5, costs)
+    assert found["train"] == pytest.approx(5 * 1.1 + puts * 100)
     assert found["whole"] == pytest.approx(5 * 1.1 + 5 * 10 + puts * 100 + gets * 1000)
-    assert puts in (3, 4)
-    few = shapes.extrapolated(plans.make("binomial", 5, slots=2), 5, costs._replace(put=0.0, get=0.0))
+    few = shapes.extrapolated(plans.make("binomial", 5, slots=2), 5, costs._replace(waited=0.0, put=0.0, get=0.0))
     assert few["whole"] == pytest.approx((5 + few["replays"]) * 1.1 + 5 * 10)
     assert few["replays"] > 0
+
+
+def test_copies_beside_the_steps_cost_what_the_steps_do_not_cover() -> None:
+    costs = shapes.Costs(step=1.0, digest=0.0, pullback=0.0, waited=0.0, put=1.0, get=0.0)
+    plan = plans.make("all", 5)
+    puts = sum(isinstance(action, plans.Snapshot) and action.step > 0 for action in plan)
+    assert shapes.extrapolated(plan, 5, costs)["train"] == pytest.approx(5)  # as long as a step: covered
+    slow = shapes.extrapolated(plan, 5, costs._replace(put=3.0))["train"]
+    assert slow == pytest.approx(1 + puts * 3)  # one at a time, the first after a step
 
 
 def test_the_sections_run_and_report(tmp_path: Path) -> None:
