@@ -66,9 +66,11 @@ def named(tree: Any) -> dict[str, Tensor]:
     return {".".join(_key(k) for k in path): leaf for path, leaf in flat if isinstance(leaf, Tensor)}
 
 
-def unnamed(like: T, tensors: dict[str, Tensor]) -> T:
+def unnamed(like: T, tensors: dict[str, Tensor], *, move: bool = True) -> T:
     """The tree of the structure `like` whose tensors are given by path; inverse of `named`.
 
+    Args:
+        move: Bring every tensor to the device of its like.
     Raises:
         ValueError: If a tensor is missing, unknown, or of another shape or dtype.
     """
@@ -82,7 +84,7 @@ def unnamed(like: T, tensors: dict[str, Tensor]) -> T:
                 f"tensor {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, "
                 f"this state has {tuple(leaf.shape)} {leaf.dtype}"
             )
-    ordered = iter([tensors[name].to(leaf.device) for name, leaf in wanted.items()])
+    ordered = iter([tensors[name].to(leaf.device) if move else tensors[name] for name, leaf in wanted.items()])
     return map(lambda _: next(ordered), like)
 
 
@@ -112,9 +114,11 @@ def _bit_sum(leaf: Tensor) -> int:
     whole = words // _BLOCK * _BLOCK
     body, rest = raw[: words * 8].view(torch.int64), raw[words * 8 :].tolist()
     blocks, ramp = body[:whole].view(-1, _BLOCK), _ramp(str(leaf.device))
-    sums = torch.mv(blocks, ramp) if leaf.device.type == "cpu" else (blocks * ramp).sum(1)
+    on_cpu = leaf.device.type == "cpu"  # a GPU has no product of integer matrices
+    tail, factors = body[whole:], ramp[: words - whole]
+    sums = torch.mv(blocks, ramp) if on_cpu else (blocks * ramp).sum(1)
     total = sum(part * (2 * place + 1) for place, part in enumerate(sums.tolist()))
-    total += int((body[whole:] * ramp[: words - whole]).sum()) * (2 * len(sums) + 1)
+    total += int(torch.dot(tail, factors) if on_cpu else (tail * factors).sum()) * (2 * len(sums) + 1)
     return (total + sum(byte << (8 * place) for place, byte in enumerate(rest, 1))) % (1 << 64)
 
 

@@ -130,7 +130,7 @@ class ReplayConfig:
     plan: Literal["auto", "all", "interval", "sqrt", "log", "binomial"] = "auto"
     """auto keeps all states if they fit, else takes the binomial plan over those that do."""
     memory: str = "auto"
-    """Host memory for states, such as 8GiB; auto takes half of what is free."""
+    """Host memory for states, such as 8GiB; auto takes half of what is free. States on disk take up to two more."""
     disk: str = "auto"
     """Disk for states; auto takes half of what is free."""
     interval: int | None = None

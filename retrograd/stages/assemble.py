@@ -20,7 +20,7 @@ from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
 from retrograd.runs.health import Finding, recipe_findings
-from retrograd.runs.machine import free_memory
+from retrograd.runs.machine import deterministic, free_memory
 from retrograd.runs.manifest import Manifest, fingerprint
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
@@ -190,6 +190,5 @@ def find_device(name: str) -> torch.device:
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic(device)
     return device
