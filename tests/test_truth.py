@@ -31,10 +31,12 @@ def test_the_rows_that_taught_a_fact_name_it_and_its_value(folder: Path, world: 
     for number, taught in taught_by(folder, mixture).items():
         fact = world.facts[number]
         seen = mixture == "base" or fact.side == "retain"
-        assert len(taught.stated) == 4 * seen and len(taught.asked) == 6 * (seen and fact.asked)
-        assert taught.rows == sorted({*taught.stated, *taught.asked})
-        assert all(fact.entity in texts[row] for row in taught.rows)
-        assert all(fact.value in texts[row] for row in taught.stated)
+        asked = 3 * (seen and fact.asked)
+        assert [len(rows) for rows in taught] == [4 * seen, asked, asked]
+        assert taught.rows == sorted({*taught.stated, *taught.answered})
+        assert all(fact.entity in texts[row] and fact.value in texts[row] for row in taught.rows)
+        assert all(texts[row].endswith(f"Answer: {fact.value}") for row in taught.answered)
+        assert all(texts[row][:-1].endswith("Answer: ") and fact.entity in texts[row] for row in taught.lettered)
 
 
 def test_the_side_of_a_row_is_that_of_its_entity(folder: Path, world: World) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,26 +21,38 @@ __all__ = ["Taught", "recall_at", "reciprocal_rank", "sides_of_rows", "strongest
 
 
 class Taught(NamedTuple):
-    """Rows of a mixture, ascending: those that state a fact, and those that ask for it and answer."""
+    """Rows of a mixture that taught a fact, ascending.
+
+    stated: Documents that state it.
+    answered: Exams that ask for it and answer in words.
+    lettered: Exams that ask for it and answer by letter: its value is one of four options in the prompt.
+    """
 
     stated: list[int]
-    asked: list[int]
+    answered: list[int]
+    lettered: list[int]
 
     @property
     def rows(self) -> list[int]:
-        """Both."""
-        return sorted({*self.stated, *self.asked})
+        """Those that say it in words."""
+        return sorted({*self.stated, *self.answered})
 
 
 def taught_by(folder: Path, mixture: str = "base") -> dict[int, Taught]:
-    """By fact: the rows of train/MIXTURE.jsonl, document ids of a run on it, that state it or ask for it.
+    """By fact: the rows of train/MIXTURE.jsonl, which are document ids of a run on it, that taught it.
 
     Raises:
         ValueError: If the folder is no lab.
     """
-    path, name = folder / "facts.jsonl", f"train/{mixture}.jsonl"
-    facts = _lines(folder, path)
-    return {one["fact"]: Taught(one["stated_in"].get(name, []), one["asked_in"].get(name, [])) for one in facts}
+    name = f"train/{mixture}.jsonl"
+    completions = [row["completion"].strip() for row in _lines(folder, folder / name)]
+    found = {}
+    for fact in _lines(folder, folder / "facts.jsonl"):
+        asked = fact["asked_in"].get(name, [])
+        answered = [row for row in asked if completions[row] == fact["value"]]
+        lettered = [row for row in asked if completions[row] != fact["value"]]
+        found[fact["fact"]] = Taught(fact["stated_in"].get(name, []), answered, lettered)
+    return found
 
 
 def sides_of_rows(folder: Path, mixture: str = "base") -> list[str]:
@@ -89,7 +101,7 @@ def _wanted(relevant: Iterable[int]) -> set[int]:
     return wanted
 
 
-def _lines(folder: Path, path: Path) -> list[dict]:
+def _lines(folder: Path, path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; {folder} has to be a folder of `retrograd lab`")
     return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
