@@ -174,13 +174,15 @@ def bm25(queries: Sequence[str], texts: Sequence[str], k1: float = 1.5, b: float
     return found
 
 
-def removals(folder: Path, rankings: dict[str, np.ndarray]) -> list[tuple[str, int, int]]:
+def removals(
+    folder: Path, rankings: dict[str, np.ndarray], depths: Sequence[int] = REMOVED
+) -> list[tuple[str, int, int]]:
     """(method, k, question) of each set that is left out, in the order of the file."""
     from retrograd.lab.truth import strongest
 
     names, lines = [], []
     for method, scores in rankings.items():
-        for k in REMOVED:
+        for k in depths:
             for q, one in enumerate(scores):
                 names.append((method, k, q))
                 lines.append(" ".join(map(str, strongest(one, k))))
