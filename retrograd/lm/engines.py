@@ -12,24 +12,27 @@ and the second way back holds cotangents of it besides. Peaks of whole processes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from retrograd.core.engine import Blocks, Double
+from retrograd.core import tree
+from retrograd.core.engine import Blocks, Compiled, Double
+from retrograd.core.engine.compiled import no_compiler
 from retrograd.core.optim import Params
-from retrograd.core.step import Engine
+from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import decoder_chain
 from retrograd.lm.model import inner, trainable
 
-__all__ = ["ENGINES", "Choice", "Load", "choose_engine", "graph_bytes"]
+__all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 
 ENGINES = ("auto", "double", "blocks")
 _LENGTHS = (4, 8, 12)  # tokens of the rows that the graph is measured on
 _PENDING = 1.75  # peak of the second way back, in what autograd saves; measured 1.5 to 1.8 by depth, width and length
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}  # what compiling may change, of the norm of H ḡ
 
 _Objective = Callable[[Params, Any, Tensor], Tensor]
 
@@ -49,6 +52,7 @@ class Choice(NamedTuple):
     engine: Engine
     name: str
     why: str
+    compiled: Compiled | None = None
 
 
 def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Load | None = None) -> Choice:
@@ -79,6 +83,50 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     layers = max(1, len(chain.links) - 1)
     small = (1 + load.queries) * (layers + 2) * hidden + graph // layers
     return Choice(Blocks(chain), "blocks", f"{needs}; blocks takes about {_size(small)}")
+
+
+def compiled_engine(module: nn.Module, batches: Sequence[Batch], queries: int) -> Choice:
+    """The `blocks` engine with the passes over its layers compiled, for batches of these shapes.
+
+    A gradient and a pullback of each batch are computed, compiled and eager, and have to agree.
+
+    Raises:
+        ValueError: If there is no compiler, the model is no chain of layers, no two of them are alike, or they cannot
+            be compiled to what they compute.
+    """
+    params = trainable(module)[0]
+    first = next(iter(params.values()))
+    reason = no_compiler(first.device)
+    if reason is not None:
+        raise ValueError(f"--compile cannot be used here: {reason}. Leave --compile out.")
+    chain = decoder_chain(module, alike=True)
+    compiled = Compiled(chain.links)
+    if not compiled.calls:
+        raise ValueError("--compile has nothing to share: no two layers are of one structure. Leave --compile out.")
+    chosen, eager = Blocks(chain, compiled), Blocks(chain)
+
+    def along(grads: Params) -> Params:
+        return {name: torch.stack([g] * max(1, queries)) for name, g in grads.items()}
+
+    for batch in batches:
+        weights = torch.ones(int(batch.index.max()) + 1, dtype=batch.scale.dtype, device=batch.scale.device)
+        try:
+            chosen.gradient(params, [batch], weights, None)
+            found = chosen.pullback(params, [batch], weights, None, along)
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+            raise ValueError(
+                f"--compile cannot be used with {type(inner(module)).__name__}: {_told(error)} Leave --compile out."
+            ) from error
+        expected = eager.pullback(params, [batch], weights, None, along)
+        difference = [float(tree.norm(tree.map(torch.sub, one, other))) for one, other in zip(found, expected)]
+        allowed = _ROUNDING.get(first.dtype, 0.1)
+        if any(d > allowed * float(tree.norm(x)) for d, x in zip(difference, expected)):
+            raise ValueError(
+                f"--compile changes the results of {type(inner(module)).__name__} beyond rounding: H ḡ by "
+                f"{difference[0]:.2g} of {float(tree.norm(expected[0])):.2g}. Leave --compile out."
+            )
+    told = f"asked for by --compile; {compiled.graphs} compilations serve {len(chain.links)} links"
+    return Choice(chosen, "blocks", told, compiled)
 
 
 def graph_bytes(module: nn.Module, objective: _Objective, rows: int, length: int) -> int:

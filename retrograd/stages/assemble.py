@@ -12,8 +12,8 @@ from retrograd.core import tree
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
-from retrograd.core.step import Recipe, State, Training, initial_state
-from retrograd.lm.engines import Choice, Load, choose_engine
+from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches
+from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.query import Queries
 from retrograd.lm.rows import Rows
@@ -25,6 +25,9 @@ from retrograd.runs.manifest import Manifest, fingerprint
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
 __all__ = ["Loaded", "assemble", "optimizer"]
+
+
+_MOST_SHAPES = 4  # of batches to compile for
 
 
 class Loaded(NamedTuple):
@@ -92,7 +95,7 @@ def assemble(config: MagicConfig) -> Loaded:
     findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
     initial = initial_state(recipe, model.params)
     queries = sum(len(found.columns) for found in asked) + config.sharpness
-    engine = _engine(config, model, min(size, len(rows)), rows.max_length, queries, tree.nbytes(initial))
+    engine = _engine(config, model, min(size, len(rows)), rows.max_length, queries, tree.nbytes(initial), stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
@@ -117,7 +120,15 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
     raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
 
 
-def _engine(config: MagicConfig, model: CausalLM, rows: int, length: int, queries: int, state_bytes: int) -> Choice:
+def _engine(
+    config: MagicConfig,
+    model: CausalLM,
+    rows: int,
+    length: int,
+    queries: int,
+    state_bytes: int,
+    stream: DataStream,
+) -> Choice:
     """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     begun = {} if nowhere else Manifest(config.run / "manifest.json").values
@@ -127,6 +138,13 @@ def _engine(config: MagicConfig, model: CausalLM, rows: int, length: int, querie
             f"{config.run} was begun with --engine {recorded['used']}, now it is {config.engine}: replay has to take "
             "the engine that training took. Leave --engine out, use another folder, or --overwrite to start afresh."
         )
+    if recorded and recorded.get("compiled", False) != config.compile:
+        raise ValueError(
+            f"{config.run} was begun with{'' if recorded.get('compiled') else 'out'} --compile: replay has to take "
+            "what training took. Ask for the same, use another folder, or --overwrite to start afresh."
+        )
+    if config.compile:
+        return compiled_engine(model.module, _one_of_each_shape(stream, config.train.micro_batch_size), queries)
     asked = recorded["used"] if recorded else config.engine
     if config.train.dropout:
         if asked == "blocks":
@@ -142,6 +160,25 @@ def _engine(config: MagicConfig, model: CausalLM, rows: int, length: int, querie
     return choice._replace(why=recorded["why"]) if recorded else choice
 
 
+def _one_of_each_shape(stream: DataStream, size: int | None) -> list[Batch]:
+    """A micro-batch of every shape that the run has, to compile for.
+
+    Raises:
+        ValueError: If there are too many.
+    """
+    found: dict[torch.Size, Batch] = {}
+    for step in range(len(stream)):
+        for part in micro_batches(stream[step], size):
+            found.setdefault(part.scale.shape, part)
+        if len(found) > _MOST_SHAPES:
+            raise ValueError(
+                f"--compile takes minutes for every shape of batch, and this run has more than {_MOST_SHAPES}: after "
+                f"{step + 1} of {len(stream)} steps {', '.join(str(tuple(shape)) for shape in found)}. Make the "
+                "rows equally long with --data.chunk_length, or leave out --compile."
+            )
+    return list(found.values())
+
+
 def _free(device: torch.device) -> int:
     """Bytes that steps may take: all of a GPU's, half of the host's, for the other half is for states."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // 2
@@ -149,7 +186,8 @@ def _free(device: torch.device) -> int:
 
 def _unless_double(engine: Choice) -> tuple[str, ...]:
     """The engine as part of the run's identity: another one may round otherwise. Runs of before have none."""
-    return () if engine.name == "double" else (engine.name,)
+    compiled = ("compiled",) if engine.compiled else ()
+    return () if engine.name == "double" else (engine.name, *compiled)
 
 
 def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:

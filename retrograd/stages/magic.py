@@ -67,6 +67,9 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         outcome = write_results(config.run, config.run, loaded, loaded.asked, values, scores)
         record["sha256"] = file_digest(config.run / "scores.pt")
     trajectory.clean()
+    if compiled := loaded.engine.compiled:
+        manifest.update(compilations=compiled.graphs)
+        console.print(f"compilations: {compiled.graphs}")
     return summarise(outcome, loaded, loaded.asked, console)
 
 
@@ -104,7 +107,11 @@ def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
         steps=len(loaded.stream),
         parameters=sum(leaf.numel() for leaf in loaded.initial.params.values()),
         fused_head=loaded.model.fused,
-        engine={"used": loaded.engine.name, "why": loaded.engine.why},
+        engine={
+            "used": loaded.engine.name,
+            "why": loaded.engine.why,
+            **({"compiled": True} if loaded.engine.compiled else {}),
+        },
         rows={
             "documents": rows.documents, "rows": len(rows), "targets": rows.targets, "longest": rows.max_length,
             "truncated": rows.truncated, "packed": rows.packed, "skipped_chunks": rows.skipped_chunks,

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -32,7 +33,7 @@ from torch.func import jvp, vmap
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, coefficients, random_draws
 
-__all__ = ["Blocks", "Chain", "Found", "Head", "Link", "PlainHead"]
+__all__ = ["Blocks", "Chain", "Eager", "Found", "Head", "Link", "PlainHead"]
 
 _X = ""  # the key of x among a link's parameters
 _CHUNK = 8  # tangents that a link is pushed forward with at once
@@ -42,11 +43,14 @@ class Link(NamedTuple):
     """One function of the chain.
 
     names: the leaf behind each parameter, by the parameter's name in `call`; two may share one leaf.
-    call: (parameters, x, context) → the next x. The context is constant: masks, rotary embeddings.
+    call: (parameters, x, context) → the next x. The context is constant: masks, rotary embeddings. Links that share
+        one `call` differ in their parameters and constants only.
+    constants: parameters of `call` that are not differentiated: frozen ones, buffers.
     """
 
     names: Mapping[str, str]
     call: Callable[[Params, Any, Any], Any]
+    constants: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Found(NamedTuple):
@@ -118,6 +122,43 @@ class PlainHead:
         return dict(zip(point, first))[_X].detach(), named[_X], _by_leaf(self.names, named), slopes
 
 
+@runtime_checkable
+class Passes(Protocol):
+    """What is done with one link at a point {parameter: value, "": x}; tangents and their cotangents are [K, …]."""
+
+    def forward(self, link: Link, point: Params, context: Any) -> Tensor:
+        """The next x."""
+
+    def vjp(self, link: Link, point: Params, context: Any, bar: Tensor) -> Params:
+        """Cotangents of the point."""
+
+    def jvp(self, link: Link, point: Params, context: Any, along: Params) -> tuple[Tensor, Tensor]:
+        """The next x and its tangents."""
+
+    def vjp_along(
+        self, link: Link, point: Params, context: Any, along: Params, bar: Tensor, bardots: Tensor
+    ) -> tuple[Tensor, Params]:
+        """The cotangent of x, and the tangents of the vjp along (point: along, bar: bardots)."""
+
+
+class Eager:
+    """Operation by operation."""
+
+    def forward(self, link: Link, point: Params, context: Any) -> Tensor:
+        return _at(link, context)(point)
+
+    def vjp(self, link: Link, point: Params, context: Any, bar: Tensor) -> Params:
+        return _vjp(_at(link, context), point, bar)
+
+    def jvp(self, link: Link, point: Params, context: Any, along: Params) -> tuple[Tensor, Tensor]:
+        return _jvp(_at(link, context), point, along)
+
+    def vjp_along(
+        self, link: Link, point: Params, context: Any, along: Params, bar: Tensor, bardots: Tensor
+    ) -> tuple[Tensor, Params]:
+        return _vjp_along(_at(link, context), point, along, bar, bardots)
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Gradient half of a chain, one link at a time: less live memory than `Double`, for more arithmetic.
@@ -126,6 +167,7 @@ class Blocks:
     """
 
     chain: Chain
+    passes: Passes = field(default_factory=Eager)
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
@@ -177,7 +219,7 @@ class Blocks:
             xs = [x]
             for place, (link, context) in enumerate(zip(links, contexts, strict=True), start=1):
                 with torch.no_grad(), draws(place):
-                    xs.append(link.call(_local(link.names, params), xs[-1], context))
+                    xs.append(self.passes.forward(link, {**_local(link.names, params), _X: xs[-1]}, context))
             with draws(len(xs)):
                 found = head.first(params, xs.pop(), batch.inputs, factors)
             bar, grads = found.bar, dict(found.grads)
@@ -185,7 +227,7 @@ class Blocks:
                 link, x = links[place - 1], xs.pop()
                 point = {**_local(link.names, params), _X: x}
                 with draws(place):
-                    pulled = _vjp(_at(link, contexts[place - 1]), point, bar)
+                    pulled = self.passes.vjp(link, point, contexts[place - 1], bar)
                 bar = pulled[_X]
                 _add(grads, _by_leaf(link.names, pulled))
             if embed.names:
@@ -208,7 +250,7 @@ class Blocks:
                 link, (x, dots) = links[place - 1], path.pop()
                 point, along = {**_local(link.names, params), _X: x}, {**_local(link.names, bars), _X: dots}
                 with draws(place):
-                    bar, found = _vjp_along(_at(link, contexts[place - 1]), point, along, bar, bardots)
+                    bar, found = self.passes.vjp_along(link, point, contexts[place - 1], along, bar, bardots)
                 bardots = found[_X]
                 _add(curvature, _by_leaf(link.names, found))
             if embed.names:
@@ -238,7 +280,7 @@ class Blocks:
                 x, dots = path[-1]
                 point, along = {**_local(link.names, params), _X: x}, {**_local(link.names, bars), _X: dots}
                 with draws(place):
-                    path.append(_jvp(_at(link, context), point, along))
+                    path.append(self.passes.jvp(link, point, context, along))
         return path, contexts
 
 
@@ -319,7 +361,7 @@ def _pullbacks(outputs: Sequence[Tensor], seeds: Sequence[Tensor], wanted: Seque
 
 
 def _at(link: Link, context: Any) -> _Function:
-    return lambda point: link.call(_without(point), point[_X], context)
+    return lambda point: link.call({**link.constants, **_without(point)}, point[_X], context)
 
 
 def _start(embed: Link, inputs: Any) -> _Function:
