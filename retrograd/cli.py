@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.runs.commands import LabConfig, MetasmoothnessConfig, QueryRunConfig, ValidateConfig, VerifyConfig
+from retrograd.runs.commands import (
+    EvaluateConfig,
+    LabConfig,
+    MetasmoothnessConfig,
+    QueryRunConfig,
+    ValidateConfig,
+    VerifyConfig,
+)
 from retrograd.runs.config import MagicConfig, query_file, settings_from
 
 __all__ = ["main"]
@@ -37,9 +44,10 @@ _COMMANDS = {
     "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact"),
     "metasmoothness": _Command(MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?"),
     "lab": _Command(LabConfig, "build a fictional world where everything is known, with models to unlearn", "DIR"),
+    "evaluate": _Command(EvaluateConfig, "accuracy, perplexity and a verdict: which models are broken?", "MODEL…"),
 }
 
-_LISTED = "\n".join(f"  {name:<14} {command.place}  {command.does}" for name, command in _COMMANDS.items())
+_LISTED = "\n".join(f"  {name:<14} {command.place:<6}  {command.does}" for name, command in _COMMANDS.items())
 _USAGE = f"""usage: retrograd COMMAND [OPTIONS]
 
 Which training data made this model do that? Exact training-data attribution by metagradients (MAGIC).

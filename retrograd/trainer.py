@@ -192,8 +192,9 @@ class Trainer:
             trajectory = self._trajectory(self.initial, stream, folder, replay, observe)
         assert trajectory is not None, "known or made"
         trajectory.observe = observe
-        final = trajectory.train() if folder else trajectory.initial
-        scores = trajectory.reverse(query.gradient, final)
+        if folder:
+            trajectory.train()
+        scores = trajectory.reverse(query.gradient)
         trajectory.clean_reverse()
         single = query.value.ndim == 0
         return Metagradient(scores[0] if single else scores, query.value)

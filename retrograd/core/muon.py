@@ -91,6 +91,9 @@ class Muon:
             "weight_decay": found["weight_decay"] - decay,
         }
 
+    def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
+        return None  # Newton–Schulz would amplify the rounding
+
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
         return None
 
@@ -139,6 +142,9 @@ class Pair:
         self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
     ) -> dict[str, Tensor]:
         return {}
+
+    def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
+        return None
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
         return None

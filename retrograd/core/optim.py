@@ -16,7 +16,7 @@ Sources: torch.optim.SGD; Loshchilov & Hutter, arXiv:1711.05101.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -37,6 +37,8 @@ __all__ = [
 ]
 
 _PIECE = 1 << 18  # entries; measured flat between 2¹⁷ and 2¹⁸, where whole leaves take 3 to 4 times as long
+
+_LONGEST = 0.99  # decay of an average out of which a gradient comes with 100 times the dtype's rounding
 
 Params = dict[str, Tensor]
 Moments = Any
@@ -72,6 +74,9 @@ class Optimizer(Protocol):
 
         Empty where the optimizer does not know its own learning rate.
         """
+
+    def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
+        """The gradient that took `moments` to `after`, to rounding; None where they do not hold it."""
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
         """P⁻¹ of the update θ' = θ − lr·P⁻¹m̂, elementwise; None for the identity."""
@@ -138,6 +143,15 @@ class SGD:
                 g = torch.add(g, buffer, alpha=self.momentum) if self.nesterov else buffer
             directions[name] = g
         return {"lr": -inner(cotangent.params, directions), "weight_decay": inner(bars, params)}
+
+    def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
+        if not _holds(moments.get("momentum", {}), self.momentum):
+            return None
+        found = {}
+        for name, buffer in after["momentum"].items():
+            g = torch.sub(buffer, moments["momentum"][name], alpha=self.momentum)
+            found[name] = g.sub_(params[name], alpha=self.weight_decay) if self.weight_decay else g
+        return found
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
         return None
@@ -209,19 +223,27 @@ class AdamW:
         self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
     ) -> dict[str, Tensor]:
         lr, correction1, _ = self._rates(step)
-        inverse, directions = self.preconditioner(moments, grads, step), {}
-        for name, theta in params.items():
-            m = torch.lerp(moments["m"][name], grads[name], 1 - self.beta1).mul_(inverse[name]).div_(correction1)
-            directions[name] = m.add_(theta, alpha=self.weight_decay) if self.weight_decay else m
-        return {"lr": -inner(cotangent.params, directions), "weight_decay": -lr * inner(cotangent.params, params)}
+        decayed = inner(cotangent.params, params)
+        moved = torch.zeros_like(decayed)
+        for name, theta_bar in cotangent.params.items():
+            for m, v, g, bar in _pieces((moments["m"][name], moments["v"][name], grads[name]), (theta_bar,)):
+                direction = torch.lerp(m, g, 1 - self.beta1).div_(correction1).div_(self._scale(v, g, step))
+                moved = moved + torch.mv(bar.flatten(1), direction.flatten()).double()
+        return {"lr": -moved - self.weight_decay * decayed, "weight_decay": -lr * decayed}
+
+    def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
+        if not _holds(after["m"], self.beta1):
+            return None
+        factor = 1 / (1 - self.beta1)
+        return {name: torch.lerp(m, after["m"][name], factor) for name, m in moments["m"].items()}
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params:
-        correction2, found = self._rates(step)[2], {}
-        for name, v in moments["v"].items():
-            g = grads[name]
-            root = (v * self.beta2).addcmul_(g, g, value=1 - self.beta2).div_(correction2)
-            found[name] = root.add_(self.eps_root).sqrt_().add_(self.eps).reciprocal_()
-        return found
+        return {name: self._scale(v, grads[name], step).reciprocal_() for name, v in moments["v"].items()}
+
+    def _scale(self, v: Tensor, g: Tensor, step: int) -> Tensor:
+        """√(v̂ + ε_root) + ε."""
+        root = (v * self.beta2).addcmul_(g, g, value=1 - self.beta2).div_(self._rates(step)[2])
+        return root.add_(self.eps_root).sqrt_().add_(self.eps)
 
     def _rates(self, step: int) -> tuple[float, float, float]:
         return rate(self.lr, step), 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
@@ -272,20 +294,29 @@ def rate(lr: LearningRate, step: int) -> float:
 def _in_pieces(
     function: Callable[..., tuple[Tensor, ...]], leaves: Sequence[Tensor], bars: Sequence[Tensor] = ()
 ) -> tuple[Tensor, ...]:
-    """An elementwise function of [*shape] and [K, *shape]; on a CPU in pieces, so that temporaries stay in cache."""
-    size, queries = leaves[0].numel(), len(bars[0]) if bars else 1
-    piece = max(1, _PIECE // queries)
-    given = (*leaves, *bars)
-    if size <= piece or any(x.device.type != "cpu" or _traced(x) for x in given):
-        return function(*given)
-    flat = [x.reshape(-1) for x in leaves] + [x.reshape(queries, -1) for x in bars]
-    outs: list[Tensor] = []
-    for start in range(0, size, piece):
-        found = function(*(x[..., start : start + piece] for x in flat))
+    """An elementwise function of [*shape] and [K, *shape], piece by piece."""
+    size, start, outs = leaves[0].numel(), 0, list[Tensor]()
+    for given in _pieces(leaves, bars):
+        found = function(*given)
+        if given[0].numel() == size:
+            return found
         outs = outs or [x.new_empty((*x.shape[:-1], size)) for x in found]
         for out, part in zip(outs, found, strict=True):
-            out[..., start : start + piece] = part
+            out[..., start : start + part.shape[-1]] = part
+        start += given[0].numel()
     return tuple(out.view(*out.shape[:-1], *leaves[0].shape) for out in outs)
+
+
+def _pieces(leaves: Sequence[Tensor], bars: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [*shape] and [K, *shape]; on a CPU large ones in flat pieces, so that temporaries stay in cache."""
+    size, queries = leaves[0].numel(), len(bars[0]) if bars else 1
+    piece = max(1, _PIECE // queries)
+    if size <= piece or any(x.device.type != "cpu" or _traced(x) for x in (*leaves, *bars)):
+        yield (*leaves, *bars)
+        return
+    flat = [x.reshape(-1) for x in leaves] + [x.reshape(queries, -1) for x in bars]
+    for start in range(0, size, piece):
+        yield tuple(x[..., start : start + piece] for x in flat)
 
 
 def _traced(x: Tensor) -> bool:
@@ -298,6 +329,12 @@ def _root(x: Tensor) -> Tensor:
         return x.sqrt()
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _holds(moments: Params, decay: float) -> bool:
+    """Whether a gradient can be had back from an average of rate `decay`: rounding grows by 1/(1 − decay)."""
+    exact = all(x.dtype in (torch.float32, torch.float64) for x in moments.values())
+    return bool(moments) and exact and decay <= _LONGEST
 
 
 def zeros(params: Params) -> Params:

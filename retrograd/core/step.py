@@ -22,6 +22,7 @@ from retrograd.core import tree
 from retrograd.core.optim import Cotangent, Moments, Optimizer, Params, clip, clip_pullback
 
 __all__ = [
+    "Bars",
     "Batch",
     "Engine",
     "Objective",
@@ -37,11 +38,15 @@ __all__ = [
     "micro_batches_of",
     "pullback",
     "random_draws",
+    "recovered",
     "step",
 ]
 
 Objective = Callable[[Params, Any, Tensor], Tensor]
 """(params, inputs, coefficients) → Σ_j c_j · loss_j, a scalar; coefficients have the shape of a batch's `index`."""
+
+Bars = Params | Callable[[Params], Params]
+"""The cotangents of a gradient, [K, *shape]; or the function that makes them of the gradient."""
 
 
 class Batch(NamedTuple):
@@ -139,9 +144,9 @@ class Engine(Protocol):
         batches: Sequence[Batch],
         weights: Tensor,
         seed: str | None,
-        update_half: Callable[[Params], Params],
+        bars: Bars,
     ) -> tuple[Params, Tensor]:
-        """(H ḡ, ⟨∇loss_j, ḡ⟩·scale_j) with ḡ = update_half(g), each [K, …]."""
+        """(H ḡ, ⟨∇loss_j, ḡ⟩·scale_j), each [K, …]; the gradient g is computed only where ḡ is a function of it."""
 
 
 class Training(NamedTuple):
@@ -174,13 +179,24 @@ def step(training: Training, state: State) -> Stepped:
     return Stepped(State(state.step + 1, params, moments), float(loss), grad_norm, swallowed)
 
 
-def pullback(training: Training, state: State, cotangent: Cotangent, probe: Params | None = None) -> Pulled:
+def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
+    """The gradient of a step, to rounding, from the moments before and after it; None where they do not hold it.
+
+    Spares the pullback a gradient. Of a clipped gradient the moments hold the clipped one only.
+    """
+    return None if recipe.max_grad_norm else recipe.optimizer.recovered(state.params, state.moments, after)
+
+
+def pullback(
+    training: Training, state: State, cotangent: Cotangent, probe: Params | None = None, grads: Params | None = None
+) -> Pulled:
     """λ_{t+1} → λ_t, and this step's share of the scores.
 
     Args:
         state: State t.
         cotangent: λ_{t+1}, tensors [K, *shape].
         probe: A direction u; the Hessian-vector product Hu comes out of the same graph as one more query.
+        grads: The step's gradient, if it is known; computed if not.
     """
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     queries = len(next(iter(cotangent.params.values())))
@@ -198,7 +214,10 @@ def pullback(training: Training, state: State, cotangent: Cotangent, probe: Para
         bars = clip_pullback(grads, limit, bars) if limit else bars
         return bars if probe is None else {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
 
-    curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, update_half)
+    bars = update_half if grads is None else update_half(grads)
+    del grads
+    curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars)
+    del bars
     pulled, numbers, metric = after
     params = {name: bar + curvature[name][:queries] for name, bar in pulled.params.items()}
     index = torch.cat([batch.index for batch in batches])

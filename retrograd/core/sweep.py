@@ -15,8 +15,8 @@ from torch import Tensor
 
 from retrograd.core import plan as plans
 from retrograd.core import tree
-from retrograd.core.optim import Cotangent, Params
-from retrograd.core.step import State, Stepped, Training, initial_state, pullback, step
+from retrograd.core.optim import Cotangent, Moments, Params
+from retrograd.core.step import State, Stepped, Training, initial_state, pullback, recovered, step
 
 __all__ = [
     "Advanced",
@@ -137,19 +137,24 @@ def sweep(
     *,
     state: State | None = None,
     cotangent: Cotangent | None = None,
+    after: State | None = None,
     curvature: bool = False,
 ) -> Iterator[Event]:
     """Execute actions of a plan, yielding an event for each step taken or reversed.
 
     A whole plan is swept in two parts: up to and including its Turn, with `state`; and from there on, with the working
-    state the first part leaves (state T−1) and the query's cotangent. With `curvature`, one more Hessian-vector product
-    a step drives a power iteration for the largest eigenvalue, carried from step to step.
+    state the first part leaves (state T−1) and the query's cotangent. `after` is the final state, if it is at hand; of
+    each state the moments are held until the step before it is reversed, for they give that step's gradient back. Where
+    they are missing the step is taken again, so that the bits do not depend on it. With `curvature`, one more
+    Hessian-vector product a step drives a power iteration for the largest eigenvalue, carried from step to step.
 
     Raises:
         ReplayDriftError: If a replayed state has other bits than the original.
         NonFiniteError: If a loss or cotangent is not finite; it names the step.
     """
     probe = _random_probe(cotangent.params) if curvature and cotangent is not None else None
+    reached = (after.step, after.moments) if after is not None else None
+    del after
     for action in actions:
         match action:
             case plans.Advance(start, stop):
@@ -173,7 +178,10 @@ def sweep(
                 assert state is not None, "a Reverse needs a working state"
                 assert cotangent is not None, "a Reverse needs a cotangent"
                 assert state.step == t, "the plan was checked"
-                pulled = pullback(training, state, cotangent, probe)
+                if reached is None or reached[0] != t + 1:
+                    reached = (t + 1, _after(training, state, ledger))
+                pulled = pullback(training, state, cotangent, probe, recovered(training.recipe, state, reached[1]))
+                reached = (t, state.moments)
                 cotangent, probe = pulled.cotangent, _unit(pulled.probe)
                 norm, nonfinite = _health(cotangent, pulled.scores, t)
                 yield Reversed(
@@ -221,7 +229,7 @@ def metagradient(
     values, gradient = query(final.params)
     cotangent = seed_cotangent(gradient, final)
     scores = torch.zeros((len(values), *training.weights.shape), dtype=training.weights.dtype)
-    for event in sweep(actions[turn:], training, slots, ledger, state=state, cotangent=cotangent):
+    for event in sweep(actions[turn:], training, slots, ledger, state=state, cotangent=cotangent, after=final):
         observe(event)
         if isinstance(event, Reversed):
             accumulate(scores, event)
@@ -254,6 +262,13 @@ def _advance(training: Training, state: State, ledger: Ledger) -> Stepped:
         )
     ledger.check(outcome.state)
     return outcome
+
+
+def _after(training: Training, state: State, ledger: Ledger) -> Moments:
+    """The moments after a step, taken again; those before it where none would hold the gradient anyway."""
+    if recovered(training.recipe, state, state.moments) is None:
+        return state.moments
+    return _advance(training, state, ledger).state.moments
 
 
 def _random_probe(params: Params) -> Params:

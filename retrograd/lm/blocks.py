@@ -86,26 +86,22 @@ class VocabularyHead:
 
     def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
         operands, place = self._operands(params, x, inputs, factors)
-        ce, lse, (dh, dw, db) = head_first(operands, (True, "weight" in self.names, "bias" in self.names))
+        ce, known, (dh, dw, db) = head_first(operands, self._wanted())
         assert dh is not None
         loss = torch.dot(ce, operands[4].to(ce)).to(factors.dtype)
-        return Found(loss, _spread(dh, x, place), self._grads(params, dw, db), (lse, dh))
+        return Found(loss, _spread(dh, x, place), self._grads(params, dw, db), known)
 
     def second(
         self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
     ) -> tuple[Tensor, Tensor, Params, Tensor]:
         operands, place = self._operands(params, x, inputs, factors)
-        if kept is None:
-            _, lse, (dh, _, _) = head_first(operands, (True, False, False))
-        else:
-            lse, dh = kept
-        assert dh is not None
         local = {name: bars[leaf] for name, leaf in self.names.items()}
         tangents = [
             (dot[place], *(local[name][k] if name in local else None for name in ("weight", "bias")), None)
             for k, dot in enumerate(dots)
         ]
-        along = head_second(operands, lse, tangents, (True, "weight" in self.names, "bias" in self.names))
+        dh, along = head_second(operands, tangents, self._wanted(), kept)
+        assert dh is not None
         each = [self._grads(params, dw, db) for _, dw, db, _ in along]
         rows, columns = place
         slopes = factors.new_zeros((len(dots), *factors.shape))
@@ -113,6 +109,9 @@ class VocabularyHead:
             slopes[k, rows, columns + 1] = found[3].to(slopes)
         back = torch.stack([_spread(found[0], x, place) for found in along if found[0] is not None])
         return _spread(dh, x, place), back, {name: torch.stack([g[name] for g in each]) for name in each[0]}, slopes
+
+    def _wanted(self) -> tuple[bool, bool, bool]:
+        return True, "weight" in self.names, "bias" in self.names
 
     def _operands(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
         weight, bias = (

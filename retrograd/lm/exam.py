@@ -3,6 +3,7 @@
     Wilson        the shares p that a test of level α would not reject: |p̂ − p| ≤ z·√(p(1−p)/n)
     difference    mean(b − a) over questions, with the bootstrap's percentile interval: questions are drawn again
     McNemar       of the questions that only one model has right, is each model's share a half? Exact, by binomial
+    position      (p − p₀)/(p₁ − p₀) between a model that never knew (0) and one that knows (1), by the same bootstrap
 
 Sources: Wilson, JASA 22 (1927) 209; Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; McNemar,
 Psychometrika 12 (1947) 153, in the exact form.
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Compared", "Interval", "compare", "mcnemar", "wilson"]
+__all__ = ["Compared", "Interval", "Position", "compare", "mcnemar", "position", "wilson"]
 
 
 class Interval(NamedTuple):
@@ -39,6 +40,17 @@ class Compared(NamedTuple):
     only_first: int
     only_second: int
     p: float
+
+
+class Position(NamedTuple):
+    """Where a model stands: 0 with the model that never knew, 1 with the one that knows; outside is possible.
+
+    gap: accuracy of the model that knows minus that of the one that does not.
+    """
+
+    position: float
+    interval: Interval
+    gap: float
 
 
 def wilson(right: int, n: int, level: float = 0.95) -> Interval:
@@ -103,6 +115,36 @@ def compare(first: Any, second: Any, *, resamples: int = 10_000, level: float = 
     low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [tail, 1 - tail])
     interval = Interval(float(low), float(high))
     return Compared((only_b - only_a) / n, interval, only_a, only_b, mcnemar(only_a, only_b))
+
+
+def position(
+    model: Any, knows: Any, never: Any, *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Position | None:
+    """Where a model stands between two others, by which of the same questions each has right.
+
+    Args:
+        model, knows, never: For each question 1 if this model is right, else 0, [n].
+    Returns:
+        None if the gap is not positive in all but (1 − level)/2 of the resamples: nothing to stand between.
+    Raises:
+        ValueError: If the questions are not the same in number, there is none, or an answer is missing (NaN).
+    """
+    gap = compare(never, knows, resamples=resamples, level=level, seed=seed)
+    compare(never, model, resamples=1, level=level)  # the same refusals
+    if gap.interval.low <= 0:
+        return None
+    x, a, b = (np.asarray(values, dtype=np.float64) for values in (model, knows, never))
+    # a question is one of eight patterns; drawing n questions is drawing how many there are of each
+    pattern = (4 * x + 2 * a + b).astype(np.int64)
+    shares = np.bincount(pattern, minlength=8) / len(x)
+    drawn = np.random.default_rng(seed).multinomial(len(x), shares, size=resamples)
+    rights = [drawn[:, [k for k in range(8) if k >> bit & 1]].sum(1) for bit in (2, 1, 0)]
+    gaps = rights[1] - rights[2]
+    there = gaps > 0
+    tail = (1 - level) / 2
+    low, high = np.quantile((rights[0] - rights[2])[there] / gaps[there], [tail, 1 - tail])
+    found = float((x.mean() - b.mean()) / (a.mean() - b.mean()))
+    return Position(found, Interval(float(low), float(high)), gap.difference)
 
 
 def _checked(level: float) -> float:

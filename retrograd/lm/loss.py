@@ -6,17 +6,18 @@ Column k always belongs to the loss of predicting token k from the tokens before
 With z = hWᵀ + b, p = softmax(z), P = p − 1_y, coefficients c, and tangents (ḣ, Ẇ, ḃ):
 
     loss = Σ c·(lse(z) − z_y)     ∂c = ce     ∂h = c∘(P W)     ∂W = Pᵀ(c∘h)
-    ż = ḣWᵀ + hẆᵀ + ḃ            D = p∘(ż − ⟨p, ż⟩)
-    second:  ∂c = ⟨p, ż⟩ − ż_y    ∂h = c∘(D W + P Ẇ)           ∂W = Dᵀ(c∘h) + Pᵀ(c∘ḣ)
+    ż = ḣWᵀ + hẆᵀ + ḃ            ⟨P, ż⟩ = ⟨ḣ, P W⟩ + ⟨h, P Ẇ⟩ + P ḃ          D = p∘(ż − ż_y − ⟨P, ż⟩)
+    second:  ∂c = ⟨P, ż⟩          ∂h = c∘(D W + P Ẇ)           ∂W = Dᵀ(c∘h) + Pᵀ(c∘ḣ)
 
 The gradient is taken in the forward pass, where p is at hand: 3 products of the head's size for a gradient and 7 more
-for its pullback, against 3 and 6 for autograd, and a fraction of its memory traffic, which is what the time goes to.
+for its pullback, or 8 for the pullback alone, against 3 and 6 for autograd, and a fraction of its memory traffic, which
+is what the time goes to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +25,20 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["fused_ce", "head_first", "head_second", "token_ce", "weighted_causal_lm_ce"]
+__all__ = ["Known", "fused_ce", "head_first", "head_second", "token_ce", "weighted_causal_lm_ce"]
 
-_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+_Grads = tuple[Tensor | None, Tensor | None, Tensor | None]  # P W, ∂W, ∂b
 _Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # h [M, D], W [V, D], b [V] or None, y [M], c [M]
 _Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of (h, W, b, c); None for zero
 
 _CHUNK_BYTES = 24 << 20  # of one [chunk, V] buffer; measured flat between 12 and 48 MiB
+
+
+class Known(NamedTuple):
+    """What a gradient leaves for its pullback: lse [M], and P W [M, D] unless h is constant."""
+
+    lse: Tensor
+    pw: Tensor | None
 
 
 def token_ce(logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -119,19 +127,19 @@ class _FusedCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, c: Tensor, chunk: int) -> Tensor:
         wanted = ctx.needs_input_grad[:3]
-        ce, lse, grads = head_first((h, w, b, y, c), wanted, chunk)
-        ctx.save_for_backward(h, w, b, y, c, lse, ce)
+        ce, known, grads = head_first((h, w, b, y, c), wanted, chunk)
+        ctx.save_for_backward(h, w, b, y, c, ce, *known)
         ctx.chunk, ctx.wanted, ctx.found = chunk, wanted, grads
         return torch.dot(ce, c.to(ce)).to(c.dtype)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        h, w, b, y, c, lse, ce = ctx.saved_tensors
+        h, w, b, y, c, ce, *known = ctx.saved_tensors
         # given away once: whoever gets a gradient may write into it, so a retained graph computes its own
         found, ctx.found = ctx.found, None
         if found is None:
             found = head_first((h, w, b, y, c), ctx.wanted, ctx.chunk)[2]
-        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, lse, ce, ctx.chunk, found)
+        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, ce, Known(*known), ctx.chunk, found)
         return dh, dw, db, None, dc, None
 
 
@@ -140,10 +148,10 @@ class _FusedGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, c: Tensor, scale: Tensor, y: Tensor, lse: Tensor,
-        ce: Tensor, chunk: int, found: _Grads,
+        ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, c: Tensor, scale: Tensor, y: Tensor, ce: Tensor,
+        known: Known, chunk: int, found: _Grads,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.save_for_backward(h, w, b, c, scale, y, lse, ce)
+        ctx.save_for_backward(h, w, b, c, scale, y, ce, *known)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
         one = scale.device.type == "cpu" and float(scale) == 1.0  # spare three passes over the gradient
@@ -158,9 +166,9 @@ class _FusedGrad(torch.autograd.Function):
     def backward(
         ctx: Any, uh: Tensor | None, uw: Tensor | None, ub: Tensor | None, uc: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        h, w, b, c, scale, y, lse, ce = ctx.saved_tensors
+        h, w, b, c, scale, y, ce, *known = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        [(dh, dw, db, slopes)] = head_second((h, w, b, y, c), lse, [(uh, uw, ub, uc)], wanted, ctx.chunk)
+        _, [(dh, dw, db, slopes)] = head_second((h, w, b, y, c), [(uh, uw, ub, uc)], wanted, Known(*known), ctx.chunk)
         dscale = torch.dot(slopes, c.to(slopes)) + (torch.dot(uc.to(ce), ce) if uc is not None else 0)
         one = scale.device.type == "cpu" and float(scale) == 1.0
         outs = [None if x is None else (x if one else x * scale).to(like.dtype) for x, like in
@@ -168,7 +176,7 @@ class _FusedGrad(torch.autograd.Function):
         return (*outs, dscale.to(scale), None, None, None, None, None)
 
 
-def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = None) -> tuple[Tensor, Tensor, _Grads]:
+def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = None) -> tuple[Tensor, Known, _Grads]:
     """The head's loss and gradient in one pass over the chunks.
 
     Args:
@@ -176,13 +184,13 @@ def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = 
         wanted: Which of ∂h, ∂W, ∂b to compute.
         chunk: Tokens whose logits exist at once; chosen by size if not given.
     Returns:
-        ce and lse [M] in nats, and (∂h, ∂W, ∂b), None where not wanted.
+        ce [M] in nats, what `head_second` can use again, and (∂h, ∂W, ∂b), None where not wanted.
     """
     y = operands[3]
     h, w, b, c = _work(operands)
     chunk = chunk or _chunk(w)
     ce, lse = h.new_empty(len(h)), h.new_empty(len(h))
-    dh, dw, db = _accumulators(h, w, b, wanted)
+    pw, dw, db = _accumulators(h, w, b, wanted)
     buffer = h.new_empty(min(chunk, len(h)), len(w))
     other = torch.empty_like(buffer)
     for start in range(0, len(h), chunk):
@@ -194,60 +202,85 @@ def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = 
         ce[part] = lse[part] - z.gather(1, y[part, None]).squeeze(1)
         if any(wanted):
             p.scatter_add_(1, y[part, None], p.new_full((len(p), 1), -1.0))
-            ch = c[part, None] * h[part]
-            if dh is not None:
-                dh[part] = c[part, None] * (p @ w)
+            if pw is not None:
+                torch.mm(p, w, out=pw[part])
             if dw is not None:
-                dw.addmm_(p.t(), ch)
+                dw.addmm_(p.t(), c[part, None] * h[part])
             if db is not None:
                 db.addmv_(p.t(), c[part])
-    return ce, lse, (dh, dw, db)
+    return ce, Known(lse, pw), (None if pw is None else c[:, None] * pw, dw, db)
 
 
 def head_second(
-    operands: _Operands, lse: Tensor, tangents: Sequence[_Tangents], wanted: Sequence[bool], chunk: int | None = None
-) -> list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]]:
+    operands: _Operands,
+    tangents: Sequence[_Tangents],
+    wanted: Sequence[bool],
+    known: Known | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]]]:
     """Tangents of the head's gradient; by the symmetry of the Hessian, also the gradient's pullback.
 
     Args:
         operands: As for `head_first`.
-        lse: Log-normalisers that it found, [M].
         tangents: Of (h, W, b, c), one tuple for each direction; p is computed once for all of them.
-        wanted: Which of the tangents of ∂h, ∂W, ∂b to compute.
+        wanted: Which of ∂h, ∂W, ∂b are functions of something: their tangents are computed.
+        known: What `head_first` found at the same operands; computed on the way if not given.
+        chunk: Tokens whose logits exist at once; chosen by size if not given.
     Returns:
-        For each direction, those and ⟨p, ż⟩ − ż_y [M], the tangent of ce; None where not wanted.
+        ∂h [M, D]; and for each direction its tangent, those of ∂W and ∂b, and ⟨P, ż⟩ [M], the tangent of ce. None
+        where not wanted.
     """
     y = operands[3]
     h, w, b, c = _work(operands)
     chunk = chunk or _chunk(w)
     moved = [[None if u is None else u.to(h) for u in each] for each in tangents]
     found = [(*_accumulators(h, w, b, wanted), h.new_empty(len(h))) for _ in tangents]
-    buffers = [h.new_empty(min(chunk, len(h)), len(w)) for _ in range(3)]
+    first = torch.empty_like(h) if wanted[0] else None
+    buffers = [h.new_empty(min(chunk, len(h)), len(w)) for _ in range(2)]
     for start in range(0, len(h), chunk):
         part = slice(start, start + chunk)
-        place, ck = y[part, None], c[part, None]
-        p = _logits(h[part], w, b, buffers[0]).sub_(lse[part, None]).exp_()
+        hk, ck, place = h[part], c[part, None], y[part, None]
+        p = _probabilities(hk, w, b, None if known is None else known.lse[part], buffers)
         ours = p.gather(1, place)
+        p.scatter_(1, place, ours - 1)  # P = p − 1_y
+        pw = None if first is None else p @ w if known is None or known.pw is None else known.pw[part]
+        if first is not None and pw is not None:
+            first[part] = ck * pw
         for (uh, uw, ub, uc), (dh, dw, db, slopes) in zip(moved, found, strict=True):
-            zdot = _tangent(h[part], w, None if uh is None else uh[part], uw, ub, buffers[1])
-            slopes[part] = torch.linalg.vecdot(p, zdot) - zdot.gather(1, place).squeeze(1)
-            d = torch.ops.aten._softmax_backward_data.out(zdot, p, 1, p.dtype, grad_input=buffers[2][: len(p)])
-            p.scatter_(1, place, ours - 1)  # P = p − 1_y until the next direction
+            uhk, uck = None if uh is None else uh[part], None if uc is None else uc[part, None]
+            pu = None if uw is None else p @ uw
+            slope = _dots(h.new_zeros(len(p)) if ub is None else p @ ub, (uhk, pw), (hk, pu))
+            slopes[part] = slope
+            zdot = _tangent(hk, w, uhk, uw, ub, buffers[1])
+            ours_dot = zdot.gather(1, place)
+            shift = ours_dot + slope[:, None]  # ⟨p, ż⟩
+            d = zdot.sub_(shift).mul_(p).scatter_(1, place, ours * (ours_dot - shift))
             if dh is not None:
-                dh[part] = ck * (d @ w if uw is None else torch.addmm(p @ uw, d, w))
-                if uc is not None:
-                    dh[part] += uc[part, None] * (p @ w)
+                dh[part] = ck * (d @ w if pu is None else torch.addmm(pu, d, w))
+                if uck is not None and pw is not None:
+                    dh[part] += uck * pw
+            moved_ch = _sum(None if uhk is None else ck * uhk, None if uck is None else uck * hk)
             if dw is not None:
-                dw.addmm_(d.t(), ck * h[part])
-                other = _sum(None if uh is None else ck * uh[part], None if uc is None else uc[part, None] * h[part])
-                if other is not None:
-                    dw.addmm_(p.t(), other)
+                dw.addmm_(d.t(), ck * hk)
+                if moved_ch is not None:
+                    dw.addmm_(p.t(), moved_ch)
             if db is not None:
                 db.addmv_(d.t(), c[part])
                 if uc is not None:
                     db.addmv_(p.t(), uc[part])
-            p.scatter_(1, place, ours)
-    return found
+    return first, found
+
+
+def _dots(start: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """start + Σ ⟨a_m, b_m⟩ over the pairs that are there, [chunk]."""
+    return sum((torch.linalg.vecdot(a, b) for a, b in pairs if a is not None and b is not None), start=start)
+
+
+def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, lse: Tensor | None, buffers: Sequence[Tensor]) -> Tensor:
+    """softmax(z) [chunk, V] in the first buffer."""
+    if lse is None:
+        return torch.softmax(_logits(h, w, b, buffers[1]), 1, out=buffers[0][: len(h)])
+    return _logits(h, w, b, buffers[0]).sub_(lse[:, None]).exp_()
 
 
 def _chunk(weight: Tensor) -> int:

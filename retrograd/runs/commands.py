@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from retrograd.runs.config import MagicConfig, QueryConfig
 
-__all__ = ["LabConfig", "MetasmoothnessConfig", "QueryRunConfig", "ValidateConfig", "VerifyConfig"]
+__all__ = ["EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "QueryRunConfig", "ValidateConfig", "VerifyConfig"]
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,34 @@ class LabConfig:
     """Models trained side by side, in processes of one thread; 0 takes two where there are two cores. Same bits."""
     heartbeat: float = 20.0
     """Seconds between durable resume points of a training; 0 makes one at every step."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Ask models the same questions, zero-shot, and say which of them are broken.
+
+    Exit code 0 if everything was measured, 1 if something is missing; the same command tries what is missing again.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = tyro.MISSING
+    """Causal language models: hub names or local folders."""
+    output: Path = tyro.MISSING
+    """Folder of the results. Running again does what is not done; further models may join."""
+    lab: Path | None = None
+    """A folder of `retrograd lab`: all its questions, its held-out prose and its base and filtered models."""
+    tasks: Path | None = None
+    """Or a YAML file of tasks, settings by name: {mmlu: , mine: {dataset: questions.jsonl, form: cloze}}."""
+    reference: str | None = None
+    """The model that the others are compared with; the lab's base model, or else the first, when None."""
+    knows: str | None = None
+    """A model that knows what the forget tasks ask; the lab's base model when None."""
+    never: str | None = None
+    """A model that never knew it; the lab's filtered model when None."""
+    tokenizer: str | None = None
+    """Tokenizer of all models, if not their own."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of parameters and arithmetic."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    batch_size: int = 16
+    """Questions read at once; by text, each with all its answers."""

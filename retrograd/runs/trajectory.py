@@ -119,6 +119,7 @@ class Trajectory:
         self.store = Store(initial, folder, identity, self.layout.on_disk)
         self.ledger = Ledger(self._digests())
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
+        self._final: State | None = None
         self._beat = time.monotonic()
         self._extra: set[int] = set()  # state files that are resume points and no slot
 
@@ -126,7 +127,8 @@ class Trajectory:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
         if self.folder and (self.folder / "final.safetensors").exists():
             self.store.kept = set(self.store.durable()) if self.replay.keep else set()
-            return self._read_final()
+            self._final = self._read_final()
+            return self._final
         actions = self._forward_plan()
         turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
         state, final = self.initial, None
@@ -151,26 +153,31 @@ class Trajectory:
             state = self.store.get(self.steps - 1)
         self._pending = (actions[turn:], state)
         self._write_final(final)
+        self._final = final
         return final
 
-    def reverse(self, gradient: dict[str, Tensor], final: State, key: str = "", *, curvature: bool = False) -> Tensor:
+    def reverse(self, gradient: dict[str, Tensor], key: str = "", *, curvature: bool = False) -> Tensor:
         """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any.
 
         Args:
             key: Tells this sweep's durable cotangent from another query's.
             curvature: Estimate the preconditioned Hessian's largest eigenvalue on the way; see `sweep`.
         """
-        gradient = {name: gradient[name] for name in final.params}  # files have their own order
+        gradient = {name: gradient[name] for name in self.initial.params}  # files have their own order
         queries = next(iter(gradient.values())).shape[0]
-        cotangent = seed_cotangent(gradient, final)
+        cotangent = seed_cotangent(gradient, self.initial)
         weights = self.training.weights
         scores = torch.zeros((queries, *weights.shape), dtype=weights.dtype)
         cotangent, scores, left = self._read_reverse(cotangent, scores, key)
         actions, state = self._reverse_plan(left)
         self._beat = time.monotonic()
-        for event in sweep(
-            actions, self.training, self.store, self.ledger, state=state, cotangent=cotangent, curvature=curvature
-        ):
+        events = sweep(
+            actions, self.training, self.store, self.ledger, state=state, cotangent=cotangent, after=self._final,
+            curvature=curvature,
+        )  # fmt: skip
+        self._final = None
+        del gradient, cotangent, state  # the sweep's alone: it lets go of each as soon as it can
+        for event in events:
             if isinstance(event, Reversed):
                 accumulate(scores, event)
                 self._reverse_heartbeat(event, scores, key)

@@ -24,7 +24,7 @@ from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest, fingerprint
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
-__all__ = ["Loaded", "assemble", "optimizer"]
+__all__ = ["Loaded", "assemble", "find_device", "optimizer"]
 
 
 _MOST_SHAPES = 4  # of batches to compile for
@@ -72,7 +72,7 @@ def assemble(config: MagicConfig) -> Loaded:
     Raises:
         ValueError: For whatever cannot work, before anything is computed or written.
     """
-    device, train = _device(config.device), config.train
+    device, train = find_device(config.device), config.train
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     model = _load_model(config, device)
     rows, texts = load_rows(config.data, tokenizer, model, config.data.chunk_length, config.data.min_chars, "data")
@@ -212,7 +212,12 @@ def _embeddings(model: CausalLM) -> tuple[str, ...]:
     return tuple(name for name, leaf in model.params.items() if leaf.untyped_storage().data_ptr() in weights)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: If it cannot be used here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

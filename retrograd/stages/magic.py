@@ -59,10 +59,12 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         with manifest.phase("train"):
             final = trajectory.train()
         with manifest.phase("query"):
-            values, gradient = ask(config.run, loaded, loaded.asked, final)
+            values, *gradient = ask(config.run, loaded, loaded.asked, final)
+        del final
         with manifest.phase("reverse"):
             journal.resume(trajectory)
-            scores = trajectory.reverse(gradient, final, curvature=config.sharpness)
+            # handed over, so that only the sweep holds it, and for its first step only
+            scores = trajectory.reverse(gradient.pop(), curvature=config.sharpness)
     with manifest.phase("scores") as record:
         outcome = write_results(config.run, config.run, loaded, loaded.asked, values, scores)
         record["sha256"] = file_digest(config.run / "scores.pt")

@@ -49,10 +49,11 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
         trajectory = run.trajectory(all_of(bars, journal))
         final = trajectory.train()
         with run.manifest.phase(f"query {label}"):
-            values, gradient = ask(config.run, run.loaded, asked, final)
+            values, *gradient = ask(config.run, run.loaded, asked, final)
+        del final
         with run.manifest.phase(f"reverse {label}"):
             journal.resume(trajectory, key)
-            scores = trajectory.reverse(gradient, final, key, curvature=config.sharpness)
+            scores = trajectory.reverse(gradient.pop(), key, curvature=config.sharpness)
     outcome = write_results(config.run, folder, run.loaded, asked, values, scores)
     _record(run, wanted, {one.name: one.digest for one in asked}, file_digest(folder / "scores.pt"))
     trajectory.clean(key)

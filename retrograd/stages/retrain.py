@@ -50,7 +50,8 @@ class Conditions(NamedTuple):
 
 def conditions_of(config: MagicConfig, manifest: Manifest, sets: int, workers: int, together: int) -> Conditions:
     """Choose what is left to choose (0), by the model's size and what the machine has."""
-    values, cores = manifest.values, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    values = manifest.values
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parameters, threads = values["parameters"], values["threads"]
     on_cpu = values.get("device", "cpu") == "cpu"
     together = together or (STACK if parameters <= SMALL and sets > 1 else 1)

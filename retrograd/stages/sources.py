@@ -20,7 +20,7 @@ from retrograd.lm.rows import Rows, build_rows
 from retrograd.runs.config import QueryConfig
 from retrograd.runs.scores import EXCERPT
 
-__all__ = ["Asked", "load_queries", "load_rows"]
+__all__ = ["Asked", "context_length", "load_queries", "load_rows"]
 
 
 class Asked(NamedTuple):
@@ -104,7 +104,7 @@ def _choices(
 def _load_questions(name: str, config: QueryConfig, model: CausalLM, tokenizer: Any) -> Questions:
     assert config.dataset is not None
     documents = load_documents(config.dataset, split=config.split, subset=config.subset, limit=config.limit)
-    settings, longest = _context(model, config.max_length, _flag(name))
+    settings, longest = context_length(model, config.max_length, _flag(name))
     try:
         return build_questions(
             documents, tokenizer, form=config.form, template=config.template, max_length=longest,
@@ -156,7 +156,7 @@ def load_rows(
 ) -> tuple[Rows, list[str]]:
     """Token rows of a data or query source, and an excerpt of each document."""
     documents = load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
-    settings, longest = _context(model, source.max_length or chunk_length, name)
+    settings, longest = context_length(model, source.max_length or chunk_length, name)
     longest = None if chunk_length else longest
     try:
         rows = build_rows(
@@ -168,8 +168,12 @@ def load_rows(
     return rows, _excerpts(documents, source.text_column, tokenizer)
 
 
-def _context(model: CausalLM, asked: int | None, name: str) -> tuple[Any, int | None]:
-    """The model's settings and how many tokens a row may have: what was asked for, else what the model can read."""
+def context_length(model: CausalLM, asked: int | None, name: str) -> tuple[Any, int | None]:
+    """The model's settings and how many tokens a row may have: what was asked for, else what the model can read.
+
+    Raises:
+        ValueError: If more was asked for than the model can read.
+    """
     settings = getattr(model.module, "config")  # noqa: B009
     context = getattr(settings, "max_position_embeddings", None)
     if context and (asked or 0) > context:

@@ -31,7 +31,7 @@ from torch.autograd import grad
 from torch.func import jvp, vmap
 
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch, coefficients, random_draws
+from retrograd.core.step import Bars, Batch, coefficients, random_draws
 
 __all__ = ["Blocks", "Chain", "Eager", "Found", "Head", "Link", "PlainHead"]
 
@@ -163,7 +163,8 @@ class Eager:
 class Blocks:
     """Gradient half of a chain, one link at a time: less live memory than `Double`, for more arithmetic.
 
-    In units of a forward pass: gradient 4, pullback 4 + 3 + 9, with K queries 4 + (1 + 2K) + (3 + 6K).
+    In units of a forward pass: gradient 4, pullback 3 + 9, with K queries (1 + 2K) + (3 + 6K), and 4 more where ḡ is a
+    function of the gradient.
     """
 
     chain: Chain
@@ -187,19 +188,19 @@ class Blocks:
         batches: Sequence[Batch],
         weights: Tensor,
         seed: str | None,
-        update_half: Callable[[Params], Params],
+        bars: Bars,
     ) -> tuple[Params, Tensor]:
-        """(H ḡ [K, *shape], scores [K, B(, L)]) with ḡ = update_half(g)."""
+        """(H ḡ [K, *shape], scores [K, B(, L)])."""
         kept = None
-        if len(batches) == 1:
+        if callable(bars) and len(batches) == 1:
             found = self._first(params, batches[0], coefficients(batches[0], weights), _Draws(seed, 0))
             kept, grads = found.kept, found.grads
             grads = {n: grads[n] if n in grads else torch.zeros_like(theta) for n, theta in params.items()}
             del found
-        else:
-            grads = self.gradient(params, batches, weights, seed)[1]
-        bars = update_half(grads)
-        del grads
+            bars = bars(grads)
+            del grads
+        elif callable(bars):
+            bars = bars(self.gradient(params, batches, weights, seed)[1])
         curvature: Params = {}
         scores = []
         for part, batch in enumerate(batches):

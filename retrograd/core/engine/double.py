@@ -5,12 +5,12 @@ The batch gradient is taken with its graph kept, then autograd runs once more ov
     (H ḡ_k, ∂⟨g, ḡ_k⟩/∂c) = grad(g, (θ, c), grad_outputs=ḡ_k)
 
 c = w[index]·scale are the losses' coefficients; the loss is linear in them, so the second part is ⟨∇loss_j, ḡ_k⟩. With
-one micro-batch the gradient the update half needs falls out of the same graph; with several it is computed first.
+one micro-batch a gradient that ḡ is a function of falls out of the same graph; with several it is computed first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch, Objective, coefficients, random_draws
+from retrograd.core.step import Bars, Batch, Objective, coefficients, random_draws
 
 __all__ = ["Double"]
 
@@ -51,10 +51,11 @@ class Double:
         batches: Sequence[Batch],
         weights: Tensor,
         seed: str | None,
-        update_half: Callable[[Params], Params],
+        bars: Bars,
     ) -> tuple[Params, Tensor]:
-        """(H ḡ [K, *shape], scores [K, B(, L)]) with ḡ = update_half(g)."""
-        bars = None if len(batches) == 1 else update_half(self.gradient(params, batches, weights, seed)[1])
+        """(H ḡ [K, *shape], scores [K, B(, L)])."""
+        if callable(bars) and len(batches) > 1:
+            bars = bars(self.gradient(params, batches, weights, seed)[1])
         curvature: Params = {}
         scores = []
         for part, batch in enumerate(batches):
@@ -63,8 +64,8 @@ class Double:
             with torch.enable_grad(), random_draws(seed, part):
                 loss = self.objective(leaves, batch.inputs, factors)
                 grads = grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-            if bars is None:
-                bars = update_half({name: g.detach() for name, g in zip(leaves, grads)})
+            if callable(bars):
+                bars = bars({name: g.detach() for name, g in zip(leaves, grads)})
             products, slopes = _second(leaves, factors, grads, bars)
             curvature = {n: curvature[n] + products[n] for n in products} if curvature else products
             scores.append(slopes * batch.scale)

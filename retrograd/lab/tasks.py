@@ -1,0 +1,38 @@
+"""The lab's questions and prose as tasks of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from retrograd.lab.exams import SPLITS
+from retrograd.lab.subjects import SIDES
+from retrograd.lm.prompts import FORMS
+from retrograd.runs.tasks import Task
+
+__all__ = ["lab_tasks"]
+
+
+def lab_tasks(folder: Path) -> dict[str, Task]:
+    """Every side, split and form, held-out prose, and a few continuations of it.
+
+    Raises:
+        ValueError: If the folder is no finished lab.
+    """
+    path = folder / "lab.json"
+    if not path.exists() or "scores" not in json.loads(path.read_text(encoding="utf8")):
+        raise ValueError(f"--lab {folder} is no finished lab; build it with `retrograd lab {folder}`")
+    prose = str(folder / "corpora" / "prose_heldout.jsonl")
+    found = {}
+    for side in SIDES:
+        for form in FORMS:
+            asked: dict[str, Any] = {
+                "role": side,
+                "form": form,
+                "template": "plain" if form == "letter" else "plain_cloze",
+            }
+            for split in SPLITS:
+                questions = str(folder / "questions" / f"{side}_{split}.jsonl")
+                found[f"{side}_{split}_{form}"] = Task(questions, **asked)
+    return {**found, "prose_heldout": Task(prose, form="text"), "samples": Task(prose, form="generate", limit=4)}
