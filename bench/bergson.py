@@ -36,9 +36,12 @@ def build(folder: Path, steps: int, layers: int, width: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{k}": k for k in range(VOCABULARY)}, unk_token="w1"))
+    # special tokens are found inside words too: named w0 and w1 they would cut up w1159
+    words = ["<end>", "<unknown>", *(f"w{k}" for k in range(2, VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w0", unk_token="w1", pad_token="w0")
+    special = {"eos_token": "<end>", "unk_token": "<unknown>", "pad_token": "<end>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.save_pretrained(folder / "model")
     torch.manual_seed(0)
     GPTNeoXForCausalLM(

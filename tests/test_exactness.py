@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from worlds import Tokens, objective, params, query, training
 
 from retrograd.core import check, tree
+from retrograd.core.engine import Double
 from retrograd.core.muon import Muon, Pair, autograd_pullback
 from retrograd.core.optim import SGD, AdamW, Cotangent
-from retrograd.core.plan import make
+from retrograd.core.plan import Advance, Turn, make
 from retrograd.core.schedule import SCHEDULES, Schedule
-from retrograd.core.step import Recipe, initial_state, pullback, step
-from retrograd.core.sweep import metagradient
+from retrograd.core.step import Recipe, initial_state, pullback, recovered, step
+from retrograd.core.sweep import Ledger, MemorySlots, metagradient, seed_cotangent, sweep
 
 STEPS = len(Tokens())
 INGREDIENTS = {
@@ -226,8 +230,6 @@ def test_token_scores_sum_to_row_scores(recipe: Recipe) -> None:
 
 def test_one_global_normaliser(recipe: Recipe) -> None:
     """Micro-batching changes rounding only: per-part means would change the objective."""
-    from dataclasses import replace
-
     _, whole = metagradient(training(replace(recipe, micro_batch_size=None)), params(), query)
     _, parts = metagradient(training(replace(recipe, micro_batch_size=1)), params(), query)
     assert check.relative_error(parts, whole) < 1e-10
@@ -358,8 +360,6 @@ def test_torchopt_pair_through_the_autograd_update_half() -> None:
 
 def test_dropout_is_replayed_with_its_draws() -> None:
     """Active dropout: random numbers are a function of (seed, step, micro-batch), so replay and retraining agree."""
-    from dataclasses import replace
-
     from torch.nn import functional as F
 
     from retrograd.core.engine import Double
@@ -413,3 +413,67 @@ def test_large_leaves_are_updated_in_pieces_to_the_same_values(shape: tuple[int,
     monkeypatch.setattr("retrograd.core.optim._PIECE", 30)  # type: ignore[attr-defined]
     for one, other in zip(both(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_moments_around_a_step_give_its_gradient_back(optimizer: SGD | AdamW | Muon) -> None:
+    draw = torch.Generator().manual_seed(1)
+    theta = params(1)
+    moments = tree.map(lambda x: torch.rand(x.shape, generator=draw).double() * 0.1, optimizer.init(theta))
+    grads = tree.map(lambda x: torch.randn(x.shape, generator=draw).double() * 0.1, theta)
+    found = optimizer.recovered(theta, moments, optimizer.update(theta, moments, grads, 4)[1])
+    if isinstance(optimizer, Muon) or (isinstance(optimizer, SGD) and not optimizer.momentum):
+        assert found is None
+        return
+    assert found is not None
+    assert check.relative_error(*(torch.cat([x[n].flatten() for n in theta]) for x in (found, grads))) < 1e-14
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(AdamW(0.1, beta1=0.999)), Recipe(SGD(0.1, momentum=0.995)), Recipe(AdamW(0.1), max_grad_norm=1.0),
+], ids=["beta1", "momentum", "clipping"])  # fmt: skip
+def test_no_gradient_is_recovered_where_it_would_not_be_the_gradient(recipe: Recipe) -> None:
+    state = initial_state(recipe, params())
+    assert recovered(recipe, state, state.moments) is None
+
+
+def test_no_gradient_is_recovered_from_half_precision() -> None:
+    recipe = Recipe(AdamW(0.1))
+    state = initial_state(recipe, {name: theta.bfloat16() for name, theta in params().items()})
+    assert recovered(recipe, state, state.moments) is None
+
+
+@pytest.mark.parametrize("plan", ["all", "binomial"])
+@pytest.mark.parametrize("name", ["adamw-decay", "sgd-nesterov-decay"])
+def test_a_sweep_computes_no_gradient_that_the_moments_hold(name: str, plan: str, monkeypatch: object) -> None:
+    run = training(replace(INGREDIENTS[name], micro_batch_size=1))
+    calls, original = [], Double.gradient
+
+    def counting(self: Double, *given: Any) -> Any:
+        calls.append(1)
+        return original(self, *given)
+
+    actions = make(plan, STEPS, slots=3)
+    monkeypatch.setattr(Double, "gradient", counting)  # type: ignore[attr-defined]
+    _, scores = metagradient(run, params(), query, actions)
+    taken = sum(action.stop - action.start for action in actions if isinstance(action, Advance)) + 1
+    assert len(calls) == taken
+    monkeypatch.setattr("retrograd.core.sweep.recovered", lambda *given: None)  # type: ignore[attr-defined]
+    _, computed = metagradient(run, params(), query, actions)
+    assert len(calls) == 2 * taken + STEPS
+    assert check.relative_error(scores, computed) < 1e-12
+
+
+def test_a_sweep_has_the_same_bits_whether_the_final_state_is_at_hand() -> None:
+    run = training(INGREDIENTS["adamw"])
+    actions, ledger, slots = make("all", STEPS), Ledger(), MemorySlots()
+    turn = next(i for i, action in enumerate(actions) if isinstance(action, Turn)) + 1
+    *_, last, turned = sweep(actions[:turn], run, slots, ledger, state=initial_state(run.recipe, params()))
+    final, found = turned.outcome.state, []
+    for after in (final, None, last.outcome.state):
+        kept = MemorySlots()
+        kept.states = dict(slots.states)
+        bar = seed_cotangent(query(final.params)[1], final)
+        *_, event = sweep(actions[turn:], run, kept, ledger, state=last.outcome.state, cotangent=bar, after=after)
+        found.append(tree.digest((event.cotangent, event.scores)))
+    assert found[0] == found[1] == found[2]

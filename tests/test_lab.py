@@ -246,7 +246,11 @@ def test_other_settings_and_other_files_are_refused(built: Path, tmp_path: Path)
     for name, value in {"seed": 1, "facts": 32, "width": 64, "lr": 1e-3}.items():
         with pytest.raises(ValueError, match=f"{name}: "):
             build(built, **{name: value})
-    for path in (built / "corpora" / "prose.jsonl", built / "models" / "base" / "model.safetensors"):
+    for path in (
+        built / "corpora" / "prose.jsonl",
+        built / "models" / "base" / "model.safetensors",
+        built / "lm_eval" / "lab.yaml",
+    ):
         kept = path.read_bytes()
         path.write_bytes(kept + b"\n")
         with pytest.raises(ValueError, match=f"{re.escape(path.name)} is missing or has changed"):

@@ -214,8 +214,10 @@ def pullback(
         bars = clip_pullback(grads, limit, bars) if limit else bars
         return bars if probe is None else {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
 
-    bars = update_half if grads is None else update_half(grads)
-    del grads
+    bars: Bars = update_half
+    if grads is not None:
+        bars = update_half(grads)
+        del cotangent, grads  # their memory is the engine's now, if the caller has let go of them too
     curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars)
     del bars
     pulled, numbers, metric = after

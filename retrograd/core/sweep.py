@@ -16,7 +16,7 @@ from torch import Tensor
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.optim import Cotangent, Moments, Params
-from retrograd.core.step import State, Stepped, Training, initial_state, pullback, recovered, step
+from retrograd.core.step import Pulled, State, Stepped, Training, initial_state, pullback, recovered, step
 
 __all__ = [
     "Advanced",
@@ -180,13 +180,13 @@ def sweep(
                 assert state.step == t, "the plan was checked"
                 if reached is None or reached[0] != t + 1:
                     reached = (t + 1, _after(training, state, ledger))
-                pulled = pullback(training, state, cotangent, probe, recovered(training.recipe, state, reached[1]))
-                reached = (t, state.moments)
+                # handed over, so that what the update half has used up is free before the engine begins
+                grads, bars = [recovered(training.recipe, state, reached[1])], [cotangent]
+                cotangent, reached = None, (t, state.moments)
+                pulled = pullback(training, state, bars.pop(), probe, grads.pop())
                 cotangent, probe = pulled.cotangent, _unit(pulled.probe)
-                norm, nonfinite = _health(cotangent, pulled.scores, t)
-                yield Reversed(
-                    t, cotangent, pulled.index, pulled.scores, norm, nonfinite, pulled.recipe, pulled.sharpness
-                )
+                yield _reversed(t, pulled)
+                del pulled
 
 
 def metagradient(
@@ -269,6 +269,12 @@ def _after(training: Training, state: State, ledger: Ledger) -> Moments:
     if recovered(training.recipe, state, state.moments) is None:
         return state.moments
     return _advance(training, state, ledger).state.moments
+
+
+def _reversed(step: int, pulled: Pulled) -> Reversed:
+    norm, nonfinite = _health(pulled.cotangent, pulled.scores, step)
+    numbers = (pulled.index, pulled.scores, norm, nonfinite, pulled.recipe, pulled.sharpness)
+    return Reversed(step, pulled.cotangent, *numbers)
 
 
 def _random_probe(params: Params) -> Params:

@@ -6,7 +6,7 @@ count, a None) pass through unchanged, so that mapping over a state cannot forge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Frame", "digest", "dot", "frame", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "unnamed"]
+__all__ = [
+    "Frame", "digest", "dot", "frame", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "stacked", "unnamed",
+]  # fmt: skip
 
 T = TypeVar("T")
 _HOLE = type("Hole", (), {"__repr__": lambda _: "tensor"})()
@@ -94,9 +96,11 @@ def named(tree: Any) -> dict[str, Tensor]:
     return {".".join(_key(k) for k in path): leaf for path, leaf in flat if isinstance(leaf, Tensor)}
 
 
-def unnamed(like: T, tensors: dict[str, Tensor]) -> T:
+def unnamed(like: T, tensors: dict[str, Tensor], *, move: bool = True) -> T:
     """The tree of the structure `like` whose tensors are given by path; inverse of `named`.
 
+    Args:
+        move: Bring every tensor to the device of its like.
     Raises:
         ValueError: If a tensor is missing, unknown, or of another shape or dtype.
     """
@@ -110,8 +114,13 @@ def unnamed(like: T, tensors: dict[str, Tensor]) -> T:
                 f"tensor {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, "
                 f"this state has {tuple(leaf.shape)} {leaf.dtype}"
             )
-    ordered = iter([tensors[name].to(leaf.device) for name, leaf in wanted.items()])
+    ordered = iter([tensors[name].to(leaf.device) if move else tensors[name] for name, leaf in wanted.items()])
     return map(lambda _: next(ordered), like)
+
+
+def stacked(group: Sequence[Tensor]) -> Tensor:
+    """[K, *shape] of K tensors; of a single one a view instead of a copy."""
+    return group[0].unsqueeze(0) if len(group) == 1 else torch.stack(list(group))
 
 
 def digest(tree: Any) -> str:
@@ -135,9 +144,11 @@ def _bit_sum(leaf: Tensor) -> int:
     whole = words // _BLOCK * _BLOCK
     body, rest = raw[: words * 8].view(torch.int64), raw[words * 8 :].tolist()
     blocks, ramp = body[:whole].view(-1, _BLOCK), _ramp(str(leaf.device))
-    sums = torch.mv(blocks, ramp) if leaf.device.type == "cpu" else (blocks * ramp).sum(1)
+    on_cpu = leaf.device.type == "cpu"  # a GPU has no product of integer matrices
+    tail, factors = body[whole:], ramp[: words - whole]
+    sums = torch.mv(blocks, ramp) if on_cpu else (blocks * ramp).sum(1)
     total = sum(part * (2 * place + 1) for place, part in enumerate(sums.tolist()))
-    total += int((body[whole:] * ramp[: words - whole]).sum()) * (2 * len(sums) + 1)
+    total += int(torch.dot(tail, factors) if on_cpu else (tail * factors).sum()) * (2 * len(sums) + 1)
     return (total + sum(byte << (8 * place) for place, byte in enumerate(rest, 1))) % (1 << 64)
 
 

@@ -8,7 +8,6 @@ whatever the machine has, so that its bits do not depend on the cores. They are 
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +18,14 @@ import torch
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import AdamW, Params
+from retrograd.core.optim import AdamW
 from retrograd.core.schedule import Schedule
 from retrograd.core.step import Recipe, Training, initial_state
 from retrograd.core.sweep import Event
 from retrograd.lm.data import load_documents
 from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.rows import build_rows
+from retrograd.lm.save import save_causal_lm
 from retrograd.lm.stream import DataStream
 from retrograd.runs.files import file_digest
 from retrograd.runs.manifest import fingerprint
@@ -69,7 +69,7 @@ def save_random(folder: Path, tokenizer: Any, size: Size) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(size.seed)
-        _save(folder, GPTNeoXForCausalLM(config), tokenizer)
+        save_causal_lm(folder, GPTNeoXForCausalLM(config), tokenizer)
 
 
 def steps_of(folder: Path, name: str, size: Size) -> int:
@@ -98,8 +98,7 @@ def train_model(
         replay = Replay(plan="binomial", slots=1, heartbeat=heartbeat)
         place = folder / "training" / name
         final = Trajectory(training, initial, replay, place, identity, observe).train()
-        _place(lm, final.params)
-        _save(folder / "models" / name, lm.module, tokenizer)
+        save_causal_lm(folder / "models" / name, lm.module, tokenizer, final.params)
         shutil.rmtree(place)
 
 
@@ -121,21 +120,3 @@ def _training(mixture: Path, lm: CausalLM, tokenizer: Any, size: Size) -> Traini
     warmup = min(steps - 1, math.ceil(0.05 * steps))
     optimizer = AdamW(Schedule("linear", size.lr, steps, warmup), beta2=0.99)
     return Training(Recipe(optimizer, max_grad_norm=1.0, seed=size.seed), Double(lm.objective), stream, stream.weights)
-
-
-def _place(lm: CausalLM, params: Params) -> None:
-    """Write parameters into the module; leaves of `trainable` share its storage."""
-    with torch.no_grad():
-        for name, leaf in lm.params.items():
-            leaf.copy_(params[name])
-
-
-def _save(folder: Path, module: Any, tokenizer: Any) -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    module.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    os.replace(temporary, folder)

@@ -40,6 +40,12 @@ Splits of the questions:
 
 The same rows are asked by letter (`--query.form letter`) and by text (`--query.form cloze`).
 
+`lm_eval/` asks all of them in lm-evaluation-harness, with the same prompts:
+
+```bash
+lm_eval --model hf --model_args pretrained=models/base --include_path lm_eval --tasks lab
+```
+
 This repeats the training of `models/base`, on one thread with the same bits, and scores every row of its data:
 
 ```bash

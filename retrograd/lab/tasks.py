@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from retrograd.lab.exams import SPLITS
+from retrograd.lab.harness import FOLDER, harness_name
 from retrograd.lab.subjects import SIDES
 from retrograd.lm.prompts import FORMS
-from retrograd.runs.tasks import Task
+from retrograd.runs.tasks import Role, Task
 
-__all__ = ["lab_tasks"]
+__all__ = ["harness_tasks", "lab_tasks"]
 
 
 def lab_tasks(folder: Path) -> dict[str, Task]:
@@ -36,3 +37,19 @@ def lab_tasks(folder: Path) -> dict[str, Task]:
                 questions = str(folder / "questions" / f"{side}_{split}.jsonl")
                 found[f"{side}_{split}_{form}"] = Task(questions, **asked)
     return {**found, "prose_heldout": Task(prose, form="text"), "samples": Task(prose, form="generate", limit=4)}
+
+
+def harness_tasks(folder: Path) -> tuple[dict[str, Role], Path]:
+    """The same questions as tasks of lm-eval: names with their roles, and the folder of their files.
+
+    Raises:
+        ValueError: If the folder is no finished lab, or of a version that wrote no such files.
+    """
+    asked = {name: task for name, task in lab_tasks(folder).items() if task.choices}
+    missing = [name for name in asked if not (folder / FOLDER / f"{harness_name(name)}.yaml").exists()]
+    if missing:
+        raise ValueError(
+            f"--lab {folder} has no {FOLDER}/{harness_name(missing[0])}.yaml: an earlier version built it. Build the "
+            "lab again in another folder"
+        )
+    return {harness_name(name): task.role for name, task in asked.items()}, folder / FOLDER

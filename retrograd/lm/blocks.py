@@ -109,7 +109,7 @@ class VocabularyHead:
         for k, found in enumerate(along):
             slopes[k, rows, columns + 1] = found[3].to(slopes)
         back = torch.stack([_spread(found[0], x, place) for found in along if found[0] is not None])
-        return _spread(dh, x, place), back, {name: torch.stack([g[name] for g in each]) for name in each[0]}, slopes
+        return _spread(dh, x, place), back, {name: tree.stacked([g[name] for g in each]) for name in each[0]}, slopes
 
     def _wanted(self) -> tuple[bool, bool, bool]:
         return True, "weight" in self.names, "bias" in self.names

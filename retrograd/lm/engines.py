@@ -1,4 +1,4 @@
-"""Which engine differentiates a language model: `double`, or `blocks` where the double graph would not fit.
+"""Which engine differentiates a language model: `double`, or `blocks` where that does not fit or takes longer.
 
 With G the bytes of a micro-batch's double graph, L layers, x the bytes of one hidden state [B, T, D] and K queries,
 
@@ -8,6 +8,13 @@ of activations are live. G is measured, not derived: everything that autograd sa
 gradient's graph on one row of 4, 8 and 12 tokens is counted, a + bT + cT² through the three is what a row of T needs,
 and the second way back holds cotangents of it besides. Peaks of whole processes were 0.8 to 1.1 of the figure for
 `double` and 0.9 to 1.3 for `blocks` (bench/engines.py).
+
+With h multiplications a token in a trained vocabulary head and b in all layers, a step and its pullback take, in units
+of a forward pass and where the moments give the gradient back,
+
+    double  (13 + 6(K−1))·h + (12 + 6(K−1))·b          blocks  (11 + 6(K−1))·h + (16 + 8(K−1))·b
+
+so `blocks` takes less where h > (1 + K)·b: small models with large vocabularies.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ from retrograd.core.engine.compiled import no_compiler
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import decoder_chain
-from retrograd.lm.model import inner, trainable
+from retrograd.lm.model import has_plain_head, inner, trainable
 
 __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 
@@ -38,12 +45,16 @@ _Objective = Callable[[Params, Any, Tensor], Tensor]
 
 
 class Load(NamedTuple):
-    """Rows of a micro-batch, tokens of its longest row, queries, and the bytes of activations that fit."""
+    """Rows of a micro-batch, tokens of its longest row, queries, and the bytes of activations that fit.
+
+    spared: whether the sweep knows the gradients from the moments.
+    """
 
     rows: int
     length: int
     queries: int
     budget: int
+    spared: bool = False
 
 
 class Choice(NamedTuple):
@@ -56,7 +67,7 @@ class Choice(NamedTuple):
 
 
 def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Load | None = None) -> Choice:
-    """The engine of a name; for "auto", `double` where its graph fits, and else `blocks` where the model is a chain.
+    """The engine of a name; for "auto", `double` where its graph fits and it is faster, else `blocks` if possible.
 
     Raises:
         ValueError: If there is no such engine, or `blocks` is asked for and the model is no chain of layers.
@@ -73,8 +84,10 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     except (ValueError, RuntimeError) as error:
         return Choice(Double(objective), "double", f"what it needs could not be measured: {_told(error)}")
     needs = f"double takes about {_size(graph)} of activations, {_size(max(0, load.budget))} may be used"
-    if graph <= load.budget:
+    if graph <= load.budget and not (load.spared and _mostly_head(module, load.queries)):
         return Choice(Double(objective), "double", needs)
+    if graph <= load.budget:
+        needs += ", but most of the work is the vocabulary head, of which blocks does less"
     try:
         chain = decoder_chain(module)
     except ValueError as error:
@@ -85,48 +98,49 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     return Choice(Blocks(chain), "blocks", f"{needs}; blocks takes about {_size(small)}")
 
 
-def compiled_engine(module: nn.Module, batches: Sequence[Batch], queries: int) -> Choice:
-    """The `blocks` engine with the passes over its layers compiled, for batches of these shapes.
+def compiled_engine(module: nn.Module, shape: tuple[int, int], proofs: Sequence[Batch], queries: int) -> Choice:
+    """The `blocks` engine with the passes over its layers compiled.
 
-    A gradient and a pullback of each batch are computed, compiled and eager, and have to agree.
-
+    Args:
+        shape: Rows and tokens of a large batch, which the code is optimised for.
+        proofs: Batches whose gradient and pullback are computed, compiled and eager, and have to agree.
     Raises:
         ValueError: If there is no compiler, the model is no chain of layers, no two of them are alike, or they cannot
             be compiled to what they compute.
     """
-    params = trainable(module)[0]
-    first = next(iter(params.values()))
-    reason = no_compiler(first.device)
+    reason = no_compiler(next(iter(trainable(module)[0].values())).device)
     if reason is not None:
         raise ValueError(f"--compile cannot be used here: {reason}. Leave --compile out.")
     chain = decoder_chain(module, alike=True)
-    compiled = Compiled(chain.links)
+    compiled = Compiled(chain.links, shape)
     if not compiled.calls:
         raise ValueError("--compile has nothing to share: no two layers are of one structure. Leave --compile out.")
-    chosen, eager = Blocks(chain, compiled), Blocks(chain)
+    for batch in proofs:
+        try:
+            _prove_equal(module, Blocks(chain, compiled), Blocks(chain), batch, queries)
+        except RuntimeError as error:
+            raise ValueError(
+                f"--compile cannot be used with {type(inner(module)).__name__}: {_told(error)} Leave --compile out."
+            ) from error
+    return Choice(Blocks(chain, compiled), "blocks", f"asked for by --compile: {compiled.told}", compiled)
+
+
+def _prove_equal(module: nn.Module, chosen: Engine, eager: Engine, batch: Batch, queries: int) -> None:
+    """Refuses a chosen engine whose H ḡ or scores are not those of the other."""
+    params = trainable(module)[0]
+    weights = torch.ones(int(batch.index.max()) + 1, dtype=batch.scale.dtype, device=batch.scale.device)
 
     def along(grads: Params) -> Params:
         return {name: torch.stack([g] * max(1, queries)) for name, g in grads.items()}
 
-    for batch in batches:
-        weights = torch.ones(int(batch.index.max()) + 1, dtype=batch.scale.dtype, device=batch.scale.device)
-        try:
-            chosen.gradient(params, [batch], weights, None)
-            found = chosen.pullback(params, [batch], weights, None, along)
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+    found, expected = (engine.pullback(params, [batch], weights, None, along) for engine in (chosen, eager))
+    for what, one, other in zip(("H ḡ", "scores"), found, expected, strict=True):
+        difference, size = float(tree.norm(tree.map(torch.sub, one, other))), float(tree.norm(other))
+        if not difference <= _ROUNDING.get(next(iter(params.values())).dtype, 0.1) * size:
             raise ValueError(
-                f"--compile cannot be used with {type(inner(module)).__name__}: {_told(error)} Leave --compile out."
-            ) from error
-        expected = eager.pullback(params, [batch], weights, None, along)
-        difference = [float(tree.norm(tree.map(torch.sub, one, other))) for one, other in zip(found, expected)]
-        allowed = _ROUNDING.get(first.dtype, 0.1)
-        if any(d > allowed * float(tree.norm(x)) for d, x in zip(difference, expected)):
-            raise ValueError(
-                f"--compile changes the results of {type(inner(module)).__name__} beyond rounding: H ḡ by "
-                f"{difference[0]:.2g} of {float(tree.norm(expected[0])):.2g}. Leave --compile out."
+                f"--compile changes the results of {type(inner(module)).__name__} beyond rounding: {what} by "
+                f"{difference:.2g} of {size:.2g}. Leave --compile out."
             )
-    told = f"asked for by --compile; {compiled.graphs} compilations serve {len(chain.links)} links"
-    return Choice(chosen, "blocks", told, compiled)
 
 
 def graph_bytes(module: nn.Module, objective: _Objective, rows: int, length: int) -> int:
@@ -163,6 +177,17 @@ def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int) -> int:
         grads = grad(loss, list(live.values()), create_graph=True, materialize_grads=True)
     del loss, grads
     return sum(held.values())
+
+
+def _mostly_head(module: nn.Module, queries: int) -> bool:
+    """Whether a trained vocabulary head outweighs all layers by so much that `blocks` takes less time."""
+    if not has_plain_head(module):
+        return False
+    ends = [inner(module).get_input_embeddings(), inner(module).get_output_embeddings()]
+    outside = {id(p) for end in ends for p in end.parameters()}
+    body = sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in outside)
+    head = ends[1].weight
+    return bool(head.requires_grad) and head.numel() > (1 + queries) * body
 
 
 def _hidden_bytes(module: nn.Module, load: Load) -> int:

@@ -3,13 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["scatter"]
+__all__ = ["Curve", "curves", "scatter"]
 
-MOST = 12  # queries drawn at once; the others are a click away in the legend
+MOST = 12  # queries or tasks drawn at once; the others are a click away in the legend
+
+
+class Curve(NamedTuple):
+    """values by step, None where missing; intervals: (low, high) by step, if there are any."""
+
+    name: str
+    steps: Sequence[int]
+    values: Sequence[float | None]
+    intervals: Sequence[Sequence[float] | None] = ()
+
+
+def curves(panels: Sequence[tuple[str, Sequence[Curve]]], title: str, marked: int | None = None) -> str:
+    """Values against the training step, a panel under another for each unit.
+
+    Args:
+        panels: (what the vertical axis shows, its curves); panels without a curve are left out.
+        marked: A step to point out.
+    """
+    from plotly.subplots import make_subplots
+
+    shown = [(axis, found) for axis, found in panels if found]
+    figure = make_subplots(rows=max(1, len(shown)), shared_xaxes=True, vertical_spacing=0.06)
+    for row, (axis, found) in enumerate(shown, start=1):
+        for number, curve in enumerate(found):
+            visible: Any = True if number < MOST else "legendonly"
+            figure.add_scatter(
+                x=list(curve.steps), y=list(curve.values), error_y=_bars(curve), name=curve.name, visible=visible,
+                mode="lines+markers", row=row, col=1,
+            )  # fmt: skip
+        figure.update_yaxes(title_text=axis, row=row, col=1)
+    if marked is not None and shown:
+        figure.add_vline(x=marked, line={"dash": "dot", "color": "gray"}, annotation_text=f"best: step {marked}")
+    figure.update_xaxes(title_text="training step", row=max(1, len(shown)), col=1)
+    figure.update_layout(title=title, template="plotly_white", height=200 + 320 * max(1, len(shown)))
+    return figure.to_html(include_plotlyjs=True)
+
+
+def _bars(curve: Curve) -> dict[str, Any] | None:
+    """Intervals as plotly draws them: distances from the value."""
+    if not curve.intervals:
+        return None
+    pairs = [(v, i) if v is not None and i else (0.0, (0.0, 0.0)) for v, i in zip(curve.values, curve.intervals)]
+    up, down = [high - v for v, (_, high) in pairs], [v - low for v, (low, _) in pairs]
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 0.6, "width": 2}
 
 
 def scatter(sets: Sequence[tuple[str, float, np.ndarray, np.ndarray]], names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from retrograd.lm.choices import Scored
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_atomic
 
-__all__ = ["Answers", "Measured", "Samples", "Texts", "read_measured", "write_measured"]
+__all__ = ["Answers", "Measured", "Samples", "Texts", "read_measured", "read_table", "write_measured", "write_table"]
 
 _ABOUT = b"retrograd"
 
@@ -71,7 +71,6 @@ def write_measured(path: Path, measured: Measured, about: dict[str, Any]) -> Non
         about: What was asked of which weights; at least model, task and dtype.
     """
     import pyarrow
-    from pyarrow import parquet
 
     if isinstance(measured, Answers):
         columns = _answers(measured)
@@ -84,9 +83,21 @@ def write_measured(path: Path, measured: Measured, about: dict[str, Any]) -> Non
     types = {"subject": pyarrow.string(), "letter_mass": pyarrow.float64(), "text": pyarrow.string(),
              "chosen": pyarrow.int64(), "chosen_norm": pyarrow.int64(), "right": pyarrow.bool_(),
              "right_norm": pyarrow.bool_()}  # fmt: skip
-    table = pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in both.items()})
-    told = json.dumps({"kind": type(measured).__name__, **about}, ensure_ascii=False)
-    table = table.replace_schema_metadata({_ABOUT: told.encode()})
+    write_table(path, both, types, {"kind": type(measured).__name__, **about})
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]], types: dict[str, Any], about: dict[str, Any]) -> None:
+    """Columns as a parquet file that says what it is, whole or not at all.
+
+    Args:
+        types: Of columns that may be all null, or are not what pyarrow takes them for.
+        about: Goes to the file's metadata; `kind` is needed.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})
+    table = table.replace_schema_metadata({_ABOUT: json.dumps(about, ensure_ascii=False).encode()})
     write_atomic(path, lambda temporary: parquet.write_table(table, temporary))
 
 
@@ -96,14 +107,22 @@ def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
     Raises:
         RunError: If it is no such file, or damaged.
     """
+    return read_table(path, _KINDS)
+
+
+def read_table(path: Path, kinds: dict[str, Callable[[dict[str, list[Any]]], Any]]) -> tuple[Any, dict[str, Any]]:
+    """A file of `write_table`: its columns as its kind takes them, and what it says of itself.
+
+    Raises:
+        RunError: If it is no such file, damaged, or of no kind among these.
+    """
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.read_table(path)
         about = json.loads((table.schema.metadata or {})[_ABOUT])
-        columns = table.to_pydict()
-        return _KINDS[about["kind"]](columns), about
+        return kinds[about["kind"]](table.to_pydict()), about
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         raise RunError(f"{path} is damaged or of another kind ({error}). Delete it and run again.") from error
 

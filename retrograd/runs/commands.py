@@ -111,7 +111,7 @@ class LabConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Ask models the same questions, zero-shot, and say which of them are broken.
+    """Ask models the same questions and say which of them are broken.
 
     Exit code 0 if everything was measured, 1 if something is missing; the same command tries what is missing again.
     """
@@ -122,8 +122,9 @@ class EvaluateConfig:
     """Folder of the results. Running again does what is not done; further models may join."""
     lab: Path | None = None
     """A folder of `retrograd lab`: all its questions, its held-out prose and its base and filtered models."""
-    tasks: Path | None = None
-    """Or a YAML file of tasks, settings by name: {mmlu: , mine: {dataset: questions.jsonl, form: cloze}}."""
+    tasks: str | Path | None = None
+    """Or a YAML file of tasks, settings by name: {mmlu: , mine: {dataset: questions.jsonl, form: cloze}}.
+    With --backend lm-eval: names of its tasks, tags and groups, and YAML files of its tasks, as a,b,c."""
     reference: str | None = None
     """The model that the others are compared with; the lab's base model, or else the first, when None."""
     knows: str | None = None
@@ -137,4 +138,14 @@ class EvaluateConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     batch_size: int = 16
-    """Questions read at once; by text, each with all its answers."""
+    """Questions read at once; by text, each with all its answers. lm-eval: rows."""
+    backend: Literal["retrograd", "lm-eval"] = "retrograd"
+    """Who asks: this package, or lm-evaluation-harness with everything it offers (the extra `eval`)."""
+    include_path: Path | None = None
+    """lm-eval: folder of YAML files of further tasks."""
+    num_fewshot: int | None = None
+    """lm-eval: examples before each question, where a task does not fix them at 0; each task's own number when None."""
+    limit: int | None = None
+    """lm-eval: the first questions of each task only."""
+    forget: str | None = None
+    """lm-eval: which of --tasks ask what is to go, as a,b,c: no damage if it does."""

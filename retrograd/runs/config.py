@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from retrograd.runs.during import DuringConfig, check_during
 from retrograd.runs.parse import build, parse_size, read_yaml
 
 __all__ = [
@@ -129,7 +130,7 @@ class ReplayConfig:
     plan: Literal["auto", "all", "interval", "sqrt", "log", "binomial"] = "auto"
     """auto keeps all states if they fit, else takes the binomial plan over those that do."""
     memory: str = "auto"
-    """Host memory for states, such as 8GiB; auto takes half of what is free."""
+    """Host memory for states, such as 8GiB; auto takes half of what is free. States on disk take up to two more."""
     disk: str = "auto"
     """Disk for states; auto takes half of what is free."""
     interval: int | None = None
@@ -186,6 +187,10 @@ class MagicConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     sharpness: bool = False
     """Estimate lr·λ_max of the Hessian by step; costs one more Hessian-vector product a step."""
+    evaluate: DuringConfig = field(default_factory=DuringConfig)
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also show the numbers of metrics.jsonl in tensorboard, wandb (offline) or trackio (local); several may be given.
+    Each needs its extra: pip install "retrograd[tensorboard]"."""
     config: Path | None = None
     """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
     overwrite: bool = False
@@ -194,7 +199,7 @@ class MagicConfig:
 
 # Where a run is and how it is carried out do not change what it computes.
 # The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
-_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine", "compile")
+_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine", "compile", "evaluate", "log")
 
 
 def to_dict(config: MagicConfig) -> dict[str, Any]:
@@ -280,6 +285,7 @@ def check(config: MagicConfig) -> None:
     for size in (replay.memory, replay.disk):
         if size != "auto":
             parse_size(size)
+    check_during(config.evaluate)
     queries = queries_of(config)
     if "query" in config.queries and config.query != QueryConfig():
         raise ValueError("--query_file has a query named 'query', which is the one of --query; give it another name")
@@ -330,9 +336,11 @@ def _check_belongs(name: str, query: QueryConfig, source: str, changed: list[str
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as YAML has them."""
+    """Tuples as lists and paths as text, as YAML has them."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, Path):
+        return str(value)
     return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
 
 

@@ -20,7 +20,7 @@ from retrograd.runs.diagnosis import Evaluated, diagnose, rights
 from retrograd.runs.errors import RunError
 from retrograd.runs.tasks import Task
 
-__all__ = ["failed_path", "measured_path", "summarise"]
+__all__ = ["described", "failed_path", "failure", "measured_path", "summarise", "together"]
 
 
 def measured_path(folder: Path, model: str, task: str) -> Path:
@@ -78,7 +78,7 @@ def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[d
         if path.exists():
             results[name], about = read_measured(path)
             digests[str(path)] = about["digest"]
-            why = _failure(results[name], task)
+            why = failure(results[name], task)
         else:
             why = failed.read_text(encoding="utf8").strip() if failed.exists() else "it was not measured"
         if why:
@@ -89,11 +89,11 @@ def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[d
             "changed meanwhile. Delete that folder and run again."
         )
     for group in dict.fromkeys(task.group for task in tasks.values() if task.group):
-        results[group] = _together([results[name] for name, task in tasks.items() if task.group == group])
+        results[group] = together([results[name] for name, task in tasks.items() if task.group == group])
     return Evaluated(model, next(iter(digests.values()), None), results)
 
 
-def _failure(measured: Measured | None, task: Task) -> str | None:
+def failure(measured: Measured | None, task: Task) -> str | None:
     """What in a file is no number."""
     if isinstance(measured, Answers) and (bad := int(measured.scored.failed.sum())):
         return f"{bad} of {len(measured.scored.gold)} questions have no finite log-probability"
@@ -104,7 +104,7 @@ def _failure(measured: Measured | None, task: Task) -> str | None:
     return None
 
 
-def _together(parts: list[Measured | None]) -> Measured | None:
+def together(parts: Sequence[Measured | None]) -> Answers | None:
     """All questions of a group; None if a part is missing."""
     answers = [part for part in parts if isinstance(part, Answers)]
     if len(answers) < len(parts):
@@ -125,9 +125,12 @@ def _together(parts: list[Measured | None]) -> Measured | None:
 
 
 def _result(model: Evaluated, name: str, task: Task) -> dict[str, Any]:
+    return {"model": model.name, "task": name, **described(model.results[name], task)}
+
+
+def described(measured: Measured | None, task: Task) -> dict[str, Any]:
     """One model and task as plain values; null where missing."""
-    measured = model.results[name]
-    found = {"model": model.name, "task": name, "form": task.form, "role": task.role}
+    found: dict[str, Any] = {"form": task.form, "role": task.role}
     if isinstance(measured, Answers):
         return found | _accuracy(measured, task)
     if isinstance(measured, Texts):

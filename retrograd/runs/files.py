@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrograd.runs.buffers import as_bytes
 from retrograd.runs.errors import RunError
 
 __all__ = [
@@ -70,9 +71,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     write_atomic(path, lambda t: save_file(flat, t, metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: Path, rooms: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a safetensors file.
 
+    Args:
+        rooms: Tensors like those given, to read into; fresh ones when None. A copy of what is mapped would for a while
+            take the memory twice.
     Raises:
         RunError: If the file is truncated or not of this format.
     """
@@ -80,7 +86,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            if rooms is None:
+                return {name: tensor.clone() for name, tensor in mapped.items()}, metadata
+        return _read_into(rooms(mapped), path), metadata
     except (SafetensorError, OSError, ValueError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise RunError(
@@ -106,6 +116,18 @@ def read_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf8").split("\n")[:-1] if line]
+
+
+def _read_into(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Fill contiguous tensors from a safetensors file; format: github.com/huggingface/safetensors#format."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for name, tensor in tensors.items():
+            file.seek(8 + length + header[name]["data_offsets"][0])
+            if file.readinto(memory := as_bytes(tensor).data) != len(memory):
+                raise OSError(f"it ends within tensor {name}")
+    return tensors
 
 
 @contextmanager

@@ -52,13 +52,13 @@ class Bars:
         elif isinstance(event, Advanced) and "reverse" in self.tasks:
             self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
 
-    def move(self, name: str, done: int, note: str = "", total: int | None = None) -> None:
+    def move(self, name: str, done: int, note: str = "", total: int | None = None, unit: str = "steps") -> None:
         """Move any bar, `steps` long if no total is given; it appears when it first moves."""
         if name not in self.tasks:
             total = self.steps if total is None else total
             self.tasks[name] = self.progress.add_task(name, total=total, completed=done - 1, rate="", note="")
         task = next(task for task in self.progress.tasks if task.id == self.tasks[name])
-        rate = f"{task.speed:.2f} steps/s" if task.speed else ""
+        rate = f"{task.speed:.2f} {unit}/s" if task.speed else ""
         self.progress.update(self.tasks[name], completed=done, rate=rate, note=note)
 
 

@@ -1,20 +1,28 @@
-"""State slots in host memory and on disk.
+"""State slots in host memory and on disk, written and read beside the computation.
 
 A plan's slots are a stack. Its lowest positions are held longest and read least, so those go to disk when memory does
-not hold all. In memory a state is one flat buffer: kept leaf by leaf, states would lie scattered among the steps'
-temporaries and a run of 10 GiB of states was seen to take 18. On disk it is one safetensors file with its digest, so a
-flipped bit or a truncated file is seen when it is read.
+not hold all. On disk a state is one safetensors file with its digest, so a flipped bit or a truncated file is seen when
+it is read.
+
+One thread writes and reads, in the order it is asked to. At most one state is on its way out, and at most one is read
+ahead, the next one the plan restores: that is the memory taken beyond the slots. A file has its name only when it is
+whole, so a kill at any moment loses what was under way and nothing else.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.step import State
+from retrograd.runs.buffers import Copy, copy_alone, leave_empty, packed
+from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
 
@@ -24,25 +32,56 @@ __all__ = ["Store"]
 class Store:
     """Slots of one trajectory.
 
+    Every method that finds that a state given earlier could not be written raises the RunError that says why, and goes
+    on raising it: the run has to stop, and resumes from the files that are there.
+
     Args:
         initial: State 0; never written, and the pattern of all states.
         folder: Where disk slots are; None for memory only.
         identity: Hash of recipe, data and model; states of another are refused.
         on_disk: How many of the stack's lowest positions go to disk.
+        digests: Step → digest, where the ledger has computed it; a state it does not know is digested here.
     """
 
-    def __init__(self, initial: State, folder: Path | None, identity: str, on_disk: int = 0) -> None:
+    def __init__(
+        self,
+        initial: State,
+        folder: Path | None,
+        identity: str,
+        on_disk: int = 0,
+        digests: Mapping[int, str] | None = None,
+    ) -> None:
         self.initial, self.folder, self.identity, self.on_disk = initial, folder, identity, on_disk
+        self.digests = {} if digests is None else digests
         self.memory: dict[int, State] = {}
         self.held: list[int] = []
         self.kept: set[int] = set()  # files that outlive their slot
+        self._copies = Copies(initial)
+        self._thread = ThreadPoolExecutor(1, "states")  # begins with its first job and ends with the store
+        self._saved: set[int] = set()  # files written, or being written, by this store
+        self._leaving: dict[int, State] = {}  # the one on its way out; it stays if it cannot be written
+        self._last: Future[None] | None = None  # the job of that one
+        self._coming: tuple[int, Future[State]] | None = None
+        self._restores: deque[int] = deque()  # of the plan being followed, those still to come
+
+    def follow(self, actions: Iterable[plans.Action]) -> None:
+        """Expect the Restores of a plan, and read each ahead of its time; replaces what was expected."""
+        self._restores = deque(action.step for action in actions if isinstance(action, plans.Restore))
+        self._coming = None
+        self._read_ahead(None)
 
     def put(self, state: State) -> None:
         """Hold a state in memory or on disk, by its position in the stack."""
-        if state.step and self.folder and len(self.held) < self.on_disk:
-            self.save(state)
+        self._raise()
+        if state.step == 0:
+            self.memory[0] = state
+        elif self.folder and len(self.held) < self.on_disk:
+            if state.step not in self._saved:
+                self.save(state)
+        elif self._copies.on_host:
+            self.memory[state.step] = _in_memory(state)
         else:
-            self.memory[state.step] = _packed(state) if state.step else state
+            self._send(state, lambda host: self.memory.update({state.step: _in_memory(host, copy_alone)}))
         self.held.append(state.step)
 
     def get(self, step: int) -> State:
@@ -51,17 +90,119 @@ class Store:
         Raises:
             RunError: If its file is broken, or was written by another run.
         """
-        if step in self.memory:
-            return tree.map(lambda x, like: x.to(like.device), self.memory[step], self.initial)
+        self._raise()
+        if self._restores and self._restores[0] == step:
+            self._restores.popleft()
+        state = self._near(step)
+        if state is None:
+            coming = self._coming if self._coming and self._coming[0] == step else (step, self._fetch(step))
+            self._coming = None
+            state = coming[1].result()
+        self._read_ahead(state)
+        return state
+
+    def drop(self, step: int) -> None:
+        """Give up a slot."""
+        if step in self._leaving and step not in self.kept:
+            self.settle()
+        self.memory.pop(step, None)
+        if step in self.held:
+            self.held.remove(step)
+        if self._coming and self._coming[0] == step:
+            self._coming = None
+        if self.folder and step not in self.kept:
+            self.remove(step)
+
+    def save(self, state: State, instead_of: Collection[int] = ()) -> None:
+        """Make a state durable, in a moment; the files of `instead_of` are removed once it is."""
+        known = self.digests.get(state.step)
+        digest = known if known is not None else tree.digest((state.params, state.moments))
+        metadata = {"step": str(state.step), "identity": self.identity, "digest": digest}
+        path, old = self.path(state.step), [self.path(step) for step in instead_of]
+
+        def write(host: State) -> None:
+            write_tensors(path, tree.named(host), metadata)
+            for file in old:
+                file.unlink(missing_ok=True)
+
+        self._send(state, write)
+        self._saved.add(state.step)
+        self._saved.difference_update(instead_of)
+
+    def has(self, step: int) -> bool:
+        """Whether a state is on disk, or on its way there."""
+        return step in self._saved or self.path(step).exists()
+
+    def settle(self) -> None:
+        """Wait until every state given is where it is held."""
+        if self._last is not None:
+            self._last.result()
+            self._last = None
+
+    def durable(self) -> list[int]:
+        """Steps of the states on disk."""
+        if self.folder is None:
+            return []
+        self.settle()
+        return sorted(int(file.stem.split("-")[1]) for file in self.folder.glob("state-*.safetensors"))
+
+    def remove(self, step: int) -> None:
+        """Remove a state's file."""
+        if step in self._leaving:
+            self.settle()
+        self._saved.discard(step)
+        self.path(step).unlink(missing_ok=True)
+
+    def path(self, step: int) -> Path:
+        assert self.folder is not None, "only a trajectory with a folder has files"
+        return self.folder / f"state-{step:06d}.safetensors"
+
+    def _send(self, state: State, finish: Callable[[State], None]) -> None:
+        """Let the thread bring a state to host memory and `finish` it there, once the one before is through."""
+        self.settle()
+        begun = self._copies.begin()
+
+        def job() -> None:
+            finish(self._copies.down(state, begun))
+            del self._leaving[state.step]
+
+        self._leaving[state.step] = state
+        self._last = self._thread.submit(job)
+
+    def _near(self, step: int) -> State | None:
+        """A state that needs no copy: on its way out, or in the memory where steps are taken."""
+        if (leaving := self._leaving.get(step)) is not None:
+            return leaving
         if step == 0:
-            return self.initial
-        tensors, metadata = read_tensors(self.path(step))
+            return self.memory.get(0, self.initial)
+        return self.memory.get(step) if self._copies.on_host else None
+
+    def _read_ahead(self, state: State | None) -> None:
+        """Begin to read what the plan restores next; `state` is the one restored last."""
+        step = self._restores[0] if self._restores else 0  # 0 is never read
+        if step not in self.held or self._near(step) is not None or (self._coming and self._coming[0] == step):
+            return
+        if state is not None and state.step == step:
+            again: Future[State] = Future()
+            again.set_result(state)
+            self._coming = (step, again)
+        else:
+            self._coming = (step, self._fetch(step))
+
+    def _fetch(self, step: int) -> Future[State]:
+        room, begun = self._copies.room(), self._copies.begin()
+        return self._thread.submit(lambda: self._copies.up(self._read(step), room, begun))
+
+    def _read(self, step: int) -> State:
+        if step in self.memory:
+            return self.memory[step]
+        tensors, metadata = read_tensors(self.path(step), _rooms)
         if metadata.get("identity") != self.identity:
             raise RunError(
                 f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
                 f"{self.identity}; its scores would be another run's. Use another folder, or --overwrite."
             )
-        state = tree.unnamed(self.initial, tensors)._replace(step=step)
+        state = tree.unnamed(self.initial, tensors, move=False)._replace(step=step)
         if tree.digest((state.params, state.moments)) != metadata["digest"]:
             raise RunError(
                 f"snapshot {self.path(step)} does not have the bits that were written: its digest differs. Delete this "
@@ -69,40 +210,17 @@ class Store:
             )
         return state
 
-    def drop(self, step: int) -> None:
-        """Give up a slot."""
-        self.memory.pop(step, None)
-        if step in self.held:
-            self.held.remove(step)
-        if self.folder and step not in self.kept:
-            self.path(step).unlink(missing_ok=True)
-
-    def save(self, state: State) -> None:
-        """Make a state durable."""
-        assert self.folder is not None, "only a trajectory with a folder has durable states"
-        digest = tree.digest((state.params, state.moments))
-        metadata = {"step": str(state.step), "identity": self.identity, "digest": digest}
-        write_tensors(self.path(state.step), tree.named(state), metadata)
-
-    def durable(self) -> list[int]:
-        """Steps of the states on disk."""
-        if self.folder is None:
-            return []
-        return sorted(int(file.stem.split("-")[1]) for file in self.folder.glob("state-*.safetensors"))
-
-    def path(self, step: int) -> Path:
-        assert self.folder is not None, "only a trajectory with a folder has files"
-        return self.folder / f"state-{step:06d}.safetensors"
+    def _raise(self) -> None:
+        if self._last is not None and self._last.done():
+            self.settle()
 
 
-def _packed(state: State) -> State:
-    """A copy of a state in host memory whose tensors are views of one buffer."""
-    leaves = tree.leaves(state)
-    sizes = [-(-leaf.numel() * leaf.element_size() // 64) * 64 for leaf in leaves]  # aligned for vector instructions
-    parts = iter(torch.empty(sum(sizes), dtype=torch.uint8).split(sizes))
+def _in_memory(state: State, copy: Copy = Tensor.copy_) -> State:
+    """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
+    return state._replace(params=packed(state.params, copy), moments=packed(state.moments, copy))
 
-    def place(leaf: Tensor) -> Tensor:
-        room = next(parts)[: leaf.numel() * leaf.element_size()].view(leaf.dtype).view(leaf.shape)
-        return room.copy_(leaf)
 
-    return tree.map(place, state)
+def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
+    params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
+    moments = {name: leaf for name, leaf in mapped.items() if name not in params}
+    return packed(params, leave_empty) | packed(moments, leave_empty)

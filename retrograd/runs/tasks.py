@@ -18,7 +18,9 @@ from typing import Any, Literal
 
 from retrograd.runs.parse import build, read_yaml
 
-__all__ = ["READY", "Task", "check_tasks", "tasks_from"]
+__all__ = ["READY", "Role", "Task", "check_tasks", "tasks_from"]
+
+Role = Literal["forget", "retain"] | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Task:
     """Tokens that are read; the model's context when None. Prompts are cut from the left."""
     text_column: str | None = None
     """text, generate: as --data.text-column."""
-    role: Literal["forget", "retain"] | None = None
+    role: Role = None
     """forget: knowledge that is to go, not counted as damage. All else measures general ability."""
     group: str | None = None
     """Tasks of one group are also told together, every question counting once (weighted by size)."""

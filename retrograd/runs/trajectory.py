@@ -33,7 +33,8 @@ class Replay:
 
     Args:
         plan: "auto" (all states if they fit, else binomial), or a kind of `plans.make`.
-        memory, disk: Bytes that states may take.
+        memory, disk: Bytes that held states may take. With disk, memory takes up to two states more: one on its way
+            to disk, one read ahead.
         interval: Distance between held states of the "interval" plan.
         slots: States held by the "binomial" plan; as many as fit when None.
         keep: Leave the states of the forward run on disk.
@@ -116,8 +117,8 @@ class Trajectory:
             folder.mkdir(parents=True, exist_ok=True)
         self.steps = len(training.stream)
         self.layout = layout(self.replay, self.steps, tree.nbytes(initial))
-        self.store = Store(initial, folder, identity, self.layout.on_disk)
         self.ledger = Ledger(self._digests())
+        self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
         self._final: State | None = None
         self._beat = time.monotonic()
@@ -136,15 +137,16 @@ class Trajectory:
             self.store.kept = {a.step for a in actions[:turn] if isinstance(a, plans.Snapshot)} | set(
                 self.store.durable()
             )
+        self.store.follow(actions[:turn])
         for event in sweep(actions[:turn], self.training, self.store, self.ledger, state=state):
             if isinstance(event, Turned):
                 final = event.outcome.state
-                self._record(final)
                 self.observe(event)
+                self._record(final)
             elif isinstance(event, Advanced):
                 state = event.outcome.state
+                self.observe(event)  # first: a step with a durable digest counts as told when a run resumes
                 self._record(state)
-                self.observe(event)
                 self._forward_heartbeat(state)
         assert final is not None, "a forward plan ends with its Turn"
         if self.replay.keep:
@@ -152,6 +154,7 @@ class Trajectory:
         if state.step != self.steps - 1:  # resumed at the last state itself
             state = self.store.get(self.steps - 1)
         self._pending = (actions[turn:], state)
+        self.store.settle()  # a final state on disk says that all the others are
         self._write_final(final)
         self._final = final
         return final
@@ -171,6 +174,7 @@ class Trajectory:
         cotangent, scores, left = self._read_reverse(cotangent, scores, key)
         actions, state = self._reverse_plan(left)
         self._beat = time.monotonic()
+        self.store.follow(actions)
         events = sweep(
             actions, self.training, self.store, self.ledger, state=state, cotangent=cotangent, after=self._final,
             curvature=curvature,
@@ -182,6 +186,7 @@ class Trajectory:
                 accumulate(scores, event)
                 self._reverse_heartbeat(event, scores, key)
             self.observe(event)
+            del event  # or its cotangent would outlast the next step
         return scores
 
     def reverse_steps_left(self, key: str = "") -> int:
@@ -195,7 +200,9 @@ class Trajectory:
             return
         for step in self.store.durable():
             if not self.replay.keep:
-                self.store.path(step).unlink()
+                self.store.remove(step)
+        for file in self.folder.glob(".state-*.tmp"):  # a kill came while it was written
+            file.unlink()
         self.clean_reverse(key)
 
     def clean_reverse(self, key: str = "") -> None:
@@ -250,11 +257,9 @@ class Trajectory:
 
     def _forward_heartbeat(self, state: State) -> None:
         """Make the state durable; of these resume points only the last is kept."""
-        if not self._due() or self.store.path(state.step).exists():
+        if not self._due() or self.store.has(state.step):
             return
-        self.store.save(state)
-        for step in self._extra - set(self.store.held):
-            self.store.path(step).unlink(missing_ok=True)
+        self.store.save(state, instead_of=self._extra - set(self.store.held))
         self._extra = {state.step}
 
     def _reverse_heartbeat(self, event: Reversed, scores: Tensor, key: str) -> None:
@@ -268,7 +273,7 @@ class Trajectory:
         if not self.replay.keep:
             for step in self.store.durable():
                 if step >= event.step and step not in self.store.held:
-                    self.store.path(step).unlink(missing_ok=True)
+                    self.store.remove(step)
 
     def _read_reverse(self, cotangent: Cotangent, scores: Tensor, key: str) -> tuple[Cotangent, Tensor, int]:
         """The last durable cotangent, scores and steps left; or those given, and all."""
@@ -289,7 +294,7 @@ class Trajectory:
 
     def _write_final(self, final: State) -> None:
         if self.folder:
-            digest = tree.digest((final.params, final.moments))
+            digest = self.ledger.digests[final.step]
             metadata = {"step": str(final.step), "identity": self.store.identity, "digest": digest}
             write_tensors(self.folder / "final.safetensors", tree.named(final), metadata)
 

@@ -12,7 +12,7 @@ from retrograd.core import tree
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
-from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches
+from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches, recovered
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.query import Queries
@@ -20,14 +20,11 @@ from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
 from retrograd.runs.health import Finding, recipe_findings
-from retrograd.runs.machine import free_memory
+from retrograd.runs.machine import deterministic, free_memory
 from retrograd.runs.manifest import Manifest, fingerprint
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
 __all__ = ["Loaded", "assemble", "find_device", "optimizer"]
-
-
-_MOST_SHAPES = 4  # of batches to compile for
 
 
 class Loaded(NamedTuple):
@@ -95,7 +92,8 @@ def assemble(config: MagicConfig) -> Loaded:
     findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
     initial = initial_state(recipe, model.params)
     queries = sum(len(found.columns) for found in asked) + config.sharpness
-    engine = _engine(config, model, min(size, len(rows)), rows.max_length, queries, tree.nbytes(initial), stream)
+    shape = (min(size, len(rows)), rows.max_length)
+    engine = _engine(config, model, shape, queries, recipe, initial, stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
@@ -121,14 +119,9 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
 
 
 def _engine(
-    config: MagicConfig,
-    model: CausalLM,
-    rows: int,
-    length: int,
-    queries: int,
-    state_bytes: int,
+    config: MagicConfig, model: CausalLM, batch: tuple[int, int], queries: int, recipe: Recipe, initial: State,
     stream: DataStream,
-) -> Choice:
+) -> Choice:  # fmt: skip
     """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     begun = {} if nowhere else Manifest(config.run / "manifest.json").values
@@ -144,7 +137,9 @@ def _engine(
             "what training took. Ask for the same, use another folder, or --overwrite to start afresh."
         )
     if config.compile:
-        return compiled_engine(model.module, _one_of_each_shape(stream, config.train.micro_batch_size), queries)
+        proofs = [] if recorded else _proofs(stream, config.train.micro_batch_size)
+        choice = compiled_engine(model.module, batch, proofs, queries)
+        return choice._replace(why=recorded["why"]) if recorded else choice
     asked = recorded["used"] if recorded else config.engine
     if config.train.dropout:
         if asked == "blocks":
@@ -154,29 +149,16 @@ def _engine(
             )
         asked = "double"
     # g, and of each query ḡ, Hḡ, λ and the next λ
-    owed = tree.nbytes(model.params) * (1 + 2 * queries) + 2 * queries * state_bytes
-    load = Load(rows, length, queries, _free(next(iter(model.params.values())).device) - owed)
+    owed = tree.nbytes(model.params) * (1 + 2 * queries) + 2 * queries * tree.nbytes(initial)
+    spared = recovered(recipe, initial, initial.moments) is not None
+    load = Load(*batch, queries, _free(next(iter(model.params.values())).device) - owed, spared)
     choice = choose_engine(asked, model.module, model.objective, load)
     return choice._replace(why=recorded["why"]) if recorded else choice
 
 
-def _one_of_each_shape(stream: DataStream, size: int | None) -> list[Batch]:
-    """A micro-batch of every shape that the run has, to compile for.
-
-    Raises:
-        ValueError: If there are too many.
-    """
-    found: dict[torch.Size, Batch] = {}
-    for step in range(len(stream)):
-        for part in micro_batches(stream[step], size):
-            found.setdefault(part.scale.shape, part)
-        if len(found) > _MOST_SHAPES:
-            raise ValueError(
-                f"--compile takes minutes for every shape of batch, and this run has more than {_MOST_SHAPES}: after "
-                f"{step + 1} of {len(stream)} steps {', '.join(str(tuple(shape)) for shape in found)}. Make the "
-                "rows equally long with --data.chunk_length, or leave out --compile."
-            )
-    return list(found.values())
+def _proofs(stream: DataStream, size: int | None) -> list[Batch]:
+    """The run's first and last micro-batch: what is compiled is compared with eager on them."""
+    return [micro_batches(stream[0], size)[0], micro_batches(stream[len(stream) - 1], size)[-1]]
 
 
 def _free(device: torch.device) -> int:
@@ -225,6 +207,5 @@ def find_device(name: str) -> torch.device:
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic(device)
     return device

@@ -5,43 +5,37 @@ One file for each model and task, shared among the ranks of torchrun; rank 0 wai
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import gc
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 
 from retrograd.core import tree
-from retrograd.lab.tasks import lab_tasks
 from retrograd.lm.model import load_causal_lm, load_tokenizer
-from retrograd.runs.answers import write_measured
+from retrograd.runs.claim import claim, content, plain
 from retrograd.runs.commands import EvaluateConfig
 from retrograd.runs.errors import RunError
-from retrograd.runs.examined import failed_path, measured_path, summarise
-from retrograd.runs.files import file_digest, write_atomic, write_json
-from retrograd.runs.progress import counting
-from retrograd.runs.tasks import Task, tasks_from
+from retrograd.runs.examined import failed_path, measured_path
+from retrograd.runs.files import write_atomic, write_json
 from retrograd.stages.assemble import find_device
+from retrograd.stages.backends import Backend, find_backend
 from retrograd.stages.evaluated import show
-from retrograd.stages.measure import measure
 
 __all__ = ["evaluate"]
 
 
 class _Plan(NamedTuple):
-    """Sources of the models by name, the tasks, and who is compared with whom."""
+    """Sources of the models by name, who asks what, and who is compared with whom."""
 
     models: dict[str, str]
-    tasks: dict[str, Task]
+    backend: Backend
     reference: str
     knows: str | None
     never: str | None
@@ -59,35 +53,31 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
     console = console or Console()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     plan = _planned(config)
-    _claim(config, plan, write=rank == 0)
-    pairs = [(model, task) for model in plan.models for task in plan.tasks]
+    models = {name: {"source": source, "content": content(source)} for name, source in plan.models.items()}
+    settings = {"dtype": config.dtype, "tokenizer": config.tokenizer, **plan.backend.settings(), "models": models}
+    claim(config.output, settings, write=rank == 0)
+    pairs = [(model, task) for model in plan.models for task in plan.backend.names]
     mine = pairs[rank * len(pairs) // ranks : (rank + 1) * len(pairs) // ranks]  # neighbours share a model
     _carry_out(config, plan, [pair for pair in mine if not measured_path(config.output, *pair).exists()])
     if ranks > 1:
         _meet()
     if rank:
         return 0
-    summary = summarise(config.output, list(plan.models), plan.tasks, plan.reference, plan.knows, plan.never)
+    summary = plan.backend.summarise(config.output, list(plan.models), plan.reference, plan.knows, plan.never)
     write_json(config.output / "summary.json", {"dtype": config.dtype, "sources": plan.models, **summary})
     show(summary, config.output, console)
     return 1 if summary["missing"] else 0
 
 
 def _planned(config: EvaluateConfig) -> _Plan:
-    if config.batch_size < 1:
-        raise ValueError(f"--batch_size is {config.batch_size}; it has to be at least 1")
-    if (config.lab is None) == (config.tasks is None):
-        raise ValueError("give --lab DIR or --tasks FILE.yaml, one of them: what is to be asked?")
+    backend = find_backend(config)
     if not config.models:
         raise ValueError("no model; give at least one")
     knows, never, reference = config.knows, config.never, config.reference
     if config.lab is not None:
-        tasks, models = lab_tasks(config.lab), config.lab / "models"
+        models = config.lab / "models"
         knows, never = knows or str(models / "base"), never or str(models / "filtered")
         reference = reference or str(models / "base")
-    else:
-        assert config.tasks is not None
-        tasks = tasks_from(config.tasks)
     if (knows is None) != (never is None):
         raise ValueError("--knows and --never belong together: a position lies between two models")
     reference = reference or config.models[0]
@@ -95,19 +85,14 @@ def _planned(config: EvaluateConfig) -> _Plan:
     found = {name: source for source, name in names.items()}
 
     def name(source: str | None) -> str | None:
-        return None if source is None else names[_plain(source)]
+        return None if source is None else names[plain(source)]
 
-    return _Plan(found, tasks, names[_plain(reference)], name(knows), name(never))
-
-
-def _plain(source: str) -> str:
-    """The same model under one spelling."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    return _Plan(found, backend, names[plain(reference)], name(knows), name(never))
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:
     """A name for each different source: the end of its path, as many parts as it takes to tell them apart."""
-    found = list(dict.fromkeys(map(_plain, sources)))
+    found = list(dict.fromkeys(map(plain, sources)))
     parts = {source: tuple(source.split("/")) for source in found}
     names = {}
     for source in found:
@@ -120,64 +105,6 @@ def _names(sources: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _claim(config: EvaluateConfig, plan: _Plan, *, write: bool) -> None:
-    """Make the folder that of this evaluation, or refuse; what is on this machine counts by its content.
-
-    Raises:
-        ValueError: If the folder holds something else, or a model or data set has changed.
-    """
-    path = config.output / "evaluation.json"
-    tasks = {name: {**vars(task), "dataset": _plain(task.dataset), "content": _content(task.dataset)}
-             for name, task in plan.tasks.items()}  # fmt: skip
-    models = {name: {"source": source, "content": _content(source)} for name, source in plan.models.items()}
-    settings = {"dtype": config.dtype, "tokenizer": config.tokenizer, "tasks": tasks, "models": models}
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf8"))
-        changed = [*_changes(old, settings, ("dtype", "tokenizer")), *_changes(old["tasks"], tasks),
-                   *_changes(old["models"], models, sorted(old["models"].keys() & models.keys()))]  # fmt: skip
-        if changed:
-            lines = "\n  ".join(changed)
-            raise ValueError(
-                f"{config.output} holds another evaluation:\n  {lines}\nUse another folder, or delete this one."
-            )
-        settings["models"] = {**old["models"], **models}
-    elif write and config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
-        raise ValueError(f"{config.output} exists and is no evaluation; choose another folder")
-    if write:
-        write_json(path, settings)
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any], names: Sequence[str] | None = None) -> list[str]:
-    """Lines "name: old → new"; of records, only what differs. A file that was not there yet may come."""
-    found = []
-    for name in sorted(old.keys() | new.keys()) if names is None else names:
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            came = a.get("content") is None and b.get("content") is not None
-            inner = [key for key in {**a, **b} if not came or key not in ("content", "source", "dataset")]
-            found += [f"{name}.{line}" for line in _changes(a, b, inner)]
-        elif a != b:
-            found.append(f"{name}: {_short(a)} → {_short(b)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    return "nothing" if value is None else "a task" if isinstance(value, dict) else repr(value)
-
-
-def _content(source: str) -> str | None:
-    """Hash of a file, or of a folder's files with their names; None for the hub, or if it is not there."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return file_digest(path)
-    if not path.is_dir():
-        return None
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    told = [f"{file.relative_to(path)} {file_digest(file)}" for file in files]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
-
-
 def _carry_out(config: EvaluateConfig, plan: _Plan, pairs: list[tuple[str, str]]) -> None:
     """Measure pairs of model and task, each model loaded once; a failure is written down and the rest goes on."""
     if not pairs:
@@ -185,7 +112,7 @@ def _carry_out(config: EvaluateConfig, plan: _Plan, pairs: list[tuple[str, str]]
     device = find_device(config.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ and device.index is None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    with counting("evaluate", len(pairs), "tasks") as tick:
+    with plan.backend.progress(len(pairs)) as tick:
         for model, group in groupby(pairs, key=lambda pair: pair[0]):
             tasks = [task for _, task in group]
             for task in tasks:
@@ -210,9 +137,8 @@ def _one_model(
     told = {"model": name, "source": source, "digest": digest, "dtype": config.dtype, "torch": torch.__version__}
     for task in tasks:
         try:
-            measured, asked = measure(plan.tasks[task], lm, tokenizer, config.batch_size)
-            about = {"task": task, **told, **asked, "settings": dataclasses.asdict(plan.tasks[task])}
-            write_measured(measured_path(config.output, name, task), measured, about)
+            path = measured_path(config.output, name, task)
+            plan.backend.measure(task, lm, tokenizer, path, {"task": task, **told})
         except RunError:
             raise  # no disk: nothing more can be kept
         except _FAILURES as error:

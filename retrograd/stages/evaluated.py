@@ -17,13 +17,14 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Print accuracies, differences from the reference, positions, verdicts and what is missing."""
     models = list(summary["models"])
     cells: dict[str, dict[str, str]] = {}
-    shown = [entry for entry in summary["results"] if entry["form"] != "generate"]
-    for entry in shown:
-        cells.setdefault(entry["task"], {})[entry["model"]] = _cell(entry)
-    questions = {entry["task"]: entry.get("questions", entry.get("tokens")) for entry in shown}
-    table = Table("task", "n", *models, title=f"Accuracy in % with its 95 % interval, or perplexity: {folder}")
-    for task, by_model in cells.items():
-        table.add_row(task, str(questions[task] or ""), *(by_model[model] for model in models))
+    questions: dict[str, Any] = {}
+    for entry in summary["results"]:
+        for label, cell in _cells(entry).items():
+            cells.setdefault(label, {})[entry["model"]] = cell
+            questions[label] = entry.get("questions", entry.get("tokens")) or questions.get(label)
+    table = Table("task", "n", *models, title=f"Accuracy in % with its 95 % interval, or {_other(summary)}: {folder}")
+    for label, by_model in cells.items():
+        table.add_row(label, str(questions[label] or ""), *(by_model.get(model, "missing") for model in models))
     console.print(table)
     _differences(summary, models, console)
     for name, one in summary["models"].items():
@@ -42,26 +43,54 @@ def _differences(summary: dict[str, Any], models: list[str], console: Console) -
     table = Table("task", *others, title=f"Points above {summary['reference']}, paired: 95 % interval, McNemar's p")
     rows: dict[str, dict[str, str]] = {}
     for entry in summary["comparisons"]:
-        rows.setdefault(entry["task"], {})[entry["model"]] = _difference(entry)
-    for task, by_model in rows.items():
-        table.add_row(task, *(by_model[model] for model in others))
+        rows.setdefault(_label(entry), {})[entry["model"]] = _difference(entry)
+    for label, by_model in rows.items():
+        table.add_row(label, *(by_model.get(model, "missing") for model in others))
     console.print(table)
     for entry in summary["positions"]:
         if entry["position"] is not None:
             low, high = entry["interval"]
             console.print(
-                f"{entry['model']}, {entry['task']}: at {entry['position']:.2f} ({low:.2f} to {high:.2f}) between "
+                f"{entry['model']}, {_label(entry)}: at {entry['position']:.2f} ({low:.2f} to {high:.2f}) between "
                 f"{summary['never']} (0) and {summary['knows']} (1)", markup=False,
             )  # fmt: skip
+
+
+def _other(summary: dict[str, Any]) -> str:
+    return "a metric of lm-eval ± its standard error" if summary.get("backend") == "lm-eval" else "perplexity"
+
+
+def _label(entry: dict[str, Any]) -> str:
+    return f"{entry['task']} {entry['metric']}" if "metric" in entry else entry["task"]
+
+
+def _cells(entry: dict[str, Any]) -> dict[str, str]:
+    """What the table says of an entry, by row."""
+    if entry["form"] == "generate":
+        return {}
+    if "metrics" not in entry:
+        return {entry["task"]: _cell(entry)}
+    metrics = entry["metrics"] or {}
+    return {f"{entry['task']} {label}": _metric(one) for label, one in metrics.items()}
+
+
+def _metric(one: dict[str, Any]) -> str:
+    if one["value"] is None:
+        return "missing"
+    if "interval" in one:
+        return _share(one["value"], one["interval"])
+    return f"{one['value']:.4g}" + (f" ± {one['stderr']:.2g}" if one["stderr"] is not None else "")
+
+
+def _share(value: float, interval: list[float]) -> str:
+    low, high = interval
+    return f"{100 * value:.1f} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 def _cell(entry: dict[str, Any]) -> str:
     if entry["form"] == "text":
         return "missing" if entry["perplexity"] is None else f"{entry['perplexity']:.4g}"
-    if entry["accuracy"] is None:
-        return "missing"
-    low, high = entry["interval"]
-    return f"{100 * entry['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})"
+    return "missing" if entry["accuracy"] is None else _share(entry["accuracy"], entry["interval"])
 
 
 def _difference(entry: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from retrograd.core.sweep import Event, Reversed, Turned
 from retrograd.lab.files import MIXTURES, changed_files, describe_files, make_files, make_words, write_files
+from retrograd.lab.harness import write_harness
 from retrograd.lab.learn import Size, one_thread, save_random, steps_of, train_model
 from retrograd.lab.readme import readme
 from retrograd.lab.score import score_model
@@ -94,7 +95,7 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         lines = "\n  ".join(changed)
         raise ValueError(f"{folder} holds a lab of other settings:\n  {lines}\nUse another folder, or delete this one.")
     models = {f"models/{name}/model.safetensors": entry for name, entry in found.get("models", {}).items()}
-    other = changed_files(folder, {**found.get("files", {}), **models})
+    other = changed_files(folder, {**found.get("files", {}), **found.get("lm_eval", {}), **models})
     if other:
         raise ValueError(
             f"{folder}: {other[0]} is missing or has changed since it was written, and the rest would not fit it. "
@@ -110,9 +111,10 @@ def _begin(config: LabConfig, settings: dict[str, Any], manifest: Manifest) -> d
     with manifest.phase("world"):
         files = make_files(make_world(config.seed, config.facts))
         write_files(config.dir, files)
+        tasks = write_harness(config.dir)
         save_random(config.dir / "models" / "random", make_words(files), _size(config))
     manifest.update(**environment(torch.device("cpu")))
-    found = {"settings": settings, "files": describe_files(files)}
+    found = {"settings": settings, "files": describe_files(files), "lm_eval": tasks}
     write_json(path, found)
     return found
 

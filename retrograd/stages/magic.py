@@ -11,13 +11,17 @@ from rich.console import Console
 
 from retrograd.runs import config as configs
 from retrograd.runs.config import MagicConfig
+from retrograd.runs.during import DuringConfig
 from retrograd.runs.files import file_digest, write_atomic
-from retrograd.runs.journal import Journal
+from retrograd.runs.journal import Journal, mirror, read_evaluations
+from retrograd.runs.loggers import check_loggers, open_loggers
 from retrograd.runs.manifest import SIGN, Manifest, environment
 from retrograd.runs.progress import Bars
 from retrograd.runs.trajectory import Trajectory
 from retrograd.stages.assemble import Loaded, assemble
 from retrograd.stages.attribute import Outcome, all_of, ask, stored, summarise, write_results
+from retrograd.stages.curve import show_evaluations
+from retrograd.stages.during import During, prepare_during
 from retrograd.stages.opened import describe, refuse_other, replay_of, set_threads
 
 __all__ = ["magic"]
@@ -35,29 +39,36 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     """
     console = console or Console()
     configs.check(config)
+    check_loggers(config.log)
     _check_folder(config)
     loaded = assemble(config)
+    done = not config.overwrite and Manifest(config.run / "manifest.json").done("scores")
+    prepared = prepare_during(DuringConfig() if done else config.evaluate, loaded.model, loaded.tokenizer)
     if config.overwrite:
         shutil.rmtree(config.run, ignore_errors=True)  # only now that the new run is known to be sound
     manifest = Manifest(config.run / "manifest.json")
     set_threads(manifest)
     refuse_other(config.run, manifest, loaded)
-    if manifest.done("scores"):
+    if done:
         console.print(f"{config.run} is done; these are its scores. Use --overwrite to compute them again.")
+        _told_again(config, console)
         return summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
     _begin(config, manifest, loaded)
     console.print(f"engine: {loaded.engine.name} ({loaded.engine.why})")
     for finding in loaded.findings:
         warnings.warn(str(finding), stacklevel=2)
-    with Bars(len(loaded.stream)) as bars:
-        journal = Journal(config.run / "metrics.jsonl", loaded.training.recipe.optimizer)
+    with open_loggers(config.log, config.run) as loggers, Bars(len(loaded.stream)) as bars:
+        journal = Journal(config.run / "metrics.jsonl", loaded.training.recipe.optimizer, loggers)
+        during = During(prepared, len(loaded.stream), config.run, journal, manifest, bars)
         trajectory = Trajectory(
             loaded.training, loaded.initial, replay_of(config), config.run / "checkpoints", loaded.identity,
-            all_of(bars, journal),
+            all_of(bars, journal, during),
         )  # fmt: skip
         manifest.update(replay=describe(trajectory))
-        with manifest.phase("train"):
+        with manifest.phase("train"), during:
+            during.at(loaded.initial)
             final = trajectory.train()
+            during.at(final)
         with manifest.phase("query"):
             values, *gradient = ask(config.run, loaded, loaded.asked, final)
         del final
@@ -69,10 +80,24 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         outcome = write_results(config.run, config.run, loaded, loaded.asked, values, scores)
         record["sha256"] = file_digest(config.run / "scores.pt")
     trajectory.clean()
+    during.show(console)
     if compiled := loaded.engine.compiled:
-        manifest.update(compilations=compiled.graphs)
-        console.print(f"compilations: {compiled.graphs}")
+        manifest.update(compiled=compiled.told)
+        console.print(f"compiled: {compiled.told}")
     return summarise(outcome, loaded, loaded.asked, console)
+
+
+def _told_again(config: MagicConfig, console: Console) -> None:
+    """What a finished run's journal holds besides its scores: in the viewers asked for, and as a table."""
+    path = config.run / "metrics.jsonl"
+    if config.log:
+        with open_loggers(config.log, config.run) as loggers:
+            mirror(path, loggers)
+    evaluations = read_evaluations(path)
+    if evaluations:
+        show_evaluations(config.run, evaluations, console)
+    elif config.evaluate.wanted:
+        console.print("It was not evaluated on its way; `retrograd evaluate` asks models that are there.")
 
 
 def _check_folder(config: MagicConfig) -> None:

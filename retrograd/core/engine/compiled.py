@@ -44,6 +44,12 @@ class Compiled:
         self._eager = Eager()
         self._found: dict[Any, Pair | None] = {}
 
+    @property
+    def told(self) -> str:
+        """For a report: how many compilations, and what they took."""
+        once = f", {self.fixed} of them for a single shape of batch" if self.fixed else ""
+        return f"{self.graphs} graphs{once}, {self.seconds:.0f} s"
+
     def forward(self, link: Link, point: Params, context: Any) -> tuple[Tensor, Any]:
         if link.call not in self.calls:
             return self._eager.forward(link, point, context)
@@ -96,7 +102,8 @@ class Compiled:
                 lambda one, other: joint(call, one, other), tree.frame(early), tree.frame(late), shapes,
                 tuple((t.dtype, t.device) for t in given), self._hints(shapes), _KEPT * x.numel(),
             )  # fmt: skip
-            key = (joint, call, asked.early.key, asked.shapes, asked.like)
+            # how sums are split among threads is compiled in
+            key = (joint, call, torch.get_num_threads(), asked.early.key, asked.shapes, asked.like)
             if key not in self._found:
                 self._found[key] = self._compiled(asked)
             if (pair := self._found[key]) is not None:
@@ -146,7 +153,7 @@ def no_compiler(device: torch.device) -> str | None:
     )
 
 
-# What a graph is given on the way forward: parameters (constants, the link's, tangents), x and its tangents, the context.
+# What a graph is given on the way forward: (constants, parameters, tangents), (x, its tangents), the context.
 _Early = tuple[tuple[Params, ...], tuple[Tensor, ...], Any]
 
 
@@ -161,8 +168,9 @@ def _first(call: _Call, early: _Early, late: Any) -> tuple[Tensor, Params]:
 
 
 def _second(call: _Call, early: _Early, late: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Params]]:
-    """Value and its tangent | cotangent of x and the tangents of the vjp. The jvp is the transpose of the vjp: in forward
-    mode torch 2.13 fixes sizes while it traces.
+    """Value and its tangent | cotangent of x and the tangents of the vjp.
+
+    The jvp comes as the transpose of the vjp: in forward mode torch 2.13 fixes sizes while it traces.
     """
     ((constants, params, along), (x, dots), context), (bar, bardots) = early, late
     leaves, bar = live({**params, X: x}), bar.detach().requires_grad_()

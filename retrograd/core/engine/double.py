@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from retrograd.core import tree
 from retrograd.core.optim import Params
 from retrograd.core.step import Bars, Batch, Objective, coefficients, random_draws
 
@@ -85,8 +86,5 @@ def _second(leaves: Params, factors: Tensor, grads: Sequence[Tensor], bars: Para
         outputs, seeds = [g for g, _ in live], [bar[k] for _, bar in live]
         wanted = [*leaves.values(), factors]
         found.append(grad(outputs, wanted, seeds, retain_graph=k + 1 < queries, materialize_grads=True))
-    if queries == 1:  # a view instead of a copy
-        *products, slopes = [x.unsqueeze(0) for x in found[0]]
-    else:
-        *products, slopes = [torch.stack(group) for group in zip(*found)]
+    *products, slopes = [tree.stacked(group) for group in zip(*found)]
     return dict(zip(leaves, products)), slopes

@@ -1,7 +1,7 @@
 """A function and its derivatives as two compiled graphs, early and late, good for all sizes of a batch.
 
 A pass over a link has two parts: what is known on the way forward, and what has to wait for the cotangents. Both are
-traced together, once, to a graph of aten operations in which the sizes that vary are symbols (`make_fx`). Tracing happens
+traced together, once, to a graph of aten operations in which the sizes that vary are symbols (`make_fx`). That happens
 below autograd: the graph holds derivatives as plain arithmetic, and what nothing asks for, the parameters' own gradient
 among it, is dropped. Then it is cut in two. Results of matrix products on the way forward are handed to the late part,
 the rest is computed again there. torch's inductor compiles both.
@@ -148,7 +148,7 @@ def _cut(graph: fx.GraphModule, operands: int, count: int, largest: int) -> tupl
         raise RuntimeError("what is known on the way forward depends on cotangents")
 
     def handed(node: fx.Node) -> bool:
-        return node not in late and _is_product(node) and int(node.meta["val"].numel()) <= largest
+        return node not in late and _is_product(node) and _elements(node) <= largest
 
     needed = _origins(values[count:], handed)
     kept = [node for node in graph.graph.nodes if node in needed and handed(node)]
@@ -159,6 +159,12 @@ def _cut(graph: fx.GraphModule, operands: int, count: int, largest: int) -> tupl
 def _is_product(node: fx.Node) -> bool:
     aten = torch.ops.aten
     return node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+
+
+def _elements(node: fx.Node) -> int:
+    """By the hints: an `int` of a symbol would fix it."""
+    size = node.meta["val"].numel()
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _origins(values: Iterable[fx.Node], given: Callable[[fx.Node], bool]) -> set[fx.Node]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.func import jvp, vmap
 
+from retrograd.core import tree
 from retrograd.core.optim import Params
 
 __all__ = ["Eager", "Link", "Passes", "X", "adjoint_jvp", "at", "live", "pullbacks", "vjp", "vjp_along", "without"]
@@ -139,9 +140,7 @@ def pullbacks(outputs: Sequence[Tensor], seeds: Sequence[Tensor], wanted: Sequen
     for k in range(queries):
         ys, bars = [y for y, _ in live], [seed[k] for _, seed in live]
         found.append(grad(ys, wanted, bars, retain_graph=k + 1 < queries, materialize_grads=True))
-    if queries == 1:  # a view instead of a copy
-        return [x.unsqueeze(0) for x in found[0]]
-    return [torch.stack(group) for group in zip(*found)]
+    return [tree.stacked(group) for group in zip(*found)]
 
 
 def at(link: Link, context: Any) -> _Function:
