@@ -7,8 +7,9 @@ count, a None) pass through unchanged, so that mapping over a state cannot forge
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,8 +37,9 @@ def leaves(tree: Any) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-class Frame(NamedTuple):
-    """A tree without its tensors: what two trees of one form have in common. `key` is hashable."""
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A tree without its tensors: what two trees of one form have in common, and `key` says."""
 
     others: list[Any]
     spec: Any
@@ -48,7 +50,7 @@ class Frame(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Of its tensors."""
+        """How many tensors."""
         return sum(x is _HOLE for x in self.others)
 
     def around(self, tensors: Iterable[Tensor]) -> Any:

@@ -171,8 +171,8 @@ class MagicConfig:
     """How a step is differentiated twice: double is faster and holds the whole graph; blocks holds one layer's. auto
     takes double where it fits in memory. Results are equal to rounding."""
     compile: bool = False
-    """Compile the passes over a layer, once for all layers and again for each shape of batch: takes minutes before
-    the first step. Takes the engine blocks, and batches of at most four shapes."""
+    """Compile the passes over a layer, once for all layers and lengths: takes minutes before the first step. Takes the
+    engine blocks, and for its way back keeps more than blocks does alone."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     data: DataConfig = field(default_factory=DataConfig)

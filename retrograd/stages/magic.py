@@ -41,6 +41,8 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     configs.check(config)
     check_loggers(config.log)
     _check_folder(config)
+    if config.compile:
+        console.print("compiling the layers: minutes for the first time, seconds when torch's cache knows them")
     loaded = assemble(config)
     done = not config.overwrite and Manifest(config.run / "manifest.json").done("scores")
     prepared = prepare_during(DuringConfig() if done else config.evaluate, loaded.model, loaded.tokenizer)
@@ -82,7 +84,7 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     trajectory.clean()
     during.show(console)
     if compiled := loaded.engine.compiled:
-        manifest.update(compiled=compiled.told)
+        manifest.update(compiled={"graphs": compiled.graphs, "fixed": compiled.fixed, "seconds": compiled.seconds})
         console.print(f"compiled: {compiled.told}")
     return summarise(outcome, loaded, loaded.asked, console)
 
