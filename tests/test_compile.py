@@ -182,11 +182,14 @@ def test_compiled_layers_equal_eager_ones(family: str, dtype: str, queries: int,
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
-def test_no_compiler_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("cxx", "told"), [("no-such-compiler", "none of no-such-compiler is found"), ("", "CXX is empty")]
+)
+def test_no_compiler_is_refused(cxx: str, told: str) -> None:
     from torch._inductor import config
 
-    message = r"--compile cannot be used here: .* C\+\+ compiler, and none of no-such-compiler is found"
-    with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ValueError, match=message):
+    message = rf"--compile cannot be used here: .* C\+\+ compiler, and {told}; install"
+    with config.patch({"cpp.cxx": (None, cxx)}), pytest.raises(ValueError, match=message):
         compiled_engine(build("gpt-neox"), (5, 9), [], 1)
 
 

@@ -148,9 +148,8 @@ def no_compiler(device: torch.device) -> str | None:
     names = [name for name in (asked if isinstance(asked, (list, tuple)) else [asked]) if name]
     if any(shutil.which(name) for name in names):
         return None
-    return (
-        f"torch.compile needs a C++ compiler, and none of {', '.join(names)} is found; install g++, or name one in CXX"
-    )
+    tried = f"none of {', '.join(names)} is found" if names else "CXX is empty"
+    return f"torch.compile needs a C++ compiler, and {tried}; install g++, or name one in CXX"
 
 
 # What a graph is given on the way forward: (constants, parameters, tangents), (x, its tangents), the context.
