@@ -21,7 +21,7 @@ from torch.func import functional_call
 from retrograd.core import tree
 from retrograd.core.engine.blocks import Blocks, Chain, Found, PlainHead
 from retrograd.core.engine.double import Double
-from retrograd.core.engine.passes import Link
+from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch
 from retrograd.lm.loss import head_first, head_second, token_ce
@@ -170,7 +170,8 @@ class _Parts:
                 head: Any = VocabularyHead(self._names(linear), linear)
             else:
                 head = PlainHead(self._used(self.model, lambda p: self.logits(p, x, batch.inputs)), self.loss)
-        return Chain(embed, links, head, twice_differentiable)
+            lookup = _is_lookup(embed, self.leaves, batch.inputs)
+        return Chain(embed, links, head, twice_differentiable, lookup)
 
     def _shared_links(self) -> list[Link]:
         """Links of layers of one structure with one function."""
@@ -300,6 +301,27 @@ def _structure(layer: nn.Module, names: Mapping[str, str]) -> tuple[Any, ...]:
     for name, x in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
         found.append((name, x.shape, x.dtype))
     return tuple(found)
+
+
+def _is_lookup(embed: Link, leaves: Params, inputs: Any) -> bool:
+    """Whether what enters the layers is linear in the parameters, and its vjp the transpose of that map: by trial."""
+    point = {local: leaves[leaf] for local, leaf in embed.names.items()}
+    if not point:
+        return False
+    draw = torch.Generator().manual_seed(0)
+
+    def like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=draw).to(x)
+
+    def start(params: Params) -> Tensor:
+        return embed.call(params, inputs, None)[0]
+
+    along = {name: like(x) for name, x in point.items()}
+    with torch.no_grad():
+        x, dot, both = start(point), start(along), start({name: x + along[name] for name, x in point.items()})
+    square, same = tree.dot(dot, dot), tree.dot(vjp(start, point, dot), along)  # no term of which is negative
+    near = 4 * torch.finfo(x.dtype).eps
+    return bool((both - x - dot).norm() <= near * both.norm() and abs(square - same) <= near * square)
 
 
 def _trial_batch(module: nn.Module) -> Batch:

@@ -29,6 +29,7 @@ from torch.autograd import grad
 from retrograd.core import tree
 from retrograd.core.engine import Blocks, Compiled, Double
 from retrograd.core.engine.compiled import no_compiler
+from retrograd.core.engine.passes import Eager
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import decoder_chain
@@ -95,7 +96,9 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     hidden = _hidden_bytes(module, load)
     layers = max(1, len(chain.links) - 1)
     small = (1 + load.queries) * (layers + 2) * hidden + graph // layers
-    return Choice(Blocks(chain), "blocks", f"{needs}; blocks takes about {_size(small)}")
+    return Choice(
+        Blocks(chain, Eager(keep=graph <= load.budget)), "blocks", f"{needs}; blocks takes about {_size(small)}"
+    )
 
 
 def compiled_engine(module: nn.Module, shape: tuple[int, int], proofs: Sequence[Batch], queries: int) -> Choice:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from retrograd.core import tree
 from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, live, pullbacks, vjp, vjp_along, without
 from retrograd.core.optim import Params
 from retrograd.core.step import Bars, Batch, coefficients, random_draws
@@ -63,6 +64,8 @@ class Chain:
 
     embed: its `call` is (parameters, inputs, None) → (x, one context for each link); the contexts must not depend on
         the parameters.
+    lookup: x is linear in embed's parameters and its vjp the transpose of that map, as for a table of tokens without a
+        padding token: it is its own tangent map and has no curvature.
     scope: coefficient dtype → the context manager in which all of it runs.
     """
 
@@ -70,6 +73,7 @@ class Chain:
     links: Sequence[Link]
     head: Head
     scope: Callable[[torch.dtype], AbstractContextManager[Any]]
+    lookup: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +109,8 @@ class PlainHead:
 class Blocks:
     """Gradient half of a chain, one link at a time: less live memory than `Double`, for more arithmetic.
 
-    In units of a forward pass: gradient 4, pullback 3 + 9, with K queries (1 + 2K) + (3 + 6K), and 4 more where ḡ is a
-    function of the gradient.
+    In units of a forward pass: gradient 4, or 3 where the passes keep; pullback 3 + 9, with K queries (1 + 2K) +
+    (3 + 6K), and another gradient where ḡ is a function of it.
     """
 
     chain: Chain
@@ -176,8 +180,7 @@ class Blocks:
                 bar = pulled[X]
                 _add(grads, _by_leaf(link.names, pulled))
             if embed.names:
-                with draws(0):
-                    pulled = vjp(_start(embed, batch.inputs), _local(embed.names, params), bar)
+                pulled = vjp(_start(embed, batch.inputs, draws), _local(embed.names, params), bar)
                 _add(grads, _by_leaf(embed.names, pulled))
         return found._replace(bar=bar, grads=grads)
 
@@ -200,8 +203,12 @@ class Blocks:
                 _add(curvature, _by_leaf(link.names, found))
             if embed.names:
                 point, along = _local(embed.names, params), _local(embed.names, bars)
-                with draws(0):
-                    _, found = vjp_along(_start(embed, batch.inputs), point, along, bar, bardots)
+                start = _start(embed, batch.inputs, draws)
+                if self.chain.lookup:
+                    each = [vjp(start, point, one) for one in bardots]
+                    found = {name: tree.stacked([pulled[name] for pulled in each]) for name in point}
+                else:
+                    _, found = vjp_along(start, point, along, bar, bardots)
                 _add(curvature, _by_leaf(embed.names, found))
         return curvature, slopes
 
@@ -216,8 +223,11 @@ class Blocks:
                 x, contexts = embed.call(_local(embed.names, params), inputs, None)
             dots = x.new_zeros((queries, *x.shape))
             if embed.names:
-                with draws(0):
-                    x, dots = adjoint_jvp(_start(embed, inputs), _local(embed.names, params), _local(embed.names, bars))
+                start, along = _start(embed, inputs, draws), _local(embed.names, bars)
+                if self.chain.lookup:
+                    dots = tree.stacked([start({n: bar[k] for n, bar in along.items()}) for k in range(queries)])
+                else:
+                    x, dots = adjoint_jvp(start, _local(embed.names, params), along)
             path = list[tuple[Tensor, Tensor, Any]]()
             for place, (link, context) in enumerate(zip(self.chain.links, contexts, strict=True), start=1):
                 point, along = {**_local(link.names, params), X: x}, {**_local(link.names, bars), X: dots}
@@ -238,8 +248,12 @@ class _Draws(NamedTuple):
         return random_draws(None if self.seed is None else f"{self.seed}/{self.part}", place)
 
 
-def _start(embed: Link, inputs: Any) -> Callable[[Params], Tensor]:
-    return lambda point: embed.call(point, inputs, None)[0]
+def _start(embed: Link, inputs: Any, draws: _Draws) -> Callable[[Params], Tensor]:
+    def call(point: Params) -> Tensor:
+        with draws(0):
+            return embed.call(point, inputs, None)[0]
+
+    return call
 
 
 def _local(names: Mapping[str, str], leaves: Params) -> Params:
