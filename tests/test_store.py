@@ -108,16 +108,32 @@ def test_a_state_dropped_under_way_leaves_no_file(tmp_path: Path, gate: threadin
     assert held.durable() == []
 
 
-def test_a_kept_state_dropped_under_way_leaves_its_file_and_no_memory(tmp_path: Path, gate: threading.Event) -> None:
+def test_a_kept_state_dropped_under_way_leaves_its_file_and_no_memory(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = opened(tmp_path)
     held.kept = {1}
     held.put(state(1))
     threading.Timer(0.05, gate.set).start()
     held.drop(1)
     held.on_disk = 0  # as on the way back
+    monkeypatch.setattr(store, "_SMALL", 0)
     held.put(state(1))
     held.drop(1)
     assert (held.durable(), held.memory.keys()) == ([1], {0})
+
+
+def test_copies_to_host_memory_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real = threading.Event(), store.packed
+    monkeypatch.setattr(store, "packed", lambda *given: gate.wait(30) and real(*given))
+    monkeypatch.setattr(store, "_SMALL", 0)
+    held, given = opened(None), state(1)
+    held.put(given)
+    assert held.get(1) is given
+    gate.set()
+    held.settle()
+    assert held.get(1) is not given
+    assert bits(held.get(1)) == bits(given)
 
 
 def test_one_state_is_on_its_way_at_most(tmp_path: Path, gate: threading.Event) -> None:
@@ -391,6 +407,7 @@ def test_the_same_bits_from_every_tier(
     real = store.write_tensors
     monkeypatch.setattr(store, "write_tensors", lambda *given: (time.sleep(delay), real(*given)))
     expected = run(None, Replay("all"))
+    monkeypatch.setattr(store, "_SMALL", 0)  # so that no state is
     assert torch.equal(run(tmp_path, replay), expected)
     kept = [f"state-{step:06d}.safetensors" for step in range(1, 6)] if replay.keep else []
     assert files(tmp_path) == ["digests.txt", "final.safetensors", *kept]

@@ -28,6 +28,8 @@ from retrograd.runs.files import read_tensors, write_tensors
 
 __all__ = ["Store"]
 
+_SMALL = 1 << 20  # bytes; waking a thread takes longer than copying so little
+
 
 class Store:
     """Slots of one trajectory.
@@ -79,6 +81,8 @@ class Store:
         elif self.folder and len(self.held) < self.on_disk:
             if state.step not in self._saved:
                 self.save(state)
+        elif self._copies.on_host and tree.nbytes(state) <= _SMALL:
+            self.memory[state.step] = _in_memory(state)
         else:
             self._send(state, lambda host: self.memory.update({state.step: _in_memory(host)}))
         self.held.append(state.step)
