@@ -243,7 +243,7 @@ def test_magic_repeats_the_training_of_the_lab_with_the_same_bits(built: Path, t
 
 
 def test_other_settings_and_other_files_are_refused(built: Path, tmp_path: Path) -> None:
-    for name, value in {"seed": 1, "facts": 32, "width": 64, "lr": 1e-3}.items():
+    for name, value in {"seed": 1, "facts": 32, "width": 64, "lr": 1e-3, "eps_root": 1e-5}.items():
         with pytest.raises(ValueError, match=f"{name}: "):
             build(built, **{name: value})
     for path in (
@@ -261,11 +261,25 @@ def test_other_settings_and_other_files_are_refused(built: Path, tmp_path: Path)
         build(tmp_path)
 
 
+def test_a_lab_of_before_a_setting_was_there_has_its_default(built: Path) -> None:
+    path = built / "lab.json"
+    kept = path.read_text()
+    found = json.loads(kept)
+    assert found["settings"].pop("eps_root") == 1e-8
+    path.write_text(json.dumps(found))
+    try:
+        assert build(built) == json.loads(kept)
+        with pytest.raises(ValueError, match="eps_root: 1e-08 → 1e-05"):
+            build(built, eps_root=1e-5)
+    finally:
+        path.write_text(kept)
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
         ({"width": 40}, "multiple of 32"), ({"epochs": 0}, "--epochs is 0"), ({"lr": 0.0}, "--lr is 0"),
-        ({"facts": 12}, "multiple of 8"), ({"seed": -1}, "0 or more"),
+        ({"facts": 12}, "multiple of 8"), ({"seed": -1}, "0 or more"), ({"eps_root": -1.0}, "--eps_root is -1"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path, changes: dict, match: str) -> None:

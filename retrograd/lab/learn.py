@@ -44,6 +44,7 @@ class Size(NamedTuple):
     epochs: int
     batch_size: int
     lr: float
+    eps_root: float
     seed: int
 
 
@@ -51,8 +52,8 @@ def magic_flags(size: Size) -> str:
     """What `retrograd magic` needs on a mixture and models/random to repeat a training."""
     return (
         f"--train.epochs {size.epochs} --train.batch_size {size.batch_size} --train.lr {size.lr} "
-        f"--train.seed {size.seed} --train.lr_schedule linear --train.warmup_ratio 0.05 --train.beta2 0.99 "
-        "--train.max_grad_norm 1"
+        f"--train.eps_root {size.eps_root} --train.seed {size.seed} --train.lr_schedule linear "
+        "--train.warmup_ratio 0.05 --train.beta2 0.99 --train.max_grad_norm 1"
     )
 
 
@@ -118,5 +119,5 @@ def _training(mixture: Path, lm: CausalLM, tokenizer: Any, size: Size) -> Traini
     stream = DataStream(rows, size.batch_size, epochs=size.epochs, seed=size.seed)
     steps = len(stream)
     warmup = min(steps - 1, math.ceil(0.05 * steps))
-    optimizer = AdamW(Schedule("linear", size.lr, steps, warmup), beta2=0.99)
+    optimizer = AdamW(Schedule("linear", size.lr, steps, warmup), beta2=0.99, eps_root=size.eps_root)
     return Training(Recipe(optimizer, max_grad_norm=1.0, seed=size.seed), Double(lm.objective), stream, stream.weights)

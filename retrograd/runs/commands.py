@@ -103,6 +103,8 @@ class LabConfig:
     """Rows in a training step."""
     lr: float = 3e-3
     """Peak learning rate."""
+    eps_root: float = 1e-8
+    """AdamW's ε inside the root; 1e-5 where scores have to predict retraining."""
     workers: int = 0
     """Models trained side by side, in processes of one thread; 0 takes two where there are two cores. Same bits."""
     heartbeat: float = 20.0

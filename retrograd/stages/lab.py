@@ -77,6 +77,8 @@ def _check(config: LabConfig) -> None:
         raise ValueError(f"--width is {config.width}; heads are 32 wide, so it has to be a multiple of 32")
     if not config.lr > 0:
         raise ValueError(f"--lr is {config.lr}; it has to be above 0")
+    if not config.eps_root >= 0:
+        raise ValueError(f"--eps_root is {config.eps_root}; it has to be 0 or more, such as 1e-8 or 1e-5")
     if config.seed < 0 or config.workers < 0 or not config.heartbeat >= 0:
         raise ValueError("--seed, --workers and --heartbeat have to be 0 or more")
     make_world(config.seed, config.facts)  # it is cheap, and refuses a number of facts that does not fit
@@ -89,11 +91,13 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{folder} exists and is no lab; choose another folder")
         return {}
     found = json.loads((folder / "lab.json").read_text(encoding="utf8"))
-    old = found["settings"]
+    # a lab of before a setting was there was built with what is its default now
+    old = {**{one.name: one.default for one in dataclasses.fields(LabConfig)}, **found["settings"]}
     changed = [f"{name}: {old.get(name)!r} → {value!r}" for name, value in settings.items() if old.get(name) != value]
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{folder} holds a lab of other settings:\n  {lines}\nUse another folder, or delete this one.")
+    found["settings"] = settings
     models = {f"models/{name}/model.safetensors": entry for name, entry in found.get("models", {}).items()}
     other = changed_files(folder, {**found.get("files", {}), **found.get("lm_eval", {}), **models})
     if other:
