@@ -81,7 +81,10 @@ class Eager:
         return y.detach(), (leaves, y)
 
     def vjp(self, link: Link, point: Params, context: Any, bar: Tensor, kept: Any) -> Params:
-        return vjp(at(link, context), point, bar) if kept is None else _back(*kept, bar)
+        if kept is None:
+            return vjp(at(link, context), point, bar)
+        leaves, y = kept
+        return _back(leaves, y, bar)
 
     def jvp(self, link: Link, point: Params, context: Any, along: Params) -> tuple[Tensor, Tensor, None]:
         return *_jvp(at(link, context), point, along), None
