@@ -1,13 +1,15 @@
-"""One pullback of a training step by `double` and by `blocks`: CPU seconds and peak memory.
+"""One pullback of a training step by `double` and by `blocks`, or compiled: CPU seconds and peak memory.
 
-Both engines get the same GPT-NeoX model of random weights and the same batch; that they agree is asserted first. Then
+The engines get the same GPT-NeoX model of random weights and the same batch; that they agree is asserted first. Then
 every measurement is a process of its own, the engines taking turns. Peak memory is the growth of the process's resident
 set over one pullback, its high-water mark reset before (Linux); gradient, ḡ and H ḡ, three times the parameters, are in
-it for both; "activations" is what is left without them. Seconds are the median of the pullbacks after that one. Out
-comes a Markdown table, `blocks` as a multiple of `double`.
+it for all; "activations" is what is left without them. Seconds are the median of the pullbacks after that one. Out
+comes a Markdown table, each engine as a multiple of `double`. With --step a step's gradient is measured as well, and the
+pullback gets ḡ as in a run whose moments give the gradient back: together, what a step of a metagradient run takes.
 
     python bench/engines.py                                   # 12 layers, width 256, 4 × 256 tokens, and variations
     python bench/engines.py --depth 6 --width 128 --vocabulary 50304 --batch 8 --length 112 --only
+    python bench/engines.py --only --step --against blocks compile        # compiles for some minutes first
 """
 
 from __future__ import annotations
@@ -52,38 +54,46 @@ def world(size: dict[str, int]):
     return model, trainable(model)[0], stream[0], stream.weights, update_half
 
 
-def engine(kind: str, model):
-    from retrograd.core.engine import Blocks, Double
+def engine(kind: str, model, size: dict[str, int]):
+    from retrograd.core.engine import Blocks, Compiled, Double
     from retrograd.lm.blocks import decoder_chain
     from retrograd.lm.model import causal_objective
 
-    return Double(causal_objective(model)[0]) if kind == "double" else Blocks(decoder_chain(model))
+    if kind == "double":
+        return Double(causal_objective(model)[0])
+    chain = decoder_chain(model, alike=kind == "compile")
+    return Blocks(chain, Compiled(chain.links, (size["batch"], size["length"]))) if kind == "compile" else Blocks(chain)
 
 
-def assert_equal(size: dict[str, int]) -> float:
-    """Largest relative difference of the two engines' results, by tensor; refused above 1e-3 (float32)."""
+def assert_equal(size: dict[str, int], kinds: list[str]) -> float:
+    """Largest relative difference of an engine's results from `double`'s; refused above 1e-3 (float32)."""
     model, params, batch, weights, update_half = world(size)
-    results = [engine(k, model).pullback(params, [batch], weights, None, update_half) for k in ("double", "blocks")]
-    (expected, scores), (found, slopes) = results
+    results = [engine(k, model, size).pullback(params, [batch], weights, None, update_half) for k in kinds]
+    expected, scores = results[0]
     total = sum(float(x.norm()) ** 2 for x in expected.values()) ** 0.5
-    errors = [float((found[n] - expected[n]).norm()) / (float(expected[n].norm()) + 1e-3 * total) for n in params]
-    error = max(*errors, float((slopes - scores).norm() / scores.norm()))
-    assert error < 1e-3, f"the engines differ by {error:.2g}"
     assert float(scores.abs().max()) > 0
-    return error
+    errors = []
+    for found, slopes in results[1:]:
+        errors += [float((found[n] - expected[n]).norm()) / (float(expected[n].norm()) + 1e-3 * total) for n in params]
+        errors.append(float((slopes - scores).norm() / scores.norm()))
+    assert max(errors) < 1e-3, f"the engines differ by {max(errors):.2g}"
+    return max(errors)
 
 
-def child(kind: str, size: dict[str, int], repeats: int) -> None:
+def child(kind: str, size: dict[str, int], repeats: int, step: bool) -> None:
     model, params, batch, weights, update_half = world(size)
-    chosen = engine(kind, model)
+    chosen = engine(kind, model, size)
+    known = update_half(chosen.gradient(params, [batch], weights, None)[1]) if step else update_half
 
     def pullback() -> float:
         start = time.process_time()
-        chosen.pullback(params, [batch], weights, None, update_half)
+        if step:
+            chosen.gradient(params, [batch], weights, None)
+        chosen.pullback(params, [batch], weights, None, known)
         return time.process_time() - start
 
-    small = world({**size, "length": 8, "batch": 1})[2]
-    chosen.pullback(params, [small], weights, None, update_half)  # libraries load, thread pools start
+    small = world({**size, "length": 8, "batch": 2})[2]
+    chosen.pullback(params, [small], weights, None, known)  # libraries load, thread pools start
     ctypes.CDLL(None).malloc_trim(0)  # what that took and freed would hide growth
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -98,8 +108,8 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
-def measured(kind: str, size: dict[str, int], repeats: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", kind, "--repeats", str(repeats)]
+def measured(kind: str, size: dict[str, int], repeats: int, step: bool) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", kind, "--repeats", str(repeats), *(["--step"] if step else [])]
     command += [part for name in NAMES for part in (f"--{name}", str(size[name]))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -107,32 +117,31 @@ def measured(kind: str, size: dict[str, int], repeats: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(size: dict[str, int], turns: int, repeats: int) -> dict:
-    error = assert_equal(size)
-    runs: dict[str, list[dict[str, float]]] = {"double": [], "blocks": []}
-    for _ in range(turns):
+def compare(size: dict[str, int], kinds: list[str], arguments: argparse.Namespace) -> dict:
+    error = assert_equal(size, kinds)
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.turns):
         for kind in runs:
-            runs[kind].append(measured(kind, size, repeats))
+            runs[kind].append(measured(kind, size, arguments.repeats, arguments.step))
 
     def median(kind: str, name: str) -> float:
         return statistics.median(run[name] for run in runs[kind])
 
     params = world(size)[1]
     owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in params.values())
-    time_ratio, peak_ratio = (median("blocks", n) / median("double", n) for n in ("seconds", "peak_bytes"))
-    active = [max(0.0, median(kind, "peak_bytes") - owed) for kind in runs]
-    peaks = " → ".join(f"{median(kind, 'peak_bytes') / 2**20:.0f}" for kind in runs)
-    cells = [*(size[name] for name in NAMES), f"{time_ratio:.2f}", f"{peaks} MiB", f"{peak_ratio:.2f}"]
-    print(f"| {' | '.join(map(str, cells))} | {active[1] / active[0]:.2f} | {error:.0e} |", flush=True)
-    return {
-        "size": size,
-        "time": time_ratio,
-        "peak": peak_ratio,
-        "activations": active[1] / active[0],
-        "error": error,
-        "owed_bytes": owed,
-        "runs": runs,
-    }
+    active = {kind: max(0.0, median(kind, "peak_bytes") - owed) for kind in kinds}
+    found = {
+        kind: {
+            **{name: median(kind, key) / median("double", key) for name, key in (("time", "seconds"), ("peak", "peak_bytes"))},
+            "activations": active[kind] / active["double"],
+        }
+        for kind in kinds[1:]
+    }  # fmt: skip
+    peaks = " → ".join(f"{median(kind, 'peak_bytes') / 2**20:.0f}" for kind in kinds)
+    ratios = [" / ".join(f"{found[kind][name]:.2f}" for kind in found) for name in ("time", "peak", "activations")]
+    cells = [*(size[name] for name in NAMES), ratios[0], f"{peaks} MiB", *ratios[1:], f"{error:.0e}"]
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    return {"size": size, "engines": found, "error": error, "owed_bytes": owed, "runs": runs}
 
 
 def main() -> None:
@@ -142,16 +151,20 @@ def main() -> None:
     parser.add_argument("--only", action="store_true", help="this size alone, without the variations")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="timed pullbacks in each process")
+    parser.add_argument("--against", nargs="+", choices=("blocks", "compile"), default=["blocks"], help="of double")
+    parser.add_argument("--step", action="store_true", help="time a gradient and the pullback of a known ḡ")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--child", choices=("double", "blocks"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("double", "blocks", "compile"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     base = {name: getattr(arguments, name) for name in NAMES}
     if arguments.child:
-        return child(arguments.child, base, arguments.repeats)
+        return child(arguments.child, base, arguments.repeats, arguments.step)
     sizes = [base] if arguments.only else [{**base, **change} for change in VARIATIONS]
-    columns = [*NAMES, "CPU time", "peak", "peak, ratio", "activations, ratio", "results differ by"]
+    kinds = ["double", *arguments.against]
+    columns = [*NAMES, f"CPU time, {' / '.join(kinds[1:])}", f"peak, {' → '.join(kinds)}", "peak, ratio",
+               "activations, ratio", "results differ by"]  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    results = [compare(size, arguments.turns, arguments.repeats) for size in sizes]
+    results = [compare(size, kinds, arguments) for size in sizes]
     if arguments.json:
         import torch
 

@@ -2,7 +2,8 @@
 
 The model of bench/overhead.py is trained with AdamW and one query pulled back, with all states in memory and with all on
 disk. That the scores have the same bits is asserted. Every timing is a process of its own and the ways take turns;
-printed are seconds and CPU-seconds as multiples of the run in memory, and each way's peak memory.
+printed are seconds and CPU-seconds as multiples of the run in memory, how long the computation waited for each state
+(wall time in the store's calls, both ways together), and each way's peak memory.
 
     python bench/states.py                                  # 16 steps, 3 turns
     python bench/states.py --against ../other-checkout      # and another version of the code
@@ -31,8 +32,12 @@ def child(steps: int, tier: str, folder: Path) -> dict[str, float | str]:
     from retrograd import DataStream, Trainer
     from retrograd.core import tree
     from retrograd.optim import adamw
+    from retrograd.runs.store import Store
     from retrograd.runs.trajectory import Replay
 
+    waits: list[float] = []
+    for name in ("put", "get", "drop"):
+        setattr(Store, name, stopped(getattr(Store, name), waits))
     trainer, state = Trainer.initialize(make_model(), adamw(LR, eps_root=1e-8), engine="double")
     stream = DataStream(make_rows(steps * BATCH), BATCH)
     query = DataStream(make_rows(8, seed=1), BATCH, shuffle=False)
@@ -47,7 +52,20 @@ def child(steps: int, tier: str, folder: Path) -> dict[str, float | str]:
     for name, (wall, cpu), (wall_after, cpu_after) in zip(("train", "reverse"), marks, marks[1:]):
         found |= {name: wall_after - wall, f"{name}_cpu": cpu_after - cpu}
     found |= {"whole": marks[-1][0] - marks[0][0], "whole_cpu": marks[-1][1] - marks[0][1]}
-    return found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return found | {"wait": sum(waits) / steps, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def stopped(method, waits: list[float]):
+    """The method, with a watch."""
+
+    def call(*given):
+        start = time.perf_counter()
+        try:
+            return method(*given)
+        finally:
+            waits.append(time.perf_counter() - start)
+
+    return call
 
 
 def timed(code: Path, tier: str, steps: int, place: Path | None) -> dict[str, float | str]:
@@ -79,7 +97,10 @@ def main() -> None:
             runs[name].append(timed(code, tier, arguments.steps, arguments.place))
             assert runs[name][-1]["scores"] == runs["memory"][0]["scores"], f"{name} has other bits"
             one = runs[name][-1]
-            print(f"turn {turn + 1} {name}: {one['whole']:.1f} s, CPU {one['whole_cpu']:.1f} s", flush=True)
+            print(
+                f"turn {turn + 1} {name}: {one['whole']:.1f} s, CPU {one['whole_cpu']:.1f} s, waits {one['wait']:.2f} s",
+                flush=True,
+            )
     report(runs, arguments.steps, arguments.json)
 
 
@@ -90,10 +111,13 @@ def report(runs: dict[str, list[dict]], steps: int, path: Path | None) -> None:
     figures = ("train", "reverse", "whole", "train_cpu", "reverse_cpu", "whole_cpu")
     ratio = {name: {f: median(name, f) / median("memory", f) for f in figures} for name in runs}
     print(f"{steps} steps: the same bits from all of them\n")
-    print("| states in | train | reverse | whole | train, CPU | reverse, CPU | whole, CPU | peak memory |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| states in | train | reverse | whole | train, CPU | reverse, CPU | whole, CPU | wait, s a state | peak memory |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, row in ratio.items():
         cells = " | ".join(f"{row[figure]:.3f}" for figure in figures)
+        cells += f" | {median(name, 'wait'):.2f}"
         print(f"| {name} | {cells} | {median(name, 'peak_bytes') / 2**30:.2f} GiB |")
     if path:
         path.write_text(json.dumps({"steps": steps, "ratio": ratio, "runs": runs}, indent=2) + "\n")

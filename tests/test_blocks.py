@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from retrograd.core import check, tree
 from retrograd.core.engine import Blocks, Double
+from retrograd.core.engine.passes import Eager
 from retrograd.core.optim import SGD, AdamW, Params
 from retrograd.core.plan import make
 from retrograd.core.step import Batch, Recipe, Training, micro_batches
@@ -112,6 +113,30 @@ def test_equals_double(family: str, dtype: torch.dtype) -> None:
     """Per-token weights, two queries, micro-batches of 2, 2 and 1 rows."""
     data = stream(dtype)
     assert compare(build(family, dtype), micro_batches(data[0], 2), data.weights) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_table_of_tokens_is_its_own_tangent_map_unless_one_is_for_padding(dtype: torch.dtype) -> None:
+    found = {family: decoder_chain(build(family, dtype)).lookup for family in FAMILIES}
+    assert found == {family: family not in ("gemma", "olmo2") for family in FAMILIES}
+    assert not decoder_chain(build("gpt-neox", dtype, lora=True)).lookup  # nothing is trained there
+
+
+def test_an_embedding_that_is_not_linear_is_none() -> None:
+    data, module = stream(), build("gpt-neox")
+    module.gpt_neox.emb_dropout = nn.LayerNorm(module.config.hidden_size, dtype=torch.float64)
+    assert not decoder_chain(module).lookup
+    assert compare(module, [data[0]], data.weights) < 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_graphs_give_the_same_bits(family: str) -> None:
+    data, module = stream(), build(family)
+    params, found = trainable(module)[0], []
+    for keep in (False, True):
+        engine = Blocks(decoder_chain(module), Eager(keep))
+        found.append(results(engine, params, micro_batches(data[0], 3), data.weights, 1))
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

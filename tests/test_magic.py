@@ -256,14 +256,14 @@ def test_help_is_quick_and_the_package_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def _kill_after(arguments: list[str], run: Path, phase: str, step: int) -> None:
+def _kill_after(arguments: list[str], run: Path, phase: str, step: int, patience: float = 120) -> None:
     """Start the real command and kill -9 it once its journal shows this step."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "retrograd", *arguments], env=environment, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wanted, deadline = f'"phase": "{phase}", "step": {step},', time.monotonic() + 120
+    wanted, deadline = f'"phase": "{phase}", "step": {step},', time.monotonic() + patience
     journal = run / "metrics.jsonl"
     while process.poll() is None and time.monotonic() < deadline:
         if journal.exists() and wanted in journal.read_text():

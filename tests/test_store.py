@@ -23,7 +23,7 @@ from retrograd.core import tree
 from retrograd.core.optim import AdamW
 from retrograd.core.step import Recipe, State, initial_state
 from retrograd.runs import copies, store, trajectory
-from retrograd.runs.buffers import packed
+from retrograd.runs.buffers import Recycled, as_bytes, copy_alone, fresh, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -108,14 +108,32 @@ def test_a_state_dropped_under_way_leaves_no_file(tmp_path: Path, gate: threadin
     assert held.durable() == []
 
 
-def test_a_kept_state_dropped_under_way_is_not_waited_for(tmp_path: Path, gate: threading.Event) -> None:
+def test_a_kept_state_dropped_under_way_leaves_its_file_and_no_memory(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = opened(tmp_path)
     held.kept = {1}
     held.put(state(1))
+    threading.Timer(0.05, gate.set).start()
     held.drop(1)
-    assert files(tmp_path) == []
+    held.on_disk = 0  # as on the way back
+    monkeypatch.setattr(store, "_SMALL", 0)
+    held.put(state(1))
+    held.drop(1)
+    assert (held.durable(), held.memory.keys()) == ([1], {0})
+
+
+def test_copies_to_host_memory_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real = threading.Event(), store.packed
+    monkeypatch.setattr(store, "packed", lambda *given: gate.wait(30) and real(*given))
+    monkeypatch.setattr(store, "_SMALL", 0)
+    held, given = opened(None), state(1)
+    held.put(given)
+    assert held.get(1) is given
     gate.set()
-    assert held.durable() == [1]
+    held.settle()
+    assert held.get(1) is not given
+    assert bits(held.get(1)) == bits(given)
 
 
 def test_one_state_is_on_its_way_at_most(tmp_path: Path, gate: threading.Event) -> None:
@@ -276,11 +294,26 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_large_state_is_one_aligned_buffer() -> None:
     given = {"a": torch.randn(3), "b": torch.randn(1 << 20).requires_grad_(), "c": torch.randn(1000, 999).T}
     with torch.no_grad():
-        found = packed(given)
+        found = packed(given, torch.Tensor.copy_, fresh)
     assert tree.digest(found) == tree.digest(given)
     assert len({leaf.untyped_storage().data_ptr() for leaf in found.values()}) == 1
     assert all(leaf.data_ptr() % 64 == 0 for leaf in found.values())
-    assert packed({}) == {}  # plain SGD has no moments
+    assert packed({}, copy_alone, fresh) == {}  # plain SGD has no moments
+
+
+def test_memory_is_recycled_when_no_tensor_looks_into_it() -> None:
+    room, places = Recycled(), []
+    for _ in range(3):
+        one, two = room(640), room(640)
+        places.append({one.data_ptr(), two.data_ptr()})
+        part = one[64:128].view(torch.float32)
+        del one
+        assert room(640).data_ptr() not in {part.data_ptr() - 64, two.data_ptr()}  # a view is enough
+        assert all(x.data_ptr() % 64 == 0 for x in (room(640), room(1280), two))
+        assert as_bytes(part).size == 64
+        del part, two
+    assert places[0] <= places[1] | places[2] | {memory.ctypes.data for memory in room.free}
+    assert len(room.free) == 4  # three of 640 bytes were in use at once, and one of 1280
 
 
 class Stream:
@@ -302,14 +335,14 @@ class Stream:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Stream:
     """The way of a GPU, with host memory in its place."""
-    stream, real, init = Stream(), copies.packed, Copies.__init__
+    stream, init = Stream(), Copies.__init__
 
     def begin(self: Copies, like: State) -> None:
         init(self, like)
         self.on_host, self.stream = False, stream
 
     monkeypatch.setattr(Copies, "__init__", begin)
-    monkeypatch.setattr(copies, "packed", lambda like, copy, pinned: real(like, copy))
+    monkeypatch.setattr(copies, "pinned", fresh)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return stream
@@ -374,6 +407,7 @@ def test_the_same_bits_from_every_tier(
     real = store.write_tensors
     monkeypatch.setattr(store, "write_tensors", lambda *given: (time.sleep(delay), real(*given)))
     expected = run(None, Replay("all"))
+    monkeypatch.setattr(store, "_SMALL", 0)  # so that no state is
     assert torch.equal(run(tmp_path, replay), expected)
     kept = [f"state-{step:06d}.safetensors" for step in range(1, 6)] if replay.keep else []
     assert files(tmp_path) == ["digests.txt", "final.safetensors", *kept]

@@ -6,7 +6,8 @@ count, a None) pass through unchanged, so that mapping over a state cannot forge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["digest", "dot", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "stacked", "unnamed"]
+__all__ = [
+    "Frame", "digest", "dot", "frame", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "stacked", "unnamed",
+]  # fmt: skip
 
 T = TypeVar("T")
+_HOLE = type("Hole", (), {"__repr__": lambda _: "tensor"})()
 
 
 def map(function: Callable[..., Any], tree: T, *rest: Any) -> T:
@@ -31,6 +35,34 @@ def map(function: Callable[..., Any], tree: T, *rest: Any) -> T:
 def leaves(tree: Any) -> list[Tensor]:
     """The tensors of a tree, in a fixed order."""
     return [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A tree without its tensors: what two trees of one form have in common, and `key` says."""
+
+    others: list[Any]
+    spec: Any
+
+    @property
+    def key(self) -> str:
+        return f"{self.others} {self.spec}"
+
+    @property
+    def count(self) -> int:
+        """How many tensors."""
+        return sum(x is _HOLE for x in self.others)
+
+    def around(self, tensors: Iterable[Tensor]) -> Any:
+        """The tree of this form that holds `tensors`."""
+        given = iter(tensors)
+        return _pytree.tree_unflatten([next(given) if x is _HOLE else x for x in self.others], self.spec)
+
+
+def frame(tree: Any) -> Frame:
+    """What is left of a tree without its tensors; `leaves` are the tensors, in order."""
+    found, spec = _pytree.tree_flatten(tree)
+    return Frame([_HOLE if isinstance(leaf, Tensor) else leaf for leaf in found], spec)
 
 
 def dot(first: Any, second: Any) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd.core import tree
-from retrograd.core.engine.blocks import Blocks, Chain, Found, Link, PlainHead
+from retrograd.core.engine.blocks import Blocks, Chain, Found, PlainHead
 from retrograd.core.engine.double import Double
+from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch
 from retrograd.lm.loss import head_first, head_second, token_ce
@@ -40,12 +41,15 @@ __all__ = ["VocabularyHead", "decoder_chain"]
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2}
 
 
-def decoder_chain(module: nn.Module) -> Chain:
+def decoder_chain(module: nn.Module, alike: bool = False) -> Chain:
     """The chain embed → decoder layers → final norm → vocabulary head of a Hugging Face causal model.
 
     Parameters go by the names of `trainable(module)`. The trial costs some 30 forward passes of 10 tokens and, for its
     duration, the memory of six gradients.
 
+    Args:
+        alike: Layers of one structure share one function, the first one's, which the others' parameters and buffers
+            are put into: one compilation then serves them all.
     Raises:
         ValueError: If no chain of layers in the model has the model's gradient and pullback.
 
@@ -60,7 +64,7 @@ def decoder_chain(module: nn.Module) -> Chain:
     try:
         for name, layers in _candidates(inner(module).base_model):
             try:
-                chain = _Parts(module, layers).chain()
+                chain = _Parts(module, layers).chain(alike)
                 _prove(module, chain)
             except (ValueError, RuntimeError) as error:
                 reasons.append(f"{name}: {str(error).strip().splitlines()[0]}")
@@ -149,14 +153,14 @@ class _Parts:
         self.leaves, readers = trainable(module)
         self.leaf_of = {id(p): readers[n] for n, p in module.named_parameters(remove_duplicate=False) if n in readers}
 
-    def chain(self) -> Chain:
+    def chain(self, alike: bool) -> Chain:
         """The chain, with each parameter where it is used.
 
         Raises:
             ValueError: If the model does not run its layers as a chain.
         """
         batch = _trial_batch(self.module)
-        links = [Link(self._names(layer), _layer_call(layer)) for layer in self.layers]
+        links = self._shared_links() if alike else [Link(self._names(x), _layer_call(x)) for x in self.layers]
         with twice_differentiable(batch.scale.dtype):
             x = self._enter(batch.inputs)
             embed = Link(self._used(self.base, lambda p: self.embed(p, batch.inputs)[0]), self.embed)
@@ -166,7 +170,20 @@ class _Parts:
                 head: Any = VocabularyHead(self._names(linear), linear)
             else:
                 head = PlainHead(self._used(self.model, lambda p: self.logits(p, x, batch.inputs)), self.loss)
-        return Chain(embed, links, head, twice_differentiable)
+            lookup = _is_lookup(embed, self.leaves, batch.inputs)
+        return Chain(embed, links, head, twice_differentiable, lookup)
+
+    def _shared_links(self) -> list[Link]:
+        """Links of layers of one structure with one function."""
+        calls: dict[Any, Callable[[Params, Tensor, Any], Tensor]] = {}
+        links = []
+        for layer in self.layers:
+            names = self._names(layer)
+            held = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
+            constants = {name: x.detach() for name, x in held if name not in names}
+            call = calls.setdefault(_structure(layer, names), _layer_call(layer))
+            links.append(Link(names, call, constants))
+        return links
 
     def embed(self, params: Params, inputs: Any, _: Any = None) -> tuple[Tensor, list[Any]]:
         """What enters the first layer, and for each link what else it is called with."""
@@ -268,6 +285,43 @@ def _layer_call(layer: nn.Module) -> Callable[[Params, Tensor, Any], Tensor]:
         return y
 
     return call
+
+
+def _structure(layer: nn.Module, names: Mapping[str, str]) -> tuple[Any, ...]:
+    """What two layers must have in common to be one function; that it was enough is for the trial to tell."""
+    found: list[Any] = [tuple(names)]
+    for name, part in layer.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(part).items()
+            if isinstance(value, (bool, int, float, str, type(None))) and key != "layer_idx"
+        }
+        hooked = id(part) if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) else None
+        found.append((name, type(part), repr(sorted(plain.items(), key=lambda item: item[0])), hooked))
+    for name, x in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
+        found.append((name, x.shape, x.dtype))
+    return tuple(found)
+
+
+def _is_lookup(embed: Link, leaves: Params, inputs: Any) -> bool:
+    """Whether what enters the layers is linear in the parameters, and its vjp the transpose of that map: by trial."""
+    point = {local: leaves[leaf] for local, leaf in embed.names.items()}
+    if not point:
+        return False
+    draw = torch.Generator().manual_seed(0)
+
+    def like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=draw).to(x)
+
+    def start(params: Params) -> Tensor:
+        return embed.call(params, inputs, None)[0]
+
+    along = {name: like(x) for name, x in point.items()}
+    with torch.no_grad():
+        x, dot, both = start(point), start(along), start({name: x + along[name] for name, x in point.items()})
+    square, same = tree.dot(dot, dot), tree.dot(vjp(start, point, dot), along)  # no term of which is negative
+    near = 4 * torch.finfo(x.dtype).eps
+    return bool((both - x - dot).norm() <= near * both.norm() and abs(square - same) <= near * square)
 
 
 def _trial_batch(module: nn.Module) -> Batch:

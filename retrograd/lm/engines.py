@@ -19,24 +19,28 @@ so `blocks` takes less where h > (1 + K)·b: small models with large vocabularie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from retrograd.core.engine import Blocks, Double
+from retrograd.core import tree
+from retrograd.core.engine import Blocks, Compiled, Double
+from retrograd.core.engine.compiled import no_compiler
+from retrograd.core.engine.passes import Eager
 from retrograd.core.optim import Params
-from retrograd.core.step import Engine
+from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import decoder_chain
 from retrograd.lm.model import has_plain_head, inner, trainable
 
-__all__ = ["ENGINES", "Choice", "Load", "choose_engine", "graph_bytes"]
+__all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 
 ENGINES = ("auto", "double", "blocks")
 _LENGTHS = (4, 8, 12)  # tokens of the rows that the graph is measured on
 _PENDING = 1.75  # peak of the second way back, in what autograd saves; measured 1.5 to 1.8 by depth, width and length
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}  # what compiling may change, of the norm of H ḡ
 
 _Objective = Callable[[Params, Any, Tensor], Tensor]
 
@@ -60,6 +64,7 @@ class Choice(NamedTuple):
     engine: Engine
     name: str
     why: str
+    compiled: Compiled | None = None
 
 
 def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Load | None = None) -> Choice:
@@ -91,7 +96,54 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     hidden = _hidden_bytes(module, load)
     layers = max(1, len(chain.links) - 1)
     small = (1 + load.queries) * (layers + 2) * hidden + graph // layers
-    return Choice(Blocks(chain), "blocks", f"{needs}; blocks takes about {_size(small)}")
+    return Choice(
+        Blocks(chain, Eager(keep=graph <= load.budget)), "blocks", f"{needs}; blocks takes about {_size(small)}"
+    )
+
+
+def compiled_engine(module: nn.Module, shape: tuple[int, int], proofs: Sequence[Batch], queries: int) -> Choice:
+    """The `blocks` engine with the passes over its layers compiled.
+
+    Args:
+        shape: Rows and tokens of a large batch, which the code is optimised for.
+        proofs: Batches whose gradient and pullback are computed, compiled and eager, and have to agree.
+    Raises:
+        ValueError: If there is no compiler, the model is no chain of layers, no two of them are alike, or they cannot
+            be compiled to what they compute.
+    """
+    reason = no_compiler(next(iter(trainable(module)[0].values())).device)
+    if reason is not None:
+        raise ValueError(f"--compile cannot be used here: {reason}. Leave --compile out.")
+    chain = decoder_chain(module, alike=True)
+    compiled = Compiled(chain.links, shape)
+    if not compiled.calls:
+        raise ValueError("--compile has nothing to share: no two layers are of one structure. Leave --compile out.")
+    for batch in proofs:
+        try:
+            _prove_equal(module, Blocks(chain, compiled), Blocks(chain), batch, queries)
+        except RuntimeError as error:
+            raise ValueError(
+                f"--compile cannot be used with {type(inner(module)).__name__}: {_told(error)} Leave --compile out."
+            ) from error
+    return Choice(Blocks(chain, compiled), "blocks", f"asked for by --compile: {compiled.told}", compiled)
+
+
+def _prove_equal(module: nn.Module, chosen: Engine, eager: Engine, batch: Batch, queries: int) -> None:
+    """Refuses a chosen engine whose H ḡ or scores are not those of the other."""
+    params = trainable(module)[0]
+    weights = torch.ones(int(batch.index.max()) + 1, dtype=batch.scale.dtype, device=batch.scale.device)
+
+    def along(grads: Params) -> Params:
+        return {name: torch.stack([g] * max(1, queries)) for name, g in grads.items()}
+
+    found, expected = (engine.pullback(params, [batch], weights, None, along) for engine in (chosen, eager))
+    for what, one, other in zip(("H ḡ", "scores"), found, expected, strict=True):
+        difference, size = float(tree.norm(tree.map(torch.sub, one, other))), float(tree.norm(other))
+        if not difference <= _ROUNDING.get(next(iter(params.values())).dtype, 0.1) * size:
+            raise ValueError(
+                f"--compile changes the results of {type(inner(module)).__name__} beyond rounding: {what} by "
+                f"{difference:.2g} of {size:.2g}. Leave --compile out."
+            )
 
 
 def graph_bytes(module: nn.Module, objective: _Objective, rows: int, length: int) -> int:

@@ -206,7 +206,7 @@ def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = 
             if pw is not None:
                 torch.mm(p, w, out=pw[part])
             if dw is not None:
-                dw.addmm_(p.t(), c[part, None] * h[part])
+                dw.addmm_(p.t(), c[part, None] * h[part], beta=min(start, 1))
             if db is not None:
                 db.addmv_(p.t(), c[part])
     return ce, Known(lse, pw), (None if pw is None else c[:, None] * pw, dw, db)
@@ -237,10 +237,12 @@ def head_second(
     moved = [[None if u is None else u.to(h) for u in each] for each in tangents]
     found = [(*_accumulators(h, w, b, wanted), h.new_empty(len(h))) for _ in tangents]
     first = torch.empty_like(h) if wanted[0] else None
-    buffers = [h.new_empty(min(chunk, len(h)), len(w)) for _ in range(2)]
+    room = h.new_empty(2 * min(chunk, len(h)) * len(w))
     for start in range(0, len(h), chunk):
         part = slice(start, start + chunk)
         hk, ck, place = h[part], c[part, None], y[part, None]
+        both = room[: 2 * len(hk) * len(w)].view(2 * len(hk), len(w))  # d, and P below it
+        buffers = [both[len(hk) :], both[: len(hk)]]
         p = _probabilities(hk, w, b, None if known is None else known.lse[part], buffers)
         ours = p.gather(1, place)
         p.scatter_(1, place, ours - 1)  # P = p − 1_y
@@ -262,9 +264,8 @@ def head_second(
                     dh[part] += uck * pw
             moved_ch = _sum(None if uhk is None else ck * uhk, None if uck is None else uck * hk)
             if dw is not None:
-                dw.addmm_(d.t(), ck * hk)
-                if moved_ch is not None:
-                    dw.addmm_(p.t(), moved_ch)
+                rows, factors = (d, ck * hk) if moved_ch is None else (both, torch.cat([ck * hk, moved_ch]))
+                dw.addmm_(rows.t(), factors, beta=min(start, 1))
             if db is not None:
                 db.addmv_(d.t(), c[part])
                 if uc is not None:
@@ -315,6 +316,6 @@ def _work(operands: _Operands) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 def _accumulators(h: Tensor, w: Tensor, b: Tensor | None, wanted: Sequence[bool]) -> _Grads:
     return (
         torch.empty_like(h) if wanted[0] else None,
-        torch.zeros_like(w) if wanted[1] else None,
+        (torch.empty_like(w) if len(h) else torch.zeros_like(w)) if wanted[1] else None,
         torch.zeros_like(b) if b is not None and wanted[2] else None,
     )

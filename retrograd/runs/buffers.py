@@ -1,12 +1,14 @@
 """Trees of tensors in one flat buffer of host memory.
 
-Kept leaf by leaf, states would lie scattered among the steps' temporaries and a run of 10 GiB of states was seen to
-take 18. A large buffer asks for huge pages: fresh memory in pages of 4 KiB costs five times the copy into it.
+Kept leaf by leaf, states would lie scattered among the steps' temporaries, and a run of 10 GiB of states was seen to
+take 18. A large buffer asks for huge pages: the first touch of fresh memory in pages of 4 KiB costs five times the
+copy into it.
 """
 
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,34 +18,64 @@ from torch import Tensor
 
 from retrograd.core import tree
 
-__all__ = ["Copy", "as_bytes", "copy_alone", "leave_empty", "packed"]
+__all__ = ["Copy", "Recycled", "as_bytes", "copy_alone", "fresh", "leave_empty", "packed", "pinned"]
 
 T = TypeVar("T")
 
 Copy = Callable[[Tensor, Tensor], Any]
 """(destination, source) → anything; fills a tensor."""
 
-_ALIGNED = 64  # bytes; sums over a vector may depend on where it begins, so every leaf begins as a fresh tensor does
 _LARGE = 4 << 20
+_ALIGNED = 64  # bytes; sums over a vector may depend on where it begins, so every leaf begins as a fresh tensor does
 
 
-def packed(values: T, copy: Copy = Tensor.copy_, *, pinned: bool = False) -> T:
+def packed(values: T, copy: Copy, room: Callable[[int], Tensor]) -> T:
     """A copy of a tree in host memory whose tensors are views of one buffer.
 
-    With `pinned` it is page-locked memory, which a GPU copies to and from without the processor.
+    Args:
+        room: Bytes → uint8 memory, aligned: `fresh`, `pinned` or a `Recycled`.
     """
     leaves = tree.leaves(values)
     sizes = [-(-leaf.numel() * leaf.element_size() // _ALIGNED) * _ALIGNED for leaf in leaves]
-    total = sum(sizes)
-    buffer = torch.empty(total, dtype=torch.uint8, pin_memory=True) if pinned else _room(total)
-    parts = iter(buffer.split(sizes))
+    parts = iter(room(sum(sizes)).split(sizes))
 
     def place(leaf: Tensor) -> Tensor:
-        room = next(parts)[: leaf.numel() * leaf.element_size()].view(leaf.dtype).view(leaf.shape)
-        copy(room, leaf)
-        return room
+        part = next(parts)[: leaf.numel() * leaf.element_size()].view(leaf.dtype).view(leaf.shape)
+        copy(part, leaf)
+        return part
 
     return tree.map(place, values)
+
+
+def fresh(size: int) -> Tensor:
+    """Ordinary memory, in huge pages where it is large."""
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def pinned(size: int) -> Tensor:
+    """Page-locked memory, which a GPU copies to and from without the processor."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class Recycled:
+    """Memory that is handed out again once no tensor looks into it.
+
+    Even huge pages cost their first touch. What is kept is never more than what was in use at once.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[np.ndarray] = []
+
+    def __call__(self, size: int) -> Tensor:
+        found = next((place for place, memory in enumerate(self.free) if memory.size == size), None)
+        memory = fresh(size).numpy() if found is None else self.free.pop(found)
+        lease = memory[:]  # lives as long as the tensor's memory does
+        weakref.finalize(lease, self.free.append, memory).atexit = False
+        return torch.from_numpy(lease)
 
 
 def copy_alone(destination: Tensor, source: Tensor) -> None:
@@ -58,11 +90,3 @@ def leave_empty(destination: Tensor, source: Tensor) -> None:
 def as_bytes(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor on the host."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
-
-
-def _room(size: int) -> Tensor:
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -170,6 +170,9 @@ class MagicConfig:
     engine: Literal["auto", "double", "blocks"] = "auto"
     """How a step is differentiated twice: double is faster and holds the whole graph; blocks holds one layer's. auto
     takes double where it fits in memory. Results are equal to rounding."""
+    compile: bool = False
+    """Compile the passes over a layer, once for all layers and lengths: takes minutes before the first step. Takes the
+    engine blocks, and for its way back keeps more than blocks does alone."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -195,8 +198,8 @@ class MagicConfig:
 
 
 # Where a run is and how it is carried out do not change what it computes.
-# The engine that training took is in the manifest; it is compared there, for "auto" does not tell.
-_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine", "evaluate", "log")
+# The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
+_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine", "compile", "evaluate", "log")
 
 
 def to_dict(config: MagicConfig) -> dict[str, Any]:
@@ -268,6 +271,13 @@ def check(config: MagicConfig) -> None:
         raise ValueError(f"--train.max_grad_norm is {train.max_grad_norm}; it has to be above 0")
     if replay.plan == "interval" and replay.interval is None:
         raise ValueError("--replay.plan interval needs --replay.interval, the distance between held states")
+    if config.compile and config.engine == "double":
+        raise ValueError(
+            "--compile with --engine double cannot work: a compiled function has no double backward. Leave --engine "
+            "out, or take blocks"
+        )
+    if config.compile and train.dropout:
+        raise ValueError("--compile takes --engine blocks, which --train.dropout excludes; leave one of the two out")
     if config.lora.rank < 0:
         raise ValueError(f"--lora.rank is {config.lora.rank}; it has to be at least 1, or 0 for no adapters")
     if data.max_length is not None and data.chunk_length is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.runs.buffers import copy_alone, leave_empty, packed
+from retrograd.runs.buffers import copy_alone, leave_empty, packed, pinned
 
 __all__ = ["Copies"]
 
@@ -51,9 +51,9 @@ class Copies:
         """A state of host memory on the devices of the run's states, in `room` where there is one."""
         if room is None or after is None:
             return tree.map(lambda x, like: x.to(like.device), host, self.like)
-        pinned = self._pin("up")
-        tree.map(copy_alone, pinned, host)
-        return self._copied(pinned, room, after)._replace(step=host.step)
+        buffer = self._pin("up")
+        tree.map(copy_alone, buffer, host)
+        return self._copied(buffer, room, after)._replace(step=host.step)
 
     def _copied(self, source: State, target: State, after: torch.cuda.Event) -> State:
         assert self.stream is not None, "only a GPU's copies go by a stream"
@@ -65,5 +65,5 @@ class Copies:
 
     def _pin(self, way: str) -> State:
         if way not in self._pinned:
-            self._pinned[way] = packed(self.like, leave_empty, pinned=True)
+            self._pinned[way] = packed(self.like, leave_empty, pinned)
         return self._pinned[way]

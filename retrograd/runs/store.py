@@ -21,12 +21,14 @@ from torch import Tensor
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.runs.buffers import Copy, copy_alone, leave_empty, packed
+from retrograd.runs.buffers import Recycled, copy_alone, fresh, leave_empty, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
 
 __all__ = ["Store"]
+
+_SMALL = 1 << 20  # bytes; waking a thread takes longer than copying so little
 
 
 class Store:
@@ -61,6 +63,7 @@ class Store:
         self._saved: set[int] = set()  # files written, or being written, by this store
         self._leaving: dict[int, State] = {}  # the one on its way out; it stays if it cannot be written
         self._last: Future[None] | None = None  # the job of that one
+        self._recycled = Recycled()  # for states that are read
         self._coming: tuple[int, Future[State]] | None = None
         self._restores: deque[int] = deque()  # of the plan being followed, those still to come
 
@@ -78,10 +81,10 @@ class Store:
         elif self.folder and len(self.held) < self.on_disk:
             if state.step not in self._saved:
                 self.save(state)
-        elif self._copies.on_host:
+        elif self._copies.on_host and tree.nbytes(state) <= _SMALL:
             self.memory[state.step] = _in_memory(state)
         else:
-            self._send(state, lambda host: self.memory.update({state.step: _in_memory(host, copy_alone)}))
+            self._send(state, lambda host: self.memory.update({state.step: _in_memory(host)}))
         self.held.append(state.step)
 
     def get(self, step: int) -> State:
@@ -103,7 +106,7 @@ class Store:
 
     def drop(self, step: int) -> None:
         """Give up a slot."""
-        if step in self._leaving and step not in self.kept:
+        if step in self._leaving:
             self.settle()
         self.memory.pop(step, None)
         if step in self.held:
@@ -196,7 +199,7 @@ class Store:
     def _read(self, step: int) -> State:
         if step in self.memory:
             return self.memory[step]
-        tensors, metadata = read_tensors(self.path(step), _rooms)
+        tensors, metadata = read_tensors(self.path(step), self._rooms)
         if metadata.get("identity") != self.identity:
             raise RunError(
                 f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
@@ -210,17 +213,18 @@ class Store:
             )
         return state
 
+    def _rooms(self, mapped: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Memory for a state's parameters and for its moments, which the sweep keeps longer."""
+        params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
+        moments = {name: leaf for name, leaf in mapped.items() if name not in params}
+        return packed(params, leave_empty, self._recycled) | packed(moments, leave_empty, self._recycled)
+
     def _raise(self) -> None:
         if self._last is not None and self._last.done():
             self.settle()
 
 
-def _in_memory(state: State, copy: Copy = Tensor.copy_) -> State:
+def _in_memory(state: State) -> State:
     """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
-    return state._replace(params=packed(state.params, copy), moments=packed(state.moments, copy))
-
-
-def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
-    params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
-    moments = {name: leaf for name, leaf in mapped.items() if name not in params}
-    return packed(params, leave_empty) | packed(moments, leave_empty)
+    params, moments = (packed(part, copy_alone, fresh) for part in (state.params, state.moments))
+    return State(state.step, params, moments)

@@ -12,8 +12,8 @@ from retrograd.core import tree
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
-from retrograd.core.step import Recipe, State, Training, initial_state, recovered
-from retrograd.lm.engines import Choice, Load, choose_engine
+from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches, recovered
+from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.query import Queries
 from retrograd.lm.rows import Rows
@@ -92,7 +92,8 @@ def assemble(config: MagicConfig) -> Loaded:
     findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
     initial = initial_state(recipe, model.params)
     queries = sum(len(found.columns) for found in asked) + config.sharpness
-    engine = _engine(config, model, (min(size, len(rows)), rows.max_length), queries, recipe, initial)
+    shape = (min(size, len(rows)), rows.max_length)
+    engine = _engine(config, model, shape, queries, recipe, initial, stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
@@ -118,8 +119,9 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
 
 
 def _engine(
-    config: MagicConfig, model: CausalLM, batch: tuple[int, int], queries: int, recipe: Recipe, initial: State
-) -> Choice:
+    config: MagicConfig, model: CausalLM, batch: tuple[int, int], queries: int, recipe: Recipe, initial: State,
+    stream: DataStream,
+) -> Choice:  # fmt: skip
     """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     begun = {} if nowhere else Manifest(config.run / "manifest.json").values
@@ -129,6 +131,15 @@ def _engine(
             f"{config.run} was begun with --engine {recorded['used']}, now it is {config.engine}: replay has to take "
             "the engine that training took. Leave --engine out, use another folder, or --overwrite to start afresh."
         )
+    if recorded and recorded.get("compiled", False) != config.compile:
+        raise ValueError(
+            f"{config.run} was begun with{'' if recorded.get('compiled') else 'out'} --compile: replay has to take "
+            "what training took. Ask for the same, use another folder, or --overwrite to start afresh."
+        )
+    if config.compile:
+        proofs = [] if recorded else _proofs(stream, config.train.micro_batch_size)
+        choice = compiled_engine(model.module, batch, proofs, queries)
+        return choice._replace(why=recorded["why"]) if recorded else choice
     asked = recorded["used"] if recorded else config.engine
     if config.train.dropout:
         if asked == "blocks":
@@ -145,6 +156,11 @@ def _engine(
     return choice._replace(why=recorded["why"]) if recorded else choice
 
 
+def _proofs(stream: DataStream, size: int | None) -> list[Batch]:
+    """The run's first and last micro-batch: what is compiled is compared with eager on them."""
+    return [micro_batches(stream[0], size)[0], micro_batches(stream[len(stream) - 1], size)[-1]]
+
+
 def _free(device: torch.device) -> int:
     """Bytes that steps may take: all of a GPU's, half of the host's, for the other half is for states."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // 2
@@ -152,7 +168,8 @@ def _free(device: torch.device) -> int:
 
 def _unless_double(engine: Choice) -> tuple[str, ...]:
     """The engine as part of the run's identity: another one may round otherwise. Runs of before have none."""
-    return () if engine.name == "double" else (engine.name,)
+    compiled = ("compiled",) if engine.compiled else ()
+    return () if engine.name == "double" else (engine.name, *compiled)
 
 
 def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:

@@ -41,6 +41,8 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     configs.check(config)
     check_loggers(config.log)
     _check_folder(config)
+    if config.compile:
+        console.print("compiling the layers: minutes for the first time, seconds when torch's cache knows them")
     loaded = assemble(config)
     done = not config.overwrite and Manifest(config.run / "manifest.json").done("scores")
     prepared = prepare_during(DuringConfig() if done else config.evaluate, loaded.model, loaded.tokenizer)
@@ -81,6 +83,9 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         record["sha256"] = file_digest(config.run / "scores.pt")
     trajectory.clean()
     during.show(console)
+    if compiled := loaded.engine.compiled:
+        manifest.update(compiled={"graphs": compiled.graphs, "fixed": compiled.fixed, "seconds": compiled.seconds})
+        console.print(f"compiled: {compiled.told}")
     return summarise(outcome, loaded, loaded.asked, console)
 
 
@@ -131,7 +136,11 @@ def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
         steps=len(loaded.stream),
         parameters=sum(leaf.numel() for leaf in loaded.initial.params.values()),
         fused_head=loaded.model.fused,
-        engine={"used": loaded.engine.name, "why": loaded.engine.why},
+        engine={
+            "used": loaded.engine.name,
+            "why": loaded.engine.why,
+            **({"compiled": True} if loaded.engine.compiled else {}),
+        },
         rows={
             "documents": rows.documents, "rows": len(rows), "targets": rows.targets, "longest": rows.max_length,
             "truncated": rows.truncated, "packed": rows.packed, "skipped_chunks": rows.skipped_chunks,

@@ -11,43 +11,26 @@ tangents along it, bars for cotangents of the loss:
 and the head gives ⟨∇ce_j, ḡ⟩, the tangent of each loss. What lives at once is x_i and ẋ_i for all i and one function's
 graph, where `double` holds the graph of the whole model twice over.
 
-The last line is the tangent of the vjp, forward over reverse. As ∇² is symmetric it is also the pullback of the vjp
-(reverse over reverse, from a graph built once for all K tangents), which is how it is computed: measured on a layer of
-width 256, 238 ms against 293 for one tangent and 702 against 944 for four. It is never reverse over forward: the
-gradient of a jvp is silently wrong for LayerNorm (pytorch#196700).
+The last line is the tangent of the vjp; how it is computed is with the passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.func import jvp, vmap
 
 from retrograd.core import tree
+from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, live, pullbacks, vjp, vjp_along, without
 from retrograd.core.optim import Params
 from retrograd.core.step import Bars, Batch, coefficients, random_draws
 
-__all__ = ["Blocks", "Chain", "Found", "Head", "Link", "PlainHead"]
-
-_X = ""  # the key of x among a link's parameters
-_CHUNK = 8  # tangents that a link is pushed forward with at once
-
-
-class Link(NamedTuple):
-    """One function of the chain.
-
-    names: the leaf behind each parameter, by the parameter's name in `call`; two may share one leaf.
-    call: (parameters, x, context) → the next x. The context is constant: masks, rotary embeddings.
-    """
-
-    names: Mapping[str, str]
-    call: Callable[[Params, Any, Any], Any]
+__all__ = ["Blocks", "Chain", "Found", "Head", "PlainHead"]
 
 
 class Found(NamedTuple):
@@ -81,6 +64,8 @@ class Chain:
 
     embed: its `call` is (parameters, inputs, None) → (x, one context for each link); the contexts must not depend on
         the parameters.
+    lookup: x is linear in embed's parameters and its vjp the transpose of that map, as for a table of tokens without a
+        padding token: it is its own tangent map and has no curvature.
     scope: coefficient dtype → the context manager in which all of it runs.
     """
 
@@ -88,6 +73,7 @@ class Chain:
     links: Sequence[Link]
     head: Head
     scope: Callable[[torch.dtype], AbstractContextManager[Any]]
+    lookup: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,36 +84,37 @@ class PlainHead:
     call: Callable[[Params, Tensor, Any, Tensor], Tensor]
 
     def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
-        point = _live({**_local(self.names, params), _X: x})
+        point = live({**_local(self.names, params), X: x})
         with torch.enable_grad():
-            loss = self.call(_without(point), point[_X], inputs, factors)
+            loss = self.call(without(point), point[X], inputs, factors)
         found = dict(zip(point, grad(loss, list(point.values()), materialize_grads=True)))
-        return Found(loss.detach(), found[_X], _by_leaf(self.names, found), None)
+        return Found(loss.detach(), found[X], _by_leaf(self.names, found), None)
 
     def second(
         self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
     ) -> tuple[Tensor, Tensor, Params, Tensor]:
-        point = _live({**_local(self.names, params), _X: x})
+        point = live({**_local(self.names, params), X: x})
         factors = factors.detach().requires_grad_()
         with torch.enable_grad():
-            loss = self.call(_without(point), point[_X], inputs, factors)
+            loss = self.call(without(point), point[X], inputs, factors)
             first = grad(loss, list(point.values()), create_graph=True, materialize_grads=True)
-        seeds = {**_local(self.names, bars), _X: dots}
+        seeds = {**_local(self.names, bars), X: dots}
         wanted = [*point.values(), factors]
-        *found, slopes = _pullbacks(list(first), [seeds[name] for name in point], wanted)
+        *found, slopes = pullbacks(list(first), [seeds[name] for name in point], wanted)
         named = dict(zip(point, found))
-        return dict(zip(point, first))[_X].detach(), named[_X], _by_leaf(self.names, named), slopes
+        return dict(zip(point, first))[X].detach(), named[X], _by_leaf(self.names, named), slopes
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Gradient half of a chain, one link at a time: less live memory than `Double`, for more arithmetic.
 
-    In units of a forward pass: gradient 4, pullback 3 + 9, with K queries (1 + 2K) + (3 + 6K), and 4 more where ḡ is a
-    function of the gradient.
+    In units of a forward pass: gradient 4, or 3 where the passes keep; pullback 3 + 9, with K queries (1 + 2K) +
+    (3 + 6K), and another gradient where ḡ is a function of it.
     """
 
     chain: Chain
+    passes: Passes = field(default_factory=Eager)
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
@@ -176,23 +163,24 @@ class Blocks:
         with self.chain.scope(factors.dtype):
             with torch.no_grad(), draws(0):
                 x, contexts = embed.call(_local(embed.names, params), batch.inputs, None)
-            xs = [x]
+            xs, kept = [x], []
             for place, (link, context) in enumerate(zip(links, contexts, strict=True), start=1):
                 with torch.no_grad(), draws(place):
-                    xs.append(link.call(_local(link.names, params), xs[-1], context))
+                    x, more = self.passes.forward(link, {**_local(link.names, params), X: xs[-1]}, context)
+                xs.append(x)
+                kept.append(more)
             with draws(len(xs)):
                 found = head.first(params, xs.pop(), batch.inputs, factors)
             bar, grads = found.bar, dict(found.grads)
             for place in range(len(links), 0, -1):
                 link, x = links[place - 1], xs.pop()
-                point = {**_local(link.names, params), _X: x}
+                point = {**_local(link.names, params), X: x}
                 with draws(place):
-                    pulled = _vjp(_at(link, contexts[place - 1]), point, bar)
-                bar = pulled[_X]
+                    pulled = self.passes.vjp(link, point, contexts[place - 1], bar, kept.pop())
+                bar = pulled[X]
                 _add(grads, _by_leaf(link.names, pulled))
             if embed.names:
-                with draws(0):
-                    pulled = _vjp(_start(embed, batch.inputs), _local(embed.names, params), bar)
+                pulled = vjp(_start(embed, batch.inputs, draws), _local(embed.names, params), bar)
                 _add(grads, _by_leaf(embed.names, pulled))
         return found._replace(bar=bar, grads=grads)
 
@@ -203,27 +191,31 @@ class Blocks:
         embed, links, head = self.chain.embed, self.chain.links, self.chain.head
         with self.chain.scope(factors.dtype):
             path, contexts = self._tangents(params, batch.inputs, draws, bars)
-            x, dots = path.pop()
+            x, dots, _ = path.pop()
             with draws(len(links) + 1):
                 bar, bardots, curvature, slopes = head.second(params, x, batch.inputs, factors, kept, bars, dots)
             for place in range(len(links), 0, -1):
-                link, (x, dots) = links[place - 1], path.pop()
-                point, along = {**_local(link.names, params), _X: x}, {**_local(link.names, bars), _X: dots}
+                link, (x, dots, left) = links[place - 1], path.pop()
+                point, along = {**_local(link.names, params), X: x}, {**_local(link.names, bars), X: dots}
                 with draws(place):
-                    bar, found = _vjp_along(_at(link, contexts[place - 1]), point, along, bar, bardots)
-                bardots = found[_X]
+                    bar, found = self.passes.vjp_along(link, point, contexts[place - 1], along, bar, bardots, left)
+                bardots = found[X]
                 _add(curvature, _by_leaf(link.names, found))
             if embed.names:
                 point, along = _local(embed.names, params), _local(embed.names, bars)
-                with draws(0):
-                    _, found = _vjp_along(_start(embed, batch.inputs), point, along, bar, bardots)
+                start = _start(embed, batch.inputs, draws)
+                if self.chain.lookup:
+                    each = [vjp(start, point, one) for one in bardots]
+                    found = {name: tree.stacked([pulled[name] for pulled in each]) for name in point}
+                else:
+                    _, found = vjp_along(start, point, along, bar, bardots)
                 _add(curvature, _by_leaf(embed.names, found))
         return curvature, slopes
 
     def _tangents(
         self, params: Params, inputs: Any, draws: _Draws, bars: Params
-    ) -> tuple[list[tuple[Tensor, Tensor]], Sequence[Any]]:
-        """(x_i, ẋ_i [K, …]) from the first link's input to the head's, and the contexts."""
+    ) -> tuple[list[tuple[Tensor, Tensor, Any]], Sequence[Any]]:
+        """(x_i, ẋ_i [K, …], what link i leaves to the way back) up to the head's x, and the contexts."""
         embed = self.chain.embed
         queries = len(next(iter(bars.values())))
         with torch.no_grad():
@@ -231,17 +223,19 @@ class Blocks:
                 x, contexts = embed.call(_local(embed.names, params), inputs, None)
             dots = x.new_zeros((queries, *x.shape))
             if embed.names:
-                with draws(0):
-                    x, dots = _adjoint_jvp(
-                        _start(embed, inputs), _local(embed.names, params), _local(embed.names, bars)
-                    )
-            path = [(x, dots)]
+                start, along = _start(embed, inputs, draws), _local(embed.names, bars)
+                if self.chain.lookup:
+                    dots = tree.stacked([start({n: bar[k] for n, bar in along.items()}) for k in range(queries)])
+                else:
+                    x, dots = adjoint_jvp(start, _local(embed.names, params), along)
+            path = list[tuple[Tensor, Tensor, Any]]()
             for place, (link, context) in enumerate(zip(self.chain.links, contexts, strict=True), start=1):
-                x, dots = path[-1]
-                point, along = {**_local(link.names, params), _X: x}, {**_local(link.names, bars), _X: dots}
+                point, along = {**_local(link.names, params), X: x}, {**_local(link.names, bars), X: dots}
                 with draws(place):
-                    path.append(_jvp(_at(link, context), point, along))
-        return path, contexts
+                    y, ydots, left = self.passes.jvp(link, point, context, along)
+                path.append((x, dots, left))
+                x, dots = y, ydots
+        return [*path, (x, dots, None)], contexts
 
 
 class _Draws(NamedTuple):
@@ -254,88 +248,16 @@ class _Draws(NamedTuple):
         return random_draws(None if self.seed is None else f"{self.seed}/{self.part}", place)
 
 
-_Function = Callable[[Params], Tensor]
+def _start(embed: Link, inputs: Any, draws: _Draws) -> Callable[[Params], Tensor]:
+    def call(point: Params) -> Tensor:
+        with draws(0):
+            return embed.call(point, inputs, None)[0]
 
-
-def _vjp(function: _Function, point: Params, bar: Tensor) -> Params:
-    leaves = _live(point)
-    with torch.enable_grad():
-        y = function(leaves)
-    return dict(zip(leaves, grad(y, list(leaves.values()), bar, materialize_grads=True)))
-
-
-def _jvp(function: _Function, point: Params, along: Params) -> tuple[Tensor, Tensor]:
-    """The value and its tangents [K, …]; the value is computed once for each chunk of tangents."""
-
-    # a dual number's tangent gets storage of its primal's size, and kept states are views of one buffer for all leaves
-    own = {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in point.items()}
-
-    def push(tangents: Params) -> Any:
-        return jvp(function, (own,), (tangents,))
-
-    queries = len(next(iter(along.values())))
-    if queries == 1:
-        y, dots = push({name: tangent[0] for name, tangent in along.items()})
-        return y, dots.unsqueeze(0)
-    many, found = vmap(push, out_dims=(None, 0), randomness="same"), []  # type: ignore[arg-type]  # None: shared
-    for start in range(0, queries, _CHUNK):
-        y, dots = many({name: tangent[start : start + _CHUNK] for name, tangent in along.items()})
-        found.append(dots)
-    return y, torch.cat(found)
-
-
-def _adjoint_jvp(function: _Function, point: Params, along: Params) -> tuple[Tensor, Tensor]:
-    """The value and its tangents [K, …] as the transpose of the vjp.
-
-    For embeddings: their vjp leaves out the row of `padding_idx`, their jvp does not, and training takes the vjp.
-    """
-    leaves = _live(point)
-    with torch.enable_grad():
-        y = function(leaves)
-        bar = torch.zeros_like(y, requires_grad=True)
-        first = grad(y, list(leaves.values()), bar, create_graph=True, materialize_grads=True)
-    return y.detach(), _pullbacks(list(first), [along[name] for name in leaves], [bar])[0]
-
-
-def _vjp_along(function: _Function, point: Params, along: Params, bar: Tensor, bardots: Tensor) -> tuple[Any, Params]:
-    """The vjp's cotangent of x, if any, and the tangents [K, …] of the vjp along (point: along, bar: bardots)."""
-    leaves = _live(point)
-    with torch.enable_grad():
-        y = function(leaves)
-        first = grad(y, list(leaves.values()), bar, create_graph=True, materialize_grads=True)
-    found = _pullbacks([*first, y], [*(along[name] for name in leaves), bardots], list(leaves.values()))
-    back = dict(zip(leaves, first)).get(_X)
-    return None if back is None else back.detach(), dict(zip(leaves, found))
-
-
-def _pullbacks(outputs: Sequence[Tensor], seeds: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
-    """Pullbacks to `wanted` of seeds [K, …] at the outputs, [K, …], over one graph."""
-    live = [(y, seed) for y, seed in zip(outputs, seeds, strict=True) if y.requires_grad]
-    queries, found = len(seeds[0]), []
-    for k in range(queries):
-        ys, bars = [y for y, _ in live], [seed[k] for _, seed in live]
-        found.append(grad(ys, wanted, bars, retain_graph=k + 1 < queries, materialize_grads=True))
-    return [tree.stacked(group) for group in zip(*found)]
-
-
-def _at(link: Link, context: Any) -> _Function:
-    return lambda point: link.call(_without(point), point[_X], context)
-
-
-def _start(embed: Link, inputs: Any) -> _Function:
-    return lambda point: embed.call(point, inputs, None)[0]
+    return call
 
 
 def _local(names: Mapping[str, str], leaves: Params) -> Params:
     return {local: leaves[leaf] for local, leaf in names.items()}
-
-
-def _without(point: Params) -> Params:
-    return {name: x for name, x in point.items() if name != _X}
-
-
-def _live(point: Params) -> Params:
-    return {name: x.detach().requires_grad_() for name, x in point.items()}
 
 
 def _by_leaf(names: Mapping[str, str], found: Params) -> Params:
