@@ -12,9 +12,10 @@ and the second way back holds cotangents of it besides. Peaks of whole processes
 With h multiplications a token in a trained vocabulary head and b in all layers, a step and its pullback take, in units
 of a forward pass and where the moments give the gradient back,
 
-    double  (13 + 6(K−1))·h + (12 + 6(K−1))·b          blocks  (11 + 6(K−1))·h + (16 + 8(K−1))·b
+    double  (13 + 6(K−1))·h + (12 + 6(K−1))·b          blocks  (11 + 6(K−1))·h + (15 + 8(K−1))·b
 
-so `blocks` takes less where h > (1 + K)·b: small models with large vocabularies.
+with the graphs of a gradient's way forward kept, as `blocks` does where `double` would fit. It takes less where
+h > (K + 1/2)·b and, for its passes are many small ones, is taken where h > (1 + K)·b: small models, large vocabularies.
 """
 
 from __future__ import annotations
