@@ -23,7 +23,7 @@ from retrograd.core import tree
 from retrograd.core.optim import AdamW
 from retrograd.core.step import Recipe, State, initial_state
 from retrograd.runs import copies, store, trajectory
-from retrograd.runs.buffers import Recycled, as_bytes, copy_alone, fresh, packed
+from retrograd.runs.buffers import copy_alone, fresh, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -299,21 +299,6 @@ def test_a_large_state_is_one_aligned_buffer() -> None:
     assert len({leaf.untyped_storage().data_ptr() for leaf in found.values()}) == 1
     assert all(leaf.data_ptr() % 64 == 0 for leaf in found.values())
     assert packed({}, copy_alone, fresh) == {}  # plain SGD has no moments
-
-
-def test_memory_is_recycled_when_no_tensor_looks_into_it() -> None:
-    room, places = Recycled(), []
-    for _ in range(3):
-        one, two = room(640), room(640)
-        places.append({one.data_ptr(), two.data_ptr()})
-        part = one[64:128].view(torch.float32)
-        del one
-        assert room(640).data_ptr() not in {part.data_ptr() - 64, two.data_ptr()}  # a view is enough
-        assert all(x.data_ptr() % 64 == 0 for x in (room(640), room(1280), two))
-        assert as_bytes(part).size == 64
-        del part, two
-    assert places[0] <= places[1] | places[2] | {memory.ctypes.data for memory in room.free}
-    assert len(room.free) == 4  # three of 640 bytes were in use at once, and one of 1280
 
 
 class Stream:

@@ -8,7 +8,6 @@ copy into it.
 from __future__ import annotations
 
 import mmap
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from retrograd.core import tree
 
-__all__ = ["Copy", "Recycled", "as_bytes", "copy_alone", "fresh", "leave_empty", "packed", "pinned"]
+__all__ = ["Copy", "as_bytes", "copy_alone", "fresh", "leave_empty", "packed", "pinned"]
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ def packed(values: T, copy: Copy, room: Callable[[int], Tensor]) -> T:
     """A copy of a tree in host memory whose tensors are views of one buffer.
 
     Args:
-        room: Bytes → uint8 memory, aligned: `fresh`, `pinned` or a `Recycled`.
+        room: Bytes → uint8 memory, aligned: `fresh` or `pinned`.
     """
     leaves = tree.leaves(values)
     sizes = [-(-leaf.numel() * leaf.element_size() // _ALIGNED) * _ALIGNED for leaf in leaves]
@@ -59,23 +58,6 @@ def fresh(size: int) -> Tensor:
 def pinned(size: int) -> Tensor:
     """Page-locked memory, which a GPU copies to and from without the processor."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-
-class Recycled:
-    """Memory that is handed out again once no tensor looks into it.
-
-    Even huge pages cost their first touch. What is kept is never more than what was in use at once.
-    """
-
-    def __init__(self) -> None:
-        self.free: list[np.ndarray] = []
-
-    def __call__(self, size: int) -> Tensor:
-        found = next((place for place, memory in enumerate(self.free) if memory.size == size), None)
-        memory = fresh(size).numpy() if found is None else self.free.pop(found)
-        lease = memory[:]  # lives as long as the tensor's memory does
-        weakref.finalize(lease, self.free.append, memory).atexit = False
-        return torch.from_numpy(lease)
 
 
 def copy_alone(destination: Tensor, source: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.runs.buffers import Recycled, copy_alone, fresh, leave_empty, packed
+from retrograd.runs.buffers import copy_alone, fresh, leave_empty, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -63,7 +63,6 @@ class Store:
         self._saved: set[int] = set()  # files written, or being written, by this store
         self._leaving: dict[int, State] = {}  # the one on its way out; it stays if it cannot be written
         self._last: Future[None] | None = None  # the job of that one
-        self._recycled = Recycled()  # for states that are read
         self._coming: tuple[int, Future[State]] | None = None
         self._restores: deque[int] = deque()  # of the plan being followed, those still to come
 
@@ -199,7 +198,7 @@ class Store:
     def _read(self, step: int) -> State:
         if step in self.memory:
             return self.memory[step]
-        tensors, metadata = read_tensors(self.path(step), self._rooms)
+        tensors, metadata = read_tensors(self.path(step), _rooms)
         if metadata.get("identity") != self.identity:
             raise RunError(
                 f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
@@ -213,12 +212,6 @@ class Store:
             )
         return state
 
-    def _rooms(self, mapped: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Memory for a state's parameters and for its moments, which the sweep keeps longer."""
-        params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
-        moments = {name: leaf for name, leaf in mapped.items() if name not in params}
-        return packed(params, leave_empty, self._recycled) | packed(moments, leave_empty, self._recycled)
-
     def _raise(self) -> None:
         if self._last is not None and self._last.done():
             self.settle()
@@ -228,3 +221,10 @@ def _in_memory(state: State) -> State:
     """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
     params, moments = (packed(part, copy_alone, fresh) for part in (state.params, state.moments))
     return State(state.step, params, moments)
+
+
+def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Memory for a state's parameters and for its moments, which the sweep keeps longer."""
+    params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
+    moments = {name: leaf for name, leaf in mapped.items() if name not in params}
+    return packed(params, leave_empty, fresh) | packed(moments, leave_empty, fresh)

@@ -15,6 +15,7 @@ from retrograd.runs.during import DuringConfig
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.journal import Journal, mirror, read_evaluations
 from retrograd.runs.loggers import check_loggers, open_loggers
+from retrograd.runs.machine import settled
 from retrograd.runs.manifest import SIGN, Manifest, environment
 from retrograd.runs.progress import Bars
 from retrograd.runs.trajectory import Trajectory
@@ -59,7 +60,7 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
     console.print(f"engine: {loaded.engine.name} ({loaded.engine.why})")
     for finding in loaded.findings:
         warnings.warn(str(finding), stacklevel=2)
-    with open_loggers(config.log, config.run) as loggers, Bars(len(loaded.stream)) as bars:
+    with settled(), open_loggers(config.log, config.run) as loggers, Bars(len(loaded.stream)) as bars:
         journal = Journal(config.run / "metrics.jsonl", loaded.training.recipe.optimizer, loggers)
         during = During(prepared, len(loaded.stream), config.run, journal, manifest, bars)
         trajectory = Trajectory(
