@@ -83,8 +83,29 @@ def theirs(folder: Path, bergson: str) -> list[str]:
     ]  # fmt: skip
 
 
+def counted(path: Path) -> list[str]:
+    """A prefix that counts a command's processor cycles into a file: CPU seconds move with a shared machine's clock rate.
+
+    Empty where Linux' perf is missing or may not count.
+    """
+    prefix = ["perf", "stat", "-x,", "-e", "cycles", "-o", str(path)]
+    try:
+        subprocess.run([*prefix, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return prefix if cycles(path) else []
+
+
+def cycles(path: Path) -> float:
+    """What perf counted, in all modes; 0 if it could not."""
+    lines = [line.split(",") for line in path.read_text().splitlines() if ",cycles" in line]
+    return sum(float(fields[0]) for fields in lines if fields[0].isdigit())
+
+
 def timed(command: list[str], log: Path) -> dict[str, float]:
-    """CPU seconds and peak memory of one command and its children."""
+    """CPU seconds, peak memory and, where they can be counted, cycles of one command and its children."""
+    counts = log.with_name("cycles")
+    command = [*(counter := counted(counts)), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
                    "WANDB_MODE": "disabled"}  # fmt: skip
     with log.open("w") as file:
@@ -92,7 +113,8 @@ def timed(command: list[str], log: Path) -> dict[str, float]:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
-    return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024}
+    found = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024.0}
+    return found | ({"cycles": cycles(counts)} if counter else {})
 
 
 def same_scores(folder: Path) -> float:
@@ -137,7 +159,14 @@ def report(runs: dict[str, list[dict[str, float]]], apart: float, path: Path | N
     }
     ratios = {name: median["bergson"][name] / median["retrograd"][name] for name in median["bergson"]}
     print("| | bergson 2.5.1 | retrograd | ratio |\n|---|---|---|---|")
-    for name, unit, scale in (("cpu_seconds", "CPU-seconds", 1), ("peak_bytes", "peak memory, GiB", 2**30)):
+    units = {
+        "cpu_seconds": ("CPU-seconds", 1),
+        "cycles": ("10⁹ cycles", 1e9),
+        "peak_bytes": ("peak memory, GiB", 2**30),
+    }
+    for name, (unit, scale) in units.items():
+        if name not in ratios:
+            continue
         a, b = median["bergson"][name] / scale, median["retrograd"][name] / scale
         print(f"| {unit} | {a:.1f} | {b:.1f} | {ratios[name]:.2f} |")
     if path:
