@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TESTS := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: setup demo test test-all lint bench clean
 
@@ -17,10 +18,10 @@ demo: setup
 	$(BIN)/python examples/demo.py $(DEMO)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	$(TESTS) -m "not slow" $(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest $(PYTEST)
+	$(TESTS) $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

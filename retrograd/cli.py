@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in _COMMANDS:
         return _fail(ValueError(f"unknown command {name!r}; the commands are: {', '.join(_COMMANDS)}"), 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages; read when it is loaded
     warnings.showwarning = _warn
     try:
         config = _parse(name, arguments[1:])

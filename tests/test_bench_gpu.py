@@ -95,6 +95,7 @@ def test_copies_beside_the_steps_cost_what_the_steps_do_not_cover() -> None:
     assert slow == pytest.approx(1 + puts * 3)  # one at a time, the first after a step
 
 
+@pytest.mark.slow
 def test_the_sections_run_and_report(tmp_path: Path) -> None:
     for name in ("rates", "exact", "160M", "engines", "queries", "head"):
         gpu.run(name, tmp_path, device="cpu", toy=True, seconds=60)

@@ -15,7 +15,13 @@ from retrograd import DataStream, Trainer
 from retrograd.optim import adamw, sgd
 
 
-@pytest.mark.parametrize("optimizer", [sgd(0.01, momentum=0.9), adamw(1e-3, eps_root=1e-6)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(sgd(0.01, momentum=0.9), id="sgd"),
+        pytest.param(adamw(1e-3, eps_root=1e-6), id="adamw", marks=pytest.mark.slow),
+    ],
+)
 def test_digits_are_validated(optimizer) -> None:
     torch.manual_seed(0)
     digits = load_digits()

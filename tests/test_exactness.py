@@ -279,7 +279,7 @@ def test_closed_form_pullback_equals_autograd(optimizer: SGD | AdamW | Muon) -> 
         return torch.randn((3, *x.shape), generator=draw).double()
 
     cotangent = Cotangent(tree.map(bars, theta), tree.map(bars, moments))
-    found, gs = optimizer.pullback(theta, moments, grads, 4, cotangent)
+    found, gs, _ = optimizer.pullback(theta, moments, grads, 4, cotangent)
     expected = autograd_pullback(
         lambda p, m, g: optimizer.update(p, m, g, 4), (theta, moments, grads), tuple(cotangent)
     )

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from retrograd.core import tree
-from retrograd.core.optim import AdamW, Cotangent, LearningRate, Moments, Params, check_fraction, inner, rate, zeros
+from retrograd.core.optim import (
+    AdamW,
+    Cotangent,
+    LearningRate,
+    Moments,
+    Params,
+    Updated,
+    check_fraction,
+    inner,
+    rate,
+    zeros,
+)
 
 __all__ = ["Muon", "Pair", "autograd_pullback", "newton_schulz"]
 
@@ -57,13 +68,11 @@ class Muon:
         others, other_moments = self._rest().update(_only(params, rest), _adam(moments), grads, step)
         return {name: (new | others)[name] for name in params}, {"momentum": buffers, **other_moments}
 
-    def pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent
-    ) -> tuple[Cotangent, Params]:
+    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
         matrices, rest = self._divide(params)
         lr, buffers = rate(self.lr, step), {}
         below = Cotangent(_only(cotangent.params, rest), _adam(cotangent.moments))
-        others, gs = self._rest().pullback(_only(params, rest), _adam(moments), grads, step, below)
+        others, gs, recipe = self._rest().pullback(_only(params, rest), _adam(moments), grads, step, below)
         thetas = dict(others.params)
         for name in matrices:
             given = (params[name], moments["momentum"][name], grads[name])
@@ -72,24 +81,14 @@ class Muon:
                 lambda theta, b, g: self._matrix(lr, theta, b, g), given, bars
             )
         pulled = Cotangent({name: thetas[name] for name in params}, {"momentum": buffers, **others.moments})
-        return pulled, {name: gs[name] for name in params}
-
-    def recipe_pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
-    ) -> dict[str, Tensor]:
-        matrices, rest = self._divide(params)
-        below = Cotangent(_only(cotangent.params, rest), _adam(cotangent.moments))
-        found = self._rest().recipe_pullback(_only(params, rest), _adam(moments), grads, step, below, bars)
         # θ' is affine in lr and in lr·wd: its slope is the update of rate 1 without θ's own share
         directions = {
             name: self._matrix(1.0, params[name], moments["momentum"][name], grads[name])[0] - params[name]
             for name in matrices
         }
-        decay = rate(self.lr, step) * inner(_only(cotangent.params, matrices), params)
-        return {
-            "lr": found["lr"] + inner(_only(cotangent.params, matrices), directions),
-            "weight_decay": found["weight_decay"] - decay,
-        }
+        moved, decayed = (inner(_only(cotangent.params, matrices), along) for along in (directions, params))
+        recipe = {"lr": recipe["lr"] + moved, "weight_decay": recipe["weight_decay"] - lr * decayed}
+        return Updated(pulled, {name: gs[name] for name in params}, recipe)
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         return None  # Newton–Schulz would amplify the rounding
@@ -129,19 +128,12 @@ class Pair:
         updates, moments = self.pair.update(grads, moments, params=params, **inplace)
         return {name: theta + updates[name] for name, theta in params.items()}, moments
 
-    def pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent
-    ) -> tuple[Cotangent, Params]:
+    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
         def update(params: Params, moments: Moments, grads: Params) -> tuple[Params, Moments]:
             return self.update(params, moments, grads, step)
 
         thetas, moment_bars, gs = autograd_pullback(update, (params, moments, grads), tuple(cotangent))
-        return Cotangent(thetas, moment_bars), gs
-
-    def recipe_pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
-    ) -> dict[str, Tensor]:
-        return {}
+        return Updated(Cotangent(thetas, moment_bars), gs, {})
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         return None

@@ -1,12 +1,12 @@
 """Optimizers as (init, update) pairs with their pullbacks.
 
     update    (θ, m, g, t) → (θ', m')
-    pullback  ((θ, m, g, t), λ = (λ_θ', λ_m')) → (θ̄, m̄, ḡ) = (∂(θ', m')/∂(θ, m, g))ᵀ λ
+    pullback  ((θ, m, g, t), λ = (λ_θ', λ_m')) → (θ̄, m̄), ḡ = (∂(θ', m')/∂(θ, m, g))ᵀ λ
 
 Each optimizer is a frozen record of its hyperparameters, so a recipe that holds it can be compared and hashed; all that
 evolves is in the moments. `update` is made of plain differentiable operations and never writes in place; `pullback` is
 closed-form for SGD and AdamW and takes cotangents with a leading query axis [K, *shape]. The same cotangents give the
-derivatives of the query with respect to the recipe's own numbers (`recipe_pullback`):
+derivatives of the query with respect to the recipe's own numbers:
 
     ∂φ/∂lr_t = ⟨λ_θ', ∂θ'/∂lr_t⟩          ∂φ/∂wd = Σ_t ⟨λ_θ', ∂θ'/∂wd⟩
 
@@ -16,7 +16,7 @@ Sources: torch.optim.SGD; Loshchilov & Hutter, arXiv:1711.05101.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -31,6 +31,7 @@ __all__ = [
     "Moments",
     "Optimizer",
     "Params",
+    "Updated",
     "clip",
     "clip_pullback",
     "rate",
@@ -42,6 +43,7 @@ _LONGEST = 0.99  # decay of an average out of which a gradient comes with 100 ti
 
 Params = dict[str, Tensor]
 Moments = Any
+_Room = Tensor | None
 LearningRate = float | Callable[[int], float]
 
 
@@ -50,6 +52,18 @@ class Cotangent(NamedTuple):
 
     params: Params
     moments: Moments
+
+
+class Updated(NamedTuple):
+    """An update's pullback: the cotangents of (params, moments) and of the gradient, [K, *shape] each.
+
+    recipe: this step's ∂φ/∂lr and share of ∂φ/∂weight_decay, [K] float64 each; empty where the optimizer does not know
+        its own learning rate.
+    """
+
+    cotangent: Cotangent
+    bars: Params
+    recipe: dict[str, Tensor]
 
 
 @runtime_checkable
@@ -62,18 +76,8 @@ class Optimizer(Protocol):
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
         """One update, as plain differentiable operations."""
 
-    def pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent
-    ) -> tuple[Cotangent, Params]:
-        """The cotangents of (params, moments) and of grads, [K, *shape] each."""
-
-    def recipe_pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
-    ) -> dict[str, Tensor]:
-        """This step's ∂φ/∂lr_t and share of ∂φ/∂weight_decay, [K] each; `bars` are the cotangents of grads.
-
-        Empty where the optimizer does not know its own learning rate.
-        """
+    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
+        """The cotangents of what an update depends on."""
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         """The gradient that took `moments` to `after`, to rounding; None where they do not hold it."""
@@ -114,12 +118,10 @@ class SGD:
             new[name] = torch.sub(theta, g, alpha=lr)
         return new, {"momentum": buffers} if self.momentum else {}
 
-    def pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent
-    ) -> tuple[Cotangent, Params]:
+    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
         lr, mu, decay = rate(self.lr, step), self.momentum, self.weight_decay
-        thetas, buffers, gs = {}, {}, {}
-        for name in params:
+        thetas, buffers, gs, directions = {}, {}, {}, {}
+        for name, theta in params.items():
             theta_bar = cotangent.params[name]
             if mu:
                 scale = mu * lr if self.nesterov else lr
@@ -130,19 +132,13 @@ class SGD:
                 g_bar = theta_bar * -lr
             gs[name] = g_bar
             thetas[name] = torch.add(theta_bar, g_bar, alpha=decay) if decay else theta_bar
-        return Cotangent(thetas, {"momentum": buffers} if mu else {}), gs
-
-    def recipe_pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
-    ) -> dict[str, Tensor]:
-        directions = {}
-        for name, theta in params.items():
-            g = torch.add(grads[name], theta, alpha=self.weight_decay) if self.weight_decay else grads[name]
-            if self.momentum:
-                buffer = torch.add(g, moments["momentum"][name], alpha=self.momentum)
-                g = torch.add(g, buffer, alpha=self.momentum) if self.nesterov else buffer
+            g = torch.add(grads[name], theta, alpha=decay) if decay else grads[name]
+            if mu:
+                buffer = torch.add(g, moments["momentum"][name], alpha=mu)
+                g = torch.add(g, buffer, alpha=mu) if self.nesterov else buffer
             directions[name] = g
-        return {"lr": -inner(cotangent.params, directions), "weight_decay": inner(bars, params)}
+        recipe = {"lr": -inner(cotangent.params, directions), "weight_decay": inner(gs, params)}
+        return Updated(Cotangent(thetas, {"momentum": buffers} if mu else {}), gs, recipe)
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         if not _holds(moments.get("momentum", {}), self.momentum):
@@ -186,50 +182,47 @@ class AdamW:
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
         lr, correction1, correction2 = self._rates(step)
 
-        def updated(theta: Tensor, m: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            m = torch.lerp(m, g, 1 - self.beta1)
-            v = torch.addcmul(v * self.beta2, g, g, value=1 - self.beta2)
+        def updated(
+            theta: Tensor, m: Tensor, v: Tensor, g: Tensor, new: _Room, new_m: _Room, new_v: _Room
+        ) -> tuple[Tensor, ...]:
+            m = torch.lerp(m, g, 1 - self.beta1, out=new_m)
+            v = torch.addcmul(torch.mul(v, self.beta2, out=new_v), g, g, value=1 - self.beta2, out=new_v)
             scale = _root(v / correction2 + self.eps_root if self.eps_root else v / correction2) + self.eps
             decayed = theta * (1 - lr * self.weight_decay) if self.weight_decay else theta
-            return torch.addcdiv(decayed, m, scale, value=-lr / correction1), m, v
+            return torch.addcdiv(decayed, m, scale, value=-lr / correction1, out=new), m, v
 
         new, ms, vs = {}, {}, {}
         for name, theta in params.items():
-            given = (theta, moments["m"][name], moments["v"][name], grads[name])
-            new[name], ms[name], vs[name] = _in_pieces(updated, given)
+            like = (theta, moments["m"][name], moments["v"][name])
+            new[name], ms[name], vs[name] = _in_pieces(updated, (*like, grads[name]), (), like)
         return new, {"m": ms, "v": vs}
 
-    def pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent
-    ) -> tuple[Cotangent, Params]:
+    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
+        lr, correction1, correction2 = self._rates(step)
+        moved: list[Tensor] = []
+
         def pulled(
-            m: Tensor, v: Tensor, g: Tensor, theta_bar: Tensor, m_bar: Tensor, v_bar: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            slope_m, slope_v = self._slopes(m, v, g, step)
-            m_bar, v_bar = torch.addcmul(m_bar, slope_m, theta_bar), torch.addcmul(v_bar, slope_v, theta_bar)
-            g_bar = torch.addcmul(m_bar * (1 - self.beta1), g, v_bar, value=2 * (1 - self.beta2))
+            m: Tensor, v: Tensor, g: Tensor, theta_bar: Tensor, m_bar: Tensor, v_bar: Tensor,
+            g_room: _Room, m_room: _Room, v_room: _Room,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            inverse, direction, slope = self._slopes(m, v, g, step)
+            moved.append(torch.mv(theta_bar.flatten(1), direction.flatten()).double())
+            m_bar = torch.addcmul(m_bar, inverse, theta_bar, value=-lr / correction1, out=m_room)
+            v_bar = torch.addcmul(v_bar, slope, theta_bar, value=0.5 * lr / (correction1 * correction2), out=v_room)
+            share = torch.mul(m_bar, 1 - self.beta1, out=g_room)
+            g_bar = torch.addcmul(share, g, v_bar, value=2 * (1 - self.beta2), out=g_room)
             return g_bar, m_bar.mul_(self.beta1), v_bar.mul_(self.beta2)
 
         thetas, ms, vs, gs = {}, {}, {}, {}
-        lr = rate(self.lr, step)
         for name, theta_bar in cotangent.params.items():
             given = (moments["m"][name], moments["v"][name], grads[name])
             bars = (theta_bar, cotangent.moments["m"][name], cotangent.moments["v"][name])
-            gs[name], ms[name], vs[name] = _in_pieces(pulled, given, bars)
+            gs[name], ms[name], vs[name] = _in_pieces(pulled, given, bars, bars)
             thetas[name] = theta_bar * (1 - lr * self.weight_decay) if self.weight_decay else theta_bar
-        return Cotangent(thetas, {"m": ms, "v": vs}), gs
-
-    def recipe_pullback(
-        self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent, bars: Params
-    ) -> dict[str, Tensor]:
-        lr, correction1, _ = self._rates(step)
         decayed = inner(cotangent.params, params)
-        moved = torch.zeros_like(decayed)
-        for name, theta_bar in cotangent.params.items():
-            for m, v, g, bar in _pieces((moments["m"][name], moments["v"][name], grads[name]), (theta_bar,)):
-                direction = torch.lerp(m, g, 1 - self.beta1).div_(correction1).div_(self._scale(v, g, step))
-                moved = moved + torch.mv(bar.flatten(1), direction.flatten()).double()
-        return {"lr": -moved - self.weight_decay * decayed, "weight_decay": -lr * decayed}
+        slope = -sum(moved, start=torch.zeros_like(decayed)) / correction1
+        recipe = {"lr": slope - self.weight_decay * decayed, "weight_decay": -lr * decayed}
+        return Updated(Cotangent(thetas, {"m": ms, "v": vs}), gs, recipe)
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         if not _holds(after["m"], self.beta1):
@@ -248,18 +241,21 @@ class AdamW:
     def _rates(self, step: int) -> tuple[float, float, float]:
         return rate(self.lr, step), 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
 
-    def _slopes(self, m: Tensor, v: Tensor, g: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """∂θ'/∂m' and ∂θ'/∂v', elementwise; shared by all queries."""
-        lr, correction1, correction2 = self._rates(step)
-        new_m = torch.lerp(m, g, 1 - self.beta1)
-        root = (v * self.beta2).addcmul_(g, g, value=1 - self.beta2).div_(correction2).add_(self.eps_root).sqrt_()
-        scale = root + self.eps
-        slope_m = torch.reciprocal(scale).mul_(-lr / correction1)
-        # −∂θ'/∂m' · m'/scale · ∂root/∂v', with ∂root/∂v' = 1/(2·root·correction2)
-        slope_v = new_m.mul_(slope_m).div_(scale).div_(root).mul_(-0.5 / correction2)
+    def _slopes(self, m: Tensor, v: Tensor, g: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """1/scale, m'/scale and m'/(scale²·root), elementwise; shared by all queries.
+
+        With θ' = θ − (lr/c₁)·m'/scale, scale = root + ε and root = √(v'/c₂ + ε_root), they are ∂θ'/∂m', ∂θ'/∂lr and
+        ∂θ'/∂v' up to the factors −lr/c₁, −1/c₁ and lr/(2c₁c₂).
+        """
+        correction2 = self._rates(step)[2]
+        root = (v * (self.beta2 / correction2)).addcmul_(g, g, value=(1 - self.beta2) / correction2)
+        root = root.add_(self.eps_root).sqrt_()
+        inverse = torch.add(root, self.eps).reciprocal_()
+        direction = torch.lerp(m, g, 1 - self.beta1).mul_(inverse)
+        slope = torch.mul(direction, inverse).div_(root)
         if self.eps_root == 0:
-            slope_v.masked_fill_(root == 0, 0.0)
-        return slope_m, slope_v
+            slope.masked_fill_(root == 0, 0.0)
+        return inverse, direction, slope
 
 
 def clip(grads: Params, max_norm: float) -> Params:
@@ -292,31 +288,27 @@ def rate(lr: LearningRate, step: int) -> float:
 
 
 def _in_pieces(
-    function: Callable[..., tuple[Tensor, ...]], leaves: Sequence[Tensor], bars: Sequence[Tensor] = ()
+    function: Callable[..., tuple[Tensor, ...]],
+    leaves: Sequence[Tensor],
+    bars: Sequence[Tensor],
+    like: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """An elementwise function of [*shape] and [K, *shape], piece by piece."""
-    size, start, outs = leaves[0].numel(), 0, list[Tensor]()
-    for given in _pieces(leaves, bars):
-        found = function(*given)
-        if given[0].numel() == size:
-            return found
-        outs = outs or [x.new_empty((*x.shape[:-1], size)) for x in found]
-        for out, part in zip(outs, found, strict=True):
-            out[..., start : start + part.shape[-1]] = part
-        start += given[0].numel()
-    return tuple(out.view(*out.shape[:-1], *leaves[0].shape) for out in outs)
+    """An elementwise function of [*shape] and [K, *shape]; on a CPU piece by piece, so that temporaries stay in cache.
 
-
-def _pieces(leaves: Sequence[Tensor], bars: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors [*shape] and [K, *shape]; on a CPU large ones in flat pieces, so that temporaries stay in cache."""
+    Args:
+        function: Its arguments are followed by the room for each result, or None where it makes its own.
+        like: What each result is like.
+    """
     size, queries = leaves[0].numel(), len(bars[0]) if bars else 1
     piece = max(1, _PIECE // queries)
     if size <= piece or any(x.device.type != "cpu" or _traced(x) for x in (*leaves, *bars)):
-        yield (*leaves, *bars)
-        return
-    flat = [x.reshape(-1) for x in leaves] + [x.reshape(queries, -1) for x in bars]
+        return function(*leaves, *bars, *[None] * len(like))
+    outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    flat = [x.reshape(-1) for x in leaves]
+    wide = [x.reshape(queries, -1) if bars else x.reshape(-1) for x in (*bars, *outs)]
     for start in range(0, size, piece):
-        yield tuple(x[..., start : start + piece] for x in flat)
+        function(*(x[..., start : start + piece] for x in (*flat, *wide)))
+    return outs
 
 
 def _traced(x: Tensor) -> bool:

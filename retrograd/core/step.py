@@ -207,8 +207,7 @@ def pullback(
         with torch.no_grad():
             clipped = clip(grads, limit) if limit else grads
             given = (state.params, state.moments, clipped, state.step)
-            pulled, bars = recipe.optimizer.pullback(*given, cotangent)
-            numbers = recipe.optimizer.recipe_pullback(*given, cotangent, bars)
+            pulled, bars, numbers = recipe.optimizer.pullback(*given, cotangent)
             metric = recipe.optimizer.preconditioner(state.moments, clipped, state.step) if probe else None
         after.extend((pulled, numbers, metric))
         bars = clip_pullback(grads, limit, bars) if limit else bars

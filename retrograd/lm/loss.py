@@ -254,10 +254,10 @@ def head_second(
             pu = None if uw is None else p @ uw
             slope = _dots(h.new_zeros(len(p)) if ub is None else p @ ub, (uhk, pw), (hk, pu))
             slopes[part] = slope
-            zdot = _tangent(hk, w, uhk, uw, ub, buffers[1])
-            ours_dot = zdot.gather(1, place)
-            shift = ours_dot + slope[:, None]  # ⟨p, ż⟩
-            d = zdot.sub_(shift).mul_(p).scatter_(1, place, ours * (ours_dot - shift))
+            begin = h.new_zeros(len(p)) if ub is None else ub[y[part]]
+            ours_dot = _dots(begin, (uhk, w[y[part]]), (hk, None if uw is None else uw[y[part]]))
+            d = _tangent(hk, w, uhk, uw, ub, -(ours_dot + slope), buffers[1])  # ż − ⟨p, ż⟩
+            d = d.mul_(p).scatter_(1, place, -ours * slope[:, None])
             if dh is not None:
                 dh[part] = ck * (d @ w if pu is None else torch.addmm(pu, d, w))
                 if uck is not None and pw is not None:
@@ -282,11 +282,11 @@ def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, lse: Tensor | None, b
     """softmax(z) [chunk, V] in the first buffer."""
     if lse is None:
         return torch.softmax(_logits(h, w, b, buffers[1]), 1, out=buffers[0][: len(h)])
-    return _logits(h, w, b, buffers[0]).sub_(lse[:, None]).exp_()
+    return _tangent(h, w, None, w, b, -lse, buffers[0]).exp_()
 
 
 def _chunk(weight: Tensor) -> int:
-    return max(16, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cpu"]) // (4 * len(weight)))
+    return max(1, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cpu"]) // (4 * len(weight)) // 16) * 16
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor) -> Tensor:
@@ -294,12 +294,17 @@ def _logits(h: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor) -> Tensor:
     return torch.mm(h, w.t(), out=out) if b is None else torch.addmm(b, h, w.t(), out=out)
 
 
-def _tangent(h: Tensor, w: Tensor, uh: Tensor | None, uw: Tensor | None, ub: Tensor | None, buffer: Tensor) -> Tensor:
-    """ż = ḣWᵀ + hẆᵀ + ḃ."""
-    out = buffer[: len(h)].zero_() if uh is None else torch.mm(uh, w.t(), out=buffer[: len(h)])
-    if uw is not None:
-        out.addmm_(h, uw.t())
-    return out if ub is None else out.add_(ub)
+def _tangent(
+    h: Tensor, w: Tensor, uh: Tensor | None, uw: Tensor | None, ub: Tensor | None, shift: Tensor, buffer: Tensor
+) -> Tensor:
+    """ḣWᵀ + hẆᵀ + ḃ + shift [M], summed in this order from the last."""
+    out = buffer[: len(h)].copy_(shift[:, None])
+    if ub is not None:
+        out.add_(ub)
+    for rows, columns in ((uh, w), (h, uw)):
+        if rows is not None and columns is not None:
+            out.addmm_(rows, columns.t())
+    return out
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
