@@ -415,6 +415,31 @@ def test_large_leaves_are_updated_in_pieces_to_the_same_values(shape: tuple[int,
         torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("bucket", [1, 20, 1000])
+def test_small_leaves_are_updated_together_to_the_same_values(bucket: int, monkeypatch: object) -> None:
+    draw = torch.Generator().manual_seed(3)
+    shapes = {"a": (3, 4), "b": (5,), "c": (), "d": (2, 3, 2), "e": (40,)}
+
+    def some(*sizes: int) -> dict[str, Tensor]:
+        return {name: torch.rand((*sizes, *shape), generator=draw).double() + 0.1 for name, shape in shapes.items()}
+
+    optimizer, theta, grads, moments = AdamW(0.1, weight_decay=0.1), some(), some(), {"m": some(), "v": some()}
+    cotangent = Cotangent(some(3), {"m": some(3), "v": some(3)})
+
+    def both() -> tuple[object, object]:
+        given = (theta, moments, grads, 4)
+        return optimizer.update(*given), optimizer.pullback(*given, cotangent)
+
+    alone = both()
+    monkeypatch.setattr("retrograd.core.optim._JOINED", {"cpu"})  # type: ignore[attr-defined]
+    monkeypatch.setattr("retrograd.core.optim._BUCKET", bucket)  # type: ignore[attr-defined]
+    together = both()
+    assert tree.named(together).keys() == tree.named(alone).keys()
+    for one, other in zip(tree.leaves(together), tree.leaves(alone), strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_moments_around_a_step_give_its_gradient_back(optimizer: SGD | AdamW | Muon) -> None:
     draw = torch.Generator().manual_seed(1)

@@ -18,9 +18,9 @@ def params(seed: int = 0, tied: bool = False) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64) * 0.4
+        return torch.randn(shape, generator=draw, dtype=torch.float64) * 0.4
 
-    leaves = {"embed": normal(11, 6), "hidden": normal(6, 6), "bias": normal(6)}
+    leaves = {"embed": normal(11, 6), "hidden": normal(6, 6), "bias": normal(6), "scale": 1 + normal()}
     return leaves if tied else {**leaves, "head": normal(11, 6)}
 
 
@@ -28,7 +28,7 @@ def losses(p: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of each token, [B, L] nats."""
     x = F.embedding(inputs["x"], p["embed"])
     x = F.layer_norm(x + torch.tanh(x @ p["hidden"] + p["bias"]), (6,))
-    logits = x @ p.get("head", p["embed"]).T
+    logits = p["scale"] * x @ p.get("head", p["embed"]).T
     return F.cross_entropy(logits.flatten(0, 1), inputs["y"].flatten(), reduction="none").view(inputs["y"].shape)
 
 

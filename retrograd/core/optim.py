@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _PIECE = 1 << 18  # entries; measured flat between 2¹⁷ and 2¹⁸, where whole leaves take 3 to 4 times as long
+_JOINED = {"cuda"}  # devices whose small leaves are joined,
+_BUCKET = 1 << 22  # up to this many entries; not measured
 
 _LONGEST = 0.99  # decay of an average out of which a gradient comes with 100 times the dtype's rounding
 
@@ -191,10 +193,8 @@ class AdamW:
             decayed = theta * (1 - lr * self.weight_decay) if self.weight_decay else theta
             return torch.addcdiv(decayed, m, scale, value=-lr / correction1, out=new), m, v
 
-        new, ms, vs = {}, {}, {}
-        for name, theta in params.items():
-            like = (theta, moments["m"][name], moments["v"][name])
-            new[name], ms[name], vs[name] = _in_pieces(updated, (*like, grads[name]), (), like)
+        like = (params, moments["m"], moments["v"])
+        new, ms, vs = _elementwise(updated, (*like, grads), (), like)
         return new, {"m": ms, "v": vs}
 
     def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
@@ -206,19 +206,17 @@ class AdamW:
             g_room: _Room, m_room: _Room, v_room: _Room,
         ) -> tuple[Tensor, ...]:  # fmt: skip
             inverse, direction, slope = self._slopes(m, v, g, step)
-            moved.append(torch.mv(theta_bar.flatten(1), direction.flatten()).double())
+            moved.append(torch.mv(theta_bar.reshape(len(theta_bar), -1), direction.flatten()).double())
             m_bar = torch.addcmul(m_bar, inverse, theta_bar, value=-lr / correction1, out=m_room)
             v_bar = torch.addcmul(v_bar, slope, theta_bar, value=0.5 * lr / (correction1 * correction2), out=v_room)
             share = torch.mul(m_bar, 1 - self.beta1, out=g_room)
             g_bar = torch.addcmul(share, g, v_bar, value=2 * (1 - self.beta2), out=g_room)
             return g_bar, m_bar.mul_(self.beta1), v_bar.mul_(self.beta2)
 
-        thetas, ms, vs, gs = {}, {}, {}, {}
-        for name, theta_bar in cotangent.params.items():
-            given = (moments["m"][name], moments["v"][name], grads[name])
-            bars = (theta_bar, cotangent.moments["m"][name], cotangent.moments["v"][name])
-            gs[name], ms[name], vs[name] = _in_pieces(pulled, given, bars, bars)
-            thetas[name] = theta_bar * (1 - lr * self.weight_decay) if self.weight_decay else theta_bar
+        bars = (cotangent.params, cotangent.moments["m"], cotangent.moments["v"])
+        gs, ms, vs = _elementwise(pulled, (moments["m"], moments["v"], grads), bars, bars)
+        kept = 1 - lr * self.weight_decay
+        thetas = {name: bar * kept if self.weight_decay else bar for name, bar in cotangent.params.items()}
         decayed = inner(cotangent.params, params)
         slope = -sum(moved, start=torch.zeros_like(decayed)) / correction1
         recipe = {"lr": slope - self.weight_decay * decayed, "weight_decay": -lr * decayed}
@@ -271,14 +269,16 @@ def clip_pullback(grads: Params, max_norm: float, bars: Params) -> Params:
     scale = max_norm / (total + 1e-6)
     if scale >= 1:
         return bars
-    inner = sum((bars[name].flatten(1) @ g.flatten() for name, g in grads.items()), start=torch.zeros(()))
+    inner = sum(
+        (bars[name].reshape(len(bars[name]), -1) @ g.flatten() for name, g in grads.items()), start=torch.zeros(())
+    )
     slope = -inner * scale / (total + 1e-6) / total  # [K]
     return {n: bars[n] * scale + slope.view(-1, *[1] * grads[n].ndim) * grads[n] for n in grads}
 
 
 def inner(cotangent: Params, direction: Params) -> Tensor:
     """⟨λ_k, direction⟩ for each query, [K] float64."""
-    parts = (torch.mv(bar.flatten(1), direction[name].flatten()).double() for name, bar in cotangent.items())
+    parts = (torch.mv(bar.reshape(len(bar), -1), direction[name].flatten()).double() for name, bar in cotangent.items())
     return sum(parts, start=torch.zeros((), dtype=torch.float64))
 
 
@@ -287,18 +287,55 @@ def rate(lr: LearningRate, step: int) -> float:
     return lr(step) if callable(lr) else lr
 
 
+def _elementwise(
+    function: Callable[..., tuple[Tensor, ...]], trees: Sequence[Params], bars: Sequence[Params], like: Sequence[Params]
+) -> list[Params]:
+    """An elementwise function of leaves [*shape] and their cotangents [K, *shape], on pieces of a convenient size.
+
+    On a CPU large leaves are cut, so that temporaries stay in cache. On an accelerator small ones are joined, for a
+    launch takes longer than their work.
+
+    Args:
+        function: Its arguments are followed by the room for each result, or None where it makes its own.
+        like: What each result is like.
+    """
+    found: list[Params] = [{} for _ in like]
+    for names in _groups([*trees, *bars]):
+        leaves, wide = ([[tree[name] for name in names] for tree in given] for given in (trees, bars))
+        if len(names) == 1:
+            outs = _in_pieces(function, [x[0] for x in leaves], [x[0] for x in wide], [x[names[0]] for x in like])
+            parts = [[out] for out in outs]
+        else:
+            joined = [torch.cat([x.flatten() for x in each]) for each in leaves]
+            joined += [torch.cat([x.reshape(len(x), -1) for x in each], 1) for each in wide]
+            outs = function(*joined, *[None] * len(like))
+            sizes = [x.numel() for x in leaves[0]]
+            parts = [list(out.split(sizes, -1)) for out in outs]
+        for tree, each, pattern in zip(found, parts, like, strict=True):
+            tree.update({name: x.view(pattern[name].shape) for name, x in zip(names, each, strict=True)})
+    return found
+
+
+def _groups(trees: Sequence[Params]) -> list[list[str]]:
+    """The leaves' names in order; those together that are worked on at once."""
+    groups, filled, before = list[list[str]](), 0, None
+    for name, leaf in trees[0].items():
+        alone = leaf.device.type not in _JOINED or any(_traced(tree[name]) for tree in trees)
+        kind = None if alone else [(tree[name].dtype, tree[name].device) for tree in trees]
+        filled += leaf.numel()
+        if kind is None or kind != before or filled > _BUCKET:
+            groups.append([])
+            filled, before = leaf.numel(), kind
+        groups[-1].append(name)
+    return groups
+
+
 def _in_pieces(
     function: Callable[..., tuple[Tensor, ...]],
     leaves: Sequence[Tensor],
     bars: Sequence[Tensor],
     like: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """An elementwise function of [*shape] and [K, *shape]; on a CPU piece by piece, so that temporaries stay in cache.
-
-    Args:
-        function: Its arguments are followed by the room for each result, or None where it makes its own.
-        like: What each result is like.
-    """
     size, queries = leaves[0].numel(), len(bars[0]) if bars else 1
     piece = max(1, _PIECE // queries)
     if size <= piece or any(x.device.type != "cpu" or _traced(x) for x in (*leaves, *bars)):

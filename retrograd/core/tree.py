@@ -131,27 +131,35 @@ def digest(tree: Any) -> str:
     For each tensor, Σ xᵢ·rᵢ modulo 2⁶⁴ over its bits read as integers, with fixed odd rᵢ: integer sums do not depend on
     the order of summation, and the factors make opposite drifts and swapped entries visible. Not cryptographic.
     """
-    total = 0
-    for leaf in leaves(tree):
-        total = (total * 1_000_003 + _bit_sum(leaf) + leaf.numel()) % (1 << 128)
+    given, total = leaves(tree), 0
+    if not given:
+        return f"{total:032x}"
+    found = [_bit_sums(leaf) for leaf in given]
+    one_device = len({x.device for x in found}) == 1
+    together = torch.cat(found if one_device else [x.cpu() for x in found])  # a GPU is waited for once
+    numbers = iter(together.tolist())
+    for leaf, sums in zip(given, found):
+        rest = leaf.numel() * leaf.element_size() % 8
+        share = sum(next(numbers) * (2 * place + 1) for place in range(len(sums) - rest))
+        share += sum(next(numbers) << (8 * place) for place in range(1, rest + 1))
+        total = (total * 1_000_003 + share % (1 << 64) + leaf.numel()) % (1 << 128)
     return f"{total:032x}"
 
 
 _BLOCK = 1 << 16
 
 
-def _bit_sum(leaf: Tensor) -> int:
+def _bit_sums(leaf: Tensor) -> Tensor:
+    """Σ xᵢ·rᵢ of each block of 64-bit words and of the words left over, then the bytes left over; int64."""
     raw = leaf.detach().contiguous().flatten().view(torch.uint8)
     words = raw.numel() // 8
     whole = words // _BLOCK * _BLOCK
-    body, rest = raw[: words * 8].view(torch.int64), raw[words * 8 :].tolist()
-    blocks, ramp = body[:whole].view(-1, _BLOCK), _ramp(str(leaf.device))
-    on_cpu = leaf.device.type == "cpu"  # a GPU has no product of integer matrices
-    tail, factors = body[whole:], ramp[: words - whole]
-    sums = torch.mv(blocks, ramp) if on_cpu else (blocks * ramp).sum(1)
-    total = sum(part * (2 * place + 1) for place, part in enumerate(sums.tolist()))
-    total += int(torch.dot(tail, factors) if on_cpu else (tail * factors).sum()) * (2 * len(sums) + 1)
-    return (total + sum(byte << (8 * place) for place, byte in enumerate(rest, 1))) % (1 << 64)
+    body, rest = raw[: words * 8].view(torch.int64), raw[words * 8 :]
+    blocks, tail, ramp = body[:whole].view(-1, _BLOCK), body[whole:], _ramp(str(leaf.device))
+    factors = ramp[: words - whole]
+    if leaf.device.type == "cpu":  # a GPU has no product of integer matrices
+        return torch.cat([torch.mv(blocks, ramp), torch.dot(tail, factors)[None], rest.long()])
+    return torch.cat([(blocks * ramp).sum(1), (tail * factors).sum()[None], rest.long()])
 
 
 @lru_cache
