@@ -317,10 +317,14 @@ def _elementwise(
 
 
 def _groups(trees: Sequence[Params]) -> list[list[str]]:
-    """The leaves' names in order; those together that are worked on at once."""
+    """The leaves' names in order; those together that are worked on at once.
+
+    A leaf that would leave the next one unaligned stays alone: states read back are aligned, and bits may depend on that.
+    """
     groups, filled, before = list[list[str]](), 0, None
     for name, leaf in trees[0].items():
-        alone = leaf.device.type not in _JOINED or any(_traced(tree[name]) for tree in trees)
+        odd = leaf.numel() * leaf.element_size() % 64 != 0
+        alone = odd or leaf.device.type not in _JOINED or any(_traced(tree[name]) for tree in trees)
         kind = None if alone else [(tree[name].dtype, tree[name].device) for tree in trees]
         filled += leaf.numel()
         if kind is None or kind != before or filled > _BUCKET:
