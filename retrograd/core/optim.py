@@ -319,7 +319,7 @@ def _elementwise(
 def _groups(trees: Sequence[Params]) -> list[list[str]]:
     """The leaves' names in order; those together that are worked on at once.
 
-    A leaf that would leave the next one unaligned stays alone: states read back are aligned, and bits may depend on that.
+    A leaf that would leave the next one unaligned stays alone: states read back are aligned, and bits depend on it.
     """
     groups, filled, before = list[list[str]](), 0, None
     for name, leaf in trees[0].items():
