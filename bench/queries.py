@@ -2,7 +2,7 @@
 
 A GPT-NeoX model of random weights is trained once and its states are kept; K queries are the losses of K documents. First
 every column of the widest sweep that is timed has to equal its own sweep. Then sweeps take turns; printed are medians of
-their CPU time as multiples of a single sweep, and of K single sweeps.
+their CPU time as multiples of a single sweep, and of K single sweeps, and what each query after the first adds.
 
     python bench/queries.py                          # both engines, K = 1, 2, 8, 32
     python bench/queries.py --engine blocks --queries 1 8 --turns 5 --json queries.json
@@ -96,7 +96,8 @@ def compare(engine: str, arguments: argparse.Namespace) -> dict:
     medians = {count: statistics.median(taken) for count, taken in seconds.items()}
     for count, median in medians.items():
         ratio = median / medians[min(medians)]
-        print(f"| {engine} | {count} | {ratio:.2f} | {ratio / count:.2f} |", flush=True)
+        further = f"{(ratio - 1) / (count - 1):.2f}" if count > 1 else ""
+        print(f"| {engine} | {count} | {ratio:.2f} | {ratio / count:.2f} | {further} |", flush=True)
     return {"engine": engine, "error": error, "seconds": seconds}
 
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     assert min(arguments.queries) == 1, "costs are told in single sweeps: --queries has to include 1"
-    print("| engine | K | single sweeps | of K single sweeps |\n|---|---|---|---|")
+    print("| engine | K | single sweeps | of K single sweeps | each further query |\n|---|---|---|---|---|")
     results = [compare(engine, arguments) for engine in arguments.engine]
     if arguments.json:
         import torch
