@@ -229,12 +229,13 @@ class AdamW:
         return {name: torch.lerp(m, after["m"][name], factor) for name, m in moments["m"].items()}
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params:
-        return {name: self._scale(v, grads[name], step).reciprocal_() for name, v in moments["v"].items()}
+        return {n: self._rooted(v, grads[n], step).add_(self.eps).reciprocal_() for n, v in moments["v"].items()}
 
-    def _scale(self, v: Tensor, g: Tensor, step: int) -> Tensor:
-        """√(v̂ + ε_root) + ε."""
-        root = (v * self.beta2).addcmul_(g, g, value=1 - self.beta2).div_(self._rates(step)[2])
-        return root.add_(self.eps_root).sqrt_().add_(self.eps)
+    def _rooted(self, v: Tensor, g: Tensor, step: int) -> Tensor:
+        """√(v̂ + ε_root)."""
+        correction2 = self._rates(step)[2]
+        square = (v * (self.beta2 / correction2)).addcmul_(g, g, value=(1 - self.beta2) / correction2)
+        return square.add_(self.eps_root).sqrt_()
 
     def _rates(self, step: int) -> tuple[float, float, float]:
         return rate(self.lr, step), 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
@@ -245,9 +246,7 @@ class AdamW:
         With θ' = θ − (lr/c₁)·m'/scale, scale = root + ε and root = √(v'/c₂ + ε_root), they are ∂θ'/∂m', ∂θ'/∂lr and
         ∂θ'/∂v' up to the factors −lr/c₁, −1/c₁ and lr/(2c₁c₂).
         """
-        correction2 = self._rates(step)[2]
-        root = (v * (self.beta2 / correction2)).addcmul_(g, g, value=(1 - self.beta2) / correction2)
-        root = root.add_(self.eps_root).sqrt_()
+        root = self._rooted(v, g, step)
         inverse = torch.add(root, self.eps).reciprocal_()
         direction = torch.lerp(m, g, 1 - self.beta1).mul_(inverse)
         slope = torch.mul(direction, inverse).div_(root)
