@@ -7,6 +7,7 @@ forward and the way back results of matrix products are kept: less arithmetic th
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import Counter
@@ -98,9 +99,14 @@ class Compiled:
             *(_like(x, t) for t in late),
         )
         for shapes in (varying, exact):
+            hints = self._hints(shapes)
+            # by the sizes that are traced, not by this batch's: which one comes first must not change what is kept
+            entries = (
+                x.numel() if shapes is exact else math.prod(hints[s] if isinstance(s, str) else s for s in _like(x, x))
+            )
             asked = Asked(
                 lambda one, other: joint(call, one, other), tree.frame(early), tree.frame(late), shapes,
-                tuple((t.dtype, t.device) for t in given), self._hints(shapes), _KEPT * x.numel(),
+                tuple((t.dtype, t.device) for t in given), hints, _KEPT * entries,
             )  # fmt: skip
             # how sums are split among threads is compiled in
             key = (joint, call, torch.get_num_threads(), asked.early.key, asked.shapes, asked.like)
