@@ -124,13 +124,15 @@ def test_a_length_that_is_the_width_is_compiled_for_itself(compiled: Compiled) -
     assert "4 of them for a single shape" in compiled.told
 
 
-def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
-    """Products larger than the bound are computed again, to the same values."""
+@pytest.mark.parametrize(("rows", "length"), [(3, 7), (30, 40)])
+def test_what_is_kept_is_bounded(rows: int, length: int, monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
+    """Products larger than the bound are computed again; the bound is not that of the batch that comes first."""
     kept = compiled.forward(links()[0], *operands(3, 7)[:2])[1][1]
     assert sorted(x.shape for x in kept) == [(3, 7, 7), (21, WIDTH)]
     monkeypatch.setattr(passes, "_KEPT", 1)
     other = Compiled(links(), (3, 7))
-    assert [x.shape for x in other.forward(links()[0], *operands(3, 7)[:2])[1][1]] == [(21, WIDTH)]
+    found = other.forward(links()[0], *operands(rows, length)[:2])[1][1]
+    assert [x.shape for x in found] == [(rows * length, WIDTH)]
 
 
 def test_ever_new_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,7 +286,7 @@ def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, lse: Tensor | None, b
 
 
 def _chunk(weight: Tensor) -> int:
-    return max(1, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cpu"]) // (4 * len(weight)) // 16) * 16
+    return max(16, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cpu"]) // (4 * len(weight)))
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor) -> Tensor:
