@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retrograd.core import check, tree
 from retrograd.core.step import Batch, coefficients
 from retrograd.lm.choices import LOSSES, Scored, choice_columns, choice_objective, score_questions
-from retrograd.lm.model import CausalLM, _keep_float64, load_causal_lm
+from retrograd.lm.layout import _keep_float64
+from retrograd.lm.model import CausalLM, load_causal_lm
 from retrograd.lm.prompts import TEMPLATES, Template, find_template, render
 from retrograd.lm.query import Queries, batch_columns
 from retrograd.lm.questions import Questions, build_questions

@@ -24,21 +24,15 @@ from retrograd.core.engine.double import Double
 from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch
+from retrograd.lm.layout import Layout, inner, layout_of
 from retrograd.lm.loss import head_first, head_second, token_ce
-from retrograd.lm.model import (
-    causal_objective,
-    has_plain_head,
-    inner,
-    model_arguments,
-    targets_of,
-    trainable,
-    twice_differentiable,
-)
+from retrograd.lm.model import causal_objective, has_plain_head, trainable
 
 __all__ = ["VocabularyHead", "decoder_chain"]
 
 # largest relative difference from `Double` on the trial batch, by dtype: rounding, not a wrong term
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2}
+_Index = tuple[Any, Tensor]
 
 
 def decoder_chain(module: nn.Module, alike: bool = False) -> Chain:
@@ -84,9 +78,10 @@ class VocabularyHead:
 
     names: Mapping[str, str]
     linear: nn.Linear
+    layout: Layout
 
     def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
-        operands, place = self._operands(params, x, inputs, factors)
+        operands, place, _ = self._operands(params, x, inputs, factors)
         ce, known, (dh, dw, db) = head_first(operands, self._wanted())
         assert dh is not None
         loss = torch.dot(ce, operands[4].to(ce)).to(factors.dtype)
@@ -95,7 +90,7 @@ class VocabularyHead:
     def second(
         self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
     ) -> tuple[Tensor, Tensor, Params, Tensor]:
-        operands, place = self._operands(params, x, inputs, factors)
+        operands, place, after = self._operands(params, x, inputs, factors)
         local = {name: bars[leaf] for name, leaf in self.names.items()}
         tangents = [
             (dot[place], *(local[name][k] if name in local else None for name in ("weight", "bias")), None)
@@ -104,30 +99,30 @@ class VocabularyHead:
         dh, along = head_second(operands, tangents, self._wanted(), kept)
         assert dh is not None
         each = [self._grads(params, dw, db) for _, dw, db, _ in along]
-        rows, columns = place
         slopes = factors.new_zeros((len(dots), *factors.shape))
         for k, found in enumerate(along):
-            slopes[k, rows, columns + 1] = found[3].to(slopes)
+            slopes[k][after] = found[3].to(slopes)
         back = torch.stack([_spread(found[0], x, place) for found in along if found[0] is not None])
         return _spread(dh, x, place), back, {name: tree.stacked([g[name] for g in each]) for name in each[0]}, slopes
 
     def _wanted(self) -> tuple[bool, bool, bool]:
         return True, "weight" in self.names, "bias" in self.names
 
-    def _operands(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> tuple[Any, tuple[Tensor, Tensor]]:
+    def _operands(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> tuple[Any, _Index, _Index]:
+        """What the head's loss is a function of; where its states are in x, and its coefficients in `factors`."""
         weight, bias = (
             params[self.names[name]] if name in self.names else getattr(self.linear, name)
             for name in ("weight", "bias")
         )
-        rows, columns, targets = targets_of(inputs)
-        return (x[rows, columns], weight, bias, targets, factors[rows, columns + 1]), (rows, columns)
+        place, after, targets = self.layout.predicting(inputs)
+        return (x[place], weight, bias, targets, factors[after]), place, after
 
     def _grads(self, params: Params, dw: Tensor | None, db: Tensor | None) -> Params:
         found = {"weight": dw, "bias": db}
         return {leaf: g.to(params[leaf]) for name, leaf in self.names.items() if (g := found[name]) is not None}
 
 
-def _spread(chosen: Tensor, like: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
+def _spread(chosen: Tensor, like: Tensor, place: _Index) -> Tensor:
     """Zeros like x but for the rows that predict a target."""
     whole = torch.zeros_like(like)
     whole[place] = chosen.to(like)
@@ -150,6 +145,7 @@ class _Parts:
     def __init__(self, module: nn.Module, layers: list[nn.Module]) -> None:
         self.module, self.model, self.layers = module, inner(module), layers
         self.base, self.fused = self.model.base_model, has_plain_head(module)
+        self.layout = layout_of(module) if self.fused else Layout(module, joins=False)
         self.leaves, readers = trainable(module)
         self.leaf_of = {id(p): readers[n] for n, p in module.named_parameters(remove_duplicate=False) if n in readers}
 
@@ -161,17 +157,17 @@ class _Parts:
         """
         batch = _trial_batch(self.module)
         links = self._shared_links() if alike else [Link(self._names(x), _layer_call(x)) for x in self.layers]
-        with twice_differentiable(batch.scale.dtype):
+        with self.layout.scope(batch.scale.dtype):
             x = self._enter(batch.inputs)
             embed = Link(self._used(self.base, lambda p: self.embed(p, batch.inputs)[0]), self.embed)
             if self.fused:
                 links.append(Link(self._used(self.base, lambda p: self.tail(p, x, batch.inputs)), self.tail))
                 linear = self.model.get_output_embeddings()
-                head: Any = VocabularyHead(self._names(linear), linear)
+                head: Any = VocabularyHead(self._names(linear), linear, self.layout)
             else:
                 head = PlainHead(self._used(self.model, lambda p: self.logits(p, x, batch.inputs)), self.loss)
             lookup = _is_lookup(embed, self.leaves, batch.inputs)
-        return Chain(embed, links, head, twice_differentiable, lookup)
+        return Chain(embed, links, head, self.layout.scope, lookup)
 
     def _shared_links(self) -> list[Link]:
         """Links of layers of one structure with one function."""
@@ -189,20 +185,20 @@ class _Parts:
         """What enters the first layer, and for each link what else it is called with."""
         seen: list[tuple[int, Tensor, Any]] = []
         with _replaced(self.layers, [_recording(seen, place) for place in range(len(self.layers))]):
-            functional_call(self.base, params, (), model_arguments(inputs, self.module), tie_weights=False)
+            functional_call(self.base, params, (), self.layout.arguments(inputs), tie_weights=False)
         contexts = [context for _, _, context in seen]
         return seen[0][1], [*contexts, inputs] if self.fused else contexts
 
     def tail(self, params: Params, x: Tensor, inputs: Any) -> Tensor:
         """What follows the last layer in the base model: the final norm."""
         with _replaced(self.layers, _handing_on(x, len(self.layers))):
-            arguments = model_arguments(inputs, self.module)
+            arguments = self.layout.arguments(inputs)
             return functional_call(self.base, params, (), arguments, tie_weights=False).last_hidden_state
 
     def logits(self, params: Params, x: Tensor, inputs: Any) -> Tensor:
         """What follows the last layer in the whole model."""
         with _replaced(self.layers, _handing_on(x, len(self.layers))):
-            arguments = model_arguments(inputs, self.module)
+            arguments = self.layout.arguments(inputs)
             return functional_call(self.model, params, (), arguments, tie_weights=False).logits
 
     def loss(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Tensor:
@@ -235,7 +231,7 @@ class _Parts:
         seen: list[tuple[int, Tensor, Any]] = []
         recorders = [_recording(seen, place) for place in range(len(self.layers))]
         with _replaced(self.layers, recorders), torch.enable_grad():
-            live, arguments = self._around(self.base)[1], model_arguments(inputs, self.module)
+            live, arguments = self._around(self.base)[1], self.layout.arguments(inputs)
             functional_call(self.base, live, (), arguments, tie_weights=False)
         order = [place for place, _, _ in seen]
         if order != list(range(len(self.layers))):

@@ -34,7 +34,8 @@ from retrograd.core.engine.passes import Eager
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import decoder_chain
-from retrograd.lm.model import has_plain_head, inner, trainable
+from retrograd.lm.layout import inner
+from retrograd.lm.model import has_plain_head, trainable
 
 __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 

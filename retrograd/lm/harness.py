@@ -22,7 +22,8 @@ import torch
 import yaml
 from torch import nn
 
-from retrograd.lm.model import CausalLM, twice_differentiable
+from retrograd.lm.layout import twice_differentiable
+from retrograd.lm.model import CausalLM
 
 __all__ = ["Harness", "ask_harness", "find_harness", "harness_version"]
 

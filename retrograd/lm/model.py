@@ -8,17 +8,16 @@ and the vocabulary projection is fused with its cross-entropy where the model's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from retrograd.core.optim import Params
+from retrograd.lm.layout import Layout, inner, layout_of, twice_differentiable
 from retrograd.lm.loss import fused_ce, token_ce
 
 __all__ = [
@@ -145,19 +144,13 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
     Parameters of the objective go by the names of `trainable(module)`.
     """
     fused = has_plain_head(module)
-    call = _functional(_Scored(module, fused))
+    layout = layout_of(module) if fused else Layout(module, joins=False)
+    call = _functional(_Scored(module, fused, layout), layout.scope)
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         return call(params, coefficients.dtype, inputs, coefficients)
 
     return objective, fused
-
-
-@contextmanager
-def twice_differentiable(dtype: torch.dtype) -> Iterator[None]:
-    """Attention on SDPA's MATH path; in a float64 run, no casts to float32."""
-    with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
-        yield
 
 
 def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
@@ -188,7 +181,7 @@ def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Te
         (params, input_ids [R, L], rows [M], columns [M]) → [M, V], the prediction of the token after each position;
         float32 at least. Rows are padded on the right. With a plain head, no other logits exist.
     """
-    call = _functional(_Chosen(lm.module, lm.fused))
+    call = _functional(_Chosen(lm.module, lm.fused), twice_differentiable)
 
     def logits(params: Params, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         with _evaluating(lm.module):
@@ -198,13 +191,15 @@ def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Te
     return logits
 
 
-def _functional(wrapped: _Scored | _Chosen) -> Callable[..., Tensor]:
+def _functional(
+    wrapped: _Scored | _Chosen, scope: Callable[[torch.dtype], AbstractContextManager[None]]
+) -> Callable[..., Tensor]:
     """(params, dtype, *arguments) → wrapped(*arguments), with the leaves of `trainable` in their places."""
     readers = trainable(wrapped.module)[1]
 
     def call(params: Params, dtype: torch.dtype, *arguments: Any) -> Tensor:
         placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
-        with twice_differentiable(dtype):
+        with scope(dtype):
             return functional_call(wrapped, placed, arguments, tie_weights=False)
 
     return call
@@ -222,46 +217,24 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _keep_float64(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    return _KeepFloat64() if dtype == torch.float64 else nullcontext()
-
-
-class _KeepFloat64(TorchFunctionMode):
-    """Ignores casts of float64 to float32: model code has them in norms, rotary embeddings and attention.
-
-    Without this a float64 run carries float32 rounding, and finite differences of it are noise.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        options = dict(options or {})
-        if arguments and isinstance(arguments[0], Tensor) and arguments[0].dtype == torch.float64:
-            if function is Tensor.float:
-                return arguments[0]
-            arguments = tuple(torch.float64 if argument is torch.float32 else argument for argument in arguments)
-            if options.get("dtype") is torch.float32:
-                options["dtype"] = torch.float64
-        return function(*arguments, **options)
-
-
 class _Scored(nn.Module):
     """Model and loss as one module, so that the head's weight is substituted like any other parameter."""
 
-    def __init__(self, module: nn.Module, fused: bool) -> None:
+    def __init__(self, module: nn.Module, fused: bool, layout: Layout) -> None:
         super().__init__()
         self.module = module
         self.fused = fused
+        self.layout = layout
 
     def forward(self, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
-        model, arguments = inner(self.module), model_arguments(inputs, self.module)
+        model, arguments = inner(self.module), self.layout.arguments(inputs)
         if not self.fused:
             logits = model(**arguments).logits
             return torch.sum(token_ce(logits, inputs["input_ids"]) * coefficients)
         hidden = model.base_model(**arguments).last_hidden_state
         head = model.get_output_embeddings()
-        rows, columns, targets = targets_of(inputs)
-        return fused_ce(hidden[rows, columns], head.weight, head.bias, targets, coefficients[rows, columns + 1])
+        states, place, targets = self.layout.predicting(inputs)
+        return fused_ce(hidden[states], head.weight, head.bias, targets, coefficients[place])
 
 
 class _Chosen(nn.Module):
@@ -278,36 +251,6 @@ class _Chosen(nn.Module):
             return model(input_ids=input_ids, use_cache=False).logits[rows, columns]
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden[rows, columns])
-
-
-def targets_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the valid targets are predicted from, and the targets: the state at (row, column) predicts column + 1."""
-    rows, columns = inputs["target_mask"][:, 1:].nonzero(as_tuple=True)
-    return rows, columns, inputs["input_ids"][rows, columns + 1]
-
-
-def model_arguments(inputs: dict[str, Tensor], module: nn.Module) -> dict[str, Any]:
-    """What the model is called with; packed rows get positions that restart and attention inside each document."""
-    arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
-    if "segment_ids" not in inputs:
-        return arguments
-    segments = inputs["segment_ids"]
-    length = segments.shape[1]
-    window = getattr(inner(module).config, "sliding_window", None)
-    if window and length > window:
-        raise ValueError(
-            f"chunk_length {length} is above the model's sliding attention window {window}; packing masks attention "
-            f"by document and cannot combine both. Use a chunk_length of at most {window}."
-        )
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    allowed = (segments[:, :, None] == segments[:, None, :]) & causal
-    return {**arguments, "attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
-
-
-def inner(module: nn.Module) -> Any:
-    """The Hugging Face model inside a peft wrapper; its adapters are in place there."""
-    base = getattr(module, "get_base_model", None)
-    return module if base is None else base()
 
 
 def has_plain_head(module: nn.Module) -> bool:
