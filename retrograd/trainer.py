@@ -158,7 +158,7 @@ class Trainer:
         batches = [query[t] for t in range(len(query))]
         sizes = [_targets(query, batch) for batch in batches]
         shares = [b._replace(scale=b.scale * (n / sum(sizes))) for b, n in zip(batches, sizes)]
-        value, gradient = self.engine.gradient(state.params, shares, query.weights, None)
+        value, gradient, _ = self.engine.gradient(state.params, shares, query.weights, None)
         return Evaluation(value, {name: g[None] for name, g in gradient.items()})
 
     def backward(

@@ -16,7 +16,8 @@ from retrograd.core.engine.passes import Eager
 from retrograd.core.optim import SGD, AdamW, Params
 from retrograd.core.plan import make
 from retrograd.core.step import Batch, Recipe, Training, micro_batches
-from retrograd.core.sweep import metagradient
+from retrograd.core.sweep import Leavings, metagradient
+from retrograd.lm import loss
 from retrograd.lm.blocks import decoder_chain
 from retrograd.lm.model import causal_objective, trainable
 from retrograd.lm.rows import Rows
@@ -79,7 +80,7 @@ def along(queries: int) -> Callable[[Params], Params]:
 
 
 def results(engine: Any, params: Params, batches: list[Batch], weights: Tensor, queries: int) -> dict[str, Tensor]:
-    loss, grads = engine.gradient(params, batches, weights, None)
+    loss, grads, _ = engine.gradient(params, batches, weights, None)
     products, slopes = engine.pullback(params, batches, weights, None, along(queries))
     named = {"loss": loss, "scores": slopes}
     return named | {f"g {n}": x for n, x in grads.items()} | {f"H {n}": x for n, x in products.items()}
@@ -266,7 +267,7 @@ def test_scores_equal_retraining_and_every_plan_gives_the_same_bits(family: str)
     run = Training(Recipe(AdamW(3e-3, eps_root=1e-6), 0.5), engine, data, data.weights)
 
     def query(params: Params) -> tuple[Tensor, Params]:
-        value, grads = engine.gradient(params, [stream()[0]], stream().weights, None)
+        value, grads, _ = engine.gradient(params, [stream()[0]], stream().weights, None)
         return value[None], {n: g[None] for n, g in grads.items()}
 
     params = trainable(module)[0]
@@ -280,6 +281,36 @@ def test_scores_equal_retraining_and_every_plan_gives_the_same_bits(family: str)
     assert check.relative_error(1.001 * slope, measured) > 1e-6
 
 
+@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float64, 22), (torch.float32, 22), (torch.float32, 2003)])
+def test_what_gradients_leave_saves_a_product_and_changes_no_bit(
+    dtype: torch.dtype, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores with and without it, in chunks of 16 tokens; and wrong values in its place show, so it is used."""
+    module, data = build("gpt-neox", dtype, vocab_size=vocabulary), stream(dtype)
+    data = DataStream(data.rows, 4, epochs=3, weight_shape=tuple(data.weights.shape), dtype=dtype)
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", {"cpu": 0})
+    run = Training(Recipe(AdamW(3e-3, eps_root=1e-6)), Blocks(decoder_chain(module)), data, data.weights)
+    params = trainable(module)[0]
+
+    def query(params: Params) -> tuple[Tensor, Params]:
+        value, grads, _ = run.engine.gradient(params, [stream(dtype)[0]], stream(dtype).weights, None)
+        return value[None], {n: g[None] for n, g in grads.items()}
+
+    def scores(spoilt: float = 0.0, limit: int | None = None) -> Tensor:
+        class Some(Leavings):
+            def put(self, step: int, left: Any) -> None:
+                self.limit = self.limit if limit is None else limit
+                super().put(step, [one._replace(kept=one.kept * (1 + spoilt)) for one in left] if spoilt else left)
+
+        monkeypatch.setattr("retrograd.core.sweep.Leavings", Some)
+        return metagradient(run, params, query)[1]
+
+    without = scores(limit=0)
+    assert torch.equal(scores(), without)
+    assert torch.equal(scores(limit=4000), without)
+    assert not torch.equal(scores(0.001), without)
+
+
 def test_a_run_trained_by_double_has_the_same_scores() -> None:
     module, data = build("llama-gqa"), stream()
     data = DataStream(data.rows, 2, weight_shape=tuple(data.weights.shape), dtype=torch.float64)
@@ -288,7 +319,7 @@ def test_a_run_trained_by_double_has_the_same_scores() -> None:
         run = Training(Recipe(SGD(0.1, 0.9), micro_batch_size=1), engine, data, data.weights)
 
         def query(params: Params, engine: Any = engine) -> tuple[Tensor, Params]:
-            value, grads = engine.gradient(params, [stream()[0]], stream().weights, None)
+            value, grads, _ = engine.gradient(params, [stream()[0]], stream().weights, None)
             return value[None], {n: g[None] for n, g in grads.items()}
 
         found.append(metagradient(run, trainable(module)[0], query)[1])

@@ -17,7 +17,7 @@ from retrograd.core.optim import SGD, AdamW, Cotangent
 from retrograd.core.plan import Advance, Turn, make
 from retrograd.core.schedule import SCHEDULES, Schedule
 from retrograd.core.step import Recipe, initial_state, pullback, recovered, step
-from retrograd.core.sweep import Ledger, MemorySlots, metagradient, seed_cotangent, sweep
+from retrograd.core.sweep import Leavings, Ledger, MemorySlots, metagradient, seed_cotangent, sweep
 
 STEPS = len(Tokens())
 INGREDIENTS = {
@@ -494,12 +494,13 @@ def test_a_sweep_has_the_same_bits_whether_the_final_state_is_at_hand() -> None:
     run = training(INGREDIENTS["adamw"])
     actions, ledger, slots = make("all", STEPS), Ledger(), MemorySlots()
     turn = next(i for i, action in enumerate(actions) if isinstance(action, Turn)) + 1
-    *_, last, turned = sweep(actions[:turn], run, slots, ledger, state=initial_state(run.recipe, params()))
+    *_, last, turned = sweep(actions[:turn], run, slots, ledger, Leavings(0), state=initial_state(run.recipe, params()))
     final, found = turned.outcome.state, []
     for after in (final, None, last.outcome.state):
         kept = MemorySlots()
         kept.states = dict(slots.states)
         bar = seed_cotangent(query(final.params)[1], final)
-        *_, event = sweep(actions[turn:], run, kept, ledger, state=last.outcome.state, cotangent=bar, after=after)
+        state = last.outcome.state
+        *_, event = sweep(actions[turn:], run, kept, ledger, Leavings(0), state=state, cotangent=bar, after=after)
         found.append(tree.digest((event.cotangent, event.scores)))
     assert found[0] == found[1] == found[2]

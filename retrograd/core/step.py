@@ -99,12 +99,14 @@ class Stepped(NamedTuple):
 
     swallowed: share of parameters with a gradient that the update did not move, because it rounded to nothing; None at
     steps where it was not counted.
+    left: what the gradient leaves for its pullback, if anything.
     """
 
     state: State
     loss: float
     grad_norm: float
     swallowed: float | None = None
+    left: Any = None
 
 
 class Pulled(NamedTuple):
@@ -136,7 +138,11 @@ class Engine(Protocol):
     """The gradient half. `seed` is None where the loss draws no random numbers."""
 
     def gradient(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Any:
-        """(loss [], gradient) of the sum over micro-batches."""
+        """(loss [], gradient, what is left for the pullback) of the sum over micro-batches.
+
+        What is left is a tree of tensors that the pullback at the same place would find again, to the same bits; None
+        if there is nothing.
+        """
 
     def pullback(
         self,
@@ -145,8 +151,12 @@ class Engine(Protocol):
         weights: Tensor,
         seed: str | None,
         bars: Bars,
+        left: Any = None,
     ) -> tuple[Params, Tensor]:
-        """(H ḡ, ⟨∇loss_j, ḡ⟩·scale_j), each [K, …]; the gradient g is computed only where ḡ is a function of it."""
+        """(H ḡ, ⟨∇loss_j, ḡ⟩·scale_j), each [K, …]; the gradient g is computed only where ḡ is a function of it.
+
+        `left` is what `gradient` left, if it is at hand.
+        """
 
 
 class Training(NamedTuple):
@@ -170,13 +180,13 @@ def initial_state(recipe: Recipe, params: Params) -> State:
 def step(training: Training, state: State) -> Stepped:
     """s_t → s_{t+1}. A pure function of the state: the same state gives the same bits."""
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
-    loss, grads = training.engine.gradient(state.params, batches, training.weights, seed)
+    loss, grads, left = training.engine.gradient(state.params, batches, training.weights, seed)
     with torch.no_grad():
         grad_norm = float(tree.norm(grads))
         clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
         params, moments = recipe.optimizer.update(state.params, state.moments, clipped, state.step)
         swallowed = _swallowed(state.params, params, grads) if _counted(state.step) else None
-    return Stepped(State(state.step + 1, params, moments), float(loss), grad_norm, swallowed)
+    return Stepped(State(state.step + 1, params, moments), float(loss), grad_norm, swallowed, left)
 
 
 def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
@@ -188,7 +198,12 @@ def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
 
 
 def pullback(
-    training: Training, state: State, cotangent: Cotangent, probe: Params | None = None, grads: Params | None = None
+    training: Training,
+    state: State,
+    cotangent: Cotangent,
+    probe: Params | None = None,
+    grads: Params | None = None,
+    left: Any = None,
 ) -> Pulled:
     """λ_{t+1} → λ_t, and this step's share of the scores.
 
@@ -197,6 +212,7 @@ def pullback(
         cotangent: λ_{t+1}, tensors [K, *shape].
         probe: A direction u; the Hessian-vector product Hu comes out of the same graph as one more query.
         grads: The step's gradient, if it is known; computed if not.
+        left: What the gradient left, if it is at hand; no result depends on it.
     """
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     queries = len(next(iter(cotangent.params.values())))
@@ -217,7 +233,7 @@ def pullback(
     if grads is not None:
         bars = update_half(grads)
         del cotangent, grads  # their memory is the engine's now, if the caller has let go of them too
-    curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars)
+    curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars, left)
     del bars
     pulled, numbers, metric = after
     params = {name: bar + curvature[name][:queries] for name, bar in pulled.params.items()}

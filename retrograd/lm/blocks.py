@@ -82,10 +82,10 @@ class VocabularyHead:
 
     def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
         operands, place, _ = self._operands(params, x, inputs, factors)
-        ce, known, (dh, dw, db) = head_first(operands, self._wanted())
+        ce, pw, (dh, dw, db) = head_first(operands, self._wanted())
         assert dh is not None
         loss = torch.dot(ce, operands[4].to(ce)).to(factors.dtype)
-        return Found(loss, _spread(dh, x, place), self._grads(params, dw, db), known)
+        return Found(x, loss, _spread(dh, x, place), self._grads(params, dw, db), pw)
 
     def second(
         self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor

@@ -33,7 +33,7 @@ from retrograd.core.engine.compiled import no_compiler
 from retrograd.core.engine.passes import Eager
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
-from retrograd.lm.blocks import decoder_chain
+from retrograd.lm.blocks import VocabularyHead, decoder_chain
 from retrograd.lm.layout import inner
 from retrograd.lm.model import has_plain_head, trainable
 
@@ -117,7 +117,8 @@ def compiled_engine(module: nn.Module, shape: tuple[int, int], proofs: Sequence[
     if reason is not None:
         raise ValueError(f"--compile cannot be used here: {reason}. Leave --compile out.")
     chain = decoder_chain(module, alike=True)
-    compiled = Compiled(chain.links, shape)
+    head = chain.head
+    compiled = Compiled(chain.links, head.layout.sizes(*shape) if isinstance(head, VocabularyHead) else shape)
     if not compiled.calls:
         raise ValueError("--compile has nothing to share: no two layers are of one structure. Leave --compile out.")
     for batch in proofs:

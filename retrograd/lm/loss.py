@@ -17,7 +17,7 @@ is what the time goes to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["Known", "fused_ce", "head_first", "head_second", "token_ce", "weighted_causal_lm_ce"]
+__all__ = ["fused_ce", "head_first", "head_second", "token_ce", "weighted_causal_lm_ce"]
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]  # P W, ∂W, ∂b
 _Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # h [M, D], W [V, D], b [V] or None, y [M], c [M]
@@ -33,13 +33,6 @@ _Tangents = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  #
 
 # of one [chunk, V] buffer: below, the products lose a tenth of their rate; on a GPU small ones do not fill it
 _CHUNK_BYTES = {"cpu": 44 << 20, "cuda": 256 << 20}
-
-
-class Known(NamedTuple):
-    """What a gradient leaves for its pullback: lse [M], and P W [M, D] unless h is constant."""
-
-    lse: Tensor
-    pw: Tensor | None
 
 
 def token_ce(logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -128,19 +121,19 @@ class _FusedCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, c: Tensor, chunk: int) -> Tensor:
         wanted = ctx.needs_input_grad[:3]
-        ce, known, grads = head_first((h, w, b, y, c), wanted, chunk)
-        ctx.save_for_backward(h, w, b, y, c, ce, *known)
+        ce, pw, grads = head_first((h, w, b, y, c), wanted, chunk)
+        ctx.save_for_backward(h, w, b, y, c, ce, pw)
         ctx.chunk, ctx.wanted, ctx.found = chunk, wanted, grads
         return torch.dot(ce, c.to(ce)).to(c.dtype)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        h, w, b, y, c, ce, *known = ctx.saved_tensors
+        h, w, b, y, c, ce, pw = ctx.saved_tensors
         # given away once: whoever gets a gradient may write into it, so a retained graph computes its own
         found, ctx.found = ctx.found, None
         if found is None:
             found = head_first((h, w, b, y, c), ctx.wanted, ctx.chunk)[2]
-        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, ce, Known(*known), ctx.chunk, found)
+        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, ce, pw, ctx.chunk, found)
         return dh, dw, db, None, dc, None
 
 
@@ -150,9 +143,9 @@ class _FusedGrad(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, c: Tensor, scale: Tensor, y: Tensor, ce: Tensor,
-        known: Known, chunk: int, found: _Grads,
+        pw: Tensor | None, chunk: int, found: _Grads,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.save_for_backward(h, w, b, c, scale, y, ce, *known)
+        ctx.save_for_backward(h, w, b, c, scale, y, ce, pw)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
         one = scale.device.type == "cpu" and float(scale) == 1.0  # spare three passes over the gradient
@@ -167,9 +160,9 @@ class _FusedGrad(torch.autograd.Function):
     def backward(
         ctx: Any, uh: Tensor | None, uw: Tensor | None, ub: Tensor | None, uc: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        h, w, b, c, scale, y, ce, *known = ctx.saved_tensors
+        h, w, b, c, scale, y, ce, pw = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        _, [(dh, dw, db, slopes)] = head_second((h, w, b, y, c), [(uh, uw, ub, uc)], wanted, Known(*known), ctx.chunk)
+        _, [(dh, dw, db, slopes)] = head_second((h, w, b, y, c), [(uh, uw, ub, uc)], wanted, pw, ctx.chunk)
         dscale = torch.dot(slopes, c.to(slopes)) + (torch.dot(uc.to(ce), ce) if uc is not None else 0)
         one = scale.device.type == "cpu" and float(scale) == 1.0
         outs = [None if x is None else (x if one else x * scale).to(like.dtype) for x, like in
@@ -177,7 +170,9 @@ class _FusedGrad(torch.autograd.Function):
         return (*outs, dscale.to(scale), None, None, None, None, None)
 
 
-def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = None) -> tuple[Tensor, Known, _Grads]:
+def head_first(
+    operands: _Operands, wanted: Sequence[bool], chunk: int | None = None
+) -> tuple[Tensor, Tensor | None, _Grads]:
     """The head's loss and gradient in one pass over the chunks.
 
     Args:
@@ -185,38 +180,37 @@ def head_first(operands: _Operands, wanted: Sequence[bool], chunk: int | None = 
         wanted: Which of ∂h, ∂W, ∂b to compute.
         chunk: Tokens whose logits exist at once; chosen by size if not given.
     Returns:
-        ce [M] in nats, what `head_second` can use again, and (∂h, ∂W, ∂b), None where not wanted.
+        ce [M] in nats; P W [M, D], which `head_second` can use again, None where ∂h is not wanted; and (∂h, ∂W, ∂b),
+        None where not wanted.
     """
     y = operands[3]
     h, w, b, c = _work(operands)
     chunk = chunk or _chunk(w)
-    ce, lse = h.new_empty(len(h)), h.new_empty(len(h))
+    ce = h.new_empty(len(h))
     pw, dw, db = _accumulators(h, w, b, wanted)
-    buffer = h.new_empty(min(chunk, len(h)), len(w))
-    other = torch.empty_like(buffer)
+    room = _room(h, w, chunk)
     for start in range(0, len(h), chunk):
         part = slice(start, start + chunk)
-        z = _logits(h[part], w, b, buffer)
-        p = torch.softmax(z, 1, out=other[: len(z)])
+        place = y[part, None]
+        p, z = _probabilities(h[part], w, b, room)
         # the largest probability is at least 1/V, so its logarithm is exact to rounding
-        lse[part] = z.amax(1) - p.amax(1).log()
-        ce[part] = lse[part] - z.gather(1, y[part, None]).squeeze(1)
+        ce[part] = z.amax(1) - p.amax(1).log() - z.gather(1, place).squeeze(1)
         if any(wanted):
-            p.scatter_add_(1, y[part, None], p.new_full((len(p), 1), -1.0))
+            p.scatter_(1, place, p.gather(1, place) - 1)  # P = p − 1_y
             if pw is not None:
                 torch.mm(p, w, out=pw[part])
             if dw is not None:
                 dw.addmm_(p.t(), c[part, None] * h[part], beta=min(start, 1))
             if db is not None:
                 db.addmv_(p.t(), c[part])
-    return ce, Known(lse, pw), (None if pw is None else c[:, None] * pw, dw, db)
+    return ce, pw, (None if pw is None else c[:, None] * pw, dw, db)
 
 
 def head_second(
     operands: _Operands,
     tangents: Sequence[_Tangents],
     wanted: Sequence[bool],
-    known: Known | None = None,
+    known: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]]]:
     """Tangents of the head's gradient; by the symmetry of the Hessian, also the gradient's pullback.
@@ -225,7 +219,7 @@ def head_second(
         operands: As for `head_first`.
         tangents: Of (h, W, b, c), one tuple for each direction; p is computed once for all of them.
         wanted: Which of ∂h, ∂W, ∂b are functions of something: their tangents are computed.
-        known: What `head_first` found at the same operands; computed on the way if not given.
+        known: P W, as `head_first` found it at the same operands; computed, to the same bits, if not given.
         chunk: Tokens whose logits exist at once; chosen by size if not given.
     Returns:
         ∂h [M, D]; and for each direction its tangent, those of ∂W and ∂b, and ⟨P, ż⟩ [M], the tangent of ce. None
@@ -237,18 +231,21 @@ def head_second(
     moved = [[None if u is None else u.to(h) for u in each] for each in tangents]
     found = [(*_accumulators(h, w, b, wanted), h.new_empty(len(h))) for _ in tangents]
     first = torch.empty_like(h) if wanted[0] else None
-    room = h.new_empty(2 * min(chunk, len(h)) * len(w))
+    room = _room(h, w, chunk)
     for start in range(0, len(h), chunk):
         part = slice(start, start + chunk)
         hk, ck, place = h[part], c[part, None], y[part, None]
-        both = room[: 2 * len(hk) * len(w)].view(2 * len(hk), len(w))  # d, and P below it
-        buffers = [both[len(hk) :], both[: len(hk)]]
-        p = _probabilities(hk, w, b, None if known is None else known.lse[part], buffers)
+        p, buffer = _probabilities(hk, w, b, room)
+        both = room[: 2 * len(hk) * len(w)].view(2 * len(hk), len(w))  # P, and d below it
         ours = p.gather(1, place)
         p.scatter_(1, place, ours - 1)  # P = p − 1_y
-        pw = None if first is None else p @ w if known is None or known.pw is None else known.pw[part]
-        if first is not None and pw is not None:
-            first[part] = ck * pw
+        pw = None
+        if first is not None:
+            pw = first[part]
+            if known is None:
+                torch.mm(p, w, out=pw)
+            else:
+                pw.copy_(known[part])
         for (uh, uw, ub, uc), (dh, dw, db, slopes) in zip(moved, found, strict=True):
             uhk, uck = None if uh is None else uh[part], None if uc is None else uc[part, None]
             pu = None if uw is None else p @ uw
@@ -256,7 +253,7 @@ def head_second(
             slopes[part] = slope
             begin = h.new_zeros(len(p)) if ub is None else ub[y[part]]
             ours_dot = _dots(begin, (uhk, w[y[part]]), (hk, None if uw is None else uw[y[part]]))
-            d = _tangent(hk, w, uhk, uw, ub, -(ours_dot + slope), buffers[1])  # ż − ⟨p, ż⟩
+            d = _tangent(hk, w, uhk, uw, ub, -(ours_dot + slope), buffer)  # ż − ⟨p, ż⟩
             d = d.mul_(p).scatter_(1, place, -ours * slope[:, None])
             if dh is not None:
                 dh[part] = ck * (d @ w if pu is None else torch.addmm(pu, d, w))
@@ -264,13 +261,13 @@ def head_second(
                     dh[part] += uck * pw
             moved_ch = _sum(None if uhk is None else ck * uhk, None if uck is None else uck * hk)
             if dw is not None:
-                rows, factors = (d, ck * hk) if moved_ch is None else (both, torch.cat([ck * hk, moved_ch]))
+                rows, factors = (d, ck * hk) if moved_ch is None else (both, torch.cat([moved_ch, ck * hk]))
                 dw.addmm_(rows.t(), factors, beta=min(start, 1))
             if db is not None:
                 db.addmv_(d.t(), c[part])
                 if uc is not None:
                     db.addmv_(p.t(), uc[part])
-    return first, found
+    return None if first is None else c[:, None] * first, found
 
 
 def _dots(start: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
@@ -278,20 +275,20 @@ def _dots(start: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
     return sum((torch.linalg.vecdot(a, b) for a, b in pairs if a is not None and b is not None), start=start)
 
 
-def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, lse: Tensor | None, buffers: Sequence[Tensor]) -> Tensor:
-    """softmax(z) [chunk, V] in the first buffer."""
-    if lse is None:
-        return torch.softmax(_logits(h, w, b, buffers[1]), 1, out=buffers[0][: len(h)])
-    return _tangent(h, w, None, w, b, -lse, buffers[0]).exp_()
+def _room(h: Tensor, w: Tensor, chunk: int) -> Tensor:
+    """Memory for two [chunk, V] buffers, the second right below the first."""
+    return h.new_empty(2 * min(chunk, len(h)) * len(w))
+
+
+def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, room: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z) and z, [chunk, V] each."""
+    p, z = room[: 2 * len(h) * len(w)].view(2, len(h), len(w))
+    z = torch.mm(h, w.t(), out=z) if b is None else torch.addmm(b, h, w.t(), out=z)
+    return torch.softmax(z, 1, out=p), z
 
 
 def _chunk(weight: Tensor) -> int:
     return max(16, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cpu"]) // (4 * len(weight)))
-
-
-def _logits(h: Tensor, w: Tensor, b: Tensor | None, buffer: Tensor) -> Tensor:
-    out = buffer[: len(h)]
-    return torch.mm(h, w.t(), out=out) if b is None else torch.addmm(b, h, w.t(), out=out)
 
 
 def _tangent(

@@ -19,7 +19,7 @@ from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.optim import Cotangent
 from retrograd.core.step import State, Training
-from retrograd.core.sweep import Advanced, Event, Ledger, Reversed, Turned, accumulate, seed_cotangent, sweep
+from retrograd.core.sweep import Advanced, Event, Leavings, Ledger, Reversed, Turned, accumulate, seed_cotangent, sweep
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, read_tensors, write_tensors
 from retrograd.runs.store import Store
@@ -118,6 +118,7 @@ class Trajectory:
         self.steps = len(training.stream)
         self.layout = layout(self.replay, self.steps, tree.nbytes(initial))
         self.ledger = Ledger(self._digests())
+        self.left = Leavings.of(training, initial)
         self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
         self._final: State | None = None
@@ -138,7 +139,7 @@ class Trajectory:
                 self.store.durable()
             )
         self.store.follow(actions[:turn])
-        for event in sweep(actions[:turn], self.training, self.store, self.ledger, state=state):
+        for event in sweep(actions[:turn], self.training, self.store, self.ledger, self.left, state=state):
             if isinstance(event, Turned):
                 final = event.outcome.state
                 self.observe(event)
@@ -176,8 +177,8 @@ class Trajectory:
         self._beat = time.monotonic()
         self.store.follow(actions)
         events = sweep(
-            actions, self.training, self.store, self.ledger, state=state, cotangent=cotangent, after=self._final,
-            curvature=curvature,
+            actions, self.training, self.store, self.ledger, self.left, state=state, cotangent=cotangent,
+            after=self._final, curvature=curvature,
         )  # fmt: skip
         self._final = None
         del gradient, cotangent, state  # the sweep's alone: it lets go of each as soon as it can

@@ -34,8 +34,9 @@ __all__ = ["Blocks", "Chain", "Found", "Head", "PlainHead"]
 
 
 class Found(NamedTuple):
-    """What a head finds: the loss, the cotangent of x, the gradient by leaf, and what `second` can use again."""
+    """What a head finds at x: the loss, the cotangent of x, the gradient by leaf, and what `second` can use again."""
 
+    x: Tensor
     loss: Tensor
     bar: Tensor
     grads: Params
@@ -54,7 +55,7 @@ class Head(Protocol):
     ) -> tuple[Tensor, Tensor, Params, Tensor]:
         """Along (bars, dots), [K, …]: the cotangent of x, its tangents, those of the gradient by leaf and of loss_j.
 
-        `kept` is what `first` kept at the same params, x and coefficients, or None.
+        `kept` is what `first` kept at the same params and x, or None: nothing may depend on which.
         """
 
 
@@ -88,7 +89,7 @@ class PlainHead:
         with torch.enable_grad():
             loss = self.call(without(point), point[X], inputs, factors)
         found = dict(zip(point, grad(loss, list(point.values()), materialize_grads=True)))
-        return Found(loss.detach(), found[X], _by_leaf(self.names, found), None)
+        return Found(x, loss.detach(), found[X], _by_leaf(self.names, found), None)
 
     def second(
         self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
@@ -118,15 +119,17 @@ class Blocks:
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
-    ) -> tuple[Tensor, Params]:
-        """(Σ loss [], gradient) over the micro-batches, added in order."""
+    ) -> tuple[Tensor, Params, list[_Left]]:
+        """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         assert batches, "a step needs at least one batch"
-        loss, sums = torch.zeros(()), dict[str, Tensor]()
+        loss, sums, left = torch.zeros(()), dict[str, Tensor](), []
         for part, batch in enumerate(batches):
             found = self._first(params, batch, coefficients(batch, weights), _Draws(seed, part))
             loss = loss.to(found.loss) + found.loss
             _add(sums, found.grads)
-        return loss, {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
+            left.append(_Left(found.x, found.kept))
+        grads = {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
+        return loss, grads, left
 
     def pullback(
         self,
@@ -135,23 +138,26 @@ class Blocks:
         weights: Tensor,
         seed: str | None,
         bars: Bars,
+        left: Sequence[_Left] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
-        kept = None
         if callable(bars) and len(batches) == 1:
             found = self._first(params, batches[0], coefficients(batches[0], weights), _Draws(seed, 0))
-            kept, grads = found.kept, found.grads
+            left, grads = [_Left(found.x, found.kept)], found.grads
             grads = {n: grads[n] if n in grads else torch.zeros_like(theta) for n, theta in params.items()}
             del found
             bars = bars(grads)
             del grads
         elif callable(bars):
-            bars = bars(self.gradient(params, batches, weights, seed)[1])
+            _, grads, left = self.gradient(params, batches, weights, seed)
+            bars = bars(grads)
+            del grads
         curvature: Params = {}
         scores = []
         for part, batch in enumerate(batches):
             factors = coefficients(batch, weights)
-            products, slopes = self._second(params, batch, factors, _Draws(seed, part), kept, bars)
+            here = None if left is None else left[part]
+            products, slopes = self._second(params, batch, factors, _Draws(seed, part), here, bars)
             _add(curvature, products)
             scores.append(slopes * batch.scale)
         zeros = {name: torch.zeros_like(bar) for name, bar in bars.items() if name not in curvature}
@@ -185,20 +191,21 @@ class Blocks:
         return found._replace(bar=bar, grads=grads)
 
     def _second(
-        self, params: Params, batch: Batch, factors: Tensor, draws: _Draws, kept: Any, bars: Params
+        self, params: Params, batch: Batch, factors: Tensor, draws: _Draws, left: _Left | None, bars: Params
     ) -> tuple[Params, Tensor]:
         """(H ḡ by leaf, tangents of the losses): tangents forward, then back."""
         embed, links, head = self.chain.embed, self.chain.links, self.chain.head
         with self.chain.scope(factors.dtype):
             path, contexts = self._tangents(params, batch.inputs, draws, bars)
             x, dots, _ = path.pop()
+            kept = left.kept if left is not None and torch.equal(left.x, x) else None
             with draws(len(links) + 1):
                 bar, bardots, curvature, slopes = head.second(params, x, batch.inputs, factors, kept, bars, dots)
             for place in range(len(links), 0, -1):
-                link, (x, dots, left) = links[place - 1], path.pop()
+                link, (x, dots, more) = links[place - 1], path.pop()
                 point, along = {**_local(link.names, params), X: x}, {**_local(link.names, bars), X: dots}
                 with draws(place):
-                    bar, found = self.passes.vjp_along(link, point, contexts[place - 1], along, bar, bardots, left)
+                    bar, found = self.passes.vjp_along(link, point, contexts[place - 1], along, bar, bardots, more)
                 bardots = found[X]
                 _add(curvature, _by_leaf(link.names, found))
             if embed.names:
@@ -232,10 +239,17 @@ class Blocks:
             for place, (link, context) in enumerate(zip(self.chain.links, contexts, strict=True), start=1):
                 point, along = {**_local(link.names, params), X: x}, {**_local(link.names, bars), X: dots}
                 with draws(place):
-                    y, ydots, left = self.passes.jvp(link, point, context, along)
-                path.append((x, dots, left))
+                    y, ydots, more = self.passes.jvp(link, point, context, along)
+                path.append((x, dots, more))
                 x, dots = y, ydots
         return [*path, (x, dots, None)], contexts
+
+
+class _Left(NamedTuple):
+    """What the head kept, and at which x: of use where the pullback comes to the same bits of x."""
+
+    x: Tensor
+    kept: Any
 
 
 class _Draws(NamedTuple):

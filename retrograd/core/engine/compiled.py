@@ -34,7 +34,8 @@ _Call = Callable[[Params, Any, Any], Any]
 class Compiled:
     """Passes over links, compiled where a `call` serves two links or more. Tangents go through one by one.
 
-    sizes: of x but for its last dimension, say (rows, length): what the code is optimised for. It is right for all.
+    sizes: of x but for its last dimension, say (rows, length), or of joined rows (rows, states, longest): what the code
+        is optimised for. It is right for all.
     graphs: compilations so far. fixed: those among them that serve a single shape. seconds: what they all took.
     """
 
@@ -220,9 +221,11 @@ def _like(x: Tensor, other: Tensor) -> Shape:
 
 def _around(x: Tensor, other: Tensor) -> Shape:
     """The shape of what goes with x, a mask or rotary embeddings: where it is as large as x at the same place, or as
-    long as x anywhere, it varies with x.
+    long as x anywhere, it varies with x. The place of joined rows, [1, 1, rows, longest] int64, has sizes of its own.
     """
     sizes = x.shape[:-1]
+    if other.dtype == torch.int64 and other.dim() == 4:
+        return (1, 1, *(name if size > 1 else 1 for name, size in zip(("0", "2"), other.shape[2:])))
 
     def name(place: int, size: int) -> int | str:
         if size > 1 and place < len(sizes) and sizes[place] == size:

@@ -32,8 +32,8 @@ class Double:
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
-    ) -> tuple[Tensor, Params]:
-        """(Σ loss [], gradient) over the micro-batches, added in order."""
+    ) -> tuple[Tensor, Params, None]:
+        """(Σ loss [], gradient) over the micro-batches, added in order; nothing is left for the pullback."""
         names, total = list(params), None
         sums: list[Tensor] = []
         for part, batch in enumerate(batches):
@@ -44,7 +44,7 @@ class Double:
             total = loss.detach() if total is None else total + loss.detach()
             sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
         assert total is not None, "a step needs at least one batch"
-        return total, dict(zip(names, sums))
+        return total, dict(zip(names, sums)), None
 
     def pullback(
         self,
@@ -53,6 +53,7 @@ class Double:
         weights: Tensor,
         seed: str | None,
         bars: Bars,
+        left: None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         if callable(bars) and len(batches) > 1:
