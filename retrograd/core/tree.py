@@ -158,7 +158,8 @@ def _bit_sums(leaf: Tensor) -> Tensor:
     blocks, tail, ramp = body[:whole].view(-1, _BLOCK), body[whole:], _ramp(str(leaf.device))
     factors = ramp[: words - whole]
     if leaf.device.type == "cpu":  # a GPU has no product of integer matrices
-        return torch.cat([torch.mv(blocks, ramp), torch.dot(tail, factors)[None], rest.long()])
+        found = torch.from_numpy(blocks.numpy().dot(ramp.numpy()))  # twice as fast as torch's
+        return torch.cat([found, torch.dot(tail, factors)[None], rest.long()])
     return torch.cat([(blocks * ramp).sum(1), (tail * factors).sum()[None], rest.long()])
 
 
