@@ -11,7 +11,6 @@ import tiny
 import torch
 import yaml
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from retrograd import DataStream, Trainer
 from retrograd.cli import main
@@ -100,15 +99,6 @@ def test_auto_takes_double_where_it_fits_and_blocks_where_it_does_not(world: Pat
     assert (type(small.engine), small.name) == (Double, "double")
     assert (type(large.engine), large.name) == (Blocks, "blocks")
     assert "0 MiB may be used; blocks takes about" in large.why
-
-
-@pytest.mark.parametrize("queries,spared,name", [(1, True, "blocks"), (1, False, "double"), (50, True, "double")])
-def test_auto_takes_blocks_where_most_of_the_work_is_the_head(queries: int, spared: bool, name: str) -> None:
-    config = GPT2Config(vocab_size=3000, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=False)
-    module = GPT2LMHeadModel(config)
-    chosen = choose_engine("auto", module, causal_objective(module)[0], Load(2, 8, queries, 1 << 40, spared))
-    assert chosen.name == name
-    assert ("most of the work is the vocabulary head" in chosen.why) == (name == "blocks")
 
 
 def test_auto_says_why_it_stays_with_double(world: Path) -> None:

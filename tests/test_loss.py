@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrograd.lm.loss import fused_ce, token_ce, weighted_causal_lm_ce
+from retrograd.lm.loss import fused_ce, fused_ce_again, fused_ce_leaving, token_ce, weighted_causal_lm_ce
 
 M, D, V = 7, 5, 11
 
@@ -133,3 +133,24 @@ def test_a_retained_graph_gives_the_same_gradient_every_time() -> None:
         found.detach().zero_()  # whoever gets a gradient may write into it
     for found, once in zip(torch.autograd.grad(loss, (h, w, c)), expected):
         torch.testing.assert_close(found, once, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_graph_without_the_gradients_values_has_the_same_pullback(known: bool) -> None:
+    """Of the gradient itself only ∂h has a value; zeros stand for the rest, in no room of their own."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+
+    h, w, b, c, y = random(7, 4), random(11, 4), random(11), random(7), torch.arange(7)
+    seeds = [random(*x.shape).detach() for x in (h, w, b)]
+    loss, left = fused_ce_leaving(h, w, b, y, c, 3)
+    found = []
+    for value in (loss, fused_ce_again(h, w, b, y, c, left if known else None, 3)):
+        grads = torch.autograd.grad(value, (h, w, b), create_graph=True)
+        found.append((grads, torch.autograd.grad(grads, (h, w, b, c), seeds)))
+    assert torch.equal(found[0][0][0], found[1][0][0])
+    assert all(torch.equal(x, other) for x, other in zip(found[0][1], found[1][1], strict=True))
+    assert float(found[1][0][1].norm()) == float(found[1][0][2].norm()) == 0
+    assert found[1][0][1].untyped_storage().nbytes() < 64

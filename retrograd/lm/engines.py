@@ -1,4 +1,4 @@
-"""Which engine differentiates a language model: `double`, or `blocks` where that does not fit or takes longer.
+"""Which engine differentiates a language model: `double`, or `blocks` where that does not fit.
 
 With G the bytes of a micro-batch's double graph, L layers, x the bytes of one hidden state [B, T, D] and K queries,
 
@@ -12,10 +12,7 @@ and the second way back holds cotangents of it besides. Peaks of whole processes
 With h multiplications a token in a trained vocabulary head and b in all layers, a step and its pullback take, in units
 of a forward pass and where the moments give the gradient back,
 
-    double  (13 + 6(K−1))·h + (12 + 6(K−1))·b          blocks  (11 + 6(K−1))·h + (15 + 8(K−1))·b
-
-with the graphs of a gradient's way forward kept, as `blocks` does where `double` would fit. It takes less where
-h > (K + 1/2)·b and, for its passes are many small ones, is taken where h > (1 + K)·b: small models, large vocabularies.
+    double  (10 + 7(K−1))·h + (12 + 6(K−1))·b          blocks  (10 + 6(K−1))·h + (16 + 8(K−1))·b
 """
 
 from __future__ import annotations
@@ -30,12 +27,11 @@ from torch.autograd import grad
 from retrograd.core import tree
 from retrograd.core.engine import Blocks, Compiled, Double
 from retrograd.core.engine.compiled import no_compiler
-from retrograd.core.engine.passes import Eager
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import VocabularyHead, decoder_chain
 from retrograd.lm.layout import inner
-from retrograd.lm.model import has_plain_head, trainable
+from retrograd.lm.model import trainable
 
 __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 
@@ -48,16 +44,12 @@ _Objective = Callable[[Params, Any, Tensor], Tensor]
 
 
 class Load(NamedTuple):
-    """Rows of a micro-batch, tokens of its longest row, queries, and the bytes of activations that fit.
-
-    spared: whether the sweep knows the gradients from the moments.
-    """
+    """Rows of a micro-batch, tokens of its longest row, queries, and the bytes of activations that fit."""
 
     rows: int
     length: int
     queries: int
     budget: int
-    spared: bool = False
 
 
 class Choice(NamedTuple):
@@ -70,7 +62,7 @@ class Choice(NamedTuple):
 
 
 def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Load | None = None) -> Choice:
-    """The engine of a name; for "auto", `double` where its graph fits and it is faster, else `blocks` if possible.
+    """The engine of a name; for "auto", `double` where its graph fits, else `blocks` if possible.
 
     Raises:
         ValueError: If there is no such engine, or `blocks` is asked for and the model is no chain of layers.
@@ -87,10 +79,8 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     except (ValueError, RuntimeError) as error:
         return Choice(Double(objective), "double", f"what it needs could not be measured: {_told(error)}")
     needs = f"double takes about {_size(graph)} of activations, {_size(max(0, load.budget))} may be used"
-    if graph <= load.budget and not (load.spared and _mostly_head(module, load.queries)):
-        return Choice(Double(objective), "double", needs)
     if graph <= load.budget:
-        needs += ", but most of the work is the vocabulary head, of which blocks does less"
+        return Choice(Double(objective), "double", needs)
     try:
         chain = decoder_chain(module)
     except ValueError as error:
@@ -98,9 +88,7 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     hidden = _hidden_bytes(module, load)
     layers = max(1, len(chain.links) - 1)
     small = (1 + load.queries) * (layers + 2) * hidden + graph // layers
-    return Choice(
-        Blocks(chain, Eager(keep=graph <= load.budget)), "blocks", f"{needs}; blocks takes about {_size(small)}"
-    )
+    return Choice(Blocks(chain), "blocks", f"{needs}; blocks takes about {_size(small)}")
 
 
 def compiled_engine(module: nn.Module, shape: tuple[int, int], proofs: Sequence[Batch], queries: int) -> Choice:
@@ -183,17 +171,6 @@ def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int) -> int:
         grads = grad(loss, list(live.values()), create_graph=True, materialize_grads=True)
     del loss, grads
     return sum(held.values())
-
-
-def _mostly_head(module: nn.Module, queries: int) -> bool:
-    """Whether a trained vocabulary head outweighs all layers by so much that `blocks` takes less time."""
-    if not has_plain_head(module):
-        return False
-    ends = [inner(module).get_input_embeddings(), inner(module).get_output_embeddings()]
-    outside = {id(p) for end in ends for p in end.parameters()}
-    body = sum(p.numel() for p in module.parameters() if p.ndim > 1 and id(p) not in outside)
-    head = ends[1].weight
-    return bool(head.requires_grad) and head.numel() > (1 + queries) * body
 
 
 def _hidden_bytes(module: nn.Module, load: Load) -> int:

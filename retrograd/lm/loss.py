@@ -25,7 +25,15 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["fused_ce", "head_first", "head_second", "token_ce", "weighted_causal_lm_ce"]
+__all__ = [
+    "fused_ce",
+    "fused_ce_again",
+    "fused_ce_leaving",
+    "head_first",
+    "head_second",
+    "token_ce",
+    "weighted_causal_lm_ce",
+]
 
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]  # P W, ∂W, ∂b
 _Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # h [M, D], W [V, D], b [V] or None, y [M], c [M]
@@ -91,10 +99,37 @@ def fused_ce(
         coefficients: [M].
         chunk: Tokens whose logits exist at once; chosen by size if not given.
     """
+    return fused_ce_leaving(hidden, weight, bias, targets, coefficients, chunk)[0]
+
+
+def fused_ce_leaving(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, coefficients: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`fused_ce`, and what it leaves for `fused_ce_again`: P W [M, D], or None."""
     chunk = chunk or _chunk(weight)
     if is_batchedtensor(hidden):
-        return _Stacked.apply(hidden, weight, bias, targets, coefficients, chunk)
-    return _FusedCE.apply(hidden, weight, bias, targets, coefficients, chunk)
+        return _Stacked.apply(hidden, weight, bias, targets, coefficients, chunk), None
+    return _FusedCE.apply(hidden, weight, bias, targets, coefficients, chunk, False, None)
+
+
+def fused_ce_again(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    coefficients: Tensor,
+    left: Tensor | None,
+    chunk: int | None = None,
+) -> Tensor:
+    """0, with the graph of `fused_ce`: for the pullback of a gradient that is known.
+
+    Of the gradient only ∂h has a value; ∂W, ∂b and ∂c are 0. The pullback of all of them is that of `fused_ce`.
+
+    Args:
+        left: What `fused_ce_leaving` left at the same operands; computed, to the same bits, if None.
+    """
+    chunk = chunk or _chunk(weight)
+    return _FusedCE.apply(hidden, weight, bias, targets, coefficients, chunk, True, left)[0]
 
 
 class _Stacked(torch.autograd.Function):
@@ -119,22 +154,40 @@ class _Stacked(torch.autograd.Function):
 
 class _FusedCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, c: Tensor, chunk: int) -> Tensor:
-        wanted = ctx.needs_input_grad[:3]
-        ce, pw, grads = head_first((h, w, b, y, c), wanted, chunk)
+    def forward(
+        ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, y: Tensor, c: Tensor, chunk: int, again: bool,
+        left: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        ctx.chunk, ctx.again = chunk, again
+        ce, pw, ctx.found = _FusedCE.found((h, w, b, y, c), ctx.needs_input_grad, chunk, again, left)
         ctx.save_for_backward(h, w, b, y, c, ce, pw)
-        ctx.chunk, ctx.wanted, ctx.found = chunk, wanted, grads
-        return torch.dot(ce, c.to(ce)).to(c.dtype)
+        if pw is not None:
+            ctx.mark_non_differentiable(pw)
+        return torch.dot(ce, c.to(ce)).to(c.dtype), pw
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def found(
+        operands: _Operands, wanted: Sequence[bool], chunk: int, again: bool, left: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, _Grads]:
+        """As `head_first`; `again`, without what nobody asks for."""
+        if not again:
+            return head_first(operands, wanted[:3], chunk)
+        h, w, b, _, c = operands
+        pw = left if left is not None or not wanted[0] else head_first(operands, (True, False, False), chunk)[1]
+        # zeros that take no room
+        dw, db = (None if x is None or not want else x.new_zeros(()).expand(x.shape) for x, want in
+                  zip((w, b), wanted[1:3]))  # fmt: skip
+        return _work(operands)[3].new_zeros(len(h)), pw, (None if pw is None else c.to(pw)[:, None] * pw, dw, db)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         h, w, b, y, c, ce, pw = ctx.saved_tensors
         # given away once: whoever gets a gradient may write into it, so a retained graph computes its own
         found, ctx.found = ctx.found, None
         if found is None:
-            found = head_first((h, w, b, y, c), ctx.wanted, ctx.chunk)[2]
+            found = _FusedCE.found((h, w, b, y, c), ctx.needs_input_grad, ctx.chunk, ctx.again, pw)[2]
         dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, ce, pw, ctx.chunk, found)
-        return dh, dw, db, None, dc, None
+        return dh, dw, db, None, dc, None, None, None
 
 
 class _FusedGrad(torch.autograd.Function):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from retrograd.core.optim import Params
 from retrograd.lm.layout import Layout, inner, layout_of, twice_differentiable
-from retrograd.lm.loss import fused_ce, token_ce
+from retrograd.lm.loss import fused_ce_again, fused_ce_leaving, token_ce
 
 __all__ = [
     "CausalLM",
@@ -146,9 +146,11 @@ def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor],
     fused = has_plain_head(module)
     layout = layout_of(module) if fused else Layout(module, joins=False)
     call = _functional(_Scored(module, fused, layout), layout.scope)
+    if fused:
+        return _Objective(call), fused
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
-        return call(params, coefficients.dtype, inputs, coefficients)
+        return call(params, coefficients.dtype, inputs, coefficients)[0]
 
     return objective, fused
 
@@ -193,11 +195,11 @@ def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Te
 
 def _functional(
     wrapped: _Scored | _Chosen, scope: Callable[[torch.dtype], AbstractContextManager[None]]
-) -> Callable[..., Tensor]:
+) -> Callable[..., Any]:
     """(params, dtype, *arguments) → wrapped(*arguments), with the leaves of `trainable` in their places."""
     readers = trainable(wrapped.module)[1]
 
-    def call(params: Params, dtype: torch.dtype, *arguments: Any) -> Tensor:
+    def call(params: Params, dtype: torch.dtype, *arguments: Any) -> Any:
         placed = {f"module.{name}": params[leaf] for name, leaf in readers.items()}
         with scope(dtype):
             return functional_call(wrapped, placed, arguments, tie_weights=False)
@@ -217,6 +219,29 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+class _Left(NamedTuple):
+    """What the vocabulary head found, P W [M, D], at these states [M, D]; of use where they come again bit by bit."""
+
+    states: Tensor
+    pw: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Objective:
+    """Σ c·ce with a fused head, which leaves P W for the pullback."""
+
+    call: Callable[..., Any]
+
+    def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
+        return self.leaving(params, inputs, coefficients)[0]
+
+    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, _Left]:
+        return self.call(params, factors.dtype, inputs, factors)
+
+    def again(self, params: Params, inputs: Any, factors: Tensor, left: _Left | None) -> Tensor:
+        return self.call(params, factors.dtype, inputs, factors, True, left)[0]
+
+
 class _Scored(nn.Module):
     """Model and loss as one module, so that the head's weight is substituted like any other parameter."""
 
@@ -226,15 +251,23 @@ class _Scored(nn.Module):
         self.fused = fused
         self.layout = layout
 
-    def forward(self, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
+    def forward(
+        self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, left: _Left | None = None
+    ) -> tuple[Tensor, _Left | None]:
         model, arguments = inner(self.module), self.layout.arguments(inputs)
         if not self.fused:
             logits = model(**arguments).logits
-            return torch.sum(token_ce(logits, inputs["input_ids"]) * coefficients)
+            return torch.sum(token_ce(logits, inputs["input_ids"]) * coefficients), None
         hidden = model.base_model(**arguments).last_hidden_state
         head = model.get_output_embeddings()
         states, place, targets = self.layout.predicting(inputs)
-        return fused_ce(hidden[states], head.weight, head.bias, targets, coefficients[place])
+        hidden = hidden[states]
+        operands = (hidden, head.weight, head.bias, targets, coefficients[place])
+        if again:
+            known = left.pw if left is not None and torch.equal(left.states, hidden) else None
+            return fused_ce_again(*operands, known), None
+        loss, pw = fused_ce_leaving(*operands)
+        return loss, _Left(hidden.detach(), pw)
 
 
 class _Chosen(nn.Module):

@@ -12,7 +12,7 @@ from retrograd.core import tree
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
-from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches, recovered
+from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.query import Queries
@@ -150,8 +150,7 @@ def _engine(
         asked = "double"
     # g, and of each query ḡ, Hḡ, λ and the next λ
     owed = tree.nbytes(model.params) * (1 + 2 * queries) + 2 * queries * tree.nbytes(initial)
-    spared = recovered(recipe, initial, initial.moments) is not None
-    load = Load(*batch, queries, _free(next(iter(model.params.values())).device) - owed, spared)
+    load = Load(*batch, queries, _free(next(iter(model.params.values())).device) - owed)
     choice = choose_engine(asked, model.module, model.objective, load)
     return choice._replace(why=recorded["why"]) if recorded else choice
 

@@ -110,8 +110,8 @@ class PlainHead:
 class Blocks:
     """Gradient half of a chain, one link at a time: less live memory than `Double`, for more arithmetic.
 
-    In units of a forward pass: gradient 4, or 3 where the passes keep; pullback 3 + 9, with K queries (1 + 2K) +
-    (3 + 6K), and another gradient where ḡ is a function of it.
+    In units of a forward pass: gradient 4; pullback 3 + 9, with K queries (1 + 2K) + (3 + 6K), and another gradient
+    where ḡ is a function of it. Compiled passes keep products, and take 3 and 8K.
     """
 
     chain: Chain

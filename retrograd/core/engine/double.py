@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,7 +22,21 @@ from retrograd.core import tree
 from retrograd.core.optim import Params
 from retrograd.core.step import Bars, Batch, Objective, coefficients, random_draws
 
-__all__ = ["Double"]
+__all__ = ["Double", "Leaving"]
+
+
+@runtime_checkable
+class Leaving(Protocol):
+    """An objective whose gradient leaves something for its pullback."""
+
+    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, Any]:
+        """The objective, and what it leaves."""
+
+    def again(self, params: Params, inputs: Any, factors: Tensor, left: Any) -> Tensor:
+        """A scalar whose gradient has the pullback of the objective's; the gradient itself nobody looks at.
+
+        `left` is what is left at the same place, or None: no bit depends on which.
+        """
 
 
 @dataclass(frozen=True)
@@ -32,19 +47,23 @@ class Double:
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
-    ) -> tuple[Tensor, Params, None]:
-        """(Σ loss [], gradient) over the micro-batches, added in order; nothing is left for the pullback."""
+    ) -> tuple[Tensor, Params, list[Any]]:
+        """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         names, total = list(params), None
         sums: list[Tensor] = []
+        left: list[Any] = []
         for part, batch in enumerate(batches):
             leaves = _live(params)
             with torch.enable_grad(), random_draws(seed, part):
-                loss = self.objective(leaves, batch.inputs, coefficients(batch, weights))
+                given = (leaves, batch.inputs, coefficients(batch, weights))
+                objective = self.objective
+                loss, more = objective.leaving(*given) if isinstance(objective, Leaving) else (objective(*given), None)
+            left.append(more)
             found = grad(loss, list(leaves.values()), materialize_grads=True)
             total = loss.detach() if total is None else total + loss.detach()
             sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
         assert total is not None, "a step needs at least one batch"
-        return total, dict(zip(names, sums)), None
+        return total, dict(zip(names, sums)), left
 
     def pullback(
         self,
@@ -53,18 +72,24 @@ class Double:
         weights: Tensor,
         seed: str | None,
         bars: Bars,
-        left: None = None,
+        left: Sequence[Any] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         if callable(bars) and len(batches) > 1:
-            bars = bars(self.gradient(params, batches, weights, seed)[1])
+            _, sums, left = self.gradient(params, batches, weights, seed)
+            bars = bars(sums)
+            del sums
         curvature: Params = {}
         scores = []
         for part, batch in enumerate(batches):
             leaves = _live(params)
             factors = coefficients(batch, weights).requires_grad_()
             with torch.enable_grad(), random_draws(seed, part):
-                loss = self.objective(leaves, batch.inputs, factors)
+                if isinstance(self.objective, Leaving) and not callable(bars):
+                    here = None if left is None else left[part]
+                    loss = self.objective.again(leaves, batch.inputs, factors, here)
+                else:
+                    loss = self.objective(leaves, batch.inputs, factors)
                 grads = grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
             if callable(bars):
                 bars = bars({name: g.detach() for name, g in zip(leaves, grads)})

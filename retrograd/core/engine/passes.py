@@ -64,27 +64,13 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class Eager:
-    """Operation by operation.
+    """Operation by operation; nothing is kept."""
 
-    keep: A gradient's way back goes over the graphs of its way forward instead of computing each link again: the same
-        bits, for a unit of a forward pass less and the memory of autograd's own way. A pullback keeps nothing.
-    """
+    def forward(self, link: Link, point: Params, context: Any) -> tuple[Tensor, None]:
+        return at(link, context)(point), None
 
-    keep: bool = False
-
-    def forward(self, link: Link, point: Params, context: Any) -> tuple[Tensor, Any]:
-        if not self.keep:
-            return at(link, context)(point), None
-        leaves = live(point)
-        with torch.enable_grad():
-            y = at(link, context)(leaves)
-        return y.detach(), (leaves, y)
-
-    def vjp(self, link: Link, point: Params, context: Any, bar: Tensor, kept: Any) -> Params:
-        if kept is None:
-            return vjp(at(link, context), point, bar)
-        leaves, y = kept
-        return _back(leaves, y, bar)
+    def vjp(self, link: Link, point: Params, context: Any, bar: Tensor, kept: None) -> Params:
+        return vjp(at(link, context), point, bar)
 
     def jvp(self, link: Link, point: Params, context: Any, along: Params) -> tuple[Tensor, Tensor, None]:
         return *_jvp(at(link, context), point, along), None
@@ -102,10 +88,6 @@ def vjp(function: _Function, point: Params, bar: Tensor) -> Params:
     leaves = live(point)
     with torch.enable_grad():
         y = function(leaves)
-    return _back(leaves, y, bar)
-
-
-def _back(leaves: Params, y: Tensor, bar: Tensor) -> Params:
     return dict(zip(leaves, grad(y, list(leaves.values()), bar, materialize_grads=True)))
 
 
