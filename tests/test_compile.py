@@ -154,7 +154,7 @@ torch.set_num_threads(1)
 dtype = torch.{dtype}
 data, module = stream(dtype, packed={packed}), build("{family}", dtype, lora={lora})
 params = trainable(module)[0]
-choice = compiled_engine(module, (5, 9), [data[0]], {queries})
+choice = compiled_engine(module, (5, 9), [data[0]], {queries}, {packed})
 assert choice.compiled.graphs == 4, choice.why
 for size in (None, 3, 2):
     batches = micro_batches(data[0], size)

@@ -91,12 +91,15 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     return Choice(Blocks(chain), "blocks", f"{needs}; blocks takes about {_size(small)}")
 
 
-def compiled_engine(module: nn.Module, shape: tuple[int, int], proofs: Sequence[Batch], queries: int) -> Choice:
+def compiled_engine(
+    module: nn.Module, shape: tuple[int, int], proofs: Sequence[Batch], queries: int, packed: bool = False
+) -> Choice:
     """The `blocks` engine with the passes over its layers compiled.
 
     Args:
         shape: Rows and tokens of a large batch, which the code is optimised for.
         proofs: Batches whose gradient and pullback are computed, compiled and eager, and have to agree.
+        packed: Whether the batches' rows are packed documents.
     Raises:
         ValueError: If there is no compiler, the model is no chain of layers, no two of them are alike, or they cannot
             be compiled to what they compute.
@@ -106,7 +109,7 @@ def compiled_engine(module: nn.Module, shape: tuple[int, int], proofs: Sequence[
         raise ValueError(f"--compile cannot be used here: {reason}. Leave --compile out.")
     chain = decoder_chain(module, alike=True)
     head = chain.head
-    compiled = Compiled(chain.links, head.layout.sizes(*shape) if isinstance(head, VocabularyHead) else shape)
+    compiled = Compiled(chain.links, head.layout.sizes(*shape, packed) if isinstance(head, VocabularyHead) else shape)
     if not compiled.calls:
         raise ValueError("--compile has nothing to share: no two layers are of one structure. Leave --compile out.")
     for batch in proofs:

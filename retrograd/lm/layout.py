@@ -96,18 +96,23 @@ class Layout:
         with twice_differentiable(dtype), _attending(self.module) if self.joins else nullcontext():
             yield
 
-    def sizes(self, rows: int, length: int) -> tuple[int, ...]:
+    def sizes(self, rows: int, length: int, packed: bool = False) -> tuple[int, ...]:
         """Of a batch: (rows, length), the leading sizes of its states; joined: (rows, states, longest)."""
-        return (rows, rows * (length - 1), length - 1) if self.joins else (rows, length)
+        return (rows, rows * (length - 1), length - 1) if self._applies(length, packed) else (rows, length)
+
+    def _applies(self, length: int, packed: bool) -> bool:
+        """Whether such rows are joined."""
+        window = _window(self.module)
+        return self.joins and not packed and (window is None or length <= window)
 
     def _joined(self, inputs: dict[str, Tensor]) -> _Joined | None:
         """The batch as one row; None if it cannot be."""
-        ids, window = inputs["input_ids"], _window(self.module)
-        if not self.joins or "segment_ids" in inputs or (window is not None and ids.shape[1] > window):
+        ids = inputs["input_ids"]
+        if not self._applies(ids.shape[1], "segment_ids" in inputs):
             return None
         counts = inputs["target_mask"][:, 1:].flip(1).cumsum(1).flip(1) > 0  # a target follows
         lengths = counts.sum(1)
-        total, longest = int(lengths.sum()), int(lengths.max())
+        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
         if total == 0:
             return None
         columns = torch.arange(ids.shape[1], device=ids.device)

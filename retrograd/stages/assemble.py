@@ -138,7 +138,7 @@ def _engine(
         )
     if config.compile:
         proofs = [] if recorded else _proofs(stream, config.train.micro_batch_size)
-        choice = compiled_engine(model.module, batch, proofs, queries)
+        choice = compiled_engine(model.module, batch, proofs, queries, stream.rows.packed)
         return choice._replace(why=recorded["why"]) if recorded else choice
     asked = recorded["used"] if recorded else config.engine
     if config.train.dropout:
