@@ -43,13 +43,13 @@ class Shape(NamedTuple):
 
     @property
     def body(self) -> int:
-        """Operations of a forward pass through the layers."""
-        tokens, square = self.rows * self.length, self.rows * self.length**2
+        """Operations of a forward pass through the layers; a row's last token predicts nothing."""
+        tokens, square = self.rows * (self.length - 1), self.rows * (self.length - 1) ** 2
         return 24 * self.layers * self.width**2 * tokens + 4 * self.layers * square * self.width
 
     @property
     def head(self) -> int:
-        """Operations of the vocabulary projection; a row's last token predicts nothing."""
+        """Operations of the vocabulary projection."""
         return 2 * self.vocabulary * self.width * self.rows * (self.length - 1)
 
     def operations(self, what: str) -> int:
@@ -59,7 +59,7 @@ class Shape(NamedTuple):
     def done(self, what: str) -> int:
         """Operations that a step does, repeats included."""
         if what == "blocks":
-            saved = 20 * self.layers * self.width**2 * self.rows * self.length
+            saved = 20 * self.layers * self.width**2 * self.rows * (self.length - 1)
             return 16 * self.body + 10 * self.head - saved
         return 9 * self.body + 10 * self.head if what == "double" else self.operations(what)
 

@@ -97,8 +97,12 @@ class Layout:
             yield
 
     def sizes(self, rows: int, length: int, packed: bool = False) -> tuple[int, ...]:
-        """Of a batch: (rows, length), the leading sizes of its states; joined: (rows, states, longest)."""
-        return (rows, rows * (length - 1), length - 1) if self._applies(length, packed) else (rows, length)
+        """Of a batch: (rows, length), the leading sizes of its states; joined: (rows, states, longest).
+
+        An eighth is taken for padding: a graph traced where N is B·longest could take the two for one.
+        """
+        longest = length - 1
+        return (rows, rows * longest * 7 // 8, longest) if self._applies(length, packed) else (rows, length)
 
     def _applies(self, length: int, packed: bool) -> bool:
         """Whether such rows are joined."""
@@ -231,7 +235,9 @@ def _attention(
         raise ValueError(f"attention with {', '.join(foreign)} is not known here")
     place, (rows, longest), (heads, states) = attention_mask.flatten(), attention_mask.shape[2:], query.shape[1:3]
     read = place.clamp(max=states - 1)  # what stands in for padding, nobody sees
-    written = place.new_empty(states + 1).scatter(0, place, torch.arange(len(place), device=place.device))[:states]
+    # no `len` of a size that varies: it would fix it where this is traced
+    spots = torch.arange(place.shape[0], device=place.device)
+    written = place.new_empty(states + 1).scatter(0, place, spots)[:states]
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     wide = torch.promote_types(query.dtype, torch.float32)
 
