@@ -146,6 +146,8 @@ def layout_of(module: nn.Module) -> Layout:
     try:
         with torch.no_grad():
             found, expected = (_states(layout, inputs, weight.dtype) for layout in (joined, padded))
+    except torch.OutOfMemoryError:  # says nothing of the model, and another run would take the other layout
+        raise
     except Exception:  # a model that cannot be called like this raises what it likes
         return padded
     finally:
