@@ -20,8 +20,9 @@ import worlds
 
 from retrograd.core import plan as plans
 from retrograd.core import tree
-from retrograd.core.optim import AdamW
+from retrograd.core.optim import AdamW, Moments, Params, Updated
 from retrograd.core.step import Recipe, State, initial_state
+from retrograd.core.sweep import seed_cotangent
 from retrograd.runs import copies, store, trajectory
 from retrograd.runs.buffers import copy_alone, fresh, packed
 from retrograd.runs.copies import Copies
@@ -289,6 +290,27 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     held.settle()
     with pytest.raises(RunError, match="was written by run run, this run is other"):
         Store(state(0), tmp_path, "other").get(1)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (700, 301)])
+def test_initial_moments_take_no_room_and_no_bit_depends_on_it(shape: tuple[int, int]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    params, grads = ({"w": torch.randn(shape, generator=draw)} for _ in range(2))
+    optimizer = AdamW(1e-2)
+    moments = initial_state(Recipe(optimizer), params).moments
+    assert all(leaf.untyped_storage().nbytes() == 4 and leaf.shape == shape for leaf in tree.leaves(moments))
+    dense = tree.map(torch.Tensor.contiguous, moments)
+    bar = {"w": torch.randn(1, *shape, generator=draw)}
+    for found, expected in (
+        (optimizer.update(params, moments, grads, 0), optimizer.update(params, dense, grads, 0)),
+        (_pulled(optimizer, params, moments, grads, bar), _pulled(optimizer, params, dense, grads, bar)),
+    ):
+        assert tree.digest(found) == tree.digest(expected)
+        assert all(leaf.is_contiguous() for leaf in tree.leaves(found))
+
+
+def _pulled(optimizer: AdamW, params: Params, moments: Moments, grads: Params, bar: Params) -> Updated:
+    return optimizer.pullback(params, moments, grads, 0, seed_cotangent(bar, State(1, params, moments)))
 
 
 def test_a_large_state_is_one_aligned_buffer() -> None:

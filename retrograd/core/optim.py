@@ -370,8 +370,8 @@ def _holds(moments: Params, decay: float) -> bool:
 
 
 def zeros(params: Params) -> Params:
-    """Zeros of the parameters' shapes."""
-    return {name: torch.zeros_like(theta) for name, theta in params.items()}
+    """Zeros of the parameters' shapes, which take no room: the initial state is held as long as the run."""
+    return {name: theta.new_zeros(()).expand(theta.shape) for name, theta in params.items()}
 
 
 def _check(**numbers: Any) -> None:

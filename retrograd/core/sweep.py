@@ -274,12 +274,12 @@ def metagradient(
 
 
 def seed_cotangent(gradient: Params, final: State) -> Cotangent:
-    """λ_T = (∇φ, 0) for K queries; gradient tensors are [K, *shape]."""
+    """λ_T = (∇φ, 0) for K queries; gradient tensors are [K, *shape]. The zeros take no room."""
     queries = next(iter(gradient.values())).shape[0]
 
     def zeros(leaf: Tensor) -> Tensor:
         dtype = leaf.dtype if leaf.is_floating_point() else torch.get_default_dtype()
-        return torch.zeros((queries, *leaf.shape), dtype=dtype, device=leaf.device)
+        return torch.zeros((), dtype=dtype, device=leaf.device).expand(queries, *leaf.shape)
 
     return Cotangent(dict(gradient), tree.map(zeros, final.moments))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from retrograd.core import tree
 from retrograd.core.optim import Params
 from retrograd.lm.layout import Layout, inner, layout_of, twice_differentiable
 from retrograd.lm.loss import fused_ce_again, fused_ce_leaving, token_ce
@@ -220,10 +221,10 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class _Left(NamedTuple):
-    """What the vocabulary head found, P W [M, D], at these states [M, D]; of use where they come again bit by bit."""
+    """What the vocabulary head found, P W [M, D], and at which states; of use where they come again bit by bit."""
 
-    states: Tensor
-    pw: Tensor | None
+    states: str
+    pw: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +236,7 @@ class _Objective:
     def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         return self.leaving(params, inputs, coefficients)[0]
 
-    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, _Left]:
+    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, _Left | None]:
         return self.call(params, factors.dtype, inputs, factors)
 
     def again(self, params: Params, inputs: Any, factors: Tensor, left: _Left | None) -> Tensor:
@@ -264,10 +265,10 @@ class _Scored(nn.Module):
         hidden = hidden[states]
         operands = (hidden, head.weight, head.bias, targets, coefficients[place])
         if again:
-            known = left.pw if left is not None and torch.equal(left.states, hidden) else None
+            known = left.pw if left is not None and left.states == tree.digest(hidden) else None
             return fused_ce_again(*operands, known), None
         loss, pw = fused_ce_leaving(*operands)
-        return loss, _Left(hidden.detach(), pw)
+        return loss, None if pw is None else _Left(tree.digest(hidden), pw)
 
 
 class _Chosen(nn.Module):

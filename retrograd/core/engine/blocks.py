@@ -119,7 +119,7 @@ class Blocks:
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
-    ) -> tuple[Tensor, Params, list[_Left]]:
+    ) -> tuple[Tensor, Params, list[_Left | None]]:
         """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         assert batches, "a step needs at least one batch"
         loss, sums, left = torch.zeros(()), dict[str, Tensor](), []
@@ -127,7 +127,7 @@ class Blocks:
             found = self._first(params, batch, coefficients(batch, weights), _Draws(seed, part))
             loss = loss.to(found.loss) + found.loss
             _add(sums, found.grads)
-            left.append(_Left(found.x, found.kept))
+            left.append(_Left.of(found))
         grads = {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
         return loss, grads, left
 
@@ -138,12 +138,12 @@ class Blocks:
         weights: Tensor,
         seed: str | None,
         bars: Bars,
-        left: Sequence[_Left] | None = None,
+        left: Sequence[_Left | None] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         if callable(bars) and len(batches) == 1:
             found = self._first(params, batches[0], coefficients(batches[0], weights), _Draws(seed, 0))
-            left, grads = [_Left(found.x, found.kept)], found.grads
+            left, grads = [_Left.of(found)], found.grads
             grads = {n: grads[n] if n in grads else torch.zeros_like(theta) for n, theta in params.items()}
             del found
             bars = bars(grads)
@@ -198,7 +198,7 @@ class Blocks:
         with self.chain.scope(factors.dtype):
             path, contexts = self._tangents(params, batch.inputs, draws, bars)
             x, dots, _ = path.pop()
-            kept = left.kept if left is not None and torch.equal(left.x, x) else None
+            kept = None if left is None else left.at(x)
             with draws(len(links) + 1):
                 bar, bardots, curvature, slopes = head.second(params, x, batch.inputs, factors, kept, bars, dots)
             for place in range(len(links), 0, -1):
@@ -248,8 +248,15 @@ class Blocks:
 class _Left(NamedTuple):
     """What the head kept, and at which x: of use where the pullback comes to the same bits of x."""
 
-    x: Tensor
+    x: str
     kept: Any
+
+    @classmethod
+    def of(cls, found: Found) -> _Left | None:
+        return None if found.kept is None else cls(tree.digest(found.x), found.kept)
+
+    def at(self, x: Tensor) -> Any:
+        return self.kept if self.x == tree.digest(x) else None
 
 
 class _Draws(NamedTuple):
