@@ -124,6 +124,39 @@ def test_a_length_that_is_the_width_is_compiled_for_itself(compiled: Compiled) -
     assert "4 of them for a single shape" in compiled.told
 
 
+def two_heads(params: Params, x: Tensor, context: Any) -> Tensor:
+    """`mixing` by heads: its products are [2 · rows, length, length]."""
+    rows, length = x.shape[:2]
+    apart = x.view(rows, length, 2, -1).transpose(1, 2).reshape(2 * rows, length, -1)
+    mixed = torch.tanh(apart @ apart.transpose(1, 2)) * context["mask"] @ apart
+    joined = mixed.view(rows, 2, length, -1).transpose(1, 2).reshape(x.shape)
+    return x + joined @ params["w"] * context["gate"] + params["b"]
+
+
+@pytest.mark.parametrize("hints", [None, {"0": 4, "1": 8}], ids=["ours", "length like heads times rows"])
+def test_a_length_like_heads_times_rows(hints: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that are equal where a graph is traced are never taken for one: it serves one shape then."""
+    chosen = Compiled(links(two_heads), (4, 8))
+    if hints:
+        monkeypatch.setattr(chosen, "_hints", lambda shapes: hints)
+    for rows, length in ((4, 8), (3, 5)):
+        expected = all_passes(Eager(), links(two_heads)[0], rows, length)
+        assert difference(all_passes(chosen, links(two_heads)[0], rows, length), expected) < 1e-12
+    assert (chosen.graphs, chosen.fixed) == ((8, 8) if hints else (4, 0))
+
+
+@pytest.mark.parametrize("sizes", [(4, 28, 8), (8, 888, 126), (1, 2, 3), (64, 57_288, 1023)])
+def test_no_product_of_hints_is_a_hint(sizes: tuple[int, ...]) -> None:
+    static = (16, 128, 512, 1022, 50_304)
+    hints = Compiled([], sizes)._hints([static, ("0", "1")])
+    assert all(0 <= hints[str(place)] - size < 100 for place, size in enumerate(sizes))
+    numbers = [*hints.values(), *static]
+    products = {a * b + c for a in hints.values() for b in range(1, 200) for c in (0, 1)} - set(hints.values())
+    assert len(set(numbers)) == len(numbers)
+    assert products.isdisjoint(hints.values())
+    assert all(size + 1 not in numbers for size in hints.values())
+
+
 @pytest.mark.parametrize(("rows", "length"), [(3, 7), (30, 40)])
 def test_what_is_kept_is_bounded(rows: int, length: int, monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
     """Products larger than the bound are computed again; the bound is not that of the batch that comes first."""

@@ -7,6 +7,7 @@ forward and the way back results of matrix products are kept: less arithmetic th
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -26,6 +27,7 @@ from retrograd.core.optim import Params
 __all__ = ["Compiled", "no_compiler"]
 
 _MOST = 16  # pairs of graphs; a chain takes two for each kind of layer and of mask
+_LEAST = 11  # what stands for a size while a graph is traced; smaller ones are numbers of heads as well
 _KEPT = 8  # what is kept for the way back is not larger than this times x
 
 _Call = Callable[[Params, Any, Any], Any]
@@ -132,14 +134,20 @@ class Compiled:
         return pair
 
     def _hints(self, shapes: Sequence[Shape]) -> dict[str, int]:
-        """A number for each size that varies, no other size among the operands': equal ones would be taken for one."""
-        taken = {size for shape in shapes for size in shape if isinstance(size, int)} | {0, 1}
+        """A number for each size that varies: a prime, not beside another number or a multiple of one.
+
+        Sizes that are equal as numbers are taken for one, and among them are products: heads × rows, rows × length.
+        """
+        taken = {size for shape in shapes for size in shape if isinstance(size, int)}
         hints: dict[str, int] = {}
+
+        def clear(size: int) -> bool:
+            beside = (size - 1, size, size + 1)
+            apart = all(near % other and (other + near - size) % size for other in hints.values() for near in beside)
+            return apart and taken.isdisjoint(beside) and all(size % d for d in range(2, math.isqrt(size) + 1))
+
         for place, size in enumerate(self.sizes):
-            while size in taken:
-                size += 1
-            taken.add(size)
-            hints[str(place)] = size
+            hints[str(place)] = next(filter(clear, itertools.count(max(size, _LEAST))))
         return hints
 
 

@@ -58,11 +58,12 @@ def compiled_pair(asked: Asked) -> Pair | None:
     if traced is None:
         return None
     graph, (first, second), environment = traced
-    parts = []
-    for part in _cut(graph, asked.early.count, first.count, asked.largest):
-        operands = [node.meta["val"] for node in part.graph.find_nodes(op="placeholder")]
-        with torch.no_grad():
-            parts.append(standalone_compile(part, operands, donate_graph_module=True))
+    cut = _cut(graph, asked.early.count, first.count, asked.largest)
+    given = [[node.meta["val"] for node in part.graph.find_nodes(op="placeholder")] for part in cut]
+    if not all(_told_apart(operands) for operands in given):
+        return None
+    with torch.no_grad():
+        parts = [standalone_compile(part, each, donate_graph_module=True) for part, each in zip(cut, given)]
     if environment.guards:
         return None
 
@@ -71,6 +72,16 @@ def compiled_pair(asked: Asked) -> Pair | None:
         return first.around(found[: first.count]), list(found[first.count :])
 
     return Pair(early, lambda tensors: second.around(parts[1](*tensors)))
+
+
+def _told_apart(operands: list[Tensor]) -> bool:
+    """Whether sizes that are equal by their hints are the same size: inductor takes them for one, without a word."""
+    known: dict[int, Any] = {}
+    for size in (size for operand in operands for size in operand.shape):
+        number, name = (size.node.hint, size.node.expr) if isinstance(size, torch.SymInt) else (size, size)
+        if known.setdefault(number, name) != name:
+            return False
+    return True
 
 
 def _traced(asked: Asked) -> tuple[fx.GraphModule, list[tree.Frame], Any] | None:
