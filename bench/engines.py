@@ -62,7 +62,8 @@ def engine(kind: str, model, size: dict[str, int]):
     if kind == "double":
         return Double(causal_objective(model)[0])
     chain = decoder_chain(model, alike=kind == "compile")
-    return Blocks(chain, Compiled(chain.links, (size["batch"], size["length"]))) if kind == "compile" else Blocks(chain)
+    sizes = chain.head.layout.sizes(size["batch"], size["length"])
+    return Blocks(chain, Compiled(chain.links, sizes)) if kind == "compile" else Blocks(chain)
 
 
 def assert_equal(size: dict[str, int], kinds: list[str]) -> float:
