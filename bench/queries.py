@@ -11,6 +11,7 @@ their CPU time as multiples of a single sweep, and of K single sweeps, and what 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -65,17 +66,18 @@ def columns(states, objective, count: int):
 
 
 def reverse(training, states, gradient):
-    """Scores [K, N] of one sweep over the kept states, and its CPU seconds."""
+    """Scores [K, N] of one sweep over the kept states, which give the gradients back, and its CPU seconds."""
     import torch
 
-    from retrograd.core.step import pullback
+    from retrograd.core.step import pullback, recovered
     from retrograd.core.sweep import seed_cotangent
 
     start = time.process_time()
     cotangent = seed_cotangent(gradient, states[-1])
     scores = torch.zeros(len(next(iter(gradient.values()))), training.weights.numel())
-    for state in reversed(states[:-1]):
-        pulled = pullback(training, state, cotangent)
+    for state, after in reversed(list(itertools.pairwise(states))):
+        grads = recovered(training.recipe, state, after.moments)
+        pulled = pullback(training, state, cotangent, grads=grads)
         cotangent = pulled.cotangent
         scores.index_add_(1, pulled.index.flatten(), pulled.scores.flatten(1))
     return scores, time.process_time() - start
