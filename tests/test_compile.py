@@ -18,6 +18,7 @@ from torch import Tensor
 from retrograd.cli import main
 from retrograd.core.engine import Blocks, Compiled
 from retrograd.core.engine import compiled as passes
+from retrograd.core.engine.graphs import compiled_pair
 from retrograd.core.engine.passes import Eager, Link, X
 from retrograd.core.optim import Params
 from retrograd.lm import engines
@@ -133,7 +134,29 @@ def two_heads(params: Params, x: Tensor, context: Any) -> Tensor:
     return x + joined @ params["w"] * context["gate"] + params["b"]
 
 
-@pytest.mark.parametrize("hints", [None, {"0": 4, "1": 8}], ids=["ours", "length like heads times rows"])
+HINTS = pytest.mark.parametrize("hints", [None, {"0": 4, "1": 8}], ids=["ours", "length like heads times rows"])
+
+
+@HINTS
+def test_sizes_taken_for_one_are_not_compiled(hints: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Exception):
+        """Whether something was compiled for all sizes."""
+
+    def asked(what: Any) -> Any:
+        raise Asked(compiled_pair(what) is not None)
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", lambda *_, **options: None)
+    monkeypatch.setattr(passes, "compiled_pair", asked)
+    chosen = Compiled(links(two_heads), (4, 8))
+    if hints:
+        monkeypatch.setattr(chosen, "_hints", lambda shapes: hints)
+    with pytest.raises(Asked) as told:
+        chosen.forward(links(two_heads)[0], *operands(3, 5)[:2])
+    assert told.value.args == (hints is None,)
+
+
+@pytest.mark.slow
+@HINTS
 def test_a_length_like_heads_times_rows(hints: dict[str, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that are equal where a graph is traced are never taken for one: it serves one shape then."""
     chosen = Compiled(links(two_heads), (4, 8))
