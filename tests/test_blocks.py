@@ -281,7 +281,7 @@ def test_what_gradients_leave_saves_products_and_changes_no_bit(
     monkeypatch.setattr(loss, "_CHUNK_BYTES", {"cpu": 0})
     engine = Blocks(decoder_chain(module)) if kind == "blocks" else Double(causal_objective(module)[0])
     run = Training(Recipe(AdamW(3e-3, eps_root=1e-6), micro_batch_size=3), engine, data, data.weights)
-    params, value = trainable(module)[0], {"blocks": "kept", "double": "pw"}[kind]
+    params = trainable(module)[0]
 
     def query(params: Params) -> tuple[Tensor, Params]:
         value, grads, _ = run.engine.gradient(params, [stream(dtype)[0]], stream(dtype).weights, None)
@@ -291,7 +291,7 @@ def test_what_gradients_leave_saves_products_and_changes_no_bit(
         class Some(Leavings):
             def put(self, step: int, left: Any) -> None:
                 self.limit = self.limit if limit is None else limit
-                wrong = [one._replace(**{value: getattr(one, value) * (1 + spoilt)}) for one in left]
+                wrong = [one._replace(found=one.found * (1 + spoilt)) for one in left]
                 super().put(step, wrong if spoilt else left)
 
         monkeypatch.setattr("retrograd.core.sweep.Leavings", Some)

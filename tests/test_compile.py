@@ -174,10 +174,10 @@ def test_no_product_of_hints_is_a_hint(sizes: tuple[int, ...]) -> None:
     hints = Compiled([], sizes)._hints([static, ("0", "1")])
     assert all(0 <= hints[str(place)] - size < 100 for place, size in enumerate(sizes))
     numbers = [*hints.values(), *static]
-    products = {a * b + c for a in hints.values() for b in range(1, 200) for c in (0, 1)} - set(hints.values())
+    products = {a * b + c for a in hints.values() for b in range(1, 200) for c in (-1, 0, 1) if (b, c) != (1, 0)}
     assert len(set(numbers)) == len(numbers)
     assert products.isdisjoint(hints.values())
-    assert all(size + 1 not in numbers for size in hints.values())
+    assert all(size + near not in static for size in hints.values() for near in (-1, 1))
 
 
 @pytest.mark.parametrize(("rows", "length"), [(3, 7), (30, 40)])

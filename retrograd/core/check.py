@@ -87,6 +87,7 @@ def forward_mode(
 ) -> tuple[Tensor, Tensor]:
     """(φ [K], ⟨∂φ/∂w, direction⟩ [K]) by a tangent carried forward through every step."""
     state = initial_state(training.recipe, params)
+    # forward AD refuses entries that share memory, as the initial moments' do
     values: tuple[Params, Moments] = tree.map(Tensor.contiguous, (state.params, state.moments))
     tangents = tree.map(torch.zeros_like, values)
     for t in range(len(training.stream)):
@@ -237,8 +238,7 @@ def _update_tangent(
     training: Training, state: State, grads: Params, tangents: tuple[Params, Moments, Params]
 ) -> tuple[Params, Moments]:
     """The tangent of one update, by forward AD over the tensors that have a slope (a step count has none)."""
-    # forward AD refuses entries that share memory, as the initial moments' do
-    given = tree.map(Tensor.contiguous, (state.params, state.moments, grads))
+    given = tree.map(Tensor.contiguous, (state.params, state.moments, grads))  # as in `forward_mode`
     slots = list(zip(tree.leaves(given), tree.leaves(tangents), strict=True))
     after: list[tuple[Params, Moments]] = []
 

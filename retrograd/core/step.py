@@ -94,6 +94,20 @@ class State(NamedTuple):
     moments: Moments
 
 
+class Left(NamedTuple):
+    """What a gradient found at x and leaves for its pullback: of use where the pullback comes to the same bits of x."""
+
+    place: Tensor
+    found: Any
+
+    @classmethod
+    def of(cls, x: Tensor, found: Any) -> Left:
+        return cls(tree.bit_sums(x), found)
+
+    def at(self, x: Tensor) -> Any:
+        return self.found if torch.equal(self.place, tree.bit_sums(x)) else None
+
+
 class Stepped(NamedTuple):
     """A step's outcome: the next state, the weighted batch loss in nats, and ‖g‖ before clipping.
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree
 
 __all__ = [
-    "Frame", "digest", "dot", "frame", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "stacked", "unnamed",
+    "Frame", "bit_sums", "digest", "dot", "frame", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "stacked",
+    "unnamed",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ def digest(tree: Any) -> str:
     given, total = leaves(tree), 0
     if not given:
         return f"{total:032x}"
-    found = [_bit_sums(leaf) for leaf in given]
+    found = [bit_sums(leaf) for leaf in given]
     one_device = len({x.device for x in found}) == 1
     together = torch.cat(found if one_device else [x.cpu() for x in found])  # a GPU is waited for once
     numbers = iter(together.tolist())
@@ -149,8 +150,11 @@ def digest(tree: Any) -> str:
 _BLOCK = 1 << 16
 
 
-def _bit_sums(leaf: Tensor) -> Tensor:
-    """Σ xᵢ·rᵢ of each block of 64-bit words and of the words left over, then the bytes left over; int64."""
+def bit_sums(leaf: Tensor) -> Tensor:
+    """What `digest` sums up, [n] int64 on the tensor's device, which is not waited for: equal bits give equal sums.
+
+    Σ xᵢ·rᵢ of each block of 64-bit words and of the words left over, then the bytes left over.
+    """
     raw = leaf.detach().contiguous().flatten().view(torch.uint8)
     words = raw.numel() // 8
     whole = words // _BLOCK * _BLOCK

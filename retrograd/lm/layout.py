@@ -97,12 +97,8 @@ class Layout:
             yield
 
     def sizes(self, rows: int, length: int, packed: bool = False) -> tuple[int, ...]:
-        """Of a batch: (rows, length), the leading sizes of its states; joined: (rows, states, longest).
-
-        An eighth is taken for padding: a graph traced where N is B·longest could take the two for one.
-        """
-        longest = length - 1
-        return (rows, rows * longest * 7 // 8, longest) if self._applies(length, packed) else (rows, length)
+        """Of a batch: (rows, length), the leading sizes of its states; joined: (rows, states, longest)."""
+        return (rows, rows * (length - 1), length - 1) if self._applies(length, packed) else (rows, length)
 
     def _applies(self, length: int, packed: bool) -> bool:
         """Whether such rows are joined."""

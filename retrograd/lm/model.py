@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from retrograd.core import tree
 from retrograd.core.optim import Params
+from retrograd.core.step import Left
 from retrograd.lm.layout import Layout, inner, layout_of, twice_differentiable
 from retrograd.lm.loss import fused_ce_again, fused_ce_leaving, token_ce
 
@@ -220,13 +220,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-class _Left(NamedTuple):
-    """What the vocabulary head found, P W [M, D], and at which states; of use where they come again bit by bit."""
-
-    states: str
-    pw: Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class _Objective:
     """Σ c·ce with a fused head, which leaves P W for the pullback."""
@@ -236,10 +229,10 @@ class _Objective:
     def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         return self.leaving(params, inputs, coefficients)[0]
 
-    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, _Left | None]:
+    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, Left | None]:
         return self.call(params, factors.dtype, inputs, factors)
 
-    def again(self, params: Params, inputs: Any, factors: Tensor, left: _Left | None) -> Tensor:
+    def again(self, params: Params, inputs: Any, factors: Tensor, left: Left | None) -> Tensor:
         return self.call(params, factors.dtype, inputs, factors, True, left)[0]
 
 
@@ -253,8 +246,8 @@ class _Scored(nn.Module):
         self.layout = layout
 
     def forward(
-        self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, left: _Left | None = None
-    ) -> tuple[Tensor, _Left | None]:
+        self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, left: Left | None = None
+    ) -> tuple[Tensor, Left | None]:
         model, arguments = inner(self.module), self.layout.arguments(inputs)
         if not self.fused:
             logits = model(**arguments).logits
@@ -265,10 +258,10 @@ class _Scored(nn.Module):
         hidden = hidden[states]
         operands = (hidden, head.weight, head.bias, targets, coefficients[place])
         if again:
-            known = left.pw if left is not None and left.states == tree.digest(hidden) else None
+            known = None if left is None else left.at(hidden)
             return fused_ce_again(*operands, known), None
         loss, pw = fused_ce_leaving(*operands)
-        return loss, None if pw is None else _Left(tree.digest(hidden), pw)
+        return loss, None if pw is None else Left.of(hidden, pw)
 
 
 class _Chosen(nn.Module):

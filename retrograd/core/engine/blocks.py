@@ -28,7 +28,7 @@ from torch.autograd import grad
 from retrograd.core import tree
 from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, live, pullbacks, vjp, vjp_along, without
 from retrograd.core.optim import Params
-from retrograd.core.step import Bars, Batch, coefficients, random_draws
+from retrograd.core.step import Bars, Batch, Left, coefficients, random_draws
 
 __all__ = ["Blocks", "Chain", "Found", "Head", "PlainHead"]
 
@@ -119,7 +119,7 @@ class Blocks:
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
-    ) -> tuple[Tensor, Params, list[_Left | None]]:
+    ) -> tuple[Tensor, Params, list[Left]]:
         """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         assert batches, "a step needs at least one batch"
         loss, sums, left = torch.zeros(()), dict[str, Tensor](), []
@@ -127,7 +127,7 @@ class Blocks:
             found = self._first(params, batch, coefficients(batch, weights), _Draws(seed, part))
             loss = loss.to(found.loss) + found.loss
             _add(sums, found.grads)
-            left.append(_Left.of(found))
+            left.append(Left.of(found.x, found.kept))
         grads = {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
         return loss, grads, left
 
@@ -138,12 +138,12 @@ class Blocks:
         weights: Tensor,
         seed: str | None,
         bars: Bars,
-        left: Sequence[_Left | None] | None = None,
+        left: Sequence[Left] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         if callable(bars) and len(batches) == 1:
             found = self._first(params, batches[0], coefficients(batches[0], weights), _Draws(seed, 0))
-            left, grads = [_Left.of(found)], found.grads
+            left, grads = [Left.of(found.x, found.kept)], found.grads
             grads = {n: grads[n] if n in grads else torch.zeros_like(theta) for n, theta in params.items()}
             del found
             bars = bars(grads)
@@ -191,7 +191,7 @@ class Blocks:
         return found._replace(bar=bar, grads=grads)
 
     def _second(
-        self, params: Params, batch: Batch, factors: Tensor, draws: _Draws, left: _Left | None, bars: Params
+        self, params: Params, batch: Batch, factors: Tensor, draws: _Draws, left: Left | None, bars: Params
     ) -> tuple[Params, Tensor]:
         """(H ḡ by leaf, tangents of the losses): tangents forward, then back."""
         embed, links, head = self.chain.embed, self.chain.links, self.chain.head
@@ -243,20 +243,6 @@ class Blocks:
                 path.append((x, dots, more))
                 x, dots = y, ydots
         return [*path, (x, dots, None)], contexts
-
-
-class _Left(NamedTuple):
-    """What the head kept, and at which x: of use where the pullback comes to the same bits of x."""
-
-    x: str
-    kept: Any
-
-    @classmethod
-    def of(cls, found: Found) -> _Left | None:
-        return None if found.kept is None else cls(tree.digest(found.x), found.kept)
-
-    def at(self, x: Tensor) -> Any:
-        return self.kept if self.x == tree.digest(x) else None
 
 
 class _Draws(NamedTuple):
