@@ -180,15 +180,34 @@ def test_no_product_of_hints_is_a_hint(sizes: tuple[int, ...]) -> None:
     assert all(size + near not in static for size in hints.values() for near in (-1, 1))
 
 
+def three_heads(params: Params, x: Tensor, context: Any) -> Tensor:
+    rows, length = x.shape[:2]
+    apart = x.view(rows, length, 3, -1).transpose(1, 2).reshape(3 * rows, length, -1)
+    mixed = torch.tanh(apart @ apart.transpose(1, 2)) @ apart
+    joined = mixed.view(rows, 3, length, -1).transpose(1, 2).reshape(x.shape)
+    return x + torch.tanh(torch.nn.functional.linear(joined, params["w"], params["b"]))
+
+
 @pytest.mark.parametrize(("rows", "length"), [(3, 7), (30, 40)])
-def test_what_is_kept_is_bounded(rows: int, length: int, monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
-    """Products larger than the bound are computed again; the bound is not that of the batch that comes first."""
-    kept = compiled.forward(links()[0], *operands(3, 7)[:2])[1][1]
-    assert sorted(x.shape for x in kept) == [(3, 7, 7), (21, WIDTH)]
-    monkeypatch.setattr(passes, "_KEPT", 1)
-    other = Compiled(links(), (3, 7))
-    found = other.forward(links()[0], *operands(rows, length)[:2])[1][1]
-    assert [x.shape for x in found] == [(rows * length, WIDTH)]
+def test_what_is_kept(rows: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is mixed and mapped, a tensor each, and the tangents of both, whose two products are added up; no scores."""
+    outputs: list[list[Tensor]] = []
+
+    def told(part: Any, *_: Any, **options: Any) -> None:
+        outputs.append([node.meta["val"] for node in part.graph.output_node().args[0]])
+
+    monkeypatch.setattr("torch._inductor.standalone_compile", told)
+    point, context, along, *_ = operands(rows, length)
+    chosen, link = Compiled(links(three_heads), (3, 7)), links(three_heads)[0]
+    for early in (lambda: chosen.forward(link, point, context), lambda: chosen.jvp(link, point, context, along)):
+        with pytest.raises(TypeError, match="not callable"):
+            early()
+    (_, *kept), _, (_, _, *seconds), _ = outputs
+    mixed, mapped = (3 * 11, 13, WIDTH // 3), (11 * 13, WIDTH)
+    for found, times in ((kept, 1), (seconds, 2)):
+        assert [
+            tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in x.shape) for x in found
+        ] == ([mixed, mapped] * times)
 
 
 def test_ever_new_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

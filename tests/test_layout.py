@@ -1,4 +1,4 @@
-"""Joined rows: a batch as one row of the states that count, against the same rows padded."""
+"""Joined rows, or rows cut to the states that count, against the same rows padded."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def test_these_families_join(family: str, dtype: torch.dtype) -> None:
     assert module.config._attn_implementation == implementation
 
 
+@pytest.mark.parametrize("even", [False, True], ids=["uneven", "even"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_joined_equals_padded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joined_equals_padded(family: str, even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradient, H ḡ and scores of the whole model; rows of 4 to 9 tokens, with a prompt that is no target."""
     module, data = build(family, **({"sliding_window": 20} if family == "mistral" else {})), stream()
     batches = [
@@ -47,6 +48,10 @@ def test_joined_equals_padded(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     ]
     for batch in batches:
         batch.inputs["target_mask"][:, 1:3] = False
+        if even:
+            batch.inputs["target_mask"][:, 4:] = False
+        called = Layout(module, True).arguments(batch.inputs)
+        assert called["input_ids"].shape[0] == (len(batch.scale) if even else 1)
     params, found = trainable(module)[0], []
     for joins in (True, False):
         monkeypatch.setattr(model, "layout_of", lambda module, joins=joins: Layout(module, joins))
@@ -68,6 +73,17 @@ def test_what_is_called() -> None:
     assert states[1].tolist() == [0, 1, 2, 7, 8, 14]
     assert [x.tolist() for x in coefficients] == [[0, 0, 0, 1, 2, 2], [1, 2, 3, 5, 1, 7]]
     assert torch.equal(targets, ids[given["target_mask"]])
+
+
+def test_rows_of_one_length_enter_as_they_are() -> None:
+    """Without what no target follows."""
+    given, layout = inputs([1, 5], [3, 4, 5], [5]), Layout(build("gpt-neox"), True)
+    arguments = layout.arguments(given)
+    assert arguments.keys() == {"input_ids", "use_cache"}
+    assert torch.equal(arguments["input_ids"], given["input_ids"][:, :5])
+    (rows, columns), coefficients, _ = layout.predicting(given)
+    assert (rows.tolist(), columns.tolist()) == ([0, 0, 1, 1, 1, 2], [0, 4, 2, 3, 4, 4])
+    assert [x.tolist() for x in coefficients] == [rows.tolist(), (columns + 1).tolist()]
 
 
 def test_a_row_without_a_target_is_not_called() -> None:

@@ -1,9 +1,10 @@
-"""How a batch enters a model: row by row with padding, or joined to one row without any.
+"""How a batch enters a model: row by row, or, where rows differ in length, joined to one row without padding.
 
 A state that no target of its row follows reaches no loss, and all that a decoder does outside attention it does to each
 token alone. So the states that count, of all rows, enter as one row [1, N] with positions that restart, and attention
-takes them apart again to [B, longest], each row attending to itself. Whether a model can be called like this is tried
-out, not looked up; where not, rows are padded on the right, which a causal model does not look at.
+takes them apart again to [B, longest], each row attending to itself. Where all rows have as many of them they enter as
+they are, [B, longest]. Whether a model can be called like this is tried out, not looked up; where not, rows are padded
+on the right, which a causal model does not look at.
 
 The attention is plain matrix products and a softmax, twice differentiable by any mode. Unlike SDPA's MATH path it does
 not ask whether a query sees nothing at all: each sees itself.
@@ -40,13 +41,22 @@ class Predicting(NamedTuple):
     targets: Tensor
 
 
-class _Joined(NamedTuple):
-    """ids, positions [1, N]; place [B, longest], N where there is no state; start [B] of each row among the N."""
+class _Reaching(NamedTuple):
+    """The states that a target of their row follows: which [B, L − 1], how many [B], of all rows, of the longest."""
 
-    ids: Tensor
-    positions: Tensor
-    place: Tensor
-    start: Tensor
+    which: Tensor
+    counts: Tensor
+    total: int
+    longest: int
+
+    @property
+    def even(self) -> bool:
+        return self.total == len(self.counts) * self.longest
+
+    @property
+    def start(self) -> Tensor:
+        """[B], of each row among those of all rows."""
+        return self.counts.cumsum(0) - self.counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +75,8 @@ class Layout:
         Raises:
             ValueError: If packed rows are longer than the model's sliding window.
         """
-        if (joined := self._joined(inputs)) is not None:
-            ids, positions, place, _ = joined
-            return {"input_ids": ids, "position_ids": positions, "attention_mask": place[None, None],
-                    "use_cache": False}  # fmt: skip
+        if (found := self._reaching(inputs)) is not None:
+            return {**_joined(inputs["input_ids"], found), "use_cache": False}
         arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
         if "segment_ids" not in inputs:
             return arguments
@@ -86,8 +94,8 @@ class Layout:
     def predicting(self, inputs: dict[str, Tensor]) -> Predicting:
         rows, columns = inputs["target_mask"][:, 1:].nonzero(as_tuple=True)
         after = (rows, columns + 1)
-        joined = self._joined(inputs)
-        states = (rows, columns) if joined is None else (0, joined.start[rows] + columns)
+        found = self._reaching(inputs)
+        states = (rows, columns) if found is None or found.even else (0, found.start[rows] + columns)
         return Predicting(states, after, inputs["input_ids"][after])
 
     @contextmanager
@@ -105,25 +113,33 @@ class Layout:
         window = _window(self.module)
         return self.joins and not packed and (window is None or length <= window)
 
-    def _joined(self, inputs: dict[str, Tensor]) -> _Joined | None:
-        """The batch as one row; None if it cannot be."""
-        ids = inputs["input_ids"]
-        if not self._applies(ids.shape[1], "segment_ids" in inputs):
+    def _reaching(self, inputs: dict[str, Tensor]) -> _Reaching | None:
+        """What enters the model; None where rows enter whole."""
+        if not self._applies(inputs["input_ids"].shape[1], "segment_ids" in inputs):
             return None
-        counts = inputs["target_mask"][:, 1:].flip(1).cumsum(1).flip(1) > 0  # a target follows
-        lengths = counts.sum(1)
-        total, longest = torch.stack([lengths.sum(), lengths.max()]).tolist()
-        if total == 0:
-            return None
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        start = lengths.cumsum(0) - lengths
-        place = torch.where(columns < lengths[:, None], start[:, None] + columns, total)[:, :longest]
-        positions = columns[:-1].expand_as(counts)[counts]
-        return _Joined(ids[:, :-1][counts][None], positions[None], place, start)
+        which = inputs["target_mask"][:, 1:].flip(1).cumsum(1).flip(1) > 0
+        counts = which.sum(1)
+        total, longest = torch.stack([counts.sum(), counts.max()]).tolist()
+        return _Reaching(which, counts, total, longest) if total else None
+
+
+def _joined(ids: Tensor, found: _Reaching) -> dict[str, Tensor]:
+    """A model's arguments: ids, positions [1, N]; as a mask the place [1, 1, B, longest], N where there is no state."""
+    if found.even:
+        return {"input_ids": ids[:, : found.longest]}
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    spots = found.start[:, None] + columns
+    place = torch.where(columns < found.counts[:, None], spots, found.total)[:, : found.longest]
+    positions = columns[:-1].expand_as(found.which)[found.which]
+    return {
+        "input_ids": ids[:, :-1][found.which][None],
+        "position_ids": positions[None],
+        "attention_mask": place[None, None],
+    }
 
 
 def layout_of(module: nn.Module) -> Layout:
-    """Joined rows where they give the model's own states on a small batch, padded ones where not.
+    """Joined rows where they give the model's own states on small batches, padded ones where not.
 
     Args:
         module: A Hugging Face causal language model, or a peft wrapper of one.
@@ -133,15 +149,11 @@ def layout_of(module: nn.Module) -> Layout:
     if model.base_model is model:
         return padded
     weight = next(module.parameters())
-    mask = torch.ones((2, 6), dtype=torch.bool, device=weight.device)
-    mask[:, 0] = mask[1, 4:] = False
     ids = torch.arange(1, 13, device=weight.device).view(2, 6) % len(model.get_input_embeddings().weight)
-    inputs = {"input_ids": ids, "target_mask": mask}
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        with torch.no_grad():
-            found, expected = (_states(layout, inputs, weight.dtype) for layout in (joined, padded))
+        same = all(_agree(joined, padded, ids, second, weight.dtype) for second in (4, 6))
     except torch.OutOfMemoryError:  # says nothing of the model, and another run would take the other layout
         raise
     except Exception:  # a model that cannot be called like this raises what it likes
@@ -149,8 +161,17 @@ def layout_of(module: nn.Module) -> Layout:
     finally:
         for part in training:
             part.training = True
-    near = 100 * torch.finfo(weight.dtype).eps * expected.norm()
-    return joined if found.shape == expected.shape and (found - expected).norm() <= near else padded
+    return joined if same else padded
+
+
+def _agree(one: Layout, other: Layout, ids: Tensor, second: int, dtype: torch.dtype) -> bool:
+    """Whether two layouts give the same states where the second row ends after `second` tokens."""
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = mask[1, second:] = False
+    with torch.no_grad():
+        found, expected = (_states(x, {"input_ids": ids, "target_mask": mask}, dtype) for x in (one, other))
+    near = 100 * torch.finfo(dtype).eps * expected.norm()
+    return found.shape == expected.shape and bool((found - expected).norm() <= near)
 
 
 @contextmanager
@@ -215,15 +236,16 @@ def _attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of joined rows, each to itself; SDPA for what is not joined.
+    """Causal attention of rows, or of joined rows each to itself; SDPA for what has another mask.
 
     Args:
-        query: [1, H, N, E]; key and value may have fewer heads, each for H/H' of the queries'.
-        attention_mask: Of joined rows their place [1, 1, B, longest], int64.
+        query: [B, H, T, E], joined [1, H, N, E]; key and value may have fewer heads, each for H/H' of the queries'.
+        attention_mask: None for rows; of joined rows their place [1, 1, B, longest], int64.
     Returns:
-        [1, N, H, E], and no weights.
+        [B, T, H, E] or [1, N, H, E], and no weights.
     """
-    if attention_mask is None or attention_mask.dtype != torch.int64:
+    rows = attention_mask is None and query.shape[2] == key.shape[2] and getattr(module, "is_causal", True)
+    if not rows and (attention_mask is None or attention_mask.dtype != torch.int64):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -231,27 +253,36 @@ def _attention(
         )
     if foreign := [name for name in _FOREIGN if others.get(name) is not None]:
         raise ValueError(f"attention with {', '.join(foreign)} is not known here")
-    place, (rows, longest), (heads, states) = attention_mask.flatten(), attention_mask.shape[2:], query.shape[1:3]
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    heads, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
+
+    def shared(x: Tensor, dim: int) -> Tensor:
+        """With a copy of each head for all that share it."""
+        found = x.to(wide)
+        return found if found.shape[dim] == heads else found.repeat_interleave(heads // found.shape[dim], dim)
+
+    def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[*, T, E] each."""
+        scores = query @ key.transpose(-1, -2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        ahead = torch.full(scores.shape[-2:], -torch.inf, dtype=wide, device=scores.device).triu(1)
+        return F.dropout(_Softmax.apply(scores + ahead), dropout, module.training) @ value
+
+    if attention_mask is None:
+        return mixed(*(shared(x, 1) for x in (query, key, value))).to(value.dtype).transpose(1, 2), None
+    place, (several, longest), states = attention_mask.flatten(), attention_mask.shape[2:], query.shape[2]
     read = place.clamp(max=states - 1)  # what stands in for padding, nobody sees
     # no `len` of a size that varies: it would fix it where this is traced
     spots = torch.arange(place.shape[0], device=place.device)
     written = place.new_empty(states + 1).scatter(0, place, spots)[:states]
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    wide = torch.promote_types(query.dtype, torch.float32)
 
     def apart(x: Tensor) -> Tensor:
         """[1, H', N, E] as [H B, longest, E]."""
-        found = x[0].index_select(1, read).to(wide)
-        found = found if len(found) == heads else found.repeat_interleave(heads // len(found), 0)
-        return found.view(heads * rows, longest, -1)
+        return shared(x[0].index_select(1, read), 0).view(heads * several, longest, -1)
 
-    scores = apart(query) @ apart(key).transpose(1, 2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    ahead = torch.full((longest, longest), -torch.inf, dtype=wide, device=scores.device).triu(1)
-    weights = F.dropout(_Softmax.apply(scores + ahead), dropout, module.training)
-    mixed = (weights @ apart(value)).view(heads, rows * longest, -1).index_select(1, written)
-    return mixed.to(value.dtype).transpose(0, 1)[None], None
+    found = mixed(*(apart(x) for x in (query, key, value))).view(heads, several * longest, -1)
+    return found.index_select(1, written).to(value.dtype).transpose(0, 1)[None], None
 
 
 class _Softmax(torch.autograd.Function):

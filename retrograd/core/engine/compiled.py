@@ -28,7 +28,6 @@ __all__ = ["Compiled", "no_compiler"]
 
 _MOST = 16  # pairs of graphs; a chain takes two for each kind of layer and of mask
 _LEAST = 11  # what stands for a size while a graph is traced; smaller ones are numbers of heads as well
-_KEPT = 8  # what is kept for the way back is not larger than this times x
 
 _Call = Callable[[Params, Any, Any], Any]
 
@@ -36,8 +35,8 @@ _Call = Callable[[Params, Any, Any], Any]
 class Compiled:
     """Passes over links, compiled where a `call` serves two links or more. Tangents go through one by one.
 
-    sizes: of x but for its last dimension, say (rows, length), or of joined rows (rows, states, longest): what the code
-        is optimised for. It is right for all.
+    sizes: of x but for its last dimension, (rows, length), or where rows may be joined (rows, states, longest): what
+        the code is optimised for. It is right for all.
     graphs: compilations so far. fixed: those among them that serve a single shape. seconds: what they all took.
     """
 
@@ -94,22 +93,18 @@ class Compiled:
     def _pair(self, joint: Callable[..., Any], call: _Call, early: _Early, late: tuple[Tensor, ...]) -> Pair:
         params, moving, context = early
         x, given = moving[0], tree.leaves((early, late))
+        names = self._names(x)
         exact = tuple(tuple(t.shape) for t in given)
         varying: tuple[Shape, ...] = (
             *(tuple(t.shape) for t in tree.leaves(params)),
-            *(_like(x, t) for t in moving),
-            *(_around(x, t) for t in tree.leaves(context)),
-            *(_like(x, t) for t in late),
+            *(_like(names, t) for t in moving),
+            *(_around(x, names, t) for t in tree.leaves(context)),
+            *(_like(names, t) for t in late),
         )
         for shapes in (varying, exact):
-            hints = self._hints(shapes)
-            # by the sizes that are traced, not by this batch's: which one comes first must not change what is kept
-            entries = (
-                x.numel() if shapes is exact else math.prod(hints[s] if isinstance(s, str) else s for s in _like(x, x))
-            )
             asked = Asked(
                 lambda one, other: joint(call, one, other), tree.frame(early), tree.frame(late), shapes,
-                tuple((t.dtype, t.device) for t in given), hints, _KEPT * entries,
+                tuple((t.dtype, t.device) for t in given), self._hints(shapes), x.shape[-1] // 2,
             )  # fmt: skip
             # how sums are split among threads is compiled in
             key = (joint, call, torch.get_num_threads(), asked.early.key, asked.shapes, asked.like)
@@ -132,6 +127,12 @@ class Compiled:
             self.graphs += 2
             self.fixed += 0 if asked.varies else 2
         return pair
+
+    def _names(self, x: Tensor) -> Shape:
+        """The shape of x with names for what varies, places in `sizes`; one row of states may be joined rows."""
+        rows, length = x.shape[:-1]
+        last = len(self.sizes) - 1 if rows > 1 else 1
+        return ("0" if rows > 1 else 1, str(last) if length > 1 else 1, x.shape[-1])
 
     def _hints(self, shapes: Sequence[Shape]) -> dict[str, int]:
         """A number for each size that varies: a prime, not beside another number or a multiple of one.
@@ -221,13 +222,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _like(x: Tensor, other: Tensor) -> Shape:
+def _like(names: Shape, other: Tensor) -> Shape:
     """The shape of x, or of tangents of it: all but the last dimension vary."""
-    lead = other.dim() - x.dim()
-    return (*other.shape[:lead], *(str(i) if size > 1 else 1 for i, size in enumerate(x.shape[:-1])), x.shape[-1])
+    return (*other.shape[: other.dim() - len(names)], *names)
 
 
-def _around(x: Tensor, other: Tensor) -> Shape:
+def _around(x: Tensor, names: Shape, other: Tensor) -> Shape:
     """The shape of what goes with x, a mask or rotary embeddings: where it is as large as x at the same place, or as
     long as x anywhere, it varies with x. The place of joined rows, [1, 1, rows, longest] int64, has sizes of its own.
     """
@@ -237,7 +237,7 @@ def _around(x: Tensor, other: Tensor) -> Shape:
 
     def name(place: int, size: int) -> int | str:
         if size > 1 and place < len(sizes) and sizes[place] == size:
-            return str(place)
-        return str(len(sizes) - 1) if size > 1 and size == sizes[-1] else size
+            return names[place]
+        return names[-2] if size > 1 and size == sizes[-1] else size
 
     return tuple(name(place, size) for place, size in enumerate(other.shape))

@@ -3,8 +3,8 @@
 A pass over a link has two parts: what is known on the way forward, and what has to wait for the cotangents. Both are
 traced together, once, to a graph of aten operations in which the sizes that vary are symbols (`make_fx`). That happens
 below autograd: the graph holds derivatives as plain arithmetic, and what nothing asks for, the parameters' own gradient
-among it, is dropped. Then it is cut in two. Results of matrix products on the way forward are handed to the late part,
-the rest is computed again there. torch's inductor compiles both.
+among it, is dropped. Then it is cut in two. Long matrix products on the way forward, or their sums, are handed to the
+late part; the rest is computed again there. torch's inductor compiles both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Asked(NamedTuple):
 
     shapes, like: of the operands' tensors, early ones first; `like` gives dtype and device.
     hints: a number for each size that varies, which the code is optimised for; it is right for all.
-    largest: elements of the largest result that is handed on.
+    inner: the inner size from which a matrix product is handed on. Scores of attention, large and short products, are
+        computed again.
     """
 
     function: Callable[[Any, Any], tuple[Any, Any]]
@@ -36,7 +37,7 @@ class Asked(NamedTuple):
     shapes: tuple[Shape, ...]
     like: tuple[tuple[torch.dtype, torch.device], ...]
     hints: dict[str, int]
-    largest: int
+    inner: int
 
     @property
     def varies(self) -> bool:
@@ -58,7 +59,7 @@ def compiled_pair(asked: Asked) -> Pair | None:
     if traced is None:
         return None
     graph, (first, second), environment = traced
-    cut = _cut(graph, asked.early.count, first.count, asked.largest)
+    cut = _cut(graph, asked.early.count, first.count, asked.inner)
     given = [[node.meta["val"] for node in part.graph.find_nodes(op="placeholder")] for part in cut]
     if not all(_told_apart(operands) for operands in given):
         return None
@@ -141,13 +142,13 @@ def _tidied(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, fx_graph_cse(graph.graph))
 
 
-def _cut(graph: fx.GraphModule, operands: int, count: int, largest: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The part that needs the first operands only, and the rest, which gets results of matrix products of the first.
+def _cut(graph: fx.GraphModule, operands: int, count: int, inner: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The part that needs the first operands only, and the rest, which gets matrix products of the first.
 
     Args:
         operands: How many are early.
         count: How many values are.
-        largest: Elements of the largest result that is handed on.
+        inner: As in `Asked`.
     """
     placeholders = graph.graph.find_nodes(op="placeholder")
     values = list(graph.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -158,7 +159,7 @@ def _cut(graph: fx.GraphModule, operands: int, count: int, largest: int) -> tupl
     assert late.isdisjoint(values[:count]), "what is known on the way forward depends on cotangents"
 
     def handed(node: fx.Node) -> bool:
-        return node not in late and _is_product(node) and _elements(node) <= largest
+        return node not in late and _is_product(node, inner)
 
     needed = _origins(values[count:], handed)
     kept = [node for node in graph.graph.nodes if node in needed and handed(node)]
@@ -166,14 +167,30 @@ def _cut(graph: fx.GraphModule, operands: int, count: int, largest: int) -> tupl
     return first, _subgraph(graph, [*placeholders, *kept], values[count:])
 
 
-def _is_product(node: fx.Node) -> bool:
+def _is_product(node: fx.Node, inner: int) -> bool:
+    """Whether a node is a matrix product over `inner` or more, or a sum of such and of biases."""
     aten = torch.ops.aten
-    return node.target in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+    if node.target is aten.add.Tensor:
+        terms = [_viewed(x) for x in node.all_input_nodes]
+        wide = [term for term in terms if term.target is not aten.expand.default]
+        return bool(wide) and all(_is_product(term, inner) for term in wide)
+    if node.target not in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+        return False
+    left: Any = node.args[-2]
+    return _number(left.meta["val"].shape[-1]) >= inner
 
 
-def _elements(node: fx.Node) -> int:
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of."""
+    aten = torch.ops.aten
+    views = (aten.view, aten._unsafe_view, aten.t, aten.transpose, aten.permute)
+    while getattr(node.target, "overloadpacket", None) in views:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _number(size: Any) -> int:
     """By the hints: an `int` of a symbol would fix it."""
-    size = node.meta["val"].numel()
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
