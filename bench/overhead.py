@@ -6,6 +6,7 @@ two kinds taking turns; printed are the ratio of the medians and each kind's pea
 
     python bench/overhead.py                    # the full size: 64 steps, 3 turns
     python bench/overhead.py --steps 8 --turns 1 --engine double blocks
+    python bench/overhead.py --hold 1           # where a host gives and takes its guest's memory, see bench/memory.py
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from memory import holding
 
 LR, BATCH, VOCABULARY = 1e-4, 8, 50_304
 
@@ -116,6 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--engine", nargs="+", default=["double"], choices=("double", "blocks"))
+    parser.add_argument("--hold", type=float, metavar="GIB", help="hold the machine's free memory but for so much")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", choices=("plain", "double", "blocks"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -129,7 +132,8 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in ("plain", *arguments.engine)}
     for turn in range(arguments.turns):
         for kind in runs:
-            runs[kind].append(timed(kind, arguments.steps))
+            with holding(arguments.hold):
+                runs[kind].append(timed(kind, arguments.steps))
             print(f"turn {turn + 1} {kind}: {runs[kind][-1]['whole']:.1f} s", flush=True)
     report(runs, arguments.steps, arguments.json)
 
