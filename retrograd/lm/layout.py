@@ -124,12 +124,14 @@ class Layout:
 
 
 def _joined(ids: Tensor, found: _Reaching) -> dict[str, Tensor]:
-    """A model's arguments: ids, positions [1, N]; as a mask the place [1, 1, B, longest], N where there is no state."""
+    """Rows [B, longest] if they are even, else one row [1, N] with its positions.
+
+    As a mask the joined row has the place of each state, [1, 1, B, longest], N where there is none.
+    """
     if found.even:
         return {"input_ids": ids[:, : found.longest]}
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    spots = found.start[:, None] + columns
-    place = torch.where(columns < found.counts[:, None], spots, found.total)[:, : found.longest]
+    columns, counts = torch.arange(ids.shape[1], device=ids.device), found.counts[:, None]
+    place = torch.where(columns < counts, found.start[:, None] + columns, found.total)[:, : found.longest]
     positions = columns[:-1].expand_as(found.which)[found.which]
     return {
         "input_ids": ids[:, :-1][found.which][None],
