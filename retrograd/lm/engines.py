@@ -6,8 +6,9 @@ With G the bytes of a micro-batch's double graph, L layers, x the bytes of one h
 
 of activations are live. G is measured, not derived: everything that autograd saves for the model's gradient and for the
 gradient's graph on one row of 4, 8 and 12 tokens is counted, a + bT + cT² through the three is what a row of T needs,
-and the second way back holds cotangents of it besides. Peaks of whole processes were 0.8 to 1.1 of the figure for
-`double` and 0.9 to 1.3 for `blocks` (bench/engines.py).
+and the second way back holds cotangents of it besides. Peaks of whole processes were 0.9 to 1.0 of the figure for
+`double` on rows of one length, where joined rows save a tenth more, and 1.0 for `blocks` where ḡ is given
+(bench/engines.py).
 
 With h multiplications a token in a trained vocabulary head and b in all layers, a step and its pullback take, in units
 of a forward pass and where the moments give the gradient back,
@@ -37,7 +38,7 @@ __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "gra
 
 ENGINES = ("auto", "double", "blocks")
 _LENGTHS = (4, 8, 12)  # tokens of the rows that the graph is measured on
-_PENDING = 1.75  # peak of the second way back, in what autograd saves; measured 1.5 to 1.8 by depth, width and length
+_PENDING = 2.0  # peak of the second way back, in what autograd saves; measured 1.9 to 2.1 by depth, width and length
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}  # what compiling may change, of the norm of H ḡ
 
 _Objective = Callable[[Params, Any, Tensor], Tensor]
