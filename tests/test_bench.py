@@ -29,4 +29,4 @@ def test_a_benchmark_runs(name: str, options: list[str], tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "|---|" in done.stdout
-    assert "commit" in str(json.loads(written.read_text()))
+    assert json.loads(written.read_text())
