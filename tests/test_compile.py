@@ -231,8 +231,12 @@ data, module = stream(dtype, packed={packed}), build("{family}", dtype, lora={lo
 params = trainable(module)[0]
 choice = compiled_engine(module, (5, 9), [data[0]], {queries}, {packed})
 assert choice.compiled.graphs == 4, choice.why
-for size in (None, 3, 2):
-    batches = micro_batches(data[0], size)
+whole = data[0]
+mask = whole.inputs["target_mask"].clone()
+mask[:, 4:] = False
+even = whole._replace(inputs={{**whole.inputs, "target_mask": mask}})
+for size, batch in ((None, whole), (3, whole), (2, whole), (None, even), (2, even)):
+    batches = micro_batches(batch, size)
     expected = results(Blocks(decoder_chain(module)), params, batches, data.weights, {queries})
     found, again = (results(choice.engine, params, batches, data.weights, {queries}) for _ in range(2))
     print(size, error(found, expected), choice.compiled.told)

@@ -101,8 +101,9 @@ class Left(NamedTuple):
     found: Any
 
     @classmethod
-    def of(cls, x: Tensor, found: Any) -> Left:
-        return cls(tree.bit_sums(x), found)
+    def of(cls, x: Tensor, found: Any) -> Left | None:
+        """None where nothing was found."""
+        return None if found is None else cls(tree.bit_sums(x), found)
 
     def at(self, x: Tensor) -> Any:
         return self.found if torch.equal(self.place, tree.bit_sums(x)) else None

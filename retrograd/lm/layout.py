@@ -76,7 +76,7 @@ class Layout:
             ValueError: If packed rows are longer than the model's sliding window.
         """
         if (found := self._reaching(inputs)) is not None:
-            return {**_joined(inputs["input_ids"], found), "use_cache": False}
+            return {**_entering(inputs["input_ids"], found), "use_cache": False}
         arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
         if "segment_ids" not in inputs:
             return arguments
@@ -123,7 +123,7 @@ class Layout:
         return _Reaching(which, counts, total, longest) if total else None
 
 
-def _joined(ids: Tensor, found: _Reaching) -> dict[str, Tensor]:
+def _entering(ids: Tensor, found: _Reaching) -> dict[str, Tensor]:
     """Rows [B, longest] if they are even, else one row [1, N] with its positions.
 
     As a mask the joined row has the place of each state, [1, 1, B, longest], N where there is none.

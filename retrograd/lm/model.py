@@ -261,7 +261,7 @@ class _Scored(nn.Module):
             known = None if left is None else left.at(hidden)
             return fused_ce_again(*operands, known), None
         loss, pw = fused_ce_leaving(*operands)
-        return loss, None if pw is None else Left.of(hidden, pw)
+        return loss, Left.of(hidden, pw)
 
 
 class _Chosen(nn.Module):

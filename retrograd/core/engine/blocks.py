@@ -119,7 +119,7 @@ class Blocks:
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
-    ) -> tuple[Tensor, Params, list[Left]]:
+    ) -> tuple[Tensor, Params, list[Left | None]]:
         """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         assert batches, "a step needs at least one batch"
         loss, sums, left = torch.zeros(()), dict[str, Tensor](), []
@@ -138,7 +138,7 @@ class Blocks:
         weights: Tensor,
         seed: str | None,
         bars: Bars,
-        left: Sequence[Left] | None = None,
+        left: Sequence[Left | None] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         if callable(bars) and len(batches) == 1:
