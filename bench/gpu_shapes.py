@@ -155,7 +155,7 @@ def _extrapolations(
     found: dict[str, Any], values: dict[str, Any], memory: dict[str, Any], state_bytes: int
 ) -> dict[str, Any]:
     """Seconds of a whole run by engine and by where its states are; beside them the same steps of a plain loop."""
-    from retrograd.runs.trajectory import Replay, layout
+    from retrograd.runs.replay import Replay, layout
 
     def seconds(kind: str, part: str = "seconds") -> float | None:
         return found.get(kind, {}).get(part)
@@ -169,7 +169,7 @@ def _extrapolations(
             parts = (seconds("train"), seconds("digest"), seconds(engine), *slot)
             if None in parts or room < 2 * state_bytes:
                 continue
-            way = layout(Replay("auto", memory=room), steps, state_bytes)
+            way = layout(Replay("auto", memory=room), steps, state_bytes, state_bytes, elementwise=True)
             run = extrapolated(way.plan, steps, Costs(*parts)) | {"plan": way.kind}
             runs[f"{engine}, states on the {place}"] = run | {
                 "of plain": run["whole"] / (steps * plain) if plain else 0
@@ -179,7 +179,7 @@ def _extrapolations(
 
 def _whole_run(shape: Shape, values: dict[str, Any], bench: Bench) -> None:
     """The run itself, for the check of the extrapolation, if it is expected to fit into the time left."""
-    from retrograd.runs.trajectory import Replay
+    from retrograd.runs.replay import Replay
 
     predicted = values["modes"].get("float32", {}).get("runs", {}).get("double, states on the host")
     if predicted is None or 1.3 * predicted["whole"] + 5 > bench.left():
@@ -206,13 +206,13 @@ def scores(one: World, training: Any, replay: Any, mark: Callable[[], None] = la
     `mark` is called before training, after it and after the way back, in which the query is.
     """
     from retrograd.core.step import initial_state
-    from retrograd.core.sweep import Advanced
+    from retrograd.core.sweep import Advanced, Remade
     from retrograd.runs.trajectory import Trajectory
 
     replayed: list[int] = []
 
     def observe(event: Any) -> None:
-        if isinstance(event, Advanced) and event.replayed:
+        if isinstance(event, Remade) or (isinstance(event, Advanced) and event.replayed):
             replayed.append(event.step)  # its digest was compared: another would have stopped the sweep
 
     trajectory = Trajectory(training, initial_state(one.recipe, one.params), replay, observe=observe)

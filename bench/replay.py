@@ -54,7 +54,7 @@ def make(steps: int):
 
 def ways(steps: int, state_bytes: int) -> dict[str, tuple]:
     """Name → (replay, on disk?)."""
-    from retrograd.runs.trajectory import Replay
+    from retrograd.runs.replay import Replay
 
     few = max(2, round(math.sqrt(steps) / 2))
     plans = {

@@ -21,7 +21,8 @@ from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.counterfactual import Agreement, agreement, mean_lds, predicted, random_subset, without
 from retrograd.runs.manifest import fingerprint
-from retrograd.runs.trajectory import Replay, Trajectory
+from retrograd.runs.replay import Replay
+from retrograd.runs.trajectory import Trajectory
 
 __all__ = ["Evaluation", "Metagradient", "Trainer", "TrainerState", "Validation"]
 

@@ -28,8 +28,9 @@ from retrograd.runs.buffers import copy_alone, fresh, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
+from retrograd.runs.replay import Replay
 from retrograd.runs.store import Store
-from retrograd.runs.trajectory import Replay, Trajectory
+from retrograd.runs.trajectory import Trajectory
 
 
 def state(step: int) -> State:
@@ -221,7 +222,7 @@ def test_the_next_restore_is_read_ahead_and_nothing_else(tmp_path: Path, reads: 
     for step in (1, 2, 3):
         held.put(state(step))
     held.settle()
-    held.follow([plans.Restore(3), plans.Reverse(3), plans.Drop(3), *(plans.Restore(t) for t in (2, 2, 1, 0))])
+    held.follow([3, 2, 2, 1, 0])
     until(lambda: reads == [3])
     held.get(3)
     until(lambda: reads == [3, 2])
@@ -248,7 +249,7 @@ def test_going_back_takes_two_states_of_memory(tmp_path: Path, monkeypatch: pyte
         return found
 
     monkeypatch.setattr(Store, "_read", read)
-    held.follow([plans.Restore(step) for step in steps])
+    held.follow(steps)
     for step in steps:
         found = held.get(step)
         until(lambda step=step: step == 1 or held._coming[1].done())
@@ -266,7 +267,7 @@ def test_a_broken_file_read_ahead_is_told_when_it_is_restored(tmp_path: Path) ->
     raw = bytearray(held.path(1).read_bytes())
     raw[-5] ^= 1
     held.path(1).write_bytes(raw)
-    held.follow([plans.Restore(2), plans.Restore(1)])
+    held.follow([2, 1])
     assert bits(held.get(2)) == bits(state(2))
     with pytest.raises(RunError, match=r"state-000001.* does not have the bits that were written"):
         held.get(1)
@@ -366,7 +367,7 @@ def test_the_way_of_a_gpu(tmp_path: Path, gpu: Stream, gate: threading.Event, on
         held.put(one)
     held.settle()
     assert gpu.asked == ["event", "end"] * 3
-    held.follow([plans.Restore(3), plans.Restore(2), plans.Restore(1)])
+    held.follow([3, 2, 1])
     for one in reversed(given):
         found = held.get(one.step)
         assert bits(found) == bits(one)  # also those that shared a buffer on the way
@@ -383,7 +384,7 @@ def test_a_gpu(tmp_path: Path, on_disk: int) -> None:
     held = Store(given[0], tmp_path, "run", on_disk)
     for one in given:
         held.put(one)
-    held.follow([plans.Restore(step) for step in (3, 2, 1, 0)])
+    held.follow([3, 2, 1, 0])
     for one in reversed(given):
         found = held.get(one.step)
         assert bits(found) == bits(one)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ELEMENTWISE",
     "SGD",
     "AdamW",
     "Cotangent",
@@ -253,6 +254,10 @@ class AdamW:
         if self.eps_root == 0:
             slope.masked_fill_(root == 0, 0.0)
         return inverse, direction, slope
+
+
+ELEMENTWISE = (SGD, AdamW)
+"""Optimizers whose update is elementwise: little work, and the same bits wherever its inputs lie."""
 
 
 def clip(grads: Params, max_norm: float) -> Params:

@@ -32,6 +32,7 @@ __all__ = [
     "binomial",
     "binomial_advances",
     "check",
+    "enough",
     "interval",
     "log",
     "make",
@@ -227,6 +228,18 @@ def binomial_advances(steps: int, slots: int) -> int:
     _need_positive(steps=steps, slots=slots)
     repeats = _repeats(steps, slots)
     return repeats * steps - math.comb(slots + repeats, repeats - 1) if repeats else 0
+
+
+def enough(steps: int, repeats: int) -> int:
+    """The fewest slots with which a binomial plan takes no step more than `repeats` times, its first included.
+
+    >>> enough(64, 2), enough(65, 1)
+    (10, 64)
+    """
+    slots = 1
+    while _repeats(steps, slots) > repeats:
+        slots += 1
+    return slots
 
 
 def resumed(steps: int, held: Iterable[int], slots: int, *, turn: bool) -> Plan:

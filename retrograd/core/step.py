@@ -32,6 +32,7 @@ __all__ = [
     "Stepped",
     "Stream",
     "Training",
+    "again",
     "coefficients",
     "initial_state",
     "micro_batches",
@@ -114,13 +115,14 @@ class Stepped(NamedTuple):
 
     swallowed: share of parameters with a gradient that the update did not move, because it rounded to nothing; None at
     steps where it was not counted.
-    left: what the gradient leaves for its pullback, if anything.
+    grads: the gradient before clipping; left: what it leaves for its pullback, if anything. The sweep takes both out.
     """
 
     state: State
     loss: float
     grad_norm: float
     swallowed: float | None = None
+    grads: Params | None = None
     left: Any = None
 
 
@@ -173,6 +175,9 @@ class Engine(Protocol):
         `left` is what `gradient` left, if it is at hand.
         """
 
+    def repeats(self, batches: Sequence[Batch]) -> bool:
+        """Whether a gradient that the pullback computes has the bits of `gradient`'s: a kept one can take its place."""
+
 
 class Training(NamedTuple):
     """A training run as a function of its data weights: all that replay needs but the states.
@@ -196,12 +201,19 @@ def step(training: Training, state: State) -> Stepped:
     """s_t → s_{t+1}. A pure function of the state: the same state gives the same bits."""
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     loss, grads, left = training.engine.gradient(state.params, batches, training.weights, seed)
+    grads = _in_order(grads)
+    after = again(recipe, state, grads)
     with torch.no_grad():
-        grad_norm = float(tree.norm(grads))
-        clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
-        params, moments = recipe.optimizer.update(state.params, state.moments, clipped, state.step)
-        swallowed = _swallowed(state.params, params, grads) if _counted(state.step) else None
-    return Stepped(State(state.step + 1, params, moments), float(loss), grad_norm, swallowed, left)
+        swallowed = _swallowed(state.params, after.params, grads) if _counted(state.step) else None
+    return Stepped(after, float(loss), float(tree.norm(grads)), swallowed, grads, left)
+
+
+@torch.no_grad()
+def again(recipe: Recipe, state: State, grads: Params) -> State:
+    """s_{t+1} of s_t and the step's gradient: the update half alone, to the same bits."""
+    clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
+    params, moments = recipe.optimizer.update(state.params, state.moments, clipped, state.step)
+    return State(state.step + 1, params, moments)
 
 
 def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
@@ -234,7 +246,7 @@ def pullback(
     after: list[Any] = []
 
     def update_half(grads: Params) -> Params:
-        limit = recipe.max_grad_norm
+        limit, grads = recipe.max_grad_norm, _in_order(grads)
         with torch.no_grad():
             clipped = clip(grads, limit) if limit else grads
             given = (state.params, state.moments, clipped, state.step)
@@ -292,6 +304,11 @@ def random_draws(seed: str | None, part: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(int.from_bytes(drawn))
         yield
+
+
+def _in_order(grads: Params) -> Params:
+    """As a kept gradient lies: a norm adds up in the order of memory."""
+    return {name: g.contiguous() for name, g in grads.items()}
 
 
 def _counted(step: int) -> bool:

@@ -16,15 +16,28 @@ from torch import Tensor
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.optim import Cotangent, Moments, Params
-from retrograd.core.step import Pulled, State, Stepped, Training, initial_state, pullback, recovered, step
+from retrograd.core.step import (
+    Pulled,
+    State,
+    Stepped,
+    Training,
+    again,
+    initial_state,
+    micro_batches_of,
+    pullback,
+    recovered,
+    step,
+)
 
 __all__ = [
     "Advanced",
+    "Gradients",
     "Leavings",
     "Ledger",
     "MemorySlots",
     "NonFiniteError",
     "Query",
+    "Remade",
     "ReplayDriftError",
     "Reversed",
     "Slots",
@@ -55,6 +68,13 @@ class Advanced(NamedTuple):
     replayed: bool
 
 
+class Remade(NamedTuple):
+    """Step t was taken again from its kept gradient: the update alone. The state is the one after it."""
+
+    step: int
+    state: State
+
+
 class Turned(NamedTuple):
     """Training is over: the last step's outcome, with the final state."""
 
@@ -75,7 +95,7 @@ class Reversed(NamedTuple):
     sharpness: float | None = None  # estimate of the preconditioned Hessian's largest eigenvalue, if asked for
 
 
-Event = Advanced | Turned | Reversed
+Event = Advanced | Remade | Turned | Reversed
 
 
 @runtime_checkable
@@ -85,6 +105,19 @@ class Slots(Protocol):
     def put(self, state: State) -> None: ...
 
     def get(self, step: int) -> State: ...
+
+    def drop(self, step: int) -> None: ...
+
+
+@runtime_checkable
+class Gradients(Protocol):
+    """Where the gradients of steps are kept, before clipping: a step whose gradient is there is taken again by its
+    update alone. Any of them may be missing; that costs the step's gradient and changes no bit.
+    """
+
+    def put(self, step: int, grads: Params) -> None: ...
+
+    def get(self, step: int) -> Params | None: ...
 
     def drop(self, step: int) -> None: ...
 
@@ -173,14 +206,16 @@ def sweep(
     state: State | None = None,
     cotangent: Cotangent | None = None,
     after: State | None = None,
+    gradients: Gradients | None = None,
     curvature: bool = False,
 ) -> Iterator[Event]:
     """Execute actions of a plan, yielding an event for each step taken or reversed.
 
     A whole plan is swept in two parts: up to and including its Turn, with `state`; and from there on, with the working
-    state the first part ends with (state T−1), the query's cotangent and the same `left`. `after` is the final state,
-    if it is at hand; of each state the moments are held until the step before it is reversed, for they give that step's
-    gradient back. Where they are missing the step is taken again, so that the bits do not depend on it. With
+    state the first part ends with (state T−1), the query's cotangent and the same `left` and `gradients`. `after` is
+    the final state, if it is at hand; of each state the moments are held until the step before it is reversed, for they
+    give that step's gradient back. Where they are missing the step is taken again, so that the bits do not depend on
+    it. `gradients` are given that of every step taken, and asked for those of steps to be taken again. With
     `curvature`, one more Hessian-vector product a step drives a power iteration for the largest eigenvalue, carried
     from step to step.
 
@@ -191,18 +226,19 @@ def sweep(
     probe = _random_probe(cotangent.params) if curvature and cotangent is not None else None
     reached = (after.step, after.moments) if after is not None else None
     del after
+    take = _Steps(training, ledger, left, gradients)
     for action in actions:
         match action:
             case plans.Advance(start, stop):
-                for t in range(start, stop):
+                for _ in range(start, stop):
                     assert state is not None, "an Advance needs a working state"
-                    replayed = t + 1 in ledger.digests
-                    outcome = _advance(training, state, ledger, left)
-                    state = outcome.state
-                    yield Advanced(t, outcome, replayed)
+                    taken = take.step(state)
+                    state = taken.state if isinstance(taken, Remade) else taken.outcome.state
+                    yield taken
+                    del taken  # or it would hold its state beyond a Restore
             case plans.Turn():
                 assert state is not None, "a Turn needs a working state"
-                yield Turned(state.step, _advance(training, state, ledger, left))
+                yield Turned(state.step, take.whole(state).outcome)
             case plans.Snapshot():
                 assert state is not None, "a Snapshot needs a working state"
                 slots.put(state)
@@ -215,12 +251,14 @@ def sweep(
                 assert cotangent is not None, "a Reverse needs a cotangent"
                 assert state.step == t, "the plan was checked"
                 if reached is None or reached[0] != t + 1:
-                    reached = (t + 1, _after(training, state, ledger, left))
+                    reached = (t + 1, take.moments(state))
                 # handed over, so that what the update half has used up is free before the engine begins
-                grads, bars = [recovered(training.recipe, state, reached[1])], [cotangent]
+                grads, bars = [take.gradient(state, reached[1])], [cotangent]
                 cotangent, reached = None, (t, state.moments)
                 pulled = pullback(training, state, bars.pop(), probe, grads.pop(), left.take(t))
                 cotangent, probe = pulled.cotangent, _unit(pulled.probe)
+                if gradients is not None:
+                    gradients.drop(t)
                 yield _reversed(t, pulled)
                 del pulled
 
@@ -290,24 +328,61 @@ def accumulate(scores: Tensor, event: Reversed) -> None:
     scores.view(len(scores), -1).index_add_(1, event.index.flatten().to(scores.device), share)
 
 
-def _advance(training: Training, state: State, ledger: Ledger, left: Leavings) -> Stepped:
-    outcome = step(training, state)
-    left.put(state.step, outcome.left)
-    outcome = outcome._replace(left=None)
-    if not torch.isfinite(torch.tensor([outcome.loss, outcome.grad_norm])).all():
-        raise NonFiniteError(
-            f"training left the finite numbers at step {state.step}: loss {outcome.loss}, gradient norm "
-            f"{outcome.grad_norm}. Lower the learning rate, clip the gradient norm, or look at that step's rows."
-        )
-    ledger.check(outcome.state)
-    return outcome
+@dataclass(frozen=True)
+class _Steps:
+    """The ways to take a step, and to come by its gradient, with what is at hand."""
 
+    training: Training
+    ledger: Ledger
+    left: Leavings
+    gradients: Gradients | None
 
-def _after(training: Training, state: State, ledger: Ledger, left: Leavings) -> Moments:
-    """The moments after a step, taken again; those before it where none would hold the gradient anyway."""
-    if recovered(training.recipe, state, state.moments) is None:
-        return state.moments
-    return _advance(training, state, ledger, left).state.moments
+    def step(self, state: State) -> Advanced | Remade:
+        """By the update alone if that will do."""
+        remade = self.again(state)
+        return self.whole(state) if remade is None else remade
+
+    def whole(self, state: State) -> Advanced:
+        """The step, with its gradient."""
+        replayed = state.step + 1 in self.ledger.digests
+        outcome = step(self.training, state)
+        if not torch.isfinite(torch.tensor([outcome.loss, outcome.grad_norm])).all():
+            raise NonFiniteError(
+                f"training left the finite numbers at step {state.step}: loss {outcome.loss}, gradient norm "
+                f"{outcome.grad_norm}. Lower the learning rate, clip the gradient norm, or look at that step's rows."
+            )
+        self.left.put(state.step, outcome.left)
+        if self.gradients is not None:
+            assert outcome.grads is not None, "a step has a gradient"
+            self.gradients.put(state.step, outcome.grads)
+        self.ledger.check(outcome.state)
+        return Advanced(state.step, outcome._replace(grads=None, left=None), replayed)
+
+    def again(self, state: State) -> Remade | None:
+        """The step by its update alone; None if its gradient is not kept, or what came of it not known."""
+        if self.gradients is None or state.step + 1 not in self.ledger.digests:
+            return None
+        kept = self.gradients.get(state.step)
+        if kept is None:
+            return None
+        after = again(self.training.recipe, state, kept)
+        self.ledger.check(after)
+        return Remade(state.step, after)
+
+    def moments(self, state: State) -> Moments:
+        """The moments after the step; those before it where none would hold the gradient anyway."""
+        if recovered(self.training.recipe, state, state.moments) is None:
+            return state.moments
+        remade = self.again(state)
+        return (self.whole(state).outcome.state if remade is None else remade.state).moments
+
+    def gradient(self, state: State, after: Moments) -> Params | None:
+        """The step's gradient if it is known: the same bits whether or not it is kept."""
+        found = recovered(self.training.recipe, state, after)
+        if found is not None or self.gradients is None:
+            return found
+        batches, _ = micro_batches_of(self.training, state.step)
+        return self.gradients.get(state.step) if self.training.engine.repeats(batches) else None
 
 
 def _reversed(step: int, pulled: Pulled) -> Reversed:

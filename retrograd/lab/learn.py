@@ -29,7 +29,8 @@ from retrograd.lm.save import save_causal_lm
 from retrograd.lm.stream import DataStream
 from retrograd.runs.files import file_digest
 from retrograd.runs.manifest import fingerprint
-from retrograd.runs.trajectory import Replay, Trajectory
+from retrograd.runs.replay import Replay
+from retrograd.runs.trajectory import Trajectory
 
 __all__ = ["CONTEXT", "Size", "magic_flags", "one_thread", "save_random", "steps_of", "train_model"]
 

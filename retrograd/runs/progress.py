@@ -47,9 +47,9 @@ class Bars:
         """Move the bar that the event belongs to."""
         if isinstance(event, Reversed):
             self.move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
-        elif isinstance(event, Turned) or not event.replayed:
+        elif isinstance(event, Turned) or (isinstance(event, Advanced) and not event.replayed):
             self.move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
-        elif isinstance(event, Advanced) and "reverse" in self.tasks:
+        elif "reverse" in self.tasks:
             self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
 
     def move(self, name: str, done: int, note: str = "", total: int | None = None, unit: str = "steps") -> None:

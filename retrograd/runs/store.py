@@ -1,8 +1,8 @@
-"""State slots in host memory and on disk, written and read beside the computation.
+"""Slots for states and for gradients, in host memory and on disk, written and read beside the computation.
 
 A plan's slots are a stack. Its lowest positions are held longest and read least, so those go to disk when memory does
 not hold all. On disk a state is one safetensors file with its digest, so a flipped bit or a truncated file is seen when
-it is read.
+it is read. Gradients are a stack too, of as many as there are steps, and are held as states without moments are.
 
 One thread writes and reads, in the order it is asked to. At most one state is on its way out, and at most one is read
 ahead, the next one the plan restores: that is the memory taken beyond the slots. A file has its name only when it is
@@ -18,15 +18,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retrograd.core import plan as plans
 from retrograd.core import tree
+from retrograd.core.optim import Params
 from retrograd.core.step import State
 from retrograd.runs.buffers import copy_alone, fresh, leave_empty, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
 
-__all__ = ["Store"]
+__all__ = ["Gradients", "Store"]
 
 _SMALL = 1 << 20  # bytes; waking a thread takes longer than copying so little
 
@@ -43,6 +43,7 @@ class Store:
         identity: Hash of recipe, data and model; states of another are refused.
         on_disk: How many of the stack's lowest positions go to disk.
         digests: Step → digest, where the ledger has computed it; a state it does not know is digested here.
+        name: What its files are called.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Store:
         identity: str,
         on_disk: int = 0,
         digests: Mapping[int, str] | None = None,
+        name: str = "state",
     ) -> None:
         self.initial, self.folder, self.identity, self.on_disk = initial, folder, identity, on_disk
+        self.name, self.as_is = name, False
         self.digests = {} if digests is None else digests
         self.memory: dict[int, State] = {}
-        self.held: list[int] = []
+        self.held: set[int] = set()
         self.kept: set[int] = set()  # files that outlive their slot
         self._copies = Copies(initial)
         self._thread = ThreadPoolExecutor(1, "states")  # begins with its first job and ends with the store
@@ -64,11 +67,11 @@ class Store:
         self._leaving: dict[int, State] = {}  # the one on its way out; it stays if it cannot be written
         self._last: Future[None] | None = None  # the job of that one
         self._coming: tuple[int, Future[State]] | None = None
-        self._restores: deque[int] = deque()  # of the plan being followed, those still to come
+        self._expected: deque[int] = deque()
 
-    def follow(self, actions: Iterable[plans.Action]) -> None:
-        """Expect the Restores of a plan, and read each ahead of its time; replaces what was expected."""
-        self._restores = deque(action.step for action in actions if isinstance(action, plans.Restore))
+    def follow(self, steps: Iterable[int]) -> None:
+        """Expect these to be got, in this order, and read each ahead of its time; replaces what was expected."""
+        self._expected = deque(steps)
         self._coming = None
         self._read_ahead(None)
 
@@ -80,11 +83,13 @@ class Store:
         elif self.folder and len(self.held) < self.on_disk:
             if state.step not in self._saved:
                 self.save(state)
+        elif self._copies.on_host and self.as_is:
+            self.memory[state.step] = state
         elif self._copies.on_host and tree.nbytes(state) <= _SMALL:
             self.memory[state.step] = _in_memory(state)
         else:
             self._send(state, lambda host: self.memory.update({state.step: _in_memory(host)}))
-        self.held.append(state.step)
+        self.held.add(state.step)
 
     def get(self, step: int) -> State:
         """A held state, on the device of the initial one.
@@ -93,8 +98,9 @@ class Store:
             RunError: If its file is broken, or was written by another run.
         """
         self._raise()
-        if self._restores and self._restores[0] == step:
-            self._restores.popleft()
+        if step in self._expected:
+            while self._expected.popleft() != step:
+                pass  # what was expected before has come from elsewhere
         state = self._near(step)
         if state is None:
             coming = self._coming if self._coming and self._coming[0] == step else (step, self._fetch(step))
@@ -108,8 +114,7 @@ class Store:
         if step in self._leaving:
             self.settle()
         self.memory.pop(step, None)
-        if step in self.held:
-            self.held.remove(step)
+        self.held.discard(step)
         if self._coming and self._coming[0] == step:
             self._coming = None
         if self.folder and step not in self.kept:
@@ -146,7 +151,7 @@ class Store:
         if self.folder is None:
             return []
         self.settle()
-        return sorted(int(file.stem.split("-")[1]) for file in self.folder.glob("state-*.safetensors"))
+        return sorted(int(file.stem.rsplit("-", 1)[1]) for file in self.folder.glob(f"{self.name}-*.safetensors"))
 
     def remove(self, step: int) -> None:
         """Remove a state's file."""
@@ -157,7 +162,7 @@ class Store:
 
     def path(self, step: int) -> Path:
         assert self.folder is not None, "only a trajectory with a folder has files"
-        return self.folder / f"state-{step:06d}.safetensors"
+        return self.folder / f"{self.name}-{step:06d}.safetensors"
 
     def _send(self, state: State, finish: Callable[[State], None]) -> None:
         """Let the thread bring a state to host memory and `finish` it there, once the one before is through."""
@@ -180,8 +185,8 @@ class Store:
         return self.memory.get(step) if self._copies.on_host else None
 
     def _read_ahead(self, state: State | None) -> None:
-        """Begin to read what the plan restores next; `state` is the one restored last."""
-        step = self._restores[0] if self._restores else 0  # 0 is never read
+        """Begin to read what is expected next; `state` is the one got last."""
+        step = self._expected[0] if self._expected else 0  # 0 is never read
         if step not in self.held or self._near(step) is not None or (self._coming and self._coming[0] == step):
             return
         if state is not None and state.step == step:
@@ -208,13 +213,52 @@ class Store:
         if tree.digest((state.params, state.moments)) != metadata["digest"]:
             raise RunError(
                 f"snapshot {self.path(step)} does not have the bits that were written: its digest differs. Delete this "
-                "file and run the same command again; the state is computed again from an earlier one."
+                f"file and run the same command again; the {self.name} is computed again from an earlier state."
             )
         return state
 
     def _raise(self) -> None:
         if self._last is not None and self._last.done():
             self.settle()
+
+
+class Gradients:
+    """The gradients of a trajectory's steps; that of step t is held like a state t + 1 of which it were the parameters.
+
+    Args:
+        params: The pattern of all gradients.
+        folder, identity: As for states.
+        on_disk: How many of the first steps' go to disk; None if none are to be kept but those that are there.
+    """
+
+    def __init__(self, params: Params, folder: Path | None, identity: str, on_disk: int | None = None) -> None:
+        self.keeps = on_disk is not None
+        self.store = Store(State(0, params, {}), folder, identity, on_disk or 0, name="gradient")
+        self.find()
+
+    def find(self) -> None:
+        """Those that are on disk are there for a sweep, again after one that left them."""
+        self.store.held |= set(self.store.durable())
+
+    def follow(self, steps: Iterable[int]) -> None:
+        """Expect those of these steps to be asked for, in this order."""
+        self.store.follow(step + 1 for step in steps)
+
+    def put(self, step: int, grads: Params) -> None:
+        if self.keeps and step + 1 not in self.store.held:
+            self.store.put(State(step + 1, grads, {}))
+
+    def get(self, step: int) -> Params | None:
+        return self.store.get(step + 1).params if step + 1 in self.store.held else None
+
+    def clean(self, keep: bool) -> None:
+        """Remove the files, unless they are to be kept."""
+        for step in () if keep else self.store.durable():
+            self.store.remove(step)
+
+    def drop(self, step: int) -> None:
+        if step + 1 in self.store.held:
+            self.store.drop(step + 1)
 
 
 def _in_memory(state: State) -> State:

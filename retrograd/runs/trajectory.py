@@ -8,86 +8,35 @@ cotangent, by a plan over the states that survived. The bits are the same becaus
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retrograd.core import plan as plans
 from retrograd.core import tree
-from retrograd.core.optim import Cotangent
-from retrograd.core.step import State, Training
-from retrograd.core.sweep import Advanced, Event, Leavings, Ledger, Reversed, Turned, accumulate, seed_cotangent, sweep
+from retrograd.core.optim import ELEMENTWISE, Cotangent
+from retrograd.core.step import State, Training, micro_batches_of, recovered
+from retrograd.core.sweep import (
+    Advanced,
+    Event,
+    Leavings,
+    Ledger,
+    Remade,
+    Reversed,
+    Turned,
+    accumulate,
+    seed_cotangent,
+    sweep,
+)
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, read_tensors, write_tensors
-from retrograd.runs.store import Store
+from retrograd.runs.replay import Replay, layout
+from retrograd.runs.store import Gradients, Store
 
-__all__ = ["Layout", "Replay", "Trajectory", "layout"]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """How states are kept.
-
-    Args:
-        plan: "auto" (all states if they fit, else binomial), or a kind of `plans.make`.
-        memory, disk: Bytes that held states may take. With disk, memory takes up to two states more: one on its way
-            to disk, one read ahead.
-        interval: Distance between held states of the "interval" plan.
-        slots: States held by the "binomial" plan; as many as fit when None.
-        keep: Leave the states of the forward run on disk.
-        heartbeat: Seconds between durable resume points; 0 makes one at every step.
-    """
-
-    plan: str = "auto"
-    memory: int = 1 << 62
-    disk: int = 0
-    interval: int | None = None
-    slots: int | None = None
-    keep: bool = False
-    heartbeat: float = 60.0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A plan with where its slots are."""
-
-    kind: str
-    plan: plans.Plan
-    cost: plans.Cost
-    on_disk: int
-    state_bytes: int
-
-
-def layout(replay: Replay, steps: int, state_bytes: int) -> Layout:
-    """Choose the plan for a run and check that its states fit.
-
-    Raises:
-        ValueError: If they do not, with what would.
-    """
-    in_memory, on_disk = replay.memory // max(1, state_bytes), replay.disk // max(1, state_bytes)
-    # kept states stay on disk, and the way back holds at most all but the initial one again, in memory
-    fit = min(on_disk + 1, in_memory + 1) if replay.keep else in_memory + on_disk
-    kind = replay.plan
-    if kind == "auto":
-        kind = "all" if steps <= (on_disk + 1 if replay.keep else fit) else "binomial"
-    slots = replay.slots or max(1, min(fit, steps))
-    plan = plans.make(kind, steps, slots=slots, every=replay.interval)
-    cost = plans.check(plan, steps)
-    forward = plan[: next(i for i, action in enumerate(plan) if isinstance(action, plans.Turn))]
-    kept = sum(isinstance(action, plans.Snapshot) for action in forward) - 1 if replay.keep else 0
-    needed = kept if replay.keep else cost.slots
-    if needed > (on_disk if replay.keep else fit):
-        where = (
-            f"--replay.disk {replay.disk:,}" if replay.keep else f"memory {replay.memory:,} and disk {replay.disk:,}"
-        )
-        raise ValueError(
-            f"plan {kind!r} holds {needed} states of {state_bytes:,} bytes, and {where} bytes hold {fit}. Raise "
-            "--replay.memory or --replay.disk, or use --replay.plan auto."
-        )
-    return Layout(kind, plan, cost, steps if replay.keep else max(0, cost.slots - in_memory), state_bytes)
+__all__ = ["Trajectory"]
 
 
 class Trajectory:
@@ -116,10 +65,13 @@ class Trajectory:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self.steps = len(training.stream)
-        self.layout = layout(self.replay, self.steps, tree.nbytes(initial))
+        sizes = (tree.nbytes(initial), tree.nbytes(initial.params))
+        elementwise = isinstance(training.recipe.optimizer, ELEMENTWISE)
+        self.layout = layout(self.replay, self.steps, *sizes, elementwise=elementwise)
         self.ledger = Ledger(self._digests())
         self.left = Leavings.of(training, initial)
         self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
+        self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk)
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
         self._final: State | None = None
         self._beat = time.monotonic()
@@ -128,18 +80,15 @@ class Trajectory:
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
         if self.folder and (self.folder / "final.safetensors").exists():
-            self.store.kept = set(self.store.durable()) if self.replay.keep else set()
+            self._keep(self.store.durable() if self.replay.keep else ())
             self._final = self._read_final()
             return self._final
         actions = self._forward_plan()
         turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
         state, final = self.initial, None
         if self.replay.keep:
-            self.store.kept = {a.step for a in actions[:turn] if isinstance(a, plans.Snapshot)} | set(
-                self.store.durable()
-            )
-        self.store.follow(actions[:turn])
-        for event in sweep(actions[:turn], self.training, self.store, self.ledger, self.left, state=state):
+            self._keep([*(a.step for a in actions[:turn] if isinstance(a, plans.Snapshot)), *self.store.durable()])
+        for event in self._sweep(actions[:turn], state=state):
             if isinstance(event, Turned):
                 final = event.outcome.state
                 self.observe(event)
@@ -149,13 +98,18 @@ class Trajectory:
                 self.observe(event)  # first: a step with a durable digest counts as told when a run resumes
                 self._record(state)
                 self._forward_heartbeat(state)
+            elif isinstance(event, Remade):
+                state = event.state
+                self.observe(event)
         assert final is not None, "a forward plan ends with its Turn"
         if self.replay.keep:
             self.store.on_disk = 0  # the way back holds its states in memory
         if state.step != self.steps - 1:  # resumed at the last state itself
             state = self.store.get(self.steps - 1)
         self._pending = (actions[turn:], state)
+        self.store.as_is = self.gradients.keeps
         self.store.settle()  # a final state on disk says that all the others are
+        self.gradients.store.settle()
         self._write_final(final)
         self._final = final
         return final
@@ -175,11 +129,7 @@ class Trajectory:
         cotangent, scores, left = self._read_reverse(cotangent, scores, key)
         actions, state = self._reverse_plan(left)
         self._beat = time.monotonic()
-        self.store.follow(actions)
-        events = sweep(
-            actions, self.training, self.store, self.ledger, self.left, state=state, cotangent=cotangent,
-            after=self._final, curvature=curvature,
-        )  # fmt: skip
+        events = self._sweep(actions, state=state, cotangent=cotangent, after=self._final, curvature=curvature)
         self._final = None
         del gradient, cotangent, state  # the sweep's alone: it lets go of each as soon as it can
         for event in events:
@@ -202,8 +152,10 @@ class Trajectory:
         for step in self.store.durable():
             if not self.replay.keep:
                 self.store.remove(step)
-        for file in self.folder.glob(".state-*.tmp"):  # a kill came while it was written
-            file.unlink()
+        self.gradients.clean(self.replay.keep)
+        for name in ("state", "gradient"):
+            for file in self.folder.glob(f".{name}-*.tmp"):  # a kill came while it was written
+                file.unlink()
         self.clean_reverse(key)
 
     def clean_reverse(self, key: str = "") -> None:
@@ -211,6 +163,28 @@ class Trajectory:
         path = self._reverse_path(key)
         if path is not None:
             path.unlink(missing_ok=True)
+
+    def _keep(self, states: Iterable[int]) -> None:
+        """Let the files of these states outlive their slots, and those of all gradients if any state's does."""
+        self.store.kept = set(states)
+        self.gradients.store.kept = set(range(1, self.steps + 1)) if self.store.kept else set()
+
+    def _sweep(self, actions: Sequence[plans.Action], **given: Any) -> Iterator[Event]:
+        self.store.follow(action.step for action in actions if isinstance(action, plans.Restore))
+        self.gradients.follow(self._asked(actions))
+        return sweep(actions, self.training, self.store, self.ledger, self.left, gradients=self.gradients, **given)
+
+    def _asked(self, actions: Iterable[plans.Action]) -> Iterator[int]:
+        """The steps whose gradients a sweep asks for, if they are kept."""
+        recipe, engine = self.training.recipe, self.training.engine
+        unknown = recovered(recipe, self.initial, self.initial.moments) is None
+        wanted = unknown and engine.repeats(micro_batches_of(self.training, 0)[0])
+        for action in actions:
+            match action:
+                case plans.Advance(start, stop):
+                    yield from range(start, stop)
+                case plans.Reverse(step) if wanted:
+                    yield step
 
     def _reverse_path(self, key: str) -> Path | None:
         return self.folder / f"reverse{'-' if key else ''}{key}.safetensors" if self.folder else None
@@ -221,7 +195,7 @@ class Trajectory:
             return self.layout.plan
         return self._resumed(self.steps, turn=True)
 
-    def _reverse_plan(self, left: int) -> tuple[Iterable[plans.Action], State | None]:
+    def _reverse_plan(self, left: int) -> tuple[plans.Plan, State | None]:
         if left == 0:
             return (), None
         if self._pending is not None and left == self.steps:
@@ -234,9 +208,12 @@ class Trajectory:
         """A plan over the states that survived, with what room the budgets leave."""
         held = [0, *(t for t in self.store.durable() if t < steps)]
         in_memory = self.replay.memory // max(1, self.layout.state_bytes)
+        if self.gradients.keeps:
+            in_memory = min(in_memory, self.layout.cost.slots)  # the rest is theirs
         free = max(0, min(in_memory, steps) - 1)
         self.store.on_disk = 0
-        self.store.held = list(held)
+        self.store.held = set(held)
+        self.gradients.find()
         return plans.resumed(steps, held, free, turn=turn)
 
     def _record(self, state: State) -> None:

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.core.sweep import Event, Reversed
+from retrograd.core.sweep import Event, Remade, Reversed
 from retrograd.lab.tasks import lab_tasks
 from retrograd.lm.model import CausalLM
 from retrograd.lm.save import save_causal_lm
@@ -128,7 +128,7 @@ class During:
     def __call__(self, event: Event) -> None:
         """Evaluate the state of a forward step, if it is its turn."""
         if not isinstance(event, Reversed):
-            self.at(event.outcome.state)
+            self.at(event.state if isinstance(event, Remade) else event.outcome.state)
 
     def at(self, state: State) -> None:
         """Evaluate a state now, if it is its turn and it has no line yet."""

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from retrograd.core.sweep import Event, Reversed, Turned
+from retrograd.core.sweep import Event, Remade, Reversed, Turned
 from retrograd.lab.files import MIXTURES, changed_files, describe_files, make_files, make_words, write_files
 from retrograd.lab.harness import write_harness
 from retrograd.lab.learn import Size, one_thread, save_random, steps_of, train_model
@@ -146,7 +146,7 @@ def _train(config: LabConfig) -> None:
 
 def _train_one(config: LabConfig, name: str, tell: Any) -> None:
     def observe(event: Event) -> None:
-        if isinstance(event, Reversed):
+        if isinstance(event, (Remade, Reversed)):
             return
         step = event.outcome.state.step
         if isinstance(event, Turned) or step % 10 == 0:

@@ -20,7 +20,8 @@ from retrograd.runs.config import TrainConfig
 from retrograd.runs.files import write_json
 from retrograd.runs.manifest import Manifest, fingerprint
 from retrograd.runs.progress import counting
-from retrograd.runs.trajectory import Replay, Trajectory
+from retrograd.runs.replay import Replay
+from retrograd.runs.trajectory import Trajectory
 from retrograd.stages.assemble import Loaded, assemble
 from retrograd.stages.opened import set_threads
 

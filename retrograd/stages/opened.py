@@ -16,7 +16,8 @@ from retrograd.runs.config import MagicConfig, QueryConfig
 from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.parse import build, parse_size, read_yaml
-from retrograd.runs.trajectory import Replay, Trajectory
+from retrograd.runs.replay import Replay
+from retrograd.runs.trajectory import Trajectory
 from retrograd.stages.assemble import Loaded, assemble
 
 __all__ = [

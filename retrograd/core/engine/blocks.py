@@ -163,6 +163,9 @@ class Blocks:
         zeros = {name: torch.zeros_like(bar) for name, bar in bars.items() if name not in curvature}
         return {name: (zeros if name in zeros else curvature)[name] for name in params}, torch.cat(scores, dim=1)
 
+    def repeats(self, batches: Sequence[Batch]) -> bool:
+        return True
+
     def _first(self, params: Params, batch: Batch, factors: Tensor, draws: _Draws) -> Found:
         """Loss and gradient: block inputs forward, then back with one link's graph at a time."""
         embed, links, head = self.chain.embed, self.chain.links, self.chain.head

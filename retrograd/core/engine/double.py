@@ -98,6 +98,10 @@ class Double:
             scores.append(slopes * batch.scale)
         return curvature, torch.cat(scores, dim=1)
 
+    def repeats(self, batches: Sequence[Batch]) -> bool:
+        """Of one micro-batch the gradient falls out of the graph for the second backward."""
+        return len(batches) > 1
+
 
 def _live(params: Params) -> Params:
     return {name: theta.detach().requires_grad_() for name, theta in params.items()}

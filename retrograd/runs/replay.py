@@ -1,0 +1,149 @@
+"""What is kept of a training for the way back, and where: chosen before the first step, on integers.
+
+A state of AdamW is three times its parameters and a gradient is one, so with an elementwise update the gradients of all
+steps and a few states take little more than a third of the memory that all states take: a state is made again from the
+one before it by the update alone, at most twice each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retrograd.core import plan as plans
+
+__all__ = ["Layout", "Replay", "layout"]
+
+_REMADE = 0.1  # of a step's time, for an elementwise update and the digest of what it makes; 0.05 to 0.08 measured
+_WORTH = 2 / 3  # of the bytes that all states take: what else is kept has to be as small, for the time it takes
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What is kept.
+
+    Args:
+        plan: "auto", "gradients" (of every step, with few states) or a kind of `plans.make`. auto takes what is
+            predicted to be fastest of those that fit, and not all states where gradients take two thirds or less.
+        memory, disk: Bytes that held states and gradients may take. With disk, memory takes up to two of each more: one
+            on its way to disk, one read ahead.
+        interval: Distance between held states of the "interval" plan.
+        slots: States held by the "binomial" and "gradients" plans. When None as many as fit; with gradients as many as
+            it takes to make none more than twice, if they fit.
+        keep: Leave what the forward run holds on disk.
+        heartbeat: Seconds between durable resume points; 0 makes one at every step.
+    """
+
+    plan: str = "auto"
+    memory: int = 1 << 62
+    disk: int = 0
+    interval: int | None = None
+    slots: int | None = None
+    keep: bool = False
+    heartbeat: float = 60.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan with where its slots are.
+
+    on_disk: Of the states, how many of the stack's lowest positions are on disk.
+    gradients_on_disk: The same of gradients; None where they are not kept.
+    """
+
+    kind: str
+    plan: plans.Plan
+    cost: plans.Cost
+    on_disk: int
+    state_bytes: int
+    gradients_on_disk: int | None = None
+    held_bytes: int = 0
+
+    @property
+    def extra(self) -> float:
+        """What is taken again, in training steps."""
+        return self.cost.replays * (1.0 if self.gradients_on_disk is None else _REMADE)
+
+
+def layout(replay: Replay, steps: int, state_bytes: int, gradient_bytes: int, *, elementwise: bool) -> Layout:
+    """Choose what is kept of a run and check that it fits.
+
+    Args:
+        elementwise: Whether the optimizer's update is: auto keeps gradients only where making a state again is cheap.
+    Raises:
+        ValueError: If it does not fit, with what would.
+
+    >>> layout(Replay(), 64, 300, 100, elementwise=True).kind, layout(Replay(), 64, 300, 100, elementwise=False).kind
+    ('gradients', 'all')
+    """
+    room = _Room(replay, steps, max(1, state_bytes), max(1, gradient_bytes))
+    if replay.plan != "auto":
+        return room.laid(replay.plan)
+    gradients = room.tried("gradients") if elementwise else None
+    if gradients and gradients.on_disk and not replay.keep:
+        gradients = None  # states made again would be written and read again
+    if gradients and gradients.cost.replays <= steps and gradients.held_bytes <= _WORTH * steps * state_bytes:
+        return gradients
+    fit = [way for way in (room.tried("all"), gradients, room.tried("binomial")) if way is not None]
+    return min(fit, key=lambda way: way.extra) if fit else room.laid("binomial")  # which says what is missing
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The budgets, and what has to fit into them."""
+
+    replay: Replay
+    steps: int
+    state: int
+    gradient: int
+
+    def laid(self, kind: str) -> Layout:
+        found = self.tried(kind)
+        if found is not None:
+            return found
+        given = self.replay
+        budget = f"--replay.disk {given.disk:,}" if given.keep else f"memory {given.memory:,} and disk {given.disk:,}"
+        states = self._plan(kind, self._slots(kind))[1].slots
+        also = f" and {self.steps} gradients of {self.gradient:,} bytes" if kind == "gradients" else ""
+        raise ValueError(
+            f"plan {kind!r} holds {states} states of {self.state:,} bytes{also}, and {budget} bytes do not hold them. "
+            "Raise --replay.memory or --replay.disk, or use --replay.plan auto."
+        )
+
+    def tried(self, kind: str) -> Layout | None:
+        """None if it does not fit."""
+        for slots in range(self._slots(kind), 0, -1):
+            plan, cost = self._plan(kind, slots)
+            found = self._placed(kind, plan, cost)
+            if found is not None or kind != "gradients" or self.replay.slots:
+                return found
+        return None
+
+    def _plan(self, kind: str, slots: int) -> tuple[plans.Plan, plans.Cost]:
+        kind = "binomial" if kind == "gradients" else kind
+        plan = plans.make(kind, self.steps, slots=slots, every=self.replay.interval)
+        return plan, plans.check(plan, self.steps)
+
+    def _slots(self, kind: str) -> int:
+        """To try first."""
+        memory, disk = self.replay.memory // self.state, self.replay.disk // self.state
+        fit = min(disk, memory) + 1 if self.replay.keep else memory + disk
+        most = plans.enough(self.steps, repeats=2) if kind == "gradients" else self.steps
+        return self.replay.slots or max(1, min(fit, most))
+
+    def _placed(self, kind: str, plan: plans.Plan, cost: plans.Cost) -> Layout | None:
+        """Memory takes states first: they are held and restored on the way back too."""
+        memory, disk = self.replay.memory, self.replay.disk
+        gradients = self.steps if kind == "gradients" else 0
+        if self.replay.keep:
+            forward = plan[: next(i for i, action in enumerate(plan) if isinstance(action, plans.Turn))]
+            kept = sum(isinstance(action, plans.Snapshot) for action in forward) - 1
+            states, below, needed = self.steps, gradients, kept * self.state + gradients * self.gradient
+        else:
+            states = max(0, cost.slots - memory // self.state)
+            left = memory - (cost.slots - states) * self.state
+            below = max(0, gradients - left // self.gradient)
+            needed = states * self.state + below * self.gradient
+        if needed > disk:
+            return None
+        held = cost.slots * self.state + gradients * self.gradient
+        return Layout(kind, plan, cost, states, self.state, below if gradients else None, held)
