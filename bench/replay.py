@@ -1,8 +1,9 @@
 """What replay plans and tiers cost on a toy, for runs of up to 10,000 steps.
 
 A small network is trained with AdamW and one query is pulled back, under every plan and with states in memory or on
-disk. That all scores have the same bits is asserted. Printed are the steps taken again, the states held, and the time
-as a multiple of the run that keeps all states in memory; ways take turns.
+disk. That all scores have the same bits is asserted. Printed are the steps taken again (with gradients by the update
+alone), the states held, the bytes of all that is held, and the time as a multiple of the run that keeps all states in
+memory; ways take turns.
 
     python bench/replay.py                   # 1,000 steps
     python bench/replay.py --steps 10000 --turns 1
@@ -58,14 +59,18 @@ def ways(steps: int, state_bytes: int) -> dict[str, tuple]:
 
     few = max(2, round(math.sqrt(steps) / 2))
     plans = {
-        "all": Replay("all"), "interval": Replay("interval", interval=max(2, round(math.sqrt(steps)))),
-        "sqrt": Replay("sqrt"), "log": Replay("log"), f"binomial, {few} slots": Replay("binomial", slots=few),
+        "all": Replay("all"), "gradients": Replay("gradients"),
+        "interval": Replay("interval", interval=max(2, round(math.sqrt(steps)))), "sqrt": Replay("sqrt"), "log": Replay("log"), f"binomial, {few} slots": Replay("binomial", slots=few),
         "binomial, 10 slots": Replay("binomial", slots=10),
     }  # fmt: skip
     found = {f"{name}; memory": (plan, False) for name, plan in plans.items()}
     disk = Replay("sqrt", memory=0, disk=1 << 40, heartbeat=1e9)
     half = Replay("all", memory=steps // 2 * state_bytes, disk=1 << 40, heartbeat=1e9)
-    return {**found, "sqrt; disk": (disk, True), "all; half memory, half disk": (half, True)}
+    gradients = Replay("gradients", memory=steps // 3 * state_bytes, disk=1 << 40, heartbeat=1e9)
+    return {
+        **found, "sqrt; disk": (disk, True), "all; half memory, half disk": (half, True),
+        "gradients; a third in memory": (gradients, True),
+    }  # fmt: skip
 
 
 def run(world, replay, on_disk: bool):
@@ -104,12 +109,14 @@ def main() -> None:
     base = statistics.median(seconds["all; memory"])
     rows = {
         name: {"again": layouts[name].cost.replays / arguments.steps, "held": layouts[name].cost.slots,
+               "bytes": layouts[name].held_bytes / layouts["all; memory"].held_bytes,
                "time": statistics.median(found) / base}
         for name, found in seconds.items()
     }  # fmt: skip
-    print("| plan; tier | steps taken again, by step | states held | time, × all in memory |\n|---|---|---|---|")
+    names = ("plan; tier", "steps taken again, by step", "states held", "bytes held, × all", "time, × all in memory")
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for name, row in rows.items():
-        print(f"| {name} | {row['again']:.2f} | {row['held']} | {row['time']:.2f} |")
+        print(f"| {name} | {row['again']:.2f} | {row['held']} | {row['bytes']:.2f} | {row['time']:.2f} |")
     if arguments.json:
         arguments.json.write_text(json.dumps({"steps": arguments.steps, "ways": rows}, indent=2) + "\n")
 

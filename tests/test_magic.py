@@ -104,7 +104,8 @@ def test_the_stored_configuration_repeats_the_run(done: Path, world: Path) -> No
 
 @pytest.mark.parametrize("more", [
     ("--replay.plan", "binomial", "--replay.slots", "2"), ("--replay.plan", "log"),
-    ("--replay.memory", "0", "--replay.disk", "1GiB"), ("--replay.keep",), ("--replay.heartbeat", "0"),
+    ("--replay.memory", "0", "--replay.disk", "1GiB"), ("--replay.keep",), ("--replay.keep", "--replay.plan", "all"),
+    ("--replay.heartbeat", "0"),
     ("--replay.plan", "sqrt", "--replay.memory", "100KB"),
 ], ids=" ".join)  # fmt: skip
 def test_every_plan_and_tier_gives_the_same_bits(
@@ -112,8 +113,8 @@ def test_every_plan_and_tier_gives_the_same_bits(
 ) -> None:
     assert main(command(world, tmp_path / "run", *more)) == 0
     assert (tmp_path / "run/scores.pt").read_bytes() == (done / "scores.pt").read_bytes()
-    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("state-*"))
-    assert len(kept) == (9 if "--replay.keep" in more else 0)
+    kept = [len(list((tmp_path / "run/checkpoints").glob(f"{name}-*"))) for name in ("state", "gradient")]
+    assert kept == ([0, 0] if "--replay.keep" not in more else [9, 0] if "all" in more else [2, 10])
 
 
 def test_tokens_and_several_queries(done: Path, world: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ import pytest
 import torch
 import worlds
 
-from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.optim import AdamW, Moments, Params, Updated
 from retrograd.core.step import Recipe, State, initial_state
@@ -29,7 +28,7 @@ from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
 from retrograd.runs.replay import Replay
-from retrograd.runs.store import Store
+from retrograd.runs.store import Gradients, Store
 from retrograd.runs.trajectory import Trajectory
 
 
@@ -375,6 +374,24 @@ def test_the_way_of_a_gpu(tmp_path: Path, gpu: Stream, gate: threading.Event, on
         held.drop(one.step)
     assert gpu.asked == ["event", "end"] * 6
     assert (held.memory.keys(), files(tmp_path)) == ({0}, [])
+
+
+@pytest.mark.parametrize("on_disk", [0, 99])
+def test_gradients_by_the_way_of_a_gpu(tmp_path: Path, gpu: Stream, on_disk: int) -> None:
+    held, given = Gradients(state(0).params, tmp_path, "run", on_disk), [state(step).params for step in range(4)]
+    for step, one in enumerate(given):
+        held.put(step, one)
+        held.put(step, one)  # taken again: it is there
+    held.store.settle()
+    assert gpu.asked == ["event", "end"] * 4
+    held.follow([2, 3, 1, 0])
+    for step in (3, 2, 3, 1, 0):  # not as expected, and twice
+        found = held.get(step)
+        assert found is not None
+        assert tree.digest(found) == tree.digest(given[step])
+    held.drop(3)
+    assert held.get(3) is None
+    assert Gradients(state(0).params, None, "run").get(0) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

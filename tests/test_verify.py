@@ -51,7 +51,7 @@ def failed(checks: dict[str, dict[str, Any]]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def done(world: Path) -> Path:
-    assert main(command(world, world / "done", "--replay.keep")) == 0
+    assert main(command(world, world / "done", "--replay.keep", "--replay.plan", "all")) == 0
     return world / "done"
 
 
@@ -137,6 +137,20 @@ def test_one_flipped_bit_in_a_state_fails(run: Path, name: str) -> None:
     checks = certificate(run, "--steps", "0", "--directions", "0", code=1)
     assert failed(checks) == {"states"}
     assert f"{name}.safetensors: not the bits that were written" in checks["states"]["words"]
+
+
+def test_kept_gradients_are_checked_and_one_flipped_bit_fails(world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(command(world, run, "--replay.keep", "--replay.plan", "gradients")) == 0
+    checks = certificate(run, "--steps", "0", "--directions", "0", code=0)
+    assert "; 3 gradients on disk, each with its own digest" in checks["states"]["words"]
+    path = run / "checkpoints/gradient-000002.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    checks = certificate(run, "--steps", "0", "--directions", "0", code=1)
+    assert failed(checks) == {"states"}
+    assert "1 of 4 states and gradients on disk are broken. gradient-000002" in checks["states"]["words"]
 
 
 def test_a_truncated_state_and_other_digests_fail(run: Path) -> None:

@@ -125,20 +125,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Which states are kept for the way back."""
+    """What is kept of the training for the way back."""
 
-    plan: Literal["auto", "all", "interval", "sqrt", "log", "binomial"] = "auto"
-    """auto keeps all states if they fit, else takes the binomial plan over those that do."""
+    plan: Literal["auto", "all", "gradients", "interval", "sqrt", "log", "binomial"] = "auto"
+    """auto keeps the gradients of all steps and few states where that takes two thirds of the room of all states or
+    less (AdamW, SGD with momentum), else all states; where neither fits, the binomial plan over the states that do."""
     memory: str = "auto"
-    """Host memory for states, such as 8GiB; auto takes half of what is free. States on disk take up to two more."""
+    """Host memory for states and gradients, such as 8GiB; auto takes half of what is free. Those on disk take up to two
+    states more."""
     disk: str = "auto"
-    """Disk for states; auto takes half of what is free."""
+    """Disk for states and gradients; auto takes half of what is free."""
     interval: int | None = None
     """Distance between held states, for the interval plan."""
     slots: int | None = None
-    """States held at once, for the binomial plan; as many as fit when None."""
+    """States held at once, for the binomial and gradients plans; when None as many as fit, or as are of use."""
     keep: bool = False
-    """Leave the forward run's states on disk, for further queries."""
+    """Leave what the forward run kept on disk, for further queries."""
     heartbeat: float = 60.0
     """Seconds between durable resume points; 0 makes one at every step."""
 

@@ -102,11 +102,13 @@ class _Room:
             return found
         given = self.replay
         budget = f"--replay.disk {given.disk:,}" if given.keep else f"memory {given.memory:,} and disk {given.disk:,}"
-        states = self._plan(kind, self._slots(kind))[1].slots
+        least = 1 if kind == "gradients" and not given.slots else self._slots(kind)
+        count = self._plan(kind, least)[1].slots
+        states = f"{count} state{'s' * (count > 1)} of {self.state:,} bytes"
         also = f" and {self.steps} gradients of {self.gradient:,} bytes" if kind == "gradients" else ""
         raise ValueError(
-            f"plan {kind!r} holds {states} states of {self.state:,} bytes{also}, and {budget} bytes do not hold them. "
-            "Raise --replay.memory or --replay.disk, or use --replay.plan auto."
+            f"plan {kind!r} holds {states}{also}, and {budget} bytes do not hold them. Raise --replay.memory or "
+            "--replay.disk, or use --replay.plan auto."
         )
 
     def tried(self, kind: str) -> Layout | None:

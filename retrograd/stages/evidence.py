@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.optim import Params
+from retrograd.core.step import State
 from retrograd.runs import config as configs
 from retrograd.runs.certificate import Check, told
 from retrograd.runs.errors import RunError
@@ -65,17 +66,20 @@ def digests(run: Opened) -> dict[int, str]:
 
 
 def state_checks(run: Opened) -> Iterator[Check]:
-    """Every state on disk against its own digest and the run's."""
+    """Every state on disk against its own digest and the run's, every kept gradient against its own."""
     folder, known = run.folder / "checkpoints", digests(run)
-    steps = len(run.loaded.stream)
-    files = {path: int(path.stem.split("-")[1]) for path in sorted(folder.glob("state-*.safetensors"))}
-    files[folder / "final.safetensors"] = steps
-    bad = {path.name: why for path, step in files.items() if (why := _fault(run, path, step, known.get(step)))}
+    states = {path: int(path.stem.split("-")[1]) for path in sorted(folder.glob("state-*.safetensors"))}
+    states[folder / "final.safetensors"] = len(run.loaded.stream)
+    gradients = sorted(folder.glob("gradient-*.safetensors"))
+    faults = {path.name: _fault(run, path, run.loaded.initial, known.get(step, "")) for path, step in states.items()}
+    faults |= {path.name: _fault(run, path, State(0, run.loaded.initial.params, {})) for path in gradients}
+    bad = [f"{name}: {why}" for name, why in faults.items() if why]
+    kind = "states and gradients" if gradients else "states"
     if bad:
-        listed = "; ".join(f"{name}: {why}" for name, why in bad.items())
-        yield Check("states", "failed", f"{len(bad)} of {len(files)} states on disk are broken. {listed}")
+        yield Check("states", "failed", f"{len(bad)} of {len(faults)} {kind} on disk are broken. {'; '.join(bad)}")
     else:
-        yield Check("states", "passed", f"{len(files)} on disk, each with its own digest and the run's")
+        also = f"; {len(gradients)} gradients on disk, each with its own digest" if gradients else ""
+        yield Check("states", "passed", f"{len(states)} on disk, each with its own digest and the run's{also}")
 
 
 def stored_scores(run: Opened) -> Tensor:
@@ -132,11 +136,11 @@ def query_check(run: Opened, values: Tensor, gradient: Params) -> Check:
     return Check("query", "passed" if worst <= tolerance else "failed", what, worst, tolerance)
 
 
-def _fault(run: Opened, path: Path, step: int, expected: str | None) -> str | None:
-    """What is wrong with a state file; None for nothing."""
+def _fault(run: Opened, path: Path, like: State, expected: str | None = None) -> str | None:
+    """What is wrong with a file of this form, which has to have a digest if one is given; None for nothing."""
     try:
         tensors, metadata = read_tensors(path)
-        state = tree.unnamed(run.loaded.initial, tensors)
+        state = tree.unnamed(like, tensors)
     except (RunError, ValueError, KeyError) as error:
         return told(error)
     found = tree.digest((state.params, state.moments))
@@ -144,4 +148,4 @@ def _fault(run: Opened, path: Path, step: int, expected: str | None) -> str | No
         return "written by another run"
     if found != metadata.get("digest"):
         return "not the bits that were written"
-    return None if found == expected else "not the state that digests.txt has at this step"
+    return None if expected in (None, found) else "not the state that digests.txt has at this step"

@@ -163,5 +163,6 @@ def describe(trajectory: Trajectory) -> dict[str, Any]:
     chosen = trajectory.layout
     return {
         "plan": chosen.kind, "state_bytes": chosen.state_bytes, "slots": chosen.cost.slots, "on_disk": chosen.on_disk,
+        "held_bytes": chosen.held_bytes, "gradients_on_disk": chosen.gradients_on_disk,
         "advances": chosen.cost.advances, "replays": chosen.cost.replays,
     }  # fmt: skip
