@@ -6,10 +6,10 @@ With L layers of width D, V words, B rows of T tokens, and a product of m×k by 
     head = 2·V·D·B·(T−1)                    forward = body + head
     gradient                                3·forward
     gradient and its pullback, needed       9·forward: what reverse over reverse takes at least
-    the same, done by `double`              9·body + 10·head: the fused head computes its logits once more
-    the same, done by `blocks`              16·body + 10·head − 20·L·D²·B·T: a layer's last products take fewer pullbacks
+    the same of SGD, done by `double`       9·body + 9·head
+    the same of SGD, done by `blocks`       12·body + 8·head − 20·L·D²·B·T: a layer's last products take fewer pullbacks
 
-Elementwise work is not counted. tests/test_bench_gpu.py counts the products of a real step and finds these.
+SGD's pullback needs no gradient, for its update is linear in it. Elementwise work is not counted. tests/test_bench_gpu.py counts the products of a real step and finds these.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Shape(NamedTuple):
         """Operations that a step does, repeats included."""
         if what == "blocks":
             saved = 20 * self.layers * self.width**2 * self.rows * (self.length - 1)
-            return 16 * self.body + 10 * self.head - saved
-        return 9 * self.body + 10 * self.head if what == "double" else self.operations(what)
+            return 12 * self.body + 8 * self.head - saved
+        return 9 * (self.body + self.head) if what == "double" else self.operations(what)
 
     def sizes(self) -> dict[str, int]:
         """As `tools.gpt_neox` takes them."""

@@ -279,7 +279,7 @@ def test_closed_form_pullback_equals_autograd(optimizer: SGD | AdamW | Muon) -> 
         return torch.randn((3, *x.shape), generator=draw).double()
 
     cotangent = Cotangent(tree.map(bars, theta), tree.map(bars, moments))
-    found, gs, _ = optimizer.pullback(theta, moments, grads, 4, cotangent)
+    found, gs, *_ = optimizer.pullback(theta, moments, grads, 4, cotangent)
     expected = autograd_pullback(
         lambda p, m, g: optimizer.update(p, m, g, 4), (theta, moments, grads), tuple(cotangent)
     )
@@ -470,8 +470,10 @@ def test_no_gradient_is_recovered_from_half_precision() -> None:
 
 
 @pytest.mark.parametrize("plan", ["all", "binomial"])
-@pytest.mark.parametrize("name", ["adamw-decay", "sgd-nesterov-decay"])
-def test_a_sweep_computes_no_gradient_that_the_moments_hold(name: str, plan: str, monkeypatch: object) -> None:
+@pytest.mark.parametrize("name", ["adamw-decay", "sgd-nesterov-decay", "sgd"])
+def test_a_sweep_computes_no_gradient_that_the_moments_hold_or_nothing_needs(
+    name: str, plan: str, monkeypatch: object
+) -> None:
     run = training(replace(INGREDIENTS[name], micro_batch_size=1))
     calls, original = [], Double.gradient
 
@@ -485,6 +487,7 @@ def test_a_sweep_computes_no_gradient_that_the_moments_hold(name: str, plan: str
     taken = sum(action.stop - action.start for action in actions if isinstance(action, Advance)) + 1
     assert len(calls) == taken
     monkeypatch.setattr("retrograd.core.sweep.recovered", lambda *given: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr("retrograd.core.step.needs_gradient", lambda *given: True)  # type: ignore[attr-defined]
     _, computed = metagradient(run, params(), query, actions)
     assert len(calls) == 2 * taken + STEPS
     assert check.relative_error(scores, computed) < 1e-12

@@ -9,7 +9,7 @@ import torch
 from test_exactness import INGREDIENTS, STEPS
 from worlds import params, query, training
 
-from retrograd.core import check
+from retrograd.core import check, step
 from retrograd.core.engine import Double
 from retrograd.core.muon import Pair
 from retrograd.core.optim import SGD, AdamW, rate
@@ -66,6 +66,24 @@ def test_a_foreign_pair_has_no_recipe_gradients() -> None:
 
     metagradient(training(Recipe(Pair(torchopt.sgd(0.1)))), params(), query, observe=observe)
     assert [event.recipe for event in events] == [{}] * STEPS
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_sgd_has_the_same_recipe_gradients_without_its_gradient(
+    clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the scores, but where the rate is 0 and where clipping needs the gradient."""
+    asked: list[bool] = []
+    real = step.needs_gradient
+    monkeypatch.setattr(step, "needs_gradient", lambda *given: asked.append(real(*given)) or asked[-1])
+    recipe = Recipe(SGD(lambda t: 0.0 if t == 2 else 0.3, weight_decay=0.2), max_grad_norm=clip)
+    found = gradients(recipe)
+    assert asked == [clip is not None or t == 2 for t in reversed(range(STEPS))]
+    monkeypatch.setattr(step, "needs_gradient", lambda *given: True)
+    computed = gradients(recipe)
+    assert bool((computed[0] != 0).all())
+    for one, other in zip(found, computed):
+        assert check.relative_error(one, other) < 1e-12
 
 
 @pytest.mark.parametrize("optimizer", [SGD(0.01), AdamW(1e-3, eps_root=1e-6)], ids=["sgd", "adamw"])

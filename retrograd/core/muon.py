@@ -68,11 +68,14 @@ class Muon:
         others, other_moments = self._rest().update(_only(params, rest), _adam(moments), grads, step)
         return {name: (new | others)[name] for name in params}, {"momentum": buffers, **other_moments}
 
-    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
+    def pullback(
+        self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
+    ) -> Updated:
+        assert grads is not None, "asked for by needs_gradient"
         matrices, rest = self._divide(params)
         lr, buffers = rate(self.lr, step), {}
         below = Cotangent(_only(cotangent.params, rest), _adam(cotangent.moments))
-        others, gs, recipe = self._rest().pullback(_only(params, rest), _adam(moments), grads, step, below)
+        others, gs, recipe, _ = self._rest().pullback(_only(params, rest), _adam(moments), grads, step, below)
         thetas = dict(others.params)
         for name in matrices:
             given = (params[name], moments["momentum"][name], grads[name])
@@ -89,6 +92,9 @@ class Muon:
         moved, decayed = (inner(_only(cotangent.params, matrices), along) for along in (directions, params))
         recipe = {"lr": recipe["lr"] + moved, "weight_decay": recipe["weight_decay"] - lr * decayed}
         return Updated(pulled, {name: gs[name] for name in params}, recipe)
+
+    def needs_gradient(self, step: int) -> bool:
+        return True
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         return None  # Newton–Schulz would amplify the rounding
@@ -128,12 +134,19 @@ class Pair:
         updates, moments = self.pair.update(grads, moments, params=params, **inplace)
         return {name: theta + updates[name] for name, theta in params.items()}, moments
 
-    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
+    def pullback(
+        self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
+    ) -> Updated:
+        assert grads is not None, "asked for by needs_gradient"
+
         def update(params: Params, moments: Moments, grads: Params) -> tuple[Params, Moments]:
             return self.update(params, moments, grads, step)
 
         thetas, moment_bars, gs = autograd_pullback(update, (params, moments, grads), tuple(cotangent))
         return Updated(Cotangent(thetas, moment_bars), gs, {})
+
+    def needs_gradient(self, step: int) -> bool:
+        return True
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         return None

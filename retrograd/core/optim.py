@@ -62,11 +62,13 @@ class Updated(NamedTuple):
 
     recipe: this step's ∂φ/∂lr and share of ∂φ/∂weight_decay, [K] float64 each; empty where the optimizer does not know
         its own learning rate.
+    slope: where no gradient was given, what ∂φ/∂lr lacks is slope·⟨ḡ, g⟩.
     """
 
     cotangent: Cotangent
     bars: Params
     recipe: dict[str, Tensor]
+    slope: float = 0.0
 
 
 @runtime_checkable
@@ -79,8 +81,13 @@ class Optimizer(Protocol):
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
         """One update, as plain differentiable operations."""
 
-    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
-        """The cotangents of what an update depends on."""
+    def pullback(
+        self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
+    ) -> Updated:
+        """The cotangents of what an update depends on; the gradient may be None where it is not needed."""
+
+    def needs_gradient(self, step: int) -> bool:
+        """Whether the pullback of a step does."""
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         """The gradient that took `moments` to `after`, to rounding; None where they do not hold it."""
@@ -121,7 +128,9 @@ class SGD:
             new[name] = torch.sub(theta, g, alpha=lr)
         return new, {"momentum": buffers} if self.momentum else {}
 
-    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
+    def pullback(
+        self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
+    ) -> Updated:
         lr, mu, decay = rate(self.lr, step), self.momentum, self.weight_decay
         thetas, buffers, gs, directions = {}, {}, {}, {}
         for name, theta in params.items():
@@ -135,13 +144,22 @@ class SGD:
                 g_bar = theta_bar * -lr
             gs[name] = g_bar
             thetas[name] = torch.add(theta_bar, g_bar, alpha=decay) if decay else theta_bar
+            if grads is None:
+                continue
             g = torch.add(grads[name], theta, alpha=decay) if decay else grads[name]
             if mu:
                 buffer = torch.add(g, moments["momentum"][name], alpha=mu)
                 g = torch.add(g, buffer, alpha=mu) if self.nesterov else buffer
             directions[name] = g
-        recipe = {"lr": -inner(cotangent.params, directions), "weight_decay": inner(gs, params)}
-        return Updated(Cotangent(thetas, {"momentum": buffers} if mu else {}), gs, recipe)
+        pulled, decayed = Cotangent(thetas, {"momentum": buffers} if mu else {}), inner(gs, params)
+        if grads is not None:
+            return Updated(pulled, gs, {"lr": -inner(cotangent.params, directions), "weight_decay": decayed})
+        assert not self.needs_gradient(step), "a gradient is left out only where it is not needed"
+        slope = -decay * inner(cotangent.params, params)  # and of the gradient −⟨λ, g⟩, where ḡ = −lr·λ
+        return Updated(pulled, gs, {"lr": slope, "weight_decay": decayed}, slope=1 / lr)
+
+    def needs_gradient(self, step: int) -> bool:
+        return self.momentum > 0 or rate(self.lr, step) == 0
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         if not _holds(moments.get("momentum", {}), self.momentum):
@@ -198,7 +216,10 @@ class AdamW:
         new, ms, vs = _elementwise(updated, (*like, grads), (), like)
         return new, {"m": ms, "v": vs}
 
-    def pullback(self, params: Params, moments: Moments, grads: Params, step: int, cotangent: Cotangent) -> Updated:
+    def pullback(
+        self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
+    ) -> Updated:
+        assert grads is not None, "AdamW is not linear in the gradient"
         lr, correction1, correction2 = self._rates(step)
         moved: list[Tensor] = []
 
@@ -222,6 +243,9 @@ class AdamW:
         slope = -sum(moved, start=torch.zeros_like(decayed)) / correction1
         recipe = {"lr": slope - self.weight_decay * decayed, "weight_decay": -lr * decayed}
         return Updated(Cotangent(thetas, {"m": ms, "v": vs}), gs, recipe)
+
+    def needs_gradient(self, step: int) -> bool:
+        return True
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         if not _holds(after["m"], self.beta1):

@@ -37,6 +37,7 @@ __all__ = [
     "initial_state",
     "micro_batches",
     "micro_batches_of",
+    "needs_gradient",
     "pullback",
     "random_draws",
     "recovered",
@@ -224,6 +225,11 @@ def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
     return None if recipe.max_grad_norm else recipe.optimizer.recovered(state.params, state.moments, after)
 
 
+def needs_gradient(recipe: Recipe, step: int) -> bool:
+    """Whether a step's pullback is a function of its gradient."""
+    return recipe.max_grad_norm is not None or recipe.optimizer.needs_gradient(step)
+
+
 def pullback(
     training: Training,
     state: State,
@@ -238,33 +244,37 @@ def pullback(
         state: State t.
         cotangent: λ_{t+1}, tensors [K, *shape].
         probe: A direction u; the Hessian-vector product Hu comes out of the same graph as one more query.
-        grads: The step's gradient, if it is known; computed if not.
+        grads: The step's gradient, if it is known; computed if not, where it is needed.
         left: What the gradient left, if it is at hand; no result depends on it.
     """
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     queries = len(next(iter(cotangent.params.values())))
     after: list[Any] = []
 
-    def update_half(grads: Params) -> Params:
-        limit, grads = recipe.max_grad_norm, _in_order(grads)
+    def update_half(grads: Params | None) -> Params:
+        limit, grads = recipe.max_grad_norm, grads and _in_order(grads)
         with torch.no_grad():
-            clipped = clip(grads, limit) if limit else grads
+            clipped = clip(grads, limit) if limit and grads else grads
             given = (state.params, state.moments, clipped, state.step)
-            pulled, bars, numbers = recipe.optimizer.pullback(*given, cotangent)
-            metric = recipe.optimizer.preconditioner(state.moments, clipped, state.step) if probe else None
-        after.extend((pulled, numbers, metric))
-        bars = clip_pullback(grads, limit, bars) if limit else bars
+            pulled, bars, numbers, slope = recipe.optimizer.pullback(*given, cotangent)
+            metric = recipe.optimizer.preconditioner(state.moments, clipped, state.step) if probe and clipped else None
+        after.extend((pulled, numbers, slope, metric))
+        bars = clip_pullback(grads, limit, bars) if limit and grads else bars
         return bars if probe is None else {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
 
     bars: Bars = update_half
-    if grads is not None:
+    if grads is not None or not needs_gradient(recipe, state.step):
         bars = update_half(grads)
         del cotangent, grads  # their memory is the engine's now, if the caller has let go of them too
     curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars, left)
     del bars
-    pulled, numbers, metric = after
+    pulled, numbers, slope, metric = after
     params = {name: bar + curvature[name][:queries] for name, bar in pulled.params.items()}
     index = torch.cat([batch.index for batch in batches])
+    if slope:  # the loss is linear in the weights: ⟨g, ḡ⟩ = Σ_j w_j·scores_j
+        weights = training.weights.flatten()[index.to(training.weights.device)].double()
+        along = (scores[:queries].double() * weights.to(scores.device)).flatten(1).sum(1)
+        numbers = {**numbers, "lr": numbers["lr"] + slope * along}
     found = Pulled(Cotangent(params, pulled.moments), index, scores[:queries], numbers)
     if probe is None:
         return found

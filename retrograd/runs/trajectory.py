@@ -18,7 +18,7 @@ from torch import Tensor
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.optim import ELEMENTWISE, Cotangent
-from retrograd.core.step import State, Training, micro_batches_of, recovered
+from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
     Advanced,
     Event,
@@ -183,7 +183,7 @@ class Trajectory:
             match action:
                 case plans.Advance(start, stop):
                     yield from range(start, stop)
-                case plans.Reverse(step) if wanted:
+                case plans.Reverse(step) if wanted and needs_gradient(recipe, step):
                     yield step
 
     def _reverse_path(self, key: str) -> Path | None:
