@@ -5,7 +5,7 @@ the same batches; that they train alike is asserted before anything is timed. Ev
 two kinds taking turns; printed are the ratio of the medians and each kind's peak memory.
 
     python bench/overhead.py                    # the full size: 64 steps, 3 turns
-    python bench/overhead.py --steps 8 --turns 1 --engine double blocks
+    python bench/overhead.py --steps 8 --turns 1 --way double blocks double/all    # engines, with a replay plan or auto's
     python bench/overhead.py --hold 1           # where a host gives and takes its guest's memory, see bench/memory.py
 """
 
@@ -67,13 +67,15 @@ def plain(steps: int) -> tuple[list[float], float]:
 
 
 def metagradient(
-    steps: int, engine: str, eps_root: float = 1e-8, backward: bool = True
+    steps: int, way: str, eps_root: float = 1e-8, backward: bool = True
 ) -> tuple[list[float], dict[str, float]]:
     """The whole run; (loss by step, seconds by phase)."""
     from retrograd import DataStream, Trainer
-    from retrograd.core.sweep import Turned
+    from retrograd.core.sweep import Advanced, Turned
     from retrograd.optim import adamw
+    from retrograd.runs.replay import Replay
 
+    engine, _, plan = way.partition("/")
     losses: list[float] = []
     trainer, state = Trainer.initialize(make_model(), adamw(LR, eps_root=eps_root), engine=engine)
     stream = DataStream(make_rows(steps * BATCH), BATCH)
@@ -81,10 +83,10 @@ def metagradient(
     marks = [time.perf_counter()]
 
     def record(event) -> None:
-        if isinstance(event, Turned) or not event.replayed:
+        if isinstance(event, Turned) or (isinstance(event, Advanced) and not event.replayed):
             losses.append(event.outcome.loss)
 
-    final = trainer.train(state, stream, observe=record)
+    final = trainer.train(state, stream, replay=Replay(plan or "auto"), observe=record)
     marks.append(time.perf_counter())
     if backward:
         found = trainer.evaluate(final, query)
@@ -117,19 +119,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--engine", nargs="+", default=["double"], choices=("double", "blocks"))
+    parser.add_argument("--way", nargs="+", default=["double"], help="ENGINE or ENGINE/PLAN, see --replay.plan")
     parser.add_argument("--hold", type=float, metavar="GIB", help="hold the machine's free memory but for so much")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--child", choices=("plain", "double", "blocks"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         return child(arguments.child, arguments.steps)
     expected = plain(3)[0]
-    for engine in arguments.engine:
-        found = metagradient(3, engine, eps_root=0.0, backward=False)[0]
+    for way in arguments.way:
+        found = metagradient(3, way, eps_root=0.0, backward=False)[0]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     print(f"same losses as the plain loop for 3 steps: {np.round(expected, 4).tolist()}")
-    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in ("plain", *arguments.engine)}
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in ("plain", *arguments.way)}
     for turn in range(arguments.turns):
         for kind in runs:
             with holding(arguments.hold):
