@@ -48,6 +48,7 @@ class Layout:
 
     on_disk: Of the states, how many of the stack's lowest positions are on disk.
     gradients_on_disk: The same of gradients; None where they are not kept.
+    held_bytes: Of all states and gradients that are held at once, at most.
     """
 
     kind: str
@@ -113,12 +114,18 @@ class _Room:
 
     def tried(self, kind: str) -> Layout | None:
         """None if it does not fit."""
-        for slots in range(self._slots(kind), 0, -1):
-            plan, cost = self._plan(kind, slots)
-            found = self._placed(kind, plan, cost)
-            if found is not None or kind != "gradients" or self.replay.slots:
-                return found
-        return None
+        slots = self._slots(kind)
+        if kind == "gradients" and not self.replay.slots:  # fewer states, for more of them made again
+            slots = next((fewer for fewer in range(slots, 0, -1) if self._places(kind, fewer, fewer - 1)), 1)
+        plan, cost = self._plan(kind, slots)
+        forward = plan[: next(i for i, action in enumerate(plan) if isinstance(action, plans.Turn))]
+        kept = sum(isinstance(action, plans.Snapshot) for action in forward) - 1
+        places = self._places(kind, cost.slots, kept)
+        if places is None:
+            return None
+        gradients = self.steps if kind == "gradients" else 0
+        held = cost.slots * self.state + gradients * self.gradient
+        return Layout(kind, plan, cost, places[0], self.state, places[1] if gradients else None, held)
 
     def _plan(self, kind: str, slots: int) -> tuple[plans.Plan, plans.Cost]:
         kind = "binomial" if kind == "gradients" else kind
@@ -132,20 +139,21 @@ class _Room:
         most = plans.enough(self.steps, repeats=2) if kind == "gradients" else self.steps
         return self.replay.slots or max(1, min(fit, most))
 
-    def _placed(self, kind: str, plan: plans.Plan, cost: plans.Cost) -> Layout | None:
-        """Memory takes states first: they are held and restored on the way back too."""
+    def _places(self, kind: str, slots: int, kept: int) -> tuple[int, int] | None:
+        """How many states and gradients are on disk, or None if they do not fit.
+
+        Memory takes states first, for they are held and restored on the way back too.
+
+        Args:
+            kept: States, besides the initial one, that the forward run holds.
+        """
         memory, disk = self.replay.memory, self.replay.disk
         gradients = self.steps if kind == "gradients" else 0
         if self.replay.keep:
-            forward = plan[: next(i for i, action in enumerate(plan) if isinstance(action, plans.Turn))]
-            kept = sum(isinstance(action, plans.Snapshot) for action in forward) - 1
-            states, below, needed = self.steps, gradients, kept * self.state + gradients * self.gradient
+            places, needed = (self.steps, gradients), kept * self.state + gradients * self.gradient
         else:
-            states = max(0, cost.slots - memory // self.state)
-            left = memory - (cost.slots - states) * self.state
-            below = max(0, gradients - left // self.gradient)
-            needed = states * self.state + below * self.gradient
-        if needed > disk:
-            return None
-        held = cost.slots * self.state + gradients * self.gradient
-        return Layout(kind, plan, cost, states, self.state, below if gradients else None, held)
+            states = max(0, slots - memory // self.state)
+            left = memory - (slots - states) * self.state
+            places = (states, max(0, gradients - left // self.gradient))
+            needed = places[0] * self.state + places[1] * self.gradient
+        return places if needed <= disk else None
