@@ -71,7 +71,7 @@ def metagradient(
 ) -> tuple[list[float], dict[str, float]]:
     """The whole run; (loss by step, seconds by phase)."""
     from retrograd import DataStream, Trainer
-    from retrograd.core.sweep import Advanced, Turned
+    from retrograd.core.sweep import first_time
     from retrograd.optim import adamw
     from retrograd.runs.replay import Replay
 
@@ -83,7 +83,7 @@ def metagradient(
     marks = [time.perf_counter()]
 
     def record(event) -> None:
-        if isinstance(event, Turned) or (isinstance(event, Advanced) and not event.replayed):
+        if first_time(event):
             losses.append(event.outcome.loss)
 
     final = trainer.train(state, stream, replay=Replay(plan or "auto"), observe=record)

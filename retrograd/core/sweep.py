@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ __all__ = [
     "Slots",
     "Turned",
     "accumulate",
+    "first_time",
     "metagradient",
     "seed_cotangent",
     "sweep",
@@ -97,6 +98,11 @@ class Reversed(NamedTuple):
 
 
 Event = Advanced | Remade | Turned | Reversed
+
+
+def first_time(event: Event) -> TypeGuard[Advanced | Turned]:
+    """Whether a step of the training was taken that had not been taken before."""
+    return isinstance(event, Turned) or (isinstance(event, Advanced) and not event.replayed)
 
 
 @runtime_checkable

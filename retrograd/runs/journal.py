@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from retrograd.core.optim import Optimizer, rate
-from retrograd.core.sweep import Advanced, Event, Reversed, Turned
+from retrograd.core.sweep import Event, Reversed, first_time
 from retrograd.runs.files import append_line, read_lines, write_atomic
 from retrograd.runs.loggers import Logger, scalars
 from retrograd.runs.trajectory import Trajectory
@@ -48,9 +48,7 @@ class Journal:
                 lr = rate(self.lr, event.step)
                 values |= {"sharpness": event.sharpness, "lr_times_sharpness": lr * event.sharpness}
             self._write(phase="reverse", step=event.step, **values)
-        elif event.step not in self.trained and (
-            isinstance(event, Turned) or (isinstance(event, Advanced) and not event.replayed)
-        ):
+        elif event.step not in self.trained and first_time(event):
             self.trained.add(event.step)
             outcome = event.outcome
             values = {"loss": outcome.loss, "lr": rate(self.lr, event.step), "grad_norm": outcome.grad_norm}

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from retrograd.core.sweep import Advanced, Event, Reversed, Turned
+from retrograd.core.sweep import Event, Reversed, first_time
 
 __all__ = ["Bars", "counting"]
 
@@ -47,7 +47,7 @@ class Bars:
         """Move the bar that the event belongs to."""
         if isinstance(event, Reversed):
             self.move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
-        elif isinstance(event, Turned) or (isinstance(event, Advanced) and not event.replayed):
+        elif first_time(event):
             self.move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
         elif "reverse" in self.tasks:
             self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
