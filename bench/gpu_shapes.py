@@ -169,7 +169,8 @@ def _extrapolations(
             parts = (seconds("train"), seconds("digest"), seconds(engine), *slot)
             if None in parts or room < 2 * state_bytes:
                 continue
-            way = layout(Replay("auto", memory=room), steps, state_bytes, state_bytes, elementwise=True)
+            sizes = (state_bytes, state_bytes)  # plain SGD
+            way = layout(Replay("auto", memory=room), steps, *sizes, elementwise=True, on_host=False)
             run = extrapolated(way.plan, steps, Costs(*parts)) | {"plan": way.kind}
             runs[f"{engine}, states on the {place}"] = run | {
                 "of plain": run["whole"] / (steps * plain) if plain else 0

@@ -172,8 +172,8 @@ def test_enough_slots_are_the_fewest(repeats: int) -> None:
         assert slots == 1 or math.comb(slots - 1 + repeats, repeats) < steps
 
 
-def chosen(replay: Replay, steps: int = 64, state: int = 300, gradient: int = 100, elementwise: bool = True) -> Layout:
-    return layout(replay, steps, state, gradient, elementwise=elementwise)
+def chosen(replay: Replay, steps: int = 64, state: int = 300, gradient: int = 100, **more: bool) -> Layout:
+    return layout(replay, steps, state, gradient, **{"elementwise": True, **more})
 
 
 def test_auto_keeps_gradients_where_they_take_two_thirds_or_less() -> None:
@@ -184,6 +184,8 @@ def test_auto_keeps_gradients_where_they_take_two_thirds_or_less() -> None:
     assert chosen(Replay(), elementwise=False).kind == "all"  # Muon's update is no less work than a gradient
     assert chosen(Replay(), steps=2).kind == "all"
     assert chosen(Replay(memory=9_400)).kind == "gradients"
+    assert chosen(Replay(), on_host=False).kind == "all"  # a GPU would copy states made again there and back
+    assert chosen(Replay(memory=19_000), on_host=False).kind == "gradients"  # 63 states
 
 
 def test_auto_takes_fewer_states_before_it_takes_gradients_again() -> None:

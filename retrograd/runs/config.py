@@ -129,7 +129,8 @@ class ReplayConfig:
 
     plan: Literal["auto", "all", "gradients", "interval", "sqrt", "log", "binomial"] = "auto"
     """auto keeps the gradients of all steps and few states where that takes two thirds of the room of all states or
-    less (AdamW, SGD with momentum), else all states; where neither fits, the binomial plan over the states that do."""
+    less (AdamW, SGD with momentum), else all states; on a GPU all states first; where neither fits, the binomial plan
+    over the states that do."""
     memory: str = "auto"
     """Host memory for states and gradients, such as 8GiB; auto takes half of what is free. Those on disk take up to two
     states more."""

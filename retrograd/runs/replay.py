@@ -65,11 +65,15 @@ class Layout:
         return self.cost.replays * (1.0 if self.gradients_on_disk is None else _REMADE)
 
 
-def layout(replay: Replay, steps: int, state_bytes: int, gradient_bytes: int, *, elementwise: bool) -> Layout:
+def layout(
+    replay: Replay, steps: int, state_bytes: int, gradient_bytes: int, *, elementwise: bool, on_host: bool = True
+) -> Layout:
     """Choose what is kept of a run and check that it fits.
 
     Args:
         elementwise: Whether the optimizer's update is: auto keeps gradients only where making a state again is cheap.
+        on_host: Whether steps are taken where states are held. A GPU copies a state made again to the host and back,
+            which is more than all states take; there gradients are for where those do not fit.
     Raises:
         ValueError: If it does not fit, with what would.
 
@@ -82,7 +86,8 @@ def layout(replay: Replay, steps: int, state_bytes: int, gradient_bytes: int, *,
     gradients = room.tried("gradients") if elementwise else None
     if gradients and gradients.on_disk and not replay.keep:
         gradients = None  # states made again would be written and read again
-    if gradients and gradients.cost.replays <= steps and gradients.held_bytes <= _WORTH * steps * state_bytes:
+    small = gradients is not None and gradients.held_bytes <= _WORTH * steps * state_bytes
+    if gradients and small and on_host and gradients.cost.replays <= steps:
         return gradients
     fit = [way for way in (room.tried("all"), gradients, room.tried("binomial")) if way is not None]
     return min(fit, key=lambda way: way.extra) if fit else room.laid("binomial")  # which says what is missing
