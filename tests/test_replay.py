@@ -185,7 +185,7 @@ def test_auto_keeps_gradients_where_they_take_two_thirds_or_less() -> None:
     assert chosen(Replay(), steps=2).kind == "all"
     assert chosen(Replay(memory=9_400)).kind == "gradients"
     assert chosen(Replay(), on_host=False).kind == "all"  # a GPU would copy states made again there and back
-    assert chosen(Replay(memory=19_000), on_host=False).kind == "gradients"  # 63 states
+    assert chosen(Replay(memory=12_000), on_host=False).kind == "gradients"  # where 40 states would fit
 
 
 def test_auto_takes_fewer_states_before_it_takes_gradients_again() -> None:
