@@ -6,6 +6,7 @@ two kinds taking turns; printed are the ratio of the medians and each kind's pea
 
     python bench/overhead.py                    # the full size: 64 steps, 3 turns
     python bench/overhead.py --steps 8 --turns 1 --way double blocks double/all    # engines, with a replay plan or auto's
+    python bench/overhead.py --clip 1 --way blocks blocks/all
     python bench/overhead.py --hold 1           # where a host gives and takes its guest's memory, see bench/memory.py
 """
 
@@ -45,7 +46,7 @@ def make_model():
     return GPTNeoXForCausalLM(config)
 
 
-def plain(steps: int) -> tuple[list[float], float]:
+def plain(steps: int, clip: float | None) -> tuple[list[float], float]:
     """An ordinary loop; (loss by step, seconds)."""
     import torch
 
@@ -60,6 +61,8 @@ def plain(steps: int) -> tuple[list[float], float]:
         real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
         loss = model(input_ids=ids, attention_mask=real, labels=ids.masked_fill(real == 0, -100)).loss
         loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -67,7 +70,7 @@ def plain(steps: int) -> tuple[list[float], float]:
 
 
 def metagradient(
-    steps: int, way: str, eps_root: float = 1e-8, backward: bool = True
+    steps: int, clip: float | None, way: str, eps_root: float = 1e-8, backward: bool = True
 ) -> tuple[list[float], dict[str, float]]:
     """The whole run; (loss by step, seconds by phase)."""
     from retrograd import DataStream, Trainer
@@ -77,7 +80,8 @@ def metagradient(
 
     engine, _, plan = way.partition("/")
     losses: list[float] = []
-    trainer, state = Trainer.initialize(make_model(), adamw(LR, eps_root=eps_root), engine=engine)
+    optimizer = adamw(LR, eps_root=eps_root)
+    trainer, state = Trainer.initialize(make_model(), optimizer, engine=engine, max_grad_norm=clip)
     stream = DataStream(make_rows(steps * BATCH), BATCH)
     query = DataStream(make_rows(8, seed=1), BATCH, shuffle=False)
     marks = [time.perf_counter()]
@@ -99,18 +103,19 @@ def metagradient(
     return losses, {name: b - a for name, a, b in zip(names, marks, marks[1:])} | {"whole": marks[-1] - marks[0]}
 
 
-def timed(kind: str, steps: int) -> dict[str, float]:
+def timed(kind: str, steps: int, clip: float | None) -> dict[str, float]:
     """One run in a process of its own; ours with the setting of torch that the command line makes."""
     command = [sys.executable, __file__, "--child", kind, "--steps", str(steps)]
+    command += ["--clip", str(clip)] if clip else []
     env = os.environ | ({} if kind == "plain" else {"THP_MEM_ALLOC_ENABLE": "1"})
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(kind: str, steps: int) -> None:
+def child(kind: str, steps: int, clip: float | None) -> None:
     make_model()  # libraries load
     start = time.process_time()
-    seconds = {"whole": plain(steps)[1]} if kind == "plain" else metagradient(steps, kind)[1]
+    seconds = {"whole": plain(steps, clip)[1]} if kind == "plain" else metagradient(steps, clip, kind)[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({**seconds, "cpu": time.process_time() - start, "peak_bytes": peak}))
 
@@ -120,22 +125,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--way", nargs="+", default=["double"], help="ENGINE or ENGINE/PLAN, see --replay.plan")
+    parser.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient norm to this")
     parser.add_argument("--hold", type=float, metavar="GIB", help="hold the machine's free memory but for so much")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return child(arguments.child, arguments.steps)
-    expected = plain(3)[0]
+        return child(arguments.child, arguments.steps, arguments.clip)
+    expected = plain(3, arguments.clip)[0]
     for way in arguments.way:
-        found = metagradient(3, way, eps_root=0.0, backward=False)[0]
+        found = metagradient(3, arguments.clip, way, eps_root=0.0, backward=False)[0]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     print(f"same losses as the plain loop for 3 steps: {np.round(expected, 4).tolist()}")
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in ("plain", *arguments.way)}
     for turn in range(arguments.turns):
         for kind in runs:
             with holding(arguments.hold):
-                runs[kind].append(timed(kind, arguments.steps))
+                runs[kind].append(timed(kind, arguments.steps, arguments.clip))
             print(f"turn {turn + 1} {kind}: {runs[kind][-1]['whole']:.1f} s", flush=True)
     report(runs, arguments.steps, arguments.json)
 
