@@ -18,7 +18,7 @@ class QueryRunConfig:
     """Ask a trained run another question: its scores from the kept states, without training again."""
 
     run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
-    """Folder of a finished run. With `--replay.keep` its states are on disk; otherwise they are replayed."""
+    """Folder of a finished run. With `--replay.keep` its states or gradients are on disk; otherwise it is replayed."""
     name: str | None = None
     """Name of the query; its files go to RUN/queries/NAME."""
     query: QueryConfig = field(default_factory=QueryConfig)
