@@ -13,7 +13,7 @@ from retrograd.core import plan as plans
 
 __all__ = ["Layout", "Replay", "layout"]
 
-_REMADE = 0.1  # of a step's time, for an elementwise update and the digest of what it makes; 0.05 to 0.08 measured
+_REMADE = 0.25  # of a step's time, for a state made again; what the ways of bench/overhead.py differ by comes to 0.28
 _WORTH = 2 / 3  # of the bytes that all states take: what else is kept has to be as small, for the time it takes
 
 
@@ -23,7 +23,7 @@ class Replay:
 
     Args:
         plan: "auto", "gradients" (of every step, with few states) or a kind of `plans.make`. auto takes what is
-            predicted to be fastest of those that fit, and not all states where gradients take two thirds or less.
+            predicted to be fastest of those that fit; on a CPU not all states where gradients take two thirds or less.
         memory, disk: Bytes that held states and gradients may take. With disk, memory takes up to two of each more: one
             on its way to disk, one read ahead.
         interval: Distance between held states of the "interval" plan.
