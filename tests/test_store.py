@@ -18,12 +18,12 @@ import pytest
 import torch
 import worlds
 
-from retrograd.core import tree
+from retrograd.core import rooms, tree
 from retrograd.core.optim import AdamW, Moments, Params, Updated
 from retrograd.core.step import Recipe, State, initial_state
 from retrograd.core.sweep import seed_cotangent
 from retrograd.runs import copies, store, trajectory
-from retrograd.runs.buffers import copy_alone, fresh, packed
+from retrograd.runs.buffers import copy_alone, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -316,11 +316,11 @@ def _pulled(optimizer: AdamW, params: Params, moments: Moments, grads: Params, b
 def test_a_large_state_is_one_aligned_buffer() -> None:
     given = {"a": torch.randn(3), "b": torch.randn(1 << 20).requires_grad_(), "c": torch.randn(1000, 999).T}
     with torch.no_grad():
-        found = packed(given, torch.Tensor.copy_, fresh)
+        found = packed(given, torch.Tensor.copy_, rooms.fresh)
     assert tree.digest(found) == tree.digest(given)
     assert len({leaf.untyped_storage().data_ptr() for leaf in found.values()}) == 1
     assert all(leaf.data_ptr() % 64 == 0 for leaf in found.values())
-    assert packed({}, copy_alone, fresh) == {}  # plain SGD has no moments
+    assert packed({}, copy_alone, rooms.fresh) == {}  # plain SGD has no moments
 
 
 class Stream:
@@ -349,7 +349,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Stream:
         self.on_host, self.stream = False, stream
 
     monkeypatch.setattr(Copies, "__init__", begin)
-    monkeypatch.setattr(copies, "pinned", fresh)
+    monkeypatch.setattr(copies, "pinned", rooms.fresh)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return stream

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from retrograd.core import rooms
+
 __all__ = [
     "ELEMENTWISE",
     "SGD",
@@ -119,44 +121,55 @@ class SGD:
         return {"momentum": zeros(params)} if self.momentum else {}
 
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
-        lr, new, buffers = rate(self.lr, step), {}, {}
-        for name, theta in params.items():
-            g = torch.add(grads[name], theta, alpha=self.weight_decay) if self.weight_decay else grads[name]
-            if self.momentum:
-                buffers[name] = torch.add(g, moments["momentum"][name], alpha=self.momentum)
-                g = torch.add(g, buffers[name], alpha=self.momentum) if self.nesterov else buffers[name]
-            new[name] = torch.sub(theta, g, alpha=lr)
-        return new, {"momentum": buffers} if self.momentum else {}
+        lr, mu = rate(self.lr, step), self.momentum
+
+        def plain(theta: Tensor, g: Tensor, new: _Room) -> tuple[Tensor, ...]:
+            return (torch.sub(theta, self._decayed(g, theta), alpha=lr, out=new),)
+
+        def heavy(theta: Tensor, g: Tensor, buffer: Tensor, new: _Room, new_buffer: _Room) -> tuple[Tensor, ...]:
+            g = self._decayed(g, theta)
+            buffer = torch.add(g, buffer, alpha=mu, out=new_buffer)
+            move = torch.add(g, buffer, alpha=mu) if self.nesterov else buffer
+            return torch.sub(theta, move, alpha=lr, out=new), buffer
+
+        if not mu:
+            return _elementwise(plain, (params, grads), (), (params,))[0], {}
+        like = (params, moments["momentum"])
+        new, buffers = _elementwise(heavy, (params, grads, moments["momentum"]), (), like)
+        return new, {"momentum": buffers}
 
     def pullback(
         self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
     ) -> Updated:
         lr, mu, decay = rate(self.lr, step), self.momentum, self.weight_decay
-        thetas, buffers, gs, directions = {}, {}, {}, {}
-        for name, theta in params.items():
-            theta_bar = cotangent.params[name]
-            if mu:
-                scale = mu * lr if self.nesterov else lr
-                buffer_bar = torch.sub(cotangent.moments["momentum"][name], theta_bar, alpha=scale)
-                g_bar = torch.sub(buffer_bar, theta_bar, alpha=lr) if self.nesterov else buffer_bar
-                buffers[name] = buffer_bar * mu
-            else:
-                g_bar = theta_bar * -lr
-            gs[name] = g_bar
-            thetas[name] = torch.add(theta_bar, g_bar, alpha=decay) if decay else theta_bar
-            if grads is None:
-                continue
-            g = torch.add(grads[name], theta, alpha=decay) if decay else grads[name]
-            if mu:
-                buffer = torch.add(g, moments["momentum"][name], alpha=mu)
-                g = torch.add(g, buffer, alpha=mu) if self.nesterov else buffer
-            directions[name] = g
-        pulled, decayed = Cotangent(thetas, {"momentum": buffers} if mu else {}), inner(gs, params)
+
+        def plain(theta_bar: Tensor, g_room: _Room) -> tuple[Tensor, ...]:
+            return (torch.mul(theta_bar, -lr, out=g_room),)
+
+        def heavy(theta_bar: Tensor, buffer_bar: Tensor, g_room: _Room, buffer_room: _Room) -> tuple[Tensor, ...]:
+            g_bar = torch.sub(buffer_bar, theta_bar, alpha=mu * lr if self.nesterov else lr, out=g_room)
+            buffer_bar = torch.mul(g_bar, mu, out=buffer_room)
+            return torch.sub(g_bar, theta_bar, alpha=lr, out=g_room) if self.nesterov else g_bar, buffer_bar
+
+        bars = cotangent.params
+        given = (bars, cotangent.moments["momentum"]) if mu else (bars,)
+        gs, *buffers = _elementwise(heavy if mu else plain, (), given, given)
+        thetas = {name: torch.add(bars[name], g_bar, alpha=decay) for name, g_bar in gs.items()} if decay else bars
+        pulled = Cotangent(thetas, {"momentum": buffers[0]} if mu else {})
+        slope = decay * inner(bars, params)  # of θ' along −lr: of g + wd·θ, and of the moments
         if grads is not None:
-            return Updated(pulled, gs, {"lr": -inner(cotangent.params, directions), "weight_decay": decayed})
-        assert not self.needs_gradient(step), "a gradient is left out only where it is not needed"
-        slope = -decay * inner(cotangent.params, params)  # and of the gradient −⟨λ, g⟩, where ḡ = −lr·λ
-        return Updated(pulled, gs, {"lr": slope, "weight_decay": decayed}, slope=1 / lr)
+            slope = slope + inner(bars, grads)
+        if mu:
+            slope = slope * (1 + mu if self.nesterov else 1)
+            slope = slope + inner(bars, moments["momentum"]) * (mu * mu if self.nesterov else mu)
+        found = Updated(pulled, gs, {"lr": -slope, "weight_decay": inner(gs, params)})
+        if grads is None:  # ḡ = −lr·λ, so that −⟨λ, g⟩ = ⟨ḡ, g⟩/lr
+            assert not self.needs_gradient(step), "a gradient is left out only where it is not needed"
+            return found._replace(slope=1 / lr)
+        return found
+
+    def _decayed(self, g: Tensor, theta: Tensor) -> Tensor:
+        return torch.add(g, theta, alpha=self.weight_decay) if self.weight_decay else g
 
     def needs_gradient(self, step: int) -> bool:
         return self.momentum > 0 or rate(self.lr, step) == 0
@@ -251,7 +264,9 @@ class AdamW:
         if not _holds(after["m"], self.beta1):
             return None
         factor = 1 / (1 - self.beta1)
-        return {name: torch.lerp(m, after["m"][name], factor) for name, m in moments["m"].items()}
+        return {
+            name: torch.lerp(m, after["m"][name], factor, out=rooms.empty_like(m)) for name, m in moments["m"].items()
+        }
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params:
         return {n: self._rooted(v, grads[n], step).add_(self.eps).reciprocal_() for n, v in moments["v"].items()}
@@ -328,16 +343,17 @@ def _elementwise(
         like: What each result is like.
     """
     found: list[Params] = [{} for _ in like]
+    queries = len(next(iter(bars[0].values()))) if bars else 1
     for names in _groups([*trees, *bars]):
         leaves, wide = ([[tree[name] for name in names] for tree in given] for given in (trees, bars))
         if len(names) == 1:
-            outs = _in_pieces(function, [x[0] for x in leaves], [x[0] for x in wide], [x[names[0]] for x in like])
-            parts = [[out] for out in outs]
+            single = ([x[0] for x in leaves], [x[0] for x in wide], [x[names[0]] for x in like])
+            parts = [[out] for out in _in_pieces(function, *single, queries)]
         else:
             joined = [torch.cat([x.flatten() for x in each]) for each in leaves]
-            joined += [torch.cat([x.reshape(len(x), -1) for x in each], 1) for each in wide]
+            joined += [torch.cat([x.reshape(queries, -1) for x in each], 1) for each in wide]
             outs = function(*joined, *[None] * len(like))
-            sizes = [x.numel() for x in leaves[0]]
+            sizes = [x.numel() for x in leaves[0]] if leaves else [x[0].numel() for x in wide[0]]
             parts = [list(out.split(sizes, -1)) for out in outs]
         for tree, each, pattern in zip(found, parts, like, strict=True):
             tree.update({name: x.view(pattern[name].shape) for name, x in zip(names, each, strict=True)})
@@ -367,12 +383,13 @@ def _in_pieces(
     leaves: Sequence[Tensor],
     bars: Sequence[Tensor],
     like: Sequence[Tensor],
+    queries: int,
 ) -> tuple[Tensor, ...]:
-    size, queries = leaves[0].numel(), len(bars[0]) if bars else 1
+    size = leaves[0].numel() if leaves else bars[0][0].numel()
     piece = max(1, _PIECE // queries)
     if size <= piece or any(x.device.type != "cpu" or _traced(x) for x in (*leaves, *bars)):
         return function(*leaves, *bars, *[None] * len(like))
-    outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    outs = tuple(rooms.empty_like(x) for x in like)
     flat = [x.reshape(-1) for x in leaves]
     wide = [x.reshape(queries, -1) if bars else x.reshape(-1) for x in (*bars, *outs)]
     for start in range(0, size, piece):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from retrograd.core import tree
+from retrograd.core import rooms, tree
 from retrograd.core.optim import Cotangent, Moments, Optimizer, Params, clip, clip_pullback
 
 __all__ = [
@@ -269,7 +269,10 @@ def pullback(
     curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars, left)
     del bars
     pulled, numbers, slope, metric = after
-    params = {name: bar + curvature[name][:queries] for name, bar in pulled.params.items()}
+    params = {
+        name: torch.add(bar, curvature[name][:queries], out=rooms.empty_like(bar))
+        for name, bar in pulled.params.items()
+    }
     index = torch.cat([batch.index for batch in batches])
     if slope:  # the loss is linear in the weights: ⟨g, ḡ⟩ = Σ_j w_j·scores_j
         weights = training.weights.flatten()[index.to(training.weights.device)].double()

@@ -25,6 +25,8 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from retrograd.core import rooms
+
 __all__ = [
     "fused_ce",
     "fused_ce_again",
@@ -330,7 +332,7 @@ def _dots(start: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
 
 def _room(h: Tensor, w: Tensor, chunk: int) -> Tensor:
     """Memory for two [chunk, V] buffers, the second right below the first."""
-    return h.new_empty(2 * min(chunk, len(h)) * len(w))
+    return rooms.empty((2 * min(chunk, len(h)) * len(w),), h)
 
 
 def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,6 +373,6 @@ def _work(operands: _Operands) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 def _accumulators(h: Tensor, w: Tensor, b: Tensor | None, wanted: Sequence[bool]) -> _Grads:
     return (
         torch.empty_like(h) if wanted[0] else None,
-        (torch.empty_like(w) if len(h) else torch.zeros_like(w)) if wanted[1] else None,
+        (rooms.empty_like(w) if len(h) else torch.zeros_like(w)) if wanted[1] else None,
         torch.zeros_like(b) if b is not None and wanted[2] else None,
     )

@@ -1,13 +1,11 @@
 """Trees of tensors in one flat buffer of host memory.
 
 Kept leaf by leaf, states would lie scattered among the steps' temporaries, and a run of 10 GiB of states was seen to
-take 18. A large buffer asks for huge pages: the first touch of fresh memory in pages of 4 KiB costs five times the
-copy into it.
+take 18.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,14 +15,13 @@ from torch import Tensor
 
 from retrograd.core import tree
 
-__all__ = ["Copy", "as_bytes", "copy_alone", "fresh", "leave_empty", "packed", "pinned"]
+__all__ = ["Copy", "as_bytes", "copy_alone", "leave_empty", "packed", "pinned"]
 
 T = TypeVar("T")
 
 Copy = Callable[[Tensor, Tensor], Any]
 """(destination, source) → anything; fills a tensor."""
 
-_LARGE = 4 << 20
 _ALIGNED = 64  # bytes; sums over a vector may depend on where it begins, so every leaf begins as a fresh tensor does
 
 
@@ -32,7 +29,7 @@ def packed(values: T, copy: Copy, room: Callable[[int], Tensor]) -> T:
     """A copy of a tree in host memory whose tensors are views of one buffer.
 
     Args:
-        room: Bytes → uint8 memory, aligned: `fresh` or `pinned`.
+        room: Bytes → uint8 memory, aligned: `pinned`, or one of `core.rooms`.
     """
     leaves = tree.leaves(values)
     sizes = [-(-leaf.numel() * leaf.element_size() // _ALIGNED) * _ALIGNED for leaf in leaves]
@@ -44,15 +41,6 @@ def packed(values: T, copy: Copy, room: Callable[[int], Tensor]) -> T:
         return part
 
     return tree.map(place, values)
-
-
-def fresh(size: int) -> Tensor:
-    """Ordinary memory, in huge pages where it is large."""
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def pinned(size: int) -> Tensor:

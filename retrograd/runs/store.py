@@ -18,10 +18,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retrograd.core import tree
+from retrograd.core import rooms, tree
 from retrograd.core.optim import Params
 from retrograd.core.step import State
-from retrograd.runs.buffers import copy_alone, fresh, leave_empty, packed
+from retrograd.runs.buffers import copy_alone, leave_empty, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -263,7 +263,7 @@ class Gradients:
 
 def _in_memory(state: State) -> State:
     """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
-    params, moments = (packed(part, copy_alone, fresh) for part in (state.params, state.moments))
+    params, moments = (packed(part, copy_alone, rooms.fresh) for part in (state.params, state.moments))
     return State(state.step, params, moments)
 
 
@@ -271,4 +271,4 @@ def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
     """Memory for a state's parameters and for its moments, which the sweep keeps longer."""
     params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
     moments = {name: leaf for name, leaf in mapped.items() if name not in params}
-    return packed(params, leave_empty, fresh) | packed(moments, leave_empty, fresh)
+    return packed(params, leave_empty, rooms.room) | packed(moments, leave_empty, rooms.room)

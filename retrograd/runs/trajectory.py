@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retrograd.core import plan as plans
-from retrograd.core import tree
+from retrograd.core import rooms, tree
 from retrograd.core.optim import ELEMENTWISE, Cotangent
 from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
@@ -78,6 +78,7 @@ class Trajectory:
         self._beat = time.monotonic()
         self._extra: set[int] = set()  # state files that are resume points and no slot
 
+    @rooms.reused()
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
         if self.folder and (self.folder / "final.safetensors").exists():
@@ -115,6 +116,7 @@ class Trajectory:
         self._final = final
         return final
 
+    @rooms.reused()
     def reverse(self, gradient: dict[str, Tensor], key: str = "", *, curvature: bool = False) -> Tensor:
         """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any.
 
