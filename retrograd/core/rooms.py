@@ -10,63 +10,75 @@ import math
 import mmap
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from threading import RLock
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "empty_like", "fresh", "reused", "room"]
+__all__ = ["empty", "empty_like", "fresh", "reusing", "room"]
+
+T = TypeVar("T")
 
 _LARGE = 4 << 20
 
 
 class _Idle:
-    """Blocks that nobody uses, by size; kept while somebody asks for it."""
+    """Blocks that nobody uses, by size; none where nobody asks to keep any."""
 
     def __init__(self) -> None:
-        self._keepers = 0
+        self.limits: list[int] = []
+        self._size = 0
         self._blocks: dict[int, list[mmap.mmap]] = defaultdict(list)
         self._lock = RLock()  # a block may come back at any time, in any thread
 
-    def keep(self, more: int) -> None:
-        with self._lock:
-            self._keepers += more
-            if not self._keepers:
-                self._blocks.clear()
+    @property
+    def limit(self) -> int:
+        return max(self.limits, default=0)
 
     def give(self, block: mmap.mmap) -> None:
         with self._lock:
-            if self._keepers:
+            if self._size + len(block) <= self.limit:
+                self._size += len(block)
                 self._blocks[len(block)].append(block)
 
     def take(self, size: int) -> mmap.mmap | None:
         with self._lock:
-            return self._blocks[size].pop() if self._blocks[size] else None
+            if not self._blocks[size]:
+                return None
+            self._size -= size
+            return self._blocks[size].pop()
+
+    def drop(self) -> None:
+        with self._lock:
+            self._size = 0
+            self._blocks.clear()
 
 
 _idle = _Idle()
 
 
-@contextmanager
-def reused() -> Iterator[None]:
-    """In which a room that nobody uses any more is kept for the next one of its size.
+def reusing(given: Iterable[T], limit: int) -> Iterator[T]:
+    """Its items; while they are made, large rooms that nobody uses any more are kept for the next ones of their size.
 
-    So what is idle is never more than was in use at once.
+    Args:
+        limit: Bytes kept at most. They are never more than were in use at once; with 0 all is as elsewhere.
     """
-    _idle.keep(1)
+    _idle.limits.append(limit)
     try:
-        yield
+        yield from given
     finally:
-        _idle.keep(-1)
+        _idle.limits.remove(limit)
+        if not _idle.limit:
+            _idle.drop()
 
 
 def room(size: int) -> Tensor:
-    """[size] uint8 of host memory, not filled; one used before if there is one."""
-    if not _large(size):
-        return torch.empty(size, dtype=torch.uint8)
+    """[size] uint8 of host memory, not filled; used before if there is such a one."""
+    if not (_large(size) and _idle.limit):
+        return fresh(size)
     block = _idle.take(size) or _fresh(size)
     array = np.frombuffer(block, np.uint8)  # lives as long as any tensor that sees it
     weakref.finalize(array, _idle.give, block).atexit = False
@@ -88,12 +100,13 @@ def _fresh(size: int) -> mmap.mmap:
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """A contiguous tensor of the dtype and device of `like`, not filled; on the host a `room` where it is large."""
     size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or not _large(size):
+    if like.device.type != "cpu" or not (_large(size) and _idle.limit):
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     return room(size).view(like.dtype).view(shape)
 
 
 def empty_like(like: Tensor) -> Tensor:
+    """`empty` of its shape."""
     return empty(like.shape, like)
 
 

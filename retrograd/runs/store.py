@@ -268,7 +268,5 @@ def _in_memory(state: State) -> State:
 
 
 def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Memory for a state's parameters and for its moments, which the sweep keeps longer."""
-    params = {name: leaf for name, leaf in mapped.items() if name.startswith("params.")}
-    moments = {name: leaf for name, leaf in mapped.items() if name not in params}
-    return packed(params, leave_empty, rooms.room) | packed(moments, leave_empty, rooms.room)
+    """Memory for a state, leaf by leaf as a step makes one, so that the same rooms serve both."""
+    return {name: packed(leaf, leave_empty, rooms.room) for name, leaf in mapped.items()}

@@ -78,7 +78,6 @@ class Trajectory:
         self._beat = time.monotonic()
         self._extra: set[int] = set()  # state files that are resume points and no slot
 
-    @rooms.reused()
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
         if self.folder and (self.folder / "final.safetensors").exists():
@@ -116,7 +115,6 @@ class Trajectory:
         self._final = final
         return final
 
-    @rooms.reused()
     def reverse(self, gradient: dict[str, Tensor], key: str = "", *, curvature: bool = False) -> Tensor:
         """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any.
 
@@ -175,7 +173,10 @@ class Trajectory:
     def _sweep(self, actions: Sequence[plans.Action], **given: Any) -> Iterator[Event]:
         self.store.follow(action.step for action in actions if isinstance(action, plans.Restore))
         self.gradients.follow(self._asked(actions))
-        return sweep(actions, self.training, self.store, self.ledger, self.left, gradients=self.gradients, **given)
+        kept = (self.store, self.ledger, self.left)
+        return rooms.reusing(
+            sweep(actions, self.training, *kept, gradients=self.gradients, **given), self.replay.memory
+        )
 
     def _asked(self, actions: Iterable[plans.Action]) -> Iterator[int]:
         """The steps whose gradients a sweep asks for, if they are kept."""
