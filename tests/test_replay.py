@@ -28,6 +28,7 @@ from retrograd.lm.stream import DataStream
 from retrograd.runs import store
 from retrograd.runs.errors import RunError
 from retrograd.runs.replay import Layout, Replay, layout
+from retrograd.runs.store import Store
 from retrograd.runs.trajectory import Trajectory
 
 GRADIENTS = Replay("gradients", slots=2)
@@ -172,8 +173,8 @@ def test_kept_gradients_serve_further_sweeps(tmp_path: Path, gradients: list[str
 
 def test_states_made_again_are_held_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_SMALL", 0)
-    packed, real = [], store._in_memory
-    monkeypatch.setattr(store, "_in_memory", lambda state: (packed.append(state.step), real(state))[1])
+    packed, real = [], Store._in_memory
+    monkeypatch.setattr(Store, "_in_memory", lambda self, state: (packed.append(state.step), real(self, state))[1])
     run(ADAMW, GRADIENTS)
     actions = binomial(6, 2)
     trained = sum(isinstance(action, Snapshot) for action in actions[: actions.index(Turn())])

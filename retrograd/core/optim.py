@@ -343,7 +343,7 @@ def _elementwise(
         like: What each result is like.
     """
     found: list[Params] = [{} for _ in like]
-    queries = len(next(iter(bars[0].values()))) if bars else 1
+    queries = max((len(bar) for tree in bars for bar in tree.values()), default=1)
     for names in _groups([*trees, *bars]):
         leaves, wide = ([[tree[name] for name in names] for tree in given] for given in (trees, bars))
         if len(names) == 1:

@@ -25,6 +25,7 @@ from retrograd.runs.buffers import copy_alone, leave_empty, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
+from retrograd.runs.thin import thin_like, thinned, whole
 
 __all__ = ["Gradients", "Store"]
 
@@ -44,6 +45,7 @@ class Store:
         on_disk: How many of the stack's lowest positions go to disk.
         digests: Step → digest, where the ledger has computed it; a state it does not know is digested here.
         name: What its files are called.
+        thin: Whether matrices are held by those of their rows that are not zero, where those are few.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Store:
         on_disk: int = 0,
         digests: Mapping[int, str] | None = None,
         name: str = "state",
+        thin: bool = False,
     ) -> None:
         self.initial, self.folder, self.identity, self.on_disk = initial, folder, identity, on_disk
-        self.name, self.as_is = name, False
+        self.name, self.thin, self.as_is = name, thin, False
         self.digests = {} if digests is None else digests
         self.memory: dict[int, State] = {}
         self.held: set[int] = set()
@@ -86,9 +89,9 @@ class Store:
         elif self._copies.on_host and self.as_is:
             self.memory[state.step] = state
         elif self._copies.on_host and tree.nbytes(state) <= _SMALL:
-            self.memory[state.step] = _in_memory(state)
+            self.memory[state.step] = self._in_memory(state)
         else:
-            self._send(state, lambda host: self.memory.update({state.step: _in_memory(host)}))
+            self._send(state, lambda host: self.memory.update({state.step: self._in_memory(host)}))
         self.held.add(state.step)
 
     def get(self, step: int) -> State:
@@ -123,12 +126,13 @@ class Store:
     def save(self, state: State, instead_of: Collection[int] = ()) -> None:
         """Make a state durable, in a moment; the files of `instead_of` are removed once it is."""
         known = self.digests.get(state.step)
-        digest = known if known is not None else tree.digest((state.params, state.moments))
-        metadata = {"step": str(state.step), "identity": self.identity, "digest": digest}
         path, old = self.path(state.step), [self.path(step) for step in instead_of]
 
         def write(host: State) -> None:
-            write_tensors(path, tree.named(host), metadata)
+            thin = self._thinned(host)
+            digest = tree.digest((thin.params, thin.moments)) if known is None else known
+            metadata = {"step": str(state.step), "identity": self.identity, "digest": digest}
+            write_tensors(path, tree.named(thin), metadata)
             for file in old:
                 file.unlink(missing_ok=True)
 
@@ -182,7 +186,7 @@ class Store:
             return leaving
         if step == 0:
             return self.memory.get(0, self.initial)
-        return self.memory.get(step) if self._copies.on_host else None
+        return self._whole(self.memory[step]) if self._copies.on_host and step in self.memory else None
 
     def _read_ahead(self, state: State | None) -> None:
         """Begin to read what is expected next; `state` is the one got last."""
@@ -202,20 +206,35 @@ class Store:
 
     def _read(self, step: int) -> State:
         if step in self.memory:
-            return self.memory[step]
+            return self._whole(self.memory[step])
         tensors, metadata = read_tensors(self.path(step), _rooms)
         if metadata.get("identity") != self.identity:
             raise RunError(
                 f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
                 f"{self.identity}; its scores would be another run's. Use another folder, or --overwrite."
             )
-        state = tree.unnamed(self.initial, tensors, move=False)._replace(step=step)
+        like = self.initial
+        if self.thin:
+            like = like._replace(params=thin_like(like.params, tensors, "params."))
+        state = tree.unnamed(like, tensors, move=False)._replace(step=step)
         if tree.digest((state.params, state.moments)) != metadata["digest"]:
             raise RunError(
                 f"snapshot {self.path(step)} does not have the bits that were written: its digest differs. Delete this "
                 f"file and run the same command again; the {self.name} is computed again from an earlier state."
             )
-        return state
+        return self._whole(state)
+
+    def _in_memory(self, state: State) -> State:
+        """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
+        thin = self._thinned(state)
+        params, moments = (packed(part, copy_alone, rooms.fresh) for part in (thin.params, thin.moments))
+        return State(state.step, params, moments)
+
+    def _thinned(self, host: State) -> State:
+        return host._replace(params=thinned(host.params)) if self.thin else host
+
+    def _whole(self, held: State) -> State:
+        return held._replace(params=whole(held.params, self.initial.params)) if self.thin else held
 
     def _raise(self) -> None:
         if self._last is not None and self._last.done():
@@ -233,7 +252,7 @@ class Gradients:
 
     def __init__(self, params: Params, folder: Path | None, identity: str, on_disk: int | None = None) -> None:
         self.keeps = on_disk is not None
-        self.store = Store(State(0, params, {}), folder, identity, on_disk or 0, name="gradient")
+        self.store = Store(State(0, params, {}), folder, identity, on_disk or 0, name="gradient", thin=True)
         self.find()
 
     def find(self) -> None:
@@ -259,12 +278,6 @@ class Gradients:
     def drop(self, step: int) -> None:
         if step + 1 in self.store.held:
             self.store.drop(step + 1)
-
-
-def _in_memory(state: State) -> State:
-    """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
-    params, moments = (packed(part, copy_alone, rooms.fresh) for part in (state.params, state.moments))
-    return State(state.step, params, moments)
 
 
 def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
