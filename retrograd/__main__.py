@@ -1,7 +1,5 @@
 """`python -m retrograd` is the command line."""
 
-import sys
+from retrograd.cli import run
 
-from retrograd.cli import main
-
-sys.exit(main())
+run()

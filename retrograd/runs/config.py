@@ -133,7 +133,7 @@ class ReplayConfig:
     over the states that do."""
     memory: str = "auto"
     """Host memory for states and gradients, such as 8GiB; auto takes half of what is free. Those on disk take up to two
-    states more."""
+    states more, and so does what a step has done with, which is used again; at 0 little of it is kept."""
     disk: str = "auto"
     """Disk for states and gradients; auto takes half of what is free."""
     interval: int | None = None

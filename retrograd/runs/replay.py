@@ -25,7 +25,8 @@ class Replay:
         plan: "auto", "gradients" (of every step, with few states) or a kind of `plans.make`. auto takes what is
             predicted to be fastest of those that fit; on a CPU not all states where gradients take two thirds or less.
         memory, disk: Bytes that held states and gradients may take. With disk, memory takes up to two of each more: one
-            on its way to disk, one read ahead.
+            on its way to disk, one read ahead. What a step has done with is used again, which takes up to a state
+            more where states are on disk; with memory at 0 no more than the parameters do.
         interval: Distance between held states of the "interval" plan.
         slots: States held by the "binomial" and "gradients" plans. When None as many as fit; with gradients as many as
             it takes to make none more than twice, if they fit.

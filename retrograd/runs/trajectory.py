@@ -174,9 +174,10 @@ class Trajectory:
         self.store.follow(action.step for action in actions if isinstance(action, plans.Restore))
         self.gradients.follow(self._asked(actions))
         kept = (self.store, self.ledger, self.left)
-        return rooms.reusing(
-            sweep(actions, self.training, *kept, gradients=self.gradients, **given), self.replay.memory
-        )
+        idle = 1 << 62  # on the way forward: the way back takes more memory anyway
+        if "cotangent" in given:
+            idle = max(self.replay.memory, tree.nbytes(self.initial.params))
+        return rooms.reusing(sweep(actions, self.training, *kept, gradients=self.gradients, **given), idle)
 
     def _asked(self, actions: Iterable[plans.Action]) -> Iterator[int]:
         """The steps whose gradients a sweep asks for, if they are kept."""
