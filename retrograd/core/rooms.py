@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from threading import RLock
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,9 +79,9 @@ def room(size: int) -> Tensor:
     if not (_large(size) and _idle.limit):
         return fresh(size)
     block = _idle.take(size) or _fresh(size)
-    array = np.frombuffer(block, np.uint8)  # lives as long as any tensor that sees it
-    weakref.finalize(array, _idle.give, block).atexit = False
-    return torch.from_numpy(array)
+    view = memoryview(block)  # lives as long as any tensor that sees it
+    weakref.finalize(view, _idle.give, block).atexit = False
+    return torch.frombuffer(view, dtype=torch.uint8)
 
 
 def fresh(size: int) -> Tensor:
