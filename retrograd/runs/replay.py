@@ -13,7 +13,7 @@ from retrograd.core import plan as plans
 
 __all__ = ["Layout", "Replay", "layout"]
 
-_REMADE = 0.25  # of a step's time, for a state made again; what the ways of bench/overhead.py differ by comes to 0.28
+_REMADE = 0.25  # of a step's time, for a state made again; 0.28 by bench/overhead.py, 0.09 since there is core.rooms
 _WORTH = 2 / 3  # of the bytes that all states take: what else is kept has to be as small, for the time it takes
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from retrograd.core import rooms, tree
 from retrograd.core.optim import Params
 from retrograd.core.step import State
-from retrograd.runs.buffers import copy_alone, leave_empty, packed
+from retrograd.runs.buffers import copy_alone, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -282,4 +282,4 @@ class Gradients:
 
 def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
     """Memory for a state, leaf by leaf as a step makes one, so that the same rooms serve both."""
-    return {name: packed(leaf, leave_empty, rooms.room) for name, leaf in mapped.items()}
+    return {name: rooms.empty_like(leaf) for name, leaf in mapped.items()}
