@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from retrograd.runs.buffers import as_bytes
+from retrograd.runs.direct import read_direct, write_direct
 from retrograd.runs.errors import RunError
 
 __all__ = [
@@ -28,6 +30,12 @@ __all__ = [
     "write_tensors",
     "write_torch",
 ]
+
+_LARGE = 16 << 20  # bytes; such a file goes past the system's cache
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
@@ -62,13 +70,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write a safetensors file, atomically."""
     from safetensors.torch import save_file
 
-    flat = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that every tensor lies aligned
+    flat = {name: tensor.detach().contiguous() for name, tensor in ordered}
     need = sum(tensor.numel() * tensor.element_size() for tensor in flat.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if need > free:  # asked first: a memory-mapped write to a full disk would kill the process
         raise RunError(_full(path, need, free))
-    write_atomic(path, lambda t: save_file(flat, t, metadata))
+    if need < _LARGE or any(tensor.dtype not in _CODES for tensor in flat.values()):
+        write_atomic(path, lambda t: save_file(flat, t, metadata))
+        return
+    parts = [np.frombuffer(_header(flat, metadata), np.uint8), *(as_bytes(tensor) for tensor in flat.values())]
+    write_atomic(path, lambda t: write_direct(t, parts))
 
 
 def read_tensors(
@@ -118,14 +131,30 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf8").split("\n")[:-1] if line]
 
 
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """What comes before the tensors' bytes in a safetensors file; github.com/huggingface/safetensors#format."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _read_into(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Fill contiguous tensors from a safetensors file; format: github.com/huggingface/safetensors#format."""
+    """Fill contiguous tensors, all that a safetensors file has."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        for name, tensor in tensors.items():
-            file.seek(8 + length + header[name]["data_offsets"][0])
-            if file.readinto(memory := as_bytes(tensor).data) != len(memory):
+        names = sorted(tensors, key=lambda name: header[name]["data_offsets"])
+        parts = [as_bytes(tensors[name]) for name in names]
+        if path.stat().st_size >= _LARGE:
+            read_direct(path, 8 + length, parts)
+            return tensors
+        for name, part in zip(names, parts):
+            if file.readinto(part.data) != len(part):
                 raise OSError(f"it ends within tensor {name}")
     return tensors
 

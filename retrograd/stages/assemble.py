@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retrograd.core import tree
+from retrograd.core import matmul, tree
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
@@ -93,7 +93,11 @@ def assemble(config: MagicConfig) -> Loaded:
     initial = initial_state(recipe, model.params)
     queries = sum(len(found.columns) for found in asked) + config.sharpness
     shape = (min(size, len(rows)), rows.max_length)
-    engine = _engine(config, model, shape, queries, recipe, initial, stream)
+    begun = _begun(config)
+    library, reason = _matmul(config, begun, model)
+    matmul.prefer(library)
+    engine = _engine(config, begun, model, shape, queries, recipe, initial, stream)
+    engine = engine._replace(matmul=library, matmul_why=reason)
     training = Training(recipe, engine.engine, stream, stream.weights)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
@@ -118,14 +122,37 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
     raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
 
 
-def _engine(
-    config: MagicConfig, model: CausalLM, batch: tuple[int, int], queries: int, recipe: Recipe, initial: State,
-    stream: DataStream,
-) -> Choice:  # fmt: skip
-    """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
+def _begun(config: MagicConfig) -> dict[str, Any] | None:
+    """What a run that was begun records of its engine."""
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     begun = {} if nowhere else Manifest(config.run / "manifest.json").values
-    recorded = begun.get("engine", {"used": "double", "why": "asked for"}) if "identity" in begun else None
+    return begun.get("engine", {"used": "double", "why": "asked for"}) if "identity" in begun else None
+
+
+def _matmul(config: MagicConfig, recorded: dict[str, Any] | None, model: CausalLM) -> tuple[matmul.Library, str]:
+    """As `_engine`, who multiplies matrices."""
+    if recorded is None:
+        return matmul.choose(config.matmul, model.params)
+    used = recorded.get("matmul", "torch")
+    if config.matmul not in ("auto", used):
+        raise ValueError(
+            f"{config.run} was begun with --matmul {used}, now it is {config.matmul}: replay has to take what training "
+            "took. Leave --matmul out, use another folder, or --overwrite to start afresh."
+        )
+    try:
+        return matmul.choose(used, model.params)
+    except ValueError as error:
+        raise ValueError(
+            f"{config.run} was begun with matrices multiplied by oneDNN, and replay has to take what training took. "
+            f"{error} Go on where it was begun, use another folder, or --overwrite to start afresh."
+        ) from error
+
+
+def _engine(
+    config: MagicConfig, recorded: dict[str, Any] | None, model: CausalLM, batch: tuple[int, int], queries: int,
+    recipe: Recipe, initial: State, stream: DataStream,
+) -> Choice:  # fmt: skip
+    """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
     if recorded and config.engine not in ("auto", recorded["used"]):
         raise ValueError(
             f"{config.run} was begun with --engine {recorded['used']}, now it is {config.engine}: replay has to take "
@@ -168,7 +195,8 @@ def _free(device: torch.device) -> int:
 def _unless_double(engine: Choice) -> tuple[str, ...]:
     """The engine as part of the run's identity: another one may round otherwise. Runs of before have none."""
     compiled = ("compiled",) if engine.compiled else ()
-    return () if engine.name == "double" else (engine.name, *compiled)
+    library = () if engine.matmul == "torch" else (engine.matmul,)
+    return library if engine.name == "double" else (engine.name, *compiled, *library)
 
 
 def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:

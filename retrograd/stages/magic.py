@@ -58,6 +58,8 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         return summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
     _begin(config, manifest, loaded)
     console.print(f"engine: {loaded.engine.name} ({loaded.engine.why})")
+    if loaded.engine.matmul_why:
+        console.print(f"matrices are multiplied by {loaded.engine.matmul} ({loaded.engine.matmul_why})")
     for finding in loaded.findings:
         warnings.warn(str(finding), stacklevel=2)
     with settled(), open_loggers(config.log, config.run) as loggers, Bars(len(loaded.stream)) as bars:
@@ -141,6 +143,7 @@ def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
             "used": loaded.engine.name,
             "why": loaded.engine.why,
             **({"compiled": True} if loaded.engine.compiled else {}),
+            "matmul": loaded.engine.matmul,
         },
         rows={
             "documents": rows.documents, "rows": len(rows), "targets": rows.targets, "longest": rows.max_length,
