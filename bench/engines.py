@@ -29,11 +29,12 @@ DEFAULT = {"depth": 12, "width": 256, "length": 256, "vocabulary": 1024, "batch"
 VARIATIONS = [{}, {"depth": 4}, {"width": 64}, {"length": 64}, {"vocabulary": 50_304, "depth": 6}, {"queries": 4}]
 
 
-def world(size: dict[str, int]):
-    """(model, params, batch, weights, update half)."""
+def world(size: dict[str, int], library: str):
+    """(model, params, batch, weights, update half); matrices are multiplied by `library` from here on."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+    from retrograd.core import matmul
     from retrograd.lm.model import trainable
     from retrograd.lm.stream import DataStream
 
@@ -51,7 +52,9 @@ def world(size: dict[str, int]):
     def update_half(grads):
         return {name: torch.stack([g * s for s in scales]) for name, g in grads.items()}
 
-    return model, trainable(model)[0], stream[0], stream.weights, update_half
+    params = trainable(model)[0]
+    matmul.prefer(matmul.choose(library, params)[0])
+    return model, params, stream[0], stream.weights, update_half
 
 
 def engine(kind: str, model, size: dict[str, int]):
@@ -66,9 +69,9 @@ def engine(kind: str, model, size: dict[str, int]):
     return Blocks(chain, Compiled(chain.links, sizes)) if kind == "compile" else Blocks(chain)
 
 
-def assert_equal(size: dict[str, int], kinds: list[str]) -> float:
+def assert_equal(size: dict[str, int], kinds: list[str], library: str) -> float:
     """Largest relative difference of an engine's results from `double`'s; refused above 1e-3 (float32)."""
-    model, params, batch, weights, update_half = world(size)
+    model, params, batch, weights, update_half = world(size, library)
     results = [engine(k, model, size).pullback(params, [batch], weights, None, update_half) for k in kinds]
     expected, scores = results[0]
     total = sum(float(x.norm()) ** 2 for x in expected.values()) ** 0.5
@@ -81,8 +84,8 @@ def assert_equal(size: dict[str, int], kinds: list[str]) -> float:
     return max(errors)
 
 
-def child(kind: str, size: dict[str, int], repeats: int, step: bool) -> None:
-    model, params, batch, weights, update_half = world(size)
+def child(kind: str, size: dict[str, int], repeats: int, step: bool, library: str) -> None:
+    model, params, batch, weights, update_half = world(size, library)
     chosen = engine(kind, model, size)
     known = update_half(chosen.gradient(params, [batch], weights, None)[1]) if step else update_half
 
@@ -92,7 +95,7 @@ def child(kind: str, size: dict[str, int], repeats: int, step: bool) -> None:
         chosen.pullback(params, [batch], weights, None, known, left)
         return time.process_time() - start
 
-    small = world({**size, "length": 8, "batch": 2})[2]
+    small = world({**size, "length": 8, "batch": 2}, library)[2]
     chosen.pullback(params, [small], weights, None, known)  # libraries load, thread pools start
     ctypes.CDLL(None).malloc_trim(0)  # what that took and freed would hide growth
     Path("/proc/self/clear_refs").write_text("5")
@@ -108,8 +111,9 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
-def measured(kind: str, size: dict[str, int], repeats: int, step: bool) -> dict[str, float]:
+def measured(kind: str, size: dict[str, int], repeats: int, step: bool, library: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--child", kind, "--repeats", str(repeats), *(["--step"] if step else [])]
+    command += ["--matmul", library]
     command += [part for name in NAMES for part in (f"--{name}", str(size[name]))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -118,16 +122,16 @@ def measured(kind: str, size: dict[str, int], repeats: int, step: bool) -> dict[
 
 
 def compare(size: dict[str, int], kinds: list[str], arguments: argparse.Namespace) -> dict:
-    error = assert_equal(size, kinds)
+    error = assert_equal(size, kinds, arguments.matmul)
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.turns):
         for kind in runs:
-            runs[kind].append(measured(kind, size, arguments.repeats, arguments.step))
+            runs[kind].append(measured(kind, size, arguments.repeats, arguments.step, arguments.matmul))
 
     def median(kind: str, name: str) -> float:
         return statistics.median(run[name] for run in runs[kind])
 
-    params = world(size)[1]
+    params = world(size, arguments.matmul)[1]
     owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in params.values())
     active = {kind: max(0.0, median(kind, "peak_bytes") - owed) for kind in kinds}
     found = {
@@ -153,12 +157,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="timed pullbacks in each process")
     parser.add_argument("--against", nargs="+", choices=("blocks", "compile"), default=["blocks"], help="of double")
     parser.add_argument("--step", action="store_true", help="time a gradient and the pullback of a known ḡ")
+    parser.add_argument("--matmul", choices=("auto", "torch", "onednn"), default="auto", help="as --matmul of a run")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", choices=("double", "blocks", "compile"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     base = {name: getattr(arguments, name) for name in NAMES}
     if arguments.child:
-        return child(arguments.child, base, arguments.repeats, arguments.step)
+        return child(arguments.child, base, arguments.repeats, arguments.step, arguments.matmul)
     sizes = [base] if arguments.only else [{**base, **change} for change in VARIATIONS]
     kinds = ["double", *arguments.against]
     columns = [*NAMES, f"CPU time, {' / '.join(kinds[1:])}", f"peak, {' → '.join(kinds)}", "peak, ratio",

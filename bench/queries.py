@@ -27,6 +27,7 @@ def world(engine: str, arguments: argparse.Namespace):
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+    from retrograd.core import matmul
     from retrograd.core.optim import AdamW
     from retrograd.core.step import Recipe, Training, initial_state, step
     from retrograd.lm.engines import choose_engine
@@ -44,8 +45,10 @@ def world(engine: str, arguments: argparse.Namespace):
     rows = torch.randint(VOCABULARY, (arguments.steps * arguments.batch, arguments.length)).tolist()
     stream = DataStream(rows, arguments.batch)
     recipe = Recipe(AdamW(1e-3, eps_root=1e-6))
+    params = trainable(model)[0]
+    matmul.prefer(matmul.choose(arguments.matmul, params)[0])
     training = Training(recipe, choose_engine(engine, model, objective).engine, stream, stream.weights)
-    states = [initial_state(recipe, trainable(model)[0])]
+    states = [initial_state(recipe, params)]
     for _ in range(len(stream)):
         states.append(step(training, states[-1]).state)
     return training, states, objective
@@ -111,6 +114,7 @@ def main() -> None:
     )
     for name, default in (("depth", 6), ("width", 128), ("length", 112), ("batch", 8), ("steps", 3), ("turns", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--matmul", choices=("auto", "torch", "onednn"), default="auto", help="as --matmul of a run")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     assert min(arguments.queries) == 1, "costs are told in single sweeps: --queries has to include 1"

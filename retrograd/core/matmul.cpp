@@ -1,11 +1,12 @@
 // Products of float32 matrices on a CPU by oneDNN. Compiled and loaded by matmul.py.
 //
-// While it is on, aten::mm and aten::addmm of such matrices go to torch's own call of oneDNN, which torch keeps to half
-// precision; everything else, and everything while it is off, goes where it went before.
+// While it is on, aten::mm, aten::addmm and aten::bmm of such matrices go to torch's own call of oneDNN, which torch keeps
+// to half precision; everything else, and everything while it is off, goes where it went before.
 //
 // oneDNN compiles code for every size and keeps it, about 0.6 MB each. So the size that varies from batch to batch, the
-// number of tokens, is cut to a multiple of 64 and torch does the rest: that size is what the rows of a row-major first
-// factor count (x Wᵀ, g W), or those of both factors (gᵀ x).
+// number of tokens, is cut into pieces of few sizes, the last of which is torch's: what the rows of a row-major first
+// factor count (x Wᵀ, g W), or those of both factors (gᵀ x). Products of many small matrices (attention) are not cut, and
+// taken where their sizes are round: those of packed rows are.
 
 #include <ATen/CPUFunctions.h>
 #include <ATen/EmptyTensor.h>
@@ -14,6 +15,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 
 namespace at::native {
@@ -51,18 +53,26 @@ bool fits(const Tensor& out, const Tensor& a, const Tensor& b) {
   return plain(out) && out.dim() == 2 && out.size(0) == a.size(0) && out.size(1) == b.size(1) && row_major(out);
 }
 
+// How much of a size goes together: a multiple of a power of two, of which there are eight to an octave.
+int64_t piece(int64_t size) {
+  int64_t step = kStep;
+  while (step * 16 <= size) step *= 2;
+  return size - size % step;
+}
+
 // out = beta·out + a b
-void product(int along, const Tensor& a, const Tensor& b, Tensor& out, float beta) {
-  const int64_t size = a.size(along), most = size - size % kStep, rest = size - most;
-  const Tensor a_most = a.narrow(along, 0, most), a_rest = a.narrow(along, most, rest);
-  if (along == 0) {
-    at::native::mkldnn_matmul(a_most, b, out.narrow(0, 0, most), beta, 1.f);
-    Tensor below = out.narrow(0, most, rest);
-    if (rest && beta == 0.f) at::cpu::mm_out(below, a_rest, b);
-    else if (rest) at::cpu::addmm_(below, a_rest, b, beta, 1);
-  } else {
-    at::native::mkldnn_matmul(a_most, b.narrow(0, 0, most), out, beta, 1.f);
-    if (rest) at::cpu::addmm_(out, a_rest, b.narrow(0, most, rest), 1, 1);
+void product(int along, const Tensor& a, const Tensor& b, const Tensor& out, float beta) {
+  const int64_t size = a.size(along), least = std::max(kStep, kLeast / (a.size(1 - along) * b.size(1)));
+  for (int64_t start = 0, count; start < size; start += count) {
+    const bool ours = size - start >= least;
+    count = ours ? piece(size - start) : size - start;
+    const Tensor left = a.narrow(along, start, count);
+    const Tensor right = along == 0 ? b : b.narrow(0, start, count);
+    Tensor to = along == 0 ? out.narrow(0, start, count) : out;
+    const float before = along == 1 && start > 0 ? 1.f : beta;
+    if (ours) at::native::mkldnn_matmul(left, right, to, before, 1.f);
+    else if (before == 0.f) at::cpu::mm_out(to, left, right);
+    else at::cpu::addmm_(to, left, right, before, 1);
   }
 }
 
@@ -117,22 +127,61 @@ Tensor& addmm_(Tensor& x, const Tensor& a, const Tensor& b, const Scalar& beta, 
   return x;
 }
 
+// Also one less: of rows of a round length the last token predicts nothing, and its state is not computed.
+bool round(int64_t size) {
+  const int64_t step = size > 128 ? 64 : 16;
+  return size % step == 0 || (size + 1) % step == 0;
+}
+
+bool dense(const Tensor& x) {
+  const bool rows = x.stride(2) == 1 && x.stride(1) == x.size(2), columns = x.stride(1) == 1 && x.stride(2) == x.size(1);
+  return (rows || columns) && x.stride(0) == x.size(1) * x.size(2);
+}
+
+bool batched(const Tensor& a, const Tensor& b) {
+  if (!on || !plain(a) || !plain(b) || a.dim() != 3 || b.dim() != 3 || a.size(0) != b.size(0) || a.size(2) != b.size(1))
+    return false;
+  const int64_t m = a.size(1), k = a.size(2), n = b.size(2);
+  return m && k && n && round(m) && round(k) && round(n) && a.size(0) * m * k * n >= kLeast && dense(a) && dense(b);
+}
+
+Tensor bmm(const Tensor& a, const Tensor& b) {
+  if (!batched(a, b)) return at::cpu::bmm(a, b);
+  Tensor out = at::detail::empty_cpu({a.size(0), a.size(1), b.size(2)}, at::kFloat);
+  at::native::mkldnn_matmul(a, b, out, 0.f, 1.f);
+  return out;
+}
+
+Tensor& bmm_out(const Tensor& a, const Tensor& b, Tensor& out) {
+  if (!batched(a, b) || !plain(out) || !out.is_contiguous() || out.sizes() != at::IntArrayRef({a.size(0), a.size(1), b.size(2)}))
+    return at::cpu::bmm_out(out, a, b);
+  at::native::mkldnn_matmul(a, b, out, 0.f, 1.f);
+  return out;
+}
+
 struct Quiet : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };
 
-}  // namespace
-
-// Called once: takes the place of torch's kernels, about which torch would warn.
-extern "C" void retrograd_matmul_begin() {
-  Quiet quiet;
-  c10::WarningUtils::WarningHandlerGuard guard(&quiet);
-  static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__);
+torch::Library replaced() {
+  torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::CPU, __FILE__, __LINE__);
   library.impl("mm", mm);
   library.impl("mm.out", mm_out);
   library.impl("addmm", addmm);
   library.impl("addmm.out", addmm_out);
   library.impl("addmm_", addmm_);
+  library.impl("bmm", bmm);
+  library.impl("bmm.out", bmm_out);
+  return library;
+}
+
+}  // namespace
+
+// Takes the place of torch's kernels, about which torch would warn.
+extern "C" void retrograd_matmul_begin() {
+  Quiet quiet;
+  c10::WarningUtils::WarningHandlerGuard guard(&quiet);
+  static torch::Library library = replaced();
 }
 
 extern "C" void retrograd_matmul_use(bool onednn) { on = onednn; }

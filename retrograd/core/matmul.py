@@ -32,7 +32,7 @@ Library = Literal["torch", "onednn"]
 LIBRARIES = ("auto", "torch", "onednn")
 
 _WORTH = 1 << 22  # parameters; products of fewer take no time worth saving
-_KERNELS = "128"  # that oneDNN has at hand, of 0.6 MB each; 1,024 by itself
+_KERNELS = "256"  # that oneDNN has at hand, of 0.6 MB each; 1,024 by itself
 
 _preferred: Library = "torch"
 
