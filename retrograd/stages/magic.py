@@ -143,7 +143,7 @@ def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
             "used": loaded.engine.name,
             "why": loaded.engine.why,
             **({"compiled": True} if loaded.engine.compiled else {}),
-            "matmul": loaded.engine.matmul,
+            **({"matmul": loaded.engine.matmul} if loaded.engine.matmul != "torch" else {}),
         },
         rows={
             "documents": rows.documents, "rows": len(rows), "targets": rows.targets, "longest": rows.max_length,
