@@ -9,6 +9,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from retrograd.lm.engines import Choice
 from retrograd.runs import config as configs
 from retrograd.runs.config import MagicConfig
 from retrograd.runs.during import DuringConfig
@@ -57,9 +58,7 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         _told_again(config, console)
         return summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
     _begin(config, manifest, loaded)
-    console.print(f"engine: {loaded.engine.name} ({loaded.engine.why})")
-    if loaded.engine.matmul_why:
-        console.print(f"matrices are multiplied by {loaded.engine.matmul} ({loaded.engine.matmul_why})")
+    _told_engine(loaded.engine, console)
     for finding in loaded.findings:
         warnings.warn(str(finding), stacklevel=2)
     with settled(), open_loggers(config.log, config.run) as loggers, Bars(len(loaded.stream)) as bars:
@@ -90,6 +89,12 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         manifest.update(compiled={"graphs": compiled.graphs, "fixed": compiled.fixed, "seconds": compiled.seconds})
         console.print(f"compiled: {compiled.told}")
     return summarise(outcome, loaded, loaded.asked, console)
+
+
+def _told_engine(engine: Choice, console: Console) -> None:
+    console.print(f"engine: {engine.name} ({engine.why})")
+    if engine.matmul_why:
+        console.print(f"matrices are multiplied by {engine.matmul} ({engine.matmul_why})")
 
 
 def _told_again(config: MagicConfig, console: Console) -> None:
