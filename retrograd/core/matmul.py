@@ -83,9 +83,9 @@ def prefer(library: Library) -> None:
     global _preferred
     if library == _preferred:
         return
-    reason, found = no_onednn(), _loaded()
-    if isinstance(found, str) or reason is not None:
-        raise ValueError(f"oneDNN cannot multiply float32 matrices here: {reason}")
+    found = no_onednn() or _loaded()
+    if isinstance(found, str):
+        raise ValueError(f"oneDNN cannot multiply float32 matrices here: {found}")
     found.retrograd_matmul_use(library == "onednn")
     _preferred = library
 
