@@ -17,8 +17,19 @@ from retrograd.core import check, matmul
 from retrograd.core.matmul import choose, preferring
 from retrograd.optim import adamw
 from retrograd.runs.replay import Replay
+from retrograd.stages.assemble import assemble
+from retrograd.stages.opened import finished
 
 needs_onednn = pytest.mark.skipif(matmul.no_onednn() is not None, reason=str(matmul.no_onednn()))
+
+
+world = test_engine_choice.world
+
+
+@pytest.fixture(autouse=True)
+def _torch_afterwards() -> Any:
+    yield
+    matmul.prefer("torch")
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -127,9 +138,11 @@ def test_a_run_goes_on_with_what_it_began_with(
     assert [one["engine"].get("matmul", "torch") for one in about] == ["onednn", "torch"]
     assert about[0]["identity"] != about[1]["identity"]
     assert torch.allclose(scores(world, "one"), scores(world, "other"), rtol=1e-4)
-    assert magic(world, "one") == 0  # done; taken from its manifest
-    assert matmul._preferred == "onednn"
-    capsys.readouterr()
+    for run, library in (("one", "onednn"), ("other", "torch")):  # they are done; taken from their manifests
+        assert magic(world, run) == 0
+        assert matmul._preferred == library
+        told = assemble(finished(world / run)[0]).engine.matmul_why  # what a run that goes on says
+        assert told == {"onednn": "as the run was begun", "torch": ""}[library]
     for run, asked, begun in (("one", "torch", "onednn"), ("other", "onednn", "torch")):
         assert magic(world, run, "--matmul", asked) == 2
         assert f"was begun with --matmul {begun}, now it is {asked}" in capsys.readouterr().err
@@ -138,15 +151,6 @@ def test_a_run_goes_on_with_what_it_began_with(
     told = capsys.readouterr().err
     assert "was begun with matrices multiplied by oneDNN" in told
     assert "none of g++ is found" in told
-
-
-world = test_engine_choice.world
-
-
-@pytest.fixture(autouse=True)
-def _torch_afterwards() -> Any:
-    yield
-    matmul.prefer("torch")
 
 
 def sized(count: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -200,8 +204,3 @@ def test_a_compiler_that_fails_is_told(
     with pytest.raises(OSError, match=told):
         matmul._compiled()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_the_small_model_of_other_tests_is_left_to_torch(world: Path) -> None:
-    lm = test_engine_choice.model(world)
-    assert choose("auto", lm.params) == ("torch", "")

@@ -139,8 +139,10 @@ def _matmul(config: MagicConfig, recorded: dict[str, Any] | None, model: CausalL
             f"{config.run} was begun with --matmul {used}, now it is {config.matmul}: replay has to take what training "
             "took. Leave --matmul out, use another folder, or --overwrite to start afresh."
         )
+    if used == "torch":
+        return "torch", ""
     try:
-        return matmul.choose(used, model.params)
+        return matmul.choose(used, model.params)[0], "as the run was begun"
     except ValueError as error:
         raise ValueError(
             f"{config.run} was begun with matrices multiplied by oneDNN, and replay has to take what training took. "
