@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,8 @@ def test_a_run_goes_on_with_what_it_began_with(
         assert matmul._preferred == library
         told = assemble(finished(world / run)[0]).engine.matmul_why  # what a run that goes on says
         assert told == {"onednn": "as the run was begun", "torch": ""}[library]
+    wide = dataclasses.replace(finished(world / "one")[0], dtype="float64")  # as `retrograd verify` asks for it
+    assert assemble(wide).engine.matmul == matmul._preferred == "torch"
     for run, asked, begun in (("one", "torch", "onednn"), ("other", "onednn", "torch")):
         assert magic(world, run, "--matmul", asked) == 2
         assert f"was begun with --matmul {begun}, now it is {asked}" in capsys.readouterr().err

@@ -26,7 +26,7 @@ import torch
 
 from retrograd.core.optim import Params
 
-__all__ = ["LIBRARIES", "Library", "choose", "no_onednn", "prefer", "preferring"]
+__all__ = ["LIBRARIES", "Library", "applies", "choose", "no_onednn", "prefer", "preferring"]
 
 Library = Literal["torch", "onednn"]
 LIBRARIES = ("auto", "torch", "onednn")
@@ -50,18 +50,22 @@ def choose(asked: str, params: Params) -> tuple[Library, str]:
         raise ValueError(f"unknown library {asked!r} for products of matrices; there are {', '.join(LIBRARIES)}")
     if asked == "torch":
         return "torch", "asked for"
-    kinds = {f"{leaf.dtype}".removeprefix("torch.") + f" on {leaf.device.type}" for leaf in params.values()}
-    fits = kinds == {"float32 on cpu"}
     if asked == "auto":
         small = sum(leaf.numel() for leaf in params.values()) < _WORTH
-        if small or not fits or _maker() == "GenuineIntel" or _capability() != "AVX512":
+        if small or not applies(params) or _maker() == "GenuineIntel" or _capability() != "AVX512":
             return "torch", ""
         reason = no_onednn()
         return ("torch", f"not oneDNN: {reason}") if reason else ("onednn", "AVX-512, which MKL leaves unused here")
-    reason = no_onednn() if fits else f"it multiplies float32 on a CPU, and parameters are {', '.join(sorted(kinds))}"
+    kinds = ", ".join(sorted(_kinds(params)))
+    reason = no_onednn() if applies(params) else f"it multiplies float32 on a CPU, and parameters are {kinds}"
     if reason:
         raise ValueError(f"matmul onednn cannot be used here: {reason}. Leave it out.")
     return "onednn", "asked for"
+
+
+def applies(params: Params) -> bool:
+    """Whether a model's matrices are of the kind that oneDNN may multiply here."""
+    return _kinds(params) == {"float32 on cpu"}
 
 
 def no_onednn() -> str | None:
@@ -144,6 +148,10 @@ def _compiled() -> Path:
             raise OSError(f"{compiler} does not compile {source.name}: {(said or ['it says nothing'])[0]}")
         os.replace(result, path)
     return path
+
+
+def _kinds(params: Params) -> set[str]:
+    return {f"{leaf.dtype}".removeprefix("torch.") + f" on {leaf.device.type}" for leaf in params.values()}
 
 
 def _capability() -> str:

@@ -139,7 +139,7 @@ def _matmul(config: MagicConfig, recorded: dict[str, Any] | None, model: CausalL
             f"{config.run} was begun with --matmul {used}, now it is {config.matmul}: replay has to take what training "
             "took. Leave --matmul out, use another folder, or --overwrite to start afresh."
         )
-    if used == "torch":
+    if used == "torch" or not matmul.applies(model.params):  # the run in float64 is not its replay
         return "torch", ""
     try:
         return matmul.choose(used, model.params)[0], "as the run was begun"
