@@ -1,11 +1,11 @@
 """One pullback of a training step by `double` and by `blocks`, or compiled: CPU seconds and peak memory.
 
 The engines get the same GPT-NeoX model of random weights and the same batch; that they agree is asserted first. Then
-every measurement is a process of its own, the engines taking turns. Peak memory is the growth of the process's resident
-set over one pullback, its high-water mark reset before (Linux); gradient, ḡ and H ḡ, three times the parameters, are in
-it for all; "activations" is what is left without them. Seconds are the median of the pullbacks after that one. Out
-comes a Markdown table, each engine as a multiple of `double`. With --step a step's gradient is measured as well, and the
-pullback gets ḡ as in a run whose moments give the gradient back: together, what a step of a metagradient run takes.
+they take turns in one process, pullback by pullback: their times are medians, and a ratio is the median of the turns'. For
+peak memory each has a process of its own: the growth of the resident set over one pullback, its high-water mark reset
+before (Linux); gradient, ḡ and H ḡ, three times the parameters, are in it for all; "activations" is what is left without
+them. Out comes a Markdown table, each engine as a multiple of `double`. With --step a step's gradient is measured as well,
+and the pullback gets ḡ as in a run whose moments give the gradient back: together, what a step of a metagradient run takes.
 
     python bench/engines.py                                   # 12 layers, width 256, 4 × 256 tokens, and variations
     python bench/engines.py --depth 6 --width 128 --vocabulary 50304 --batch 8 --length 112 --only
@@ -69,41 +69,48 @@ def engine(kind: str, model, size: dict[str, int]):
     return Blocks(chain, Compiled(chain.links, sizes)) if kind == "compile" else Blocks(chain)
 
 
-def assert_equal(size: dict[str, int], kinds: list[str], library: str) -> float:
-    """Largest relative difference of an engine's results from `double`'s; refused above 1e-3 (float32)."""
-    model, params, batch, weights, update_half = world(size, library)
-    results = [engine(k, model, size).pullback(params, [batch], weights, None, update_half) for k in kinds]
-    expected, scores = results[0]
-    total = sum(float(x.norm()) ** 2 for x in expected.values()) ** 0.5
-    assert float(scores.abs().max()) > 0
-    errors = []
-    for found, slopes in results[1:]:
-        errors += [float((found[n] - expected[n]).norm()) / (float(expected[n].norm()) + 1e-3 * total) for n in params]
-        errors.append(float((slopes - scores).norm() / scores.norm()))
-    assert max(errors) < 1e-3, f"the engines differ by {max(errors):.2g}"
-    return max(errors)
+class Measured:
+    """The engines on one batch."""
 
+    def __init__(self, size: dict[str, int], kinds: list[str], step: bool, library: str) -> None:
+        self.model, self.params, self.batch, self.weights, self.update_half = world(size, library)
+        self.engines, self.step = {kind: engine(kind, self.model, size) for kind in kinds}, step
+        first = next(iter(self.engines.values()))
+        self.known = (
+            self.update_half(first.gradient(self.params, [self.batch], self.weights, None)[1]) if step else None
+        )
 
-def child(kind: str, size: dict[str, int], repeats: int, step: bool, library: str) -> None:
-    model, params, batch, weights, update_half = world(size, library)
-    chosen = engine(kind, model, size)
-    known = update_half(chosen.gradient(params, [batch], weights, None)[1]) if step else update_half
-
-    def pullback() -> float:
+    def run(self, kind: str, batch=None):
+        """(H ḡ, scores), and the CPU seconds they took."""
+        chosen, batches = self.engines[kind], [batch or self.batch]
         start = time.process_time()
-        left = chosen.gradient(params, [batch], weights, None)[2] if step else None
-        chosen.pullback(params, [batch], weights, None, known, left)
-        return time.process_time() - start
+        left = chosen.gradient(self.params, batches, self.weights, None)[2] if self.step else None
+        found = chosen.pullback(self.params, batches, self.weights, None, self.known or self.update_half, left)
+        return found, time.process_time() - start
 
+    def assert_equal(self) -> float:
+        """Largest relative difference of an engine's results from the first one's; refused above 1e-3 (float32)."""
+        (expected, scores), *results = [self.run(kind)[0] for kind in self.engines]
+        total = sum(float(x.norm()) ** 2 for x in expected.values()) ** 0.5
+        assert float(scores.abs().max()) > 0
+        errors = []
+        for found, slopes in results:
+            errors += [float((found[n] - x).norm()) / (float(x.norm()) + 1e-3 * total) for n, x in expected.items()]
+            errors.append(float((slopes - scores).norm() / scores.norm()))
+        assert max(errors) < 1e-3, f"the engines differ by {max(errors):.2g}"
+        return max(errors)
+
+
+def child(kind: str, size: dict[str, int], step: bool, library: str) -> None:
+    """Prints the peak memory of one pullback."""
+    measured = Measured(size, [kind], step, library)
     small = world({**size, "length": 8, "batch": 2}, library)[2]
-    chosen.pullback(params, [small], weights, None, known)  # libraries load, thread pools start
+    measured.run(kind, small)  # libraries load, thread pools start
     ctypes.CDLL(None).malloc_trim(0)  # what that took and freed would hide growth
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    first = pullback()
-    peak = _status("VmHWM") - before
-    seconds = [pullback() for _ in range(repeats)] or [first]
-    print(json.dumps({"seconds": statistics.median(seconds), "peak_bytes": peak}))
+    measured.run(kind)
+    print(_status("VmHWM") - before)
 
 
 def _status(name: str) -> int:
@@ -111,41 +118,38 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
-def measured(kind: str, size: dict[str, int], repeats: int, step: bool, library: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", kind, "--repeats", str(repeats), *(["--step"] if step else [])]
-    command += ["--matmul", library]
+def peak(kind: str, size: dict[str, int], step: bool, library: str) -> int:
+    command = [sys.executable, __file__, "--child", kind, "--matmul", library, *(["--step"] if step else [])]
     command += [part for name in NAMES for part in (f"--{name}", str(size[name]))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return int(done.stdout.splitlines()[-1])
 
 
 def compare(size: dict[str, int], kinds: list[str], arguments: argparse.Namespace) -> dict:
-    error = assert_equal(size, kinds, arguments.matmul)
-    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    measured = Measured(size, kinds, arguments.step, arguments.matmul)
+    error = measured.assert_equal()
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(arguments.turns):
-        for kind in runs:
-            runs[kind].append(measured(kind, size, arguments.repeats, arguments.step, arguments.matmul))
-
-    def median(kind: str, name: str) -> float:
-        return statistics.median(run[name] for run in runs[kind])
-
-    params = world(size, arguments.matmul)[1]
-    owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in params.values())
-    active = {kind: max(0.0, median(kind, "peak_bytes") - owed) for kind in kinds}
+        for kind in kinds:
+            seconds[kind].append(measured.run(kind)[1])
+    owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in measured.params.values())
+    peaks = {kind: peak(kind, size, arguments.step, arguments.matmul) for kind in kinds}
+    active = {kind: max(0, bytes_ - owed) for kind, bytes_ in peaks.items()}
     found = {
         kind: {
-            **{name: median(kind, key) / median("double", key) for name, key in (("time", "seconds"), ("peak", "peak_bytes"))},
+            "time": statistics.median(one / other for one, other in zip(seconds[kind], seconds["double"])),
+            "peak": peaks[kind] / peaks["double"],
             "activations": active[kind] / active["double"],
         }
         for kind in kinds[1:]
-    }  # fmt: skip
-    peaks = " → ".join(f"{median(kind, 'peak_bytes') / 2**20:.0f}" for kind in kinds)
+    }
+    mebibytes = " → ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in peaks.values())
     ratios = [" / ".join(f"{found[kind][name]:.2f}" for kind in found) for name in ("time", "peak", "activations")]
-    cells = [*(size[name] for name in NAMES), ratios[0], f"{peaks} MiB", *ratios[1:], f"{error:.0e}"]
+    cells = [*(size[name] for name in NAMES), ratios[0], f"{mebibytes} MiB", *ratios[1:], f"{error:.0e}"]
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    return {"size": size, "engines": found, "error": error, "owed_bytes": owed, "runs": runs}
+    return {"size": size, "engines": found, "error": error, "owed_bytes": owed, "seconds": seconds, "peak_bytes": peaks}
 
 
 def main() -> None:
@@ -153,8 +157,7 @@ def main() -> None:
     for name in NAMES:
         parser.add_argument(f"--{name}", type=int, default=DEFAULT[name])
     parser.add_argument("--only", action="store_true", help="this size alone, without the variations")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=2, help="timed pullbacks in each process")
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--against", nargs="+", choices=("blocks", "compile"), default=["blocks"], help="of double")
     parser.add_argument("--step", action="store_true", help="time a gradient and the pullback of a known ḡ")
     parser.add_argument("--matmul", choices=("auto", "torch", "onednn"), default="auto", help="as --matmul of a run")
@@ -163,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     base = {name: getattr(arguments, name) for name in NAMES}
     if arguments.child:
-        return child(arguments.child, base, arguments.repeats, arguments.step, arguments.matmul)
+        return child(arguments.child, base, arguments.step, arguments.matmul)
     sizes = [base] if arguments.only else [{**base, **change} for change in VARIATIONS]
     kinds = ["double", *arguments.against]
     columns = [*NAMES, f"CPU time, {' / '.join(kinds[1:])}", f"peak, {' → '.join(kinds)}", "peak, ratio",

@@ -14,9 +14,10 @@ import torch
 from test_blocks import build, results, stream
 from test_magic import LAYOUTS, _kill_after, command, done, scores, world  # noqa: F401  # fixtures
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from retrograd.cli import main
-from retrograd.core.engine import Blocks, Compiled
+from retrograd.core.engine import Blocks, Compiled, graphs
 from retrograd.core.engine import compiled as passes
 from retrograd.core.engine.graphs import compiled_pair
 from retrograd.core.engine.passes import Eager, Link, X
@@ -208,6 +209,35 @@ def test_what_is_kept(rows: int, length: int, monkeypatch: pytest.MonkeyPatch) -
         assert [
             tuple(size.node.hint if isinstance(size, torch.SymInt) else size for size in x.shape) for x in found
         ] == ([mixed, mapped] * times)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "joins"),
+    [
+        ((1, 0, 4, 1), (1, 4, 2**63 - 1, 1), True),
+        ((-1, 4, 6, 1), (1, 0, 4, 1), True),
+        ((1, 0, 4, 1), (1, 3, 6, 1), False),
+        ((1, 0, 3, 1), (1, 4, 6, 1), False),
+        ((1, 1, 4, 1), (1, 4, 6, 1), False),
+        ((1, 0, 4, 1), (1, 4, 5, 1), False),
+        ((1, 0, 4, 1), (1, 0, 4, 1), False),
+        ((0, 0, 3, 1), (1, 3, 6, 1), False),
+        ((1, 0, 6, 2), (1, 1, 6, 2), False),
+    ],
+)
+def test_two_parts_of_a_range_are_joined(one: tuple[int, ...], other: tuple[int, ...], joins: bool) -> None:
+    """Only where each place has exactly one of the two."""
+    back, whole = torch.ops.aten.slice_backward.default, [6, 6]
+
+    def summed(x: Tensor, y: Tensor) -> Tensor:
+        return back(x, whole, *one) + back(y, whole, *other)
+
+    inside = [torch.ops.aten.slice(torch.randn(6, 6), *part) for part in (one, other)]
+    graph = graphs._parts_joined(make_fx(summed)(*inside))
+    assert torch.equal(graph(*inside), summed(*inside))
+    targets = {node.target for node in graph.graph.nodes}
+    assert (torch.ops.aten.cat.default in targets) is joins
+    assert (back in targets) is not joins
 
 
 def test_ever_new_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,8 @@ OURS: dict[str, Any] = {
     "added in place, rows": lambda d: G.to(d, copy=True).addmm_(X.to(d), W.to(d).t()),
     "added in place, sums": lambda d: W.to(d, copy=True).addmm_(G.to(d).t(), X.to(d)),
     "in place of another": lambda d: torch.full((N, K), torch.nan, dtype=d).addmm_(G.to(d).t(), X.to(d), beta=0),
+    "a rest of few rows": lambda d: X[:990].to(d) @ W.to(d).t(),
+    "a rest of few sums": lambda d: G[:990].to(d).t() @ X[:990].to(d),
     "many": lambda d: S.to(d) @ S.to(d).mT,
     "many, transposed": lambda d: S.to(d).mT @ Q.to(d),
     "many, into a given one": lambda d: torch.bmm(S.to(d), Q.to(d), out=torch.empty(16, 255, 64, dtype=d)),

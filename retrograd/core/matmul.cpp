@@ -4,9 +4,9 @@
 // to half precision; everything else, and everything while it is off, goes where it went before.
 //
 // oneDNN compiles code for every size and keeps it, about 0.6 MB each. So the size that varies from batch to batch, the
-// number of tokens, is cut into pieces of few sizes, the last of which is torch's: what the rows of a row-major first
-// factor count (x Wᵀ, g W), or those of both factors (gᵀ x). Products of many small matrices (attention) are not cut, and
-// taken where their sizes are round: those of packed rows are.
+// number of tokens, is cut into pieces of few sizes: what the rows of a row-major first factor count (x Wᵀ, g W), or those
+// of both factors (gᵀ x). What is left goes with tokens before it if that is most of a piece, and to torch if not. Products
+// of many small matrices (attention) are not cut, and taken where their sizes are round: those of packed rows are.
 
 #include <ATen/CPUFunctions.h>
 #include <ATen/EmptyTensor.h>
@@ -60,7 +60,27 @@ int64_t piece(int64_t size) {
   return size - size % step;
 }
 
-// out = beta·out + a b
+Tensor fresh(int64_t rows, int64_t columns) { return at::detail::empty_cpu({rows, columns}, at::kFloat); }
+
+// What a few tokens at the end add, by a piece with tokens before them, which then do not count.
+void rest(int along, const Tensor& a, const Tensor& b, const Tensor& to, int64_t count, int64_t wide, float beta) {
+  const int64_t start = a.size(along) - wide;
+  const Tensor left = a.narrow(along, start, wide);
+  if (along == 0) {
+    const Tensor found = fresh(wide, b.size(1));
+    at::native::mkldnn_matmul(left, b, found, 0.f, 1.f);
+    const Tensor last = found.narrow(0, wide - count, count);
+    if (beta == 0.f) to.copy_(last);
+    else to.add_(last);
+  } else {
+    const Tensor right = fresh(wide, b.size(1));
+    right.narrow(0, 0, wide - count).zero_();
+    right.narrow(0, wide - count, count).copy_(b.narrow(0, b.size(0) - count, count));
+    at::native::mkldnn_matmul(left, right, to, beta, 1.f);
+  }
+}
+
+// out = beta·out + a b, beta 0 or 1
 void product(int along, const Tensor& a, const Tensor& b, const Tensor& out, float beta) {
   const int64_t size = a.size(along), least = std::max(kStep, kLeast / (a.size(1 - along) * b.size(1)));
   for (int64_t start = 0, count; start < size; start += count) {
@@ -71,17 +91,16 @@ void product(int along, const Tensor& a, const Tensor& b, const Tensor& out, flo
     Tensor to = along == 0 ? out.narrow(0, start, count) : out;
     const float before = along == 1 && start > 0 ? 1.f : beta;
     if (ours) at::native::mkldnn_matmul(left, right, to, before, 1.f);
+    else if (least == kStep && 2 * count >= least) rest(along, a, b, to, count, least, before);
     else if (before == 0.f) at::cpu::mm_out(to, left, right);
     else at::cpu::addmm_(to, left, right, before, 1);
   }
 }
 
-Tensor fresh(const Tensor& a, const Tensor& b) { return at::detail::empty_cpu({a.size(0), b.size(1)}, at::kFloat); }
-
 Tensor mm(const Tensor& a, const Tensor& b) {
   const int along = cut(a, b);
   if (along < 0) return at::cpu::mm(a, b);
-  Tensor out = fresh(a, b);
+  Tensor out = fresh(a.size(0), b.size(1));
   product(along, a, b, out, 0.f);
   return out;
 }
@@ -104,7 +123,7 @@ bool spreads(const Tensor& x, const Tensor& a, const Tensor& b) {
 Tensor addmm(const Tensor& x, const Tensor& a, const Tensor& b, const Scalar& beta, const Scalar& alpha) {
   const int along = cut(a, b);
   if (along < 0 || !simple(beta, alpha) || !spreads(x, a, b)) return at::cpu::addmm(x, a, b, beta, alpha);
-  Tensor out = fresh(a, b);
+  Tensor out = fresh(a.size(0), b.size(1));
   if (beta.toDouble() != 0.0) out.copy_(x.expand(out.sizes()));
   product(along, a, b, out, beta.toFloat());
   return out;

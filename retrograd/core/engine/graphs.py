@@ -105,7 +105,7 @@ def _traced(asked: Asked) -> tuple[fx.GraphModule, list[tree.Frame], Any] | None
     try:
         with mode, torch.no_grad():
             graph = _tidied(make_fx(flat, tracing_mode="symbolic")(*operands))
-            graph = _tidied(make_fx(functionalize(graph), tracing_mode="symbolic")(*operands))
+            graph = _parts_joined(_tidied(make_fx(functionalize(graph), tracing_mode="symbolic")(*operands)))
     except RuntimeError:
         if asked.varies:  # a size that was taken for the batch's and is not
             return None
@@ -140,6 +140,39 @@ def _tidied(graph: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(sizes.setdefault(size.node.expr, node))
     graph.graph.eliminate_dead_code()
     return fx.GraphModule(graph, fx_graph_cse(graph.graph))
+
+
+def _parts_joined(graph: fx.GraphModule) -> fx.GraphModule:
+    """Two parts of one range, each filled up with zeros, joined instead of added.
+
+    So come the derivatives of rotary embeddings, a dozen in a layer. As sums they compile to code that asks for each
+    number which part it belongs to.
+    """
+    aten = torch.ops.aten
+    for node in graph.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        parts = sorted((found for x in node.args if (found := _part(x))), key=lambda part: part[:3])
+        if len(parts) != 2 or node.kwargs:
+            continue
+        (dim, start, middle, whole, one), (other_dim, after, end, _, other) = parts
+        if dim == other_dim and start == 0 and middle == after and end == whole:
+            with graph.graph.inserting_before(node):
+                joined = graph.graph.call_function(aten.cat.default, ([one, other], dim))
+            joined.meta = dict(node.meta)
+            node.replace_all_uses_with(joined)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _part(node: Any) -> tuple[int, int, int, int, fx.Node] | None:
+    """(dimension, start, end, its size, what is there) of a node that is zero outside a range of fixed place."""
+    if getattr(node, "target", None) is not torch.ops.aten.slice_backward.default:
+        return None
+    inside, sizes, dim, start, end, step = node.args
+    whole = sizes[dim]
+    if step != 1 or not all(isinstance(number, int) for number in (start, end, whole)):
+        return None
+    return dim % len(sizes), start, min(end, whole), whole, inside
 
 
 def _cut(graph: fx.GraphModule, operands: int, count: int, inner: int) -> tuple[fx.GraphModule, fx.GraphModule]:
