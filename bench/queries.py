@@ -1,8 +1,9 @@
 """What more queries cost: one reverse sweep of K columns against one of a single column, over the same kept states.
 
-A GPT-NeoX model of random weights is trained once and its states are kept; K queries are the losses of K documents. First
-every column of the widest sweep that is timed has to equal its own sweep. Then sweeps take turns; printed are medians of
-their CPU time as multiples of a single sweep, and of K single sweeps, and what each query after the first adds.
+A GPT-NeoX model of random weights is trained and its states are kept; K queries are the losses of K documents. First
+every column of the widest sweep that is timed has to equal its own sweep. Then training and sweeps take turns; printed are
+medians of CPU time: a run, which is training and a sweep, as a multiple of one with a single query; a sweep as a multiple
+of a single sweep, and of K single sweeps, and what each query after the first adds to it.
 
     python bench/queries.py                          # both engines, K = 1, 2, 8, 32
     python bench/queries.py --engine blocks --queries 1 8 --turns 5 --json queries.json
@@ -23,13 +24,13 @@ VOCABULARY = 1024
 
 
 def world(engine: str, arguments: argparse.Namespace):
-    """(training, initial state, states before each step, final parameters, objective)."""
+    """(training, initial state, objective)."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from retrograd.core import matmul
     from retrograd.core.optim import AdamW
-    from retrograd.core.step import Recipe, Training, initial_state, step
+    from retrograd.core.step import Recipe, Training, initial_state
     from retrograd.lm.engines import choose_engine
     from retrograd.lm.model import causal_objective, trainable
     from retrograd.lm.stream import DataStream
@@ -48,10 +49,17 @@ def world(engine: str, arguments: argparse.Namespace):
     params = trainable(model)[0]
     matmul.prefer(matmul.choose(arguments.matmul, params)[0])
     training = Training(recipe, choose_engine(engine, model, objective).engine, stream, stream.weights)
-    states = [initial_state(recipe, params)]
-    for _ in range(len(stream)):
+    return training, initial_state(recipe, params), objective
+
+
+def trained(training, start):
+    """(the states, CPU seconds)."""
+    from retrograd.core.step import step
+
+    before, states = time.process_time(), [start]
+    for _ in range(len(training.stream)):
         states.append(step(training, states[-1]).state)
-    return training, states, objective
+    return states, time.process_time() - before
 
 
 def columns(states, objective, count: int):
@@ -87,23 +95,26 @@ def reverse(training, states, gradient):
 
 
 def compare(engine: str, arguments: argparse.Namespace) -> dict:
-    training, states, objective = world(engine, arguments)
+    training, start, objective = world(engine, arguments)
+    states = trained(training, start)[0]
     gradient = columns(states, objective, max(arguments.queries))
     together = reverse(training, states, gradient)[0]
     picked = {0, max(arguments.queries) // 2, max(arguments.queries) - 1}
     alone = {k: reverse(training, states, {n: g[k : k + 1] for n, g in gradient.items()})[0][0] for k in picked}
     error = max(float((together[k] - found).norm() / found.norm()) for k, found in alone.items())
     assert error < 1e-4, f"{engine}: a column differs from its own sweep by {error:.2g}"
-    seconds: dict[int, list[float]] = {count: [] for count in arguments.queries}
+    seconds: dict[int, list[float]] = {0: [], **{count: [] for count in arguments.queries}}
     for _ in range(arguments.turns):
         for count, taken in seconds.items():
-            taken.append(reverse(training, states, {n: g[:count] for n, g in gradient.items()})[1])
+            columns_ = {n: g[:count] for n, g in gradient.items()}
+            taken.append((reverse(training, states, columns_) if count else trained(training, start))[1])
     medians = {count: statistics.median(taken) for count, taken in seconds.items()}
+    forward, single = medians.pop(0), medians[1]
     for count, median in medians.items():
-        ratio = median / medians[min(medians)]
+        ratio, run = median / single, (forward + median) / (forward + single)
         further = f"{(ratio - 1) / (count - 1):.2f}" if count > 1 else ""
-        print(f"| {engine} | {count} | {ratio:.2f} | {ratio / count:.2f} | {further} |", flush=True)
-    return {"engine": engine, "error": error, "seconds": seconds}
+        print(f"| {engine} | {count} | {run:.2f} | {ratio:.2f} | {ratio / count:.2f} | {further} |", flush=True)
+    return {"engine": engine, "error": error, "training": seconds.pop(0), "seconds": seconds}
 
 
 def main() -> None:
@@ -118,7 +129,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     assert min(arguments.queries) == 1, "costs are told in single sweeps: --queries has to include 1"
-    print("| engine | K | single sweeps | of K single sweeps | each further query |\n|---|---|---|---|---|")
+    print("| engine | K | run, of one query's | single sweeps | of K single sweeps | each further query |")
+    print("|---|---|---|---|---|---|")
     results = [compare(engine, arguments) for engine in arguments.engine]
     if arguments.json:
         import torch

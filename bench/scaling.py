@@ -1,6 +1,6 @@
 """How the cost of a metagradient run grows with its steps, its parameters and the length of its rows.
 
-A GPT-NeoX of random weights; AdamW; all states kept. Each point is the median CPU time of train + query + reverse; the
+A GPT-NeoX of random weights; AdamW; all states kept; matrices by torch's library at every size. Each point is the median CPU time of train + query + reverse; the
 exponent is the slope of a line through log cost against log size. Steps should give 1; parameters and length approach
 1 and 2 only where matrix products and attention dominate.
 
@@ -41,7 +41,7 @@ def cost(steps: int, width: int, length: int) -> tuple[float, int]:
     )  # fmt: skip
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, VOCABULARY, length).tolist() for _ in range((steps + 1) * BATCH)]
-    trainer, state = Trainer.initialize(model, adamw(1e-4, eps_root=1e-6))
+    trainer, state = Trainer.initialize(model, adamw(1e-4, eps_root=1e-6), matmul="torch")
     stream, query = DataStream(rows[:-BATCH], BATCH), DataStream(rows[-BATCH:], BATCH, shuffle=False)
     start = time.process_time()
     final = trainer.train(state, stream)

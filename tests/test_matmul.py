@@ -202,10 +202,11 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_compiler_that_fails_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiler: str, told: str
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(OSError, match=told):
         matmul._compiled()
+    assert ("compiling matmul.cpp with false, once" in capsys.readouterr().err) is (compiler == "false")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

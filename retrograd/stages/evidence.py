@@ -130,9 +130,9 @@ def query_check(run: Opened, values: Tensor, gradient: Params) -> Check:
             size = tree.norm([wanted[name].cpu() for name in names]).clamp_min(1e-300)
             worst = max(worst, float(tree.norm(apart) / size))
     tolerance = QUERY_ERROR.get(dtype, 1e-2)
-    what = (
-        f"values and gradients of {len(run.loaded.asked)} named queries at the replayed final state are those on disk"
-    )
+    count = len(run.loaded.asked)
+    asked = "1 query" if count == 1 else f"{count} queries"
+    what = f"values and gradients of {asked} at the replayed final state are those on disk"
     return Check("query", "passed" if worst <= tolerance else "failed", what, worst, tolerance)
 
 
