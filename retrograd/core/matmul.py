@@ -137,7 +137,7 @@ def _compiled() -> Path:
             f"it takes a C++ compiler, and none of {', '.join(names)} is found; install g++, or name one in CXX"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"compiling {source.name} with {compiler}, once for this torch: some ten seconds", file=sys.stderr, flush=True)
+    print(f"compiling {source.name} with {compiler}, once for this torch: ten seconds", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         result = Path(folder) / path.name
         include, library = f"-I{torch_files / 'include'}", f"-L{torch_files / 'lib'}"
