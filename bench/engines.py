@@ -136,7 +136,7 @@ def compare(size: dict[str, int], kinds: list[str], arguments: argparse.Namespac
             seconds[kind].append(measured.run(kind)[1])
     owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in measured.params.values())
     peaks = {kind: peak(kind, size, arguments.step, arguments.matmul) for kind in kinds}
-    active = {kind: max(0, bytes_ - owed) for kind, bytes_ in peaks.items()}
+    active = {kind: max(0, taken - owed) for kind, taken in peaks.items()}
     found = {
         kind: {
             "time": statistics.median(one / other for one, other in zip(seconds[kind], seconds["double"])),
@@ -145,7 +145,7 @@ def compare(size: dict[str, int], kinds: list[str], arguments: argparse.Namespac
         }
         for kind in kinds[1:]
     }
-    mebibytes = " → ".join(f"{bytes_ / 2**20:.0f}" for bytes_ in peaks.values())
+    mebibytes = " → ".join(f"{taken / 2**20:.0f}" for taken in peaks.values())
     ratios = [" / ".join(f"{found[kind][name]:.2f}" for kind in found) for name in ("time", "peak", "activations")]
     cells = [*(size[name] for name in NAMES), ratios[0], f"{mebibytes} MiB", *ratios[1:], f"{error:.0e}"]
     print(f"| {' | '.join(map(str, cells))} |", flush=True)

@@ -103,11 +103,11 @@ def compare(engine: str, arguments: argparse.Namespace) -> dict:
     alone = {k: reverse(training, states, {n: g[k : k + 1] for n, g in gradient.items()})[0][0] for k in picked}
     error = max(float((together[k] - found).norm() / found.norm()) for k, found in alone.items())
     assert error < 1e-4, f"{engine}: a column differs from its own sweep by {error:.2g}"
-    seconds: dict[int, list[float]] = {0: [], **{count: [] for count in arguments.queries}}
+    seconds: dict[int, list[float]] = {0: [], **{count: [] for count in arguments.queries}}  # 0: training
     for _ in range(arguments.turns):
         for count, taken in seconds.items():
-            columns_ = {n: g[:count] for n, g in gradient.items()}
-            taken.append((reverse(training, states, columns_) if count else trained(training, start))[1])
+            chosen = {n: g[:count] for n, g in gradient.items()}
+            taken.append((reverse(training, states, chosen) if count else trained(training, start))[1])
     medians = {count: statistics.median(taken) for count, taken in seconds.items()}
     forward, single = medians.pop(0), medians[1]
     for count, median in medians.items():

@@ -1,8 +1,8 @@
 """How the cost of a metagradient run grows with its steps, its parameters and the length of its rows.
 
-A GPT-NeoX of random weights; AdamW; all states kept; matrices by torch's library at every size. Each point is the median CPU time of train + query + reverse; the
-exponent is the slope of a line through log cost against log size. Steps should give 1; parameters and length approach
-1 and 2 only where matrix products and attention dominate.
+A GPT-NeoX of random weights; AdamW; all states kept; matrices by torch's library at every size. Each point is the median
+CPU time of train + query + reverse; the exponent is the slope of a line through log cost against log size. Steps should
+give 1; parameters and length approach 1 and 2 only where matrix products and attention dominate.
 
     python bench/scaling.py
     python bench/scaling.py --turns 1 --quick
