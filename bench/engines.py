@@ -26,7 +26,8 @@ from pathlib import Path
 
 NAMES = ("depth", "width", "length", "vocabulary", "batch", "queries")
 DEFAULT = {"depth": 12, "width": 256, "length": 256, "vocabulary": 1024, "batch": 4, "queries": 1}
-VARIATIONS = [{}, {"depth": 4}, {"width": 64}, {"length": 64}, {"vocabulary": 50_304, "depth": 6}, {"queries": 4}]
+VARIATIONS = [{}, {"depth": 4}, {"width": 64}, {"length": 64}, {"vocabulary": 50_304, "depth": 6}, {"batch": 1},
+              {"queries": 4}]  # fmt: skip
 
 
 def world(size: dict[str, int], library: str):
