@@ -17,10 +17,11 @@ SMALL = ["--depth", "2", "--width", "16", "--length", "12", "--vocabulary", "64"
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("engines", [*SMALL, "--only", "--step", "--against", "blocks", "compile", "--turns", "1", "--repeats", "1"]),
+        ("engines", [*SMALL, "--only", "--step", "--against", "blocks", "compile", "--turns", "1"]),
         ("queries", ["--queries", "1", "2", "--depth", "2", "--width", "16", "--steps", "2", "--turns", "1"]),
         ("overhead", ["--steps", "1", "--turns", "1", "--hold", "4096"]),
         ("replay", ["--steps", "20", "--turns", "1"]),
+        ("scaling", ["--quick", "--turns", "1"]),
     ],
 )
 def test_a_benchmark_runs(name: str, options: list[str], tmp_path: Path) -> None:
