@@ -1,4 +1,4 @@
-# Two commands set up everything: `make demo` and `make test`. Only Python >= 3.11, make and a C++ compiler are needed.
+# Two commands set up everything: `make demo` and `make test`. Only Python >= 3.11 and make are needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -30,12 +30,11 @@ VARIATIONS = [{}, {"depth": 4}, {"width": 64}, {"length": 64}, {"vocabulary": 50
               {"queries": 4}]  # fmt: skip
 
 
-def world(size: dict[str, int], library: str):
-    """(model, params, batch, weights, update half); matrices are multiplied by `library` from here on."""
+def world(size: dict[str, int]):
+    """(model, params, batch, weights, update half)."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from retrograd.core import matmul
     from retrograd.lm.model import trainable
     from retrograd.lm.stream import DataStream
 
@@ -53,9 +52,7 @@ def world(size: dict[str, int], library: str):
     def update_half(grads):
         return {name: torch.stack([g * s for s in scales]) for name, g in grads.items()}
 
-    params = trainable(model)[0]
-    matmul.prefer(matmul.choose(library, params)[0])
-    return model, params, stream[0], stream.weights, update_half
+    return model, trainable(model)[0], stream[0], stream.weights, update_half
 
 
 def engine(kind: str, model, size: dict[str, int]):
@@ -73,8 +70,8 @@ def engine(kind: str, model, size: dict[str, int]):
 class Measured:
     """The engines on one batch."""
 
-    def __init__(self, size: dict[str, int], kinds: list[str], step: bool, library: str) -> None:
-        self.model, self.params, self.batch, self.weights, self.update_half = world(size, library)
+    def __init__(self, size: dict[str, int], kinds: list[str], step: bool) -> None:
+        self.model, self.params, self.batch, self.weights, self.update_half = world(size)
         self.engines, self.step = {kind: engine(kind, self.model, size) for kind in kinds}, step
         first = next(iter(self.engines.values()))
         self.known = (
@@ -102,10 +99,10 @@ class Measured:
         return max(errors)
 
 
-def child(kind: str, size: dict[str, int], step: bool, library: str) -> None:
+def child(kind: str, size: dict[str, int], step: bool) -> None:
     """Prints the peak memory of one pullback."""
-    measured = Measured(size, [kind], step, library)
-    small = world({**size, "length": 8, "batch": 2}, library)[2]
+    measured = Measured(size, [kind], step)
+    small = world({**size, "length": 8, "batch": 2})[2]
     measured.run(kind, small)  # libraries load, thread pools start
     ctypes.CDLL(None).malloc_trim(0)  # what that took and freed would hide growth
     Path("/proc/self/clear_refs").write_text("5")
@@ -119,8 +116,8 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
-def peak(kind: str, size: dict[str, int], step: bool, library: str) -> int:
-    command = [sys.executable, __file__, "--child", kind, "--matmul", library, *(["--step"] if step else [])]
+def peak(kind: str, size: dict[str, int], step: bool) -> int:
+    command = [sys.executable, __file__, "--child", kind, *(["--step"] if step else [])]
     command += [part for name in NAMES for part in (f"--{name}", str(size[name]))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -129,14 +126,14 @@ def peak(kind: str, size: dict[str, int], step: bool, library: str) -> int:
 
 
 def compare(size: dict[str, int], kinds: list[str], arguments: argparse.Namespace) -> dict:
-    measured = Measured(size, kinds, arguments.step, arguments.matmul)
+    measured = Measured(size, kinds, arguments.step)
     error = measured.assert_equal()
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(arguments.turns):
         for kind in kinds:
             seconds[kind].append(measured.run(kind)[1])
     owed = (1 + 2 * size["queries"]) * sum(p.numel() * p.element_size() for p in measured.params.values())
-    peaks = {kind: peak(kind, size, arguments.step, arguments.matmul) for kind in kinds}
+    peaks = {kind: peak(kind, size, arguments.step) for kind in kinds}
     active = {kind: max(0, taken - owed) for kind, taken in peaks.items()}
     found = {
         kind: {
@@ -161,13 +158,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--against", nargs="+", choices=("blocks", "compile"), default=["blocks"], help="of double")
     parser.add_argument("--step", action="store_true", help="time a gradient and the pullback of a known ḡ")
-    parser.add_argument("--matmul", choices=("auto", "torch", "onednn"), default="auto", help="as --matmul of a run")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", choices=("double", "blocks", "compile"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     base = {name: getattr(arguments, name) for name in NAMES}
     if arguments.child:
-        return child(arguments.child, base, arguments.step, arguments.matmul)
+        return child(arguments.child, base, arguments.step)
     sizes = [base] if arguments.only else [{**base, **change} for change in VARIATIONS]
     kinds = ["double", *arguments.against]
     columns = [*NAMES, f"CPU time, {' / '.join(kinds[1:])}", f"peak, {' → '.join(kinds)}", "peak, ratio",

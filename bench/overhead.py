@@ -7,7 +7,6 @@ two kinds taking turns; printed are the ratio of the medians and each kind's pea
     python bench/overhead.py                    # the full size: 64 steps, 3 turns
     python bench/overhead.py --steps 8 --turns 1 --way double blocks double/all    # engines, with a replay plan or auto's
     python bench/overhead.py --clip 1 --way blocks blocks/all
-    python bench/overhead.py --way double double/auto/torch    # with oneDNN where auto takes it, and without
     python bench/overhead.py --hold 1           # where a host gives and takes its guest's memory, see bench/memory.py
 """
 
@@ -79,12 +78,10 @@ def metagradient(
     from retrograd.optim import adamw
     from retrograd.runs.replay import Replay
 
-    engine, plan, library = (*way.split("/"), "", "")[:3]
+    engine, plan = (*way.split("/"), "")[:2]
     losses: list[float] = []
     optimizer = adamw(LR, eps_root=eps_root)
-    trainer, state = Trainer.initialize(
-        make_model(), optimizer, engine=engine, max_grad_norm=clip, matmul=library or "auto"
-    )
+    trainer, state = Trainer.initialize(make_model(), optimizer, engine=engine, max_grad_norm=clip)
     stream = DataStream(make_rows(steps * BATCH), BATCH)
     query = DataStream(make_rows(8, seed=1), BATCH, shuffle=False)
     marks = [time.perf_counter()]
@@ -127,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--way", nargs="+", default=["double"], help="ENGINE, ENGINE/PLAN or ENGINE/PLAN/MATMUL")
+    parser.add_argument("--way", nargs="+", default=["double"], help="ENGINE or ENGINE/PLAN")
     parser.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient norm to this")
     parser.add_argument("--hold", type=float, metavar="GIB", help="hold the machine's free memory but for so much")
     parser.add_argument("--json", type=Path, help="write the figures here")

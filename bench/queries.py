@@ -28,7 +28,6 @@ def world(engine: str, arguments: argparse.Namespace):
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from retrograd.core import matmul
     from retrograd.core.optim import AdamW
     from retrograd.core.step import Recipe, Training, initial_state
     from retrograd.lm.engines import choose_engine
@@ -47,7 +46,6 @@ def world(engine: str, arguments: argparse.Namespace):
     stream = DataStream(rows, arguments.batch)
     recipe = Recipe(AdamW(1e-3, eps_root=1e-6))
     params = trainable(model)[0]
-    matmul.prefer(matmul.choose(arguments.matmul, params)[0])
     training = Training(recipe, choose_engine(engine, model, objective).engine, stream, stream.weights)
     return training, initial_state(recipe, params), objective
 
@@ -125,7 +123,6 @@ def main() -> None:
     )
     for name, default in (("depth", 6), ("width", 128), ("length", 112), ("batch", 8), ("steps", 3), ("turns", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--matmul", choices=("auto", "torch", "onednn"), default="auto", help="as --matmul of a run")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     assert min(arguments.queries) == 1, "costs are told in single sweeps: --queries has to include 1"

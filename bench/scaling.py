@@ -41,7 +41,7 @@ def cost(steps: int, width: int, length: int) -> tuple[float, int]:
     )  # fmt: skip
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, VOCABULARY, length).tolist() for _ in range((steps + 1) * BATCH)]
-    trainer, state = Trainer.initialize(model, adamw(1e-4, eps_root=1e-6), matmul="torch")
+    trainer, state = Trainer.initialize(model, adamw(1e-4, eps_root=1e-6))
     stream, query = DataStream(rows[:-BATCH], BATCH), DataStream(rows[-BATCH:], BATCH, shuffle=False)
     start = time.process_time()
     final = trainer.train(state, stream)

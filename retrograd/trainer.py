@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from retrograd.core import check, tree
-from retrograd.core import matmul as libraries
 from retrograd.core.muon import Pair
 from retrograd.core.optim import Optimizer, Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state
@@ -28,7 +26,6 @@ from retrograd.runs.trajectory import Trajectory
 
 __all__ = ["Evaluation", "Metagradient", "Trainer", "TrainerState", "Validation"]
 
-P, R = ParamSpec("P"), TypeVar("R")
 
 TrainerState = State
 """Everything that evolves: step, params and moments."""
@@ -68,17 +65,6 @@ class Validation(NamedTuple):
     interval: tuple[float, float]
 
 
-def _multiplying(method: Callable[Concatenate[Trainer, P], R]) -> Callable[Concatenate[Trainer, P], R]:
-    """A trainer's method with matrices multiplied by the trainer's library."""
-
-    @functools.wraps(method)
-    def multiplying(self: Trainer, *given: P.args, **named: P.kwargs) -> R:
-        with libraries.preferring(self._chosen.matmul):
-            return method(self, *given, **named)
-
-    return multiplying
-
-
 class Trainer:
     """Trains a model with a differentiable recipe and pulls query losses back through it.
 
@@ -102,7 +88,6 @@ class Trainer:
         dropout: bool = False,
         seed: int = 0,
         engine: Literal["double", "blocks"] = "double",
-        matmul: Literal["auto", "torch", "onednn"] = "auto",
     ) -> tuple[Trainer, State]:
         """A trainer and the state before step 0.
 
@@ -116,13 +101,10 @@ class Trainer:
             dropout: Train with the module in training mode; random draws are replayed.
             engine: How steps are differentiated twice: "double" for any module; "blocks", for Hugging Face models
                 that are chains of layers, holds one layer's graph at a time and takes longer.
-            matmul: Who multiplies float32 matrices on a CPU while this trainer works: the library that torch calls, or
-                oneDNN, twice as fast where there is AVX-512 and the processor is not Intel's. "auto" takes oneDNN there
-                for 4 million parameters or more, and compiles a page of C++ for it the first time.
         Raises:
             ValueError: If nothing is trainable, the optimizer is no pair, the loss is missing for a module that is no
-                language model, training mode would change buffers behind the recipe's back, the model is not one that
-                the engine can cut into layers, or oneDNN is asked for and cannot be used here.
+                language model, training mode would change buffers behind the recipe's back, or the model is not one
+                that the engine can cut into layers.
         """
         model.train(dropout)
         if dropout:
@@ -143,11 +125,8 @@ class Trainer:
                 )
         recipe = Recipe(_as_optimizer(optimizer), max_grad_norm, micro_batch_size, seed, stochastic=dropout)
         state = initial_state(recipe, trainable(model)[0])
-        library, why = libraries.choose(matmul, state.params)
-        chosen = choose_engine(engine, model, objective)._replace(matmul=library, matmul_why=why)
-        return cls(recipe, chosen, state, model), state
+        return cls(recipe, choose_engine(engine, model, objective), state, model), state
 
-    @_multiplying
     def train(
         self,
         state: State,
@@ -170,7 +149,6 @@ class Trainer:
         self._last = trajectory
         return final
 
-    @_multiplying
     def evaluate(self, state: State, query: DataStream | Query) -> Evaluation:
         """The value of a query at a state, and its gradient.
 
@@ -185,7 +163,6 @@ class Trainer:
         value, gradient, _ = self.engine.gradient(state.params, shares, query.weights, None)
         return Evaluation(value, {name: g[None] for name, g in gradient.items()})
 
-    @_multiplying
     def backward(
         self,
         save_dir: str | Path | None,
@@ -224,7 +201,6 @@ class Trainer:
         single = query.value.ndim == 0
         return Metagradient(scores[0] if single else scores, query.value)
 
-    @_multiplying
     def validate(
         self,
         state: State,
@@ -279,8 +255,7 @@ class Trainer:
         data = stream.rows.digest() if isinstance(stream.rows, Rows) else tree.digest(stream.rows)
         order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed)
         recipe = self.recipe if not isinstance(self.recipe.optimizer, Pair) else "a foreign optimizer"
-        used = (self._chosen.name, self._chosen.matmul)  # another may round otherwise
-        engine = tuple(name for name in used if name not in ("double", "torch"))
+        engine = () if self._chosen.name == "double" else (self._chosen.name,)  # another may round otherwise
         return fingerprint(recipe, data, order, tree.digest(stream.weights), tree.digest(state.params), *engine)
 
 

@@ -140,3 +140,18 @@ def test_the_trainer_takes_either_engine(world: Path, tmp_path: Path) -> None:
 def test_a_loss_of_ones_own_takes_double() -> None:
     with pytest.raises(ValueError, match="engine 'blocks' needs a Hugging Face language model"):
         Trainer.initialize(nn.Linear(2, 1), sgd(0.1), lambda p, x: x, engine="blocks")
+
+
+def test_a_run_begun_with_onednn_is_refused_in_words(world: Path, capsys: pytest.CaptureFixture) -> None:
+    assert magic(world, "onednn") == 0
+    path = world / "onednn" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["engine"]["matmul"] = "onednn"
+    path.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    stored = path.with_name("run_config.yaml")
+    stored.write_text(stored.read_text() + "matmul: onednn\n")
+    assert magic(world, "onednn") != 0
+    assert "was begun by an earlier version with --matmul onednn, which is gone" in " ".join(
+        capsys.readouterr().err.split()
+    )

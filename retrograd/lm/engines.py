@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from retrograd.core import matmul, tree
+from retrograd.core import tree
 from retrograd.core.engine import Blocks, Compiled, Double
 from retrograd.core.engine.compiled import no_compiler
 from retrograd.core.optim import Params
@@ -54,14 +54,12 @@ class Load(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """An engine, its name, and why it was chosen, in one line; and who multiplies its matrices, and why."""
+    """An engine, its name, and why it was chosen, in one line."""
 
     engine: Engine
     name: str
     why: str
     compiled: Compiled | None = None
-    matmul: matmul.Library = "torch"
-    matmul_why: str = ""
 
 
 def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Load | None = None) -> Choice:

@@ -343,8 +343,7 @@ def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, room: Tensor) -> tupl
 
 
 def _chunk(weight: Tensor) -> int:
-    fit = _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cpu"]) // (4 * len(weight))
-    return max(16, fit - fit % 64 if fit > 64 else fit)  # core.matmul cuts there
+    return max(16, _CHUNK_BYTES.get(weight.device.type, _CHUNK_BYTES["cpu"]) // (4 * len(weight)))
 
 
 def _tangent(

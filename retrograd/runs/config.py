@@ -176,10 +176,6 @@ class MagicConfig:
     compile: bool = False
     """Compile the passes over a layer, once for all layers and lengths: takes minutes before the first step. Takes the
     engine blocks, and for its way back keeps more than blocks does alone."""
-    matmul: Literal["auto", "torch", "onednn"] = "auto"
-    """Who multiplies float32 matrices on a CPU: the library that torch calls, or oneDNN, twice as fast where there is
-    AVX-512 and the processor is not Intel's. auto takes oneDNN there from 4 million parameters on. Results are equal to
-    rounding."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -206,7 +202,8 @@ class MagicConfig:
 
 # Where a run is and how it is carried out do not change what it computes.
 # The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
-_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine", "compile", "matmul", "evaluate", "log")
+_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine", "compile", "evaluate", "log")
+_GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
 
 
 def to_dict(config: MagicConfig) -> dict[str, Any]:
@@ -218,7 +215,7 @@ def to_dict(config: MagicConfig) -> dict[str, Any]:
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "name: old → new" for all that makes two configurations different runs."""
     flat_old, flat_new = _flatten(old), _flatten(new)
-    names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in _NOT_THE_RUN]
+    names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *_GONE)]
     return [
         f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
         for name in names
@@ -232,7 +229,8 @@ def settings_from(kind: type[C], path: Path) -> C:
     Raises:
         ValueError: If the file is missing or not YAML, or names a setting that does not exist.
     """
-    return build(kind, read_yaml(path), str(path))
+    values = read_yaml(path)
+    return build(kind, {name: value for name, value in values.items() if name not in _GONE}, str(path))
 
 
 def from_yaml(path: Path) -> MagicConfig:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retrograd.core import matmul, tree
+from retrograd.core import tree
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
@@ -94,10 +94,7 @@ def assemble(config: MagicConfig) -> Loaded:
     queries = sum(len(found.columns) for found in asked) + config.sharpness
     shape = (min(size, len(rows)), rows.max_length)
     begun = _begun(config)
-    library, reason = _matmul(config, begun, model)
-    matmul.prefer(library)
     engine = _engine(config, begun, model, shape, queries, recipe, initial, stream)
-    engine = engine._replace(matmul=library, matmul_why=reason)
     training = Training(recipe, engine.engine, stream, stream.weights)
     identity = fingerprint(
         recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
@@ -126,28 +123,16 @@ def _begun(config: MagicConfig) -> dict[str, Any] | None:
     """What a run that was begun records of its engine."""
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     begun = {} if nowhere else Manifest(config.run / "manifest.json").values
-    return begun.get("engine", {"used": "double", "why": "asked for"}) if "identity" in begun else None
-
-
-def _matmul(config: MagicConfig, recorded: dict[str, Any] | None, model: CausalLM) -> tuple[matmul.Library, str]:
-    """As `_engine`, who multiplies matrices."""
-    if recorded is None:
-        return matmul.choose(config.matmul, model.params)
-    used = recorded.get("matmul", "torch")
-    if config.matmul not in ("auto", used):
+    if "identity" not in begun:
+        return None
+    recorded = begun.get("engine", {"used": "double", "why": "asked for"})
+    if recorded.get("matmul", "torch") != "torch":
         raise ValueError(
-            f"{config.run} was begun with --matmul {used}, now it is {config.matmul}: replay has to take what training "
-            "took. Leave --matmul out, use another folder, or --overwrite to start afresh."
+            f"{config.run} was begun by an earlier version with --matmul {recorded['matmul']}, which is gone: matrices "
+            "are multiplied by torch's library alone, whose bits differ, so it cannot be replayed. Use another folder, "
+            "or --overwrite to start afresh."
         )
-    if used == "torch" or not matmul.applies(model.params):  # the run in float64 is not its replay
-        return "torch", ""
-    try:
-        return matmul.choose(used, model.params)[0], "as the run was begun"
-    except ValueError as error:
-        raise ValueError(
-            f"{config.run} was begun with matrices multiplied by oneDNN, and replay has to take what training took. "
-            f"{error} Go on where it was begun, use another folder, or --overwrite to start afresh."
-        ) from error
+    return recorded
 
 
 def _engine(
@@ -197,8 +182,7 @@ def _free(device: torch.device) -> int:
 def _unless_double(engine: Choice) -> tuple[str, ...]:
     """The engine as part of the run's identity: another one may round otherwise. Runs of before have none."""
     compiled = ("compiled",) if engine.compiled else ()
-    library = () if engine.matmul == "torch" else (engine.matmul,)
-    return library if engine.name == "double" else (engine.name, *compiled, *library)
+    return () if engine.name == "double" else (engine.name, *compiled)
 
 
 def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:

@@ -93,8 +93,6 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
 
 def _told_engine(engine: Choice, console: Console) -> None:
     console.print(f"engine: {engine.name} ({engine.why})")
-    if engine.matmul_why:
-        console.print(f"matrices are multiplied by {engine.matmul} ({engine.matmul_why})")
 
 
 def _told_again(config: MagicConfig, console: Console) -> None:
@@ -148,7 +146,6 @@ def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
             "used": loaded.engine.name,
             "why": loaded.engine.why,
             **({"compiled": True} if loaded.engine.compiled else {}),
-            **({"matmul": loaded.engine.matmul} if loaded.engine.matmul != "torch" else {}),
         },
         rows={
             "documents": rows.documents, "rows": len(rows), "targets": rows.targets, "longest": rows.max_length,
