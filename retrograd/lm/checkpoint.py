@@ -1,7 +1,7 @@
 """A causal language model from its checkpoint, whole: a weight that is not in the checkpoint is no weight of the model.
 
-`from_pretrained` fills what a checkpoint lacks with random numbers and goes on. Here that is refused, by name: scores of
-such a model would be those of no model that anybody has.
+`from_pretrained` fills what a checkpoint lacks with random numbers and goes on. Here that is refused, by name: scores
+of such a model would be those of no model that anybody has.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ def load_module(name: str, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: If it cannot be loaded, is no causal language model, or the checkpoint lacks weights.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     _check_causal(name)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
     logging.disable_progress_bar()  # loading is short; the bar would only break up the run's own
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights, which are refused below
     try:
         # attention None: part by part, SDPA where there is one
-        module, report = AutoModelForCausalLM.from_pretrained(
+        module, report = load(
             name, dtype=dtype, attn_implementation=None, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except torch.OutOfMemoryError:

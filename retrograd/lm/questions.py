@@ -4,8 +4,9 @@ With e(·) the tokenizer, special tokens included, a prompt p and the target t o
 
     context = e(p)        answer = e(p + t)[len(context):]
 
-Special tokens at the end of a text are left out. Trailing whitespace of p belongs to t. The model reads the last `max_length` tokens of context + answer without the
-answer's last token, which it only has to predict: a long prompt loses its beginning, never its answer.
+Special tokens at the end of a text are left out. Trailing whitespace of p belongs to t. The model reads the last
+`max_length` tokens of context + answer without the answer's last token, which it only has to predict: a long prompt
+loses its beginning, never its answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A causal language model as a folder that `from_pretrained` reads, with parameters that are not the module's own.
 
-What was written is read back before it counts, and has to be the model it was made from, bit for bit. Merged adapters are
-another way to compute the same function, so there the logits have to agree up to rounding.
+What was written is read back before it counts, and has to be the model it was made from, bit for bit. Merged adapters
+are another way to compute the same function, so there the logits have to agree up to rounding.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def save_causal_lm(
 ) -> None:
     """Write model and tokenizer, in a way that a kill leaves the whole folder, the one before, or none.
 
-    Adapters are merged into a copy of the model, so that the folder stands for itself. Where they sit on one of two tied
-    weights (embedding and head), the copy has them apart: together they would change both.
+    Adapters are merged into a copy of the model, so that the folder stands for itself. Where they sit on one of two
+    tied weights (embedding and head), the copy has them apart: together they would change both.
 
     Args:
         folder: A folder that is there already is replaced.
         params: Leaves by the names of `trainable`, instead of the module's own, which are left as they are.
         more: Writes further files into the folder before it is there.
     Raises:
-        ValueError: If the folder does not read back as the model, with the weights that differ; nothing is replaced then.
+        ValueError: If the folder does not read back as the model, with what differs; nothing is replaced then.
     """
     from transformers.utils import logging
 

@@ -1,13 +1,13 @@
 """Texts as tokens, each with what the tokenizer puts before and after it, and where a prompt ends inside one.
 
-Prompt and completion are one text. With s = prompt + completion, the tokens of s are what a model reads when it is asked,
-and the completion is
+Prompt and completion are one text. With s = prompt + completion, the tokens of s are what a model reads when it is
+asked, and the completion is
 
     from the first token that holds a character behind the prompt.
 
-A token across the boundary, such as " Bo" where the prompt ends in the space, is therefore the completion's: predicting it
-predicts the completion's first letters. A tokenizer that tells no characters (a slow one) splits where the tokens of s leave
-those of the prompt alone.
+A token across the boundary, such as " Bo" where the prompt ends in the space, is therefore the completion's: predicting
+it predicts the completion's first letters. A tokenizer that tells no characters (a slow one) splits where the tokens of
+s leave those of the prompt alone.
 """
 
 from __future__ import annotations
