@@ -129,10 +129,12 @@ def _batches(files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
 def _rows(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Each row and its bytes."""
     with file.open("rb") as opened:
+        start = len(codecs.BOM_UTF8) if opened.read(3) == codecs.BOM_UTF8 else 0
+        opened.seek(start)
         if _is_one_value(file, next((line for line in opened if line.strip()), b"{}")):
             yield from _whole(file)
             return
-        opened.seek(0)
+        opened.seek(start)
         for number, line in enumerate(opened, start=1):
             if line.strip():
                 yield _object(line, file, number), len(line)
@@ -142,7 +144,7 @@ def _is_one_value(file: Path, first: bytes) -> bool:
     """Whether a file is one value of several lines or a list, by its first line if that will do."""
     with contextlib.suppress(ValueError):
         return isinstance(json.loads(first), list)
-    if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    if first.lstrip().startswith(b"["):
         return True
     with contextlib.suppress(ValueError):
         json.loads(file.read_bytes())
