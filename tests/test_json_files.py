@@ -89,9 +89,9 @@ def test_a_column_that_is_read_names_the_row_that_does_not_fit(tmp_path: Path) -
 
 def test_values_are_those_of_the_file(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"ids": [1, 2], "big": 2**63, "mixed": 1, "half": "\ud800", "empty": [], "truth": True, "x": 0.1},
-        {"ids": [], "big": 3, "mixed": "1", "half": "é", "empty": [], "truth": False, "x": 2.5},
-        {"ids": None, "big": None, "mixed": [1, "a"], "half": None, "empty": None, "truth": None, "x": None},
+        {"ids": [1, 2], "big": 2**63, "mixed": 1, "pair": "\U0001f600", "empty": [], "truth": True, "x": 0.1},
+        {"ids": [], "big": 3, "mixed": "1", "pair": "é", "empty": [], "truth": False, "x": 2.5},
+        {"ids": None, "big": None, "mixed": [1, "a"], "pair": None, "empty": None, "truth": None, "x": None},
     ]
     found = load_documents(lines(tmp_path / "d.jsonl", rows))
     for name in rows[0]:
@@ -101,9 +101,7 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_lines_are_split_at_newlines_only_and_blank_ones_are_no_rows(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + '\n{"text": "a\u2028b"}\r\n  \n{"text": "c\u0085d"}'.encode()
-    )
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + '\n{"text": "a\u2028b"}\r\n  \n{"text": "c\u0085d"}'.encode())
     assert load_documents(str(tmp_path / "d.jsonl"))["text"][:] == ["a\u2028b", "c\u0085d"]
 
 
@@ -126,6 +124,12 @@ def test_files_that_hold_no_rows(tmp_path: Path, content: str, message: str) -> 
 def test_a_broken_byte_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(ValueError, match=r"d.jsonl, line 2 is not valid JSON: .*0xff"):
+        load_documents(str(tmp_path / "d.jsonl"))
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"d.jsonl, line 2 is not valid JSON: .*surrogates not allowed"):
         load_documents(str(tmp_path / "d.jsonl"))
 
 

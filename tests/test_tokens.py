@@ -70,7 +70,15 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "unigram": unigram,
     "slow": ByT5Tokenizer,
 }
-PAIRS = [("Who?\nAnswer:", " Bo"), ("A: ", "Bo"), ("A:", "  Bo"), ("A: ", "  Bo"), ("", "Bo"), ("é", "éo"), ("A:", "Bo.x")]
+PAIRS = [
+    ("Who?\nAnswer:", " Bo"),
+    ("A: ", "Bo"),
+    ("A:", "  Bo"),
+    ("A: ", "  Bo"),
+    ("", "Bo"),
+    ("é", "éo"),
+    ("A:", "Bo.x"),
+]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -120,7 +128,9 @@ def test_a_slow_tokenizer_splits_where_the_text_leaves_the_prompt() -> None:
         is_fast, eos_token_id = False, 9
 
         def __call__(self, texts: list[str], add_special_tokens: bool = True, **_: Any) -> dict[str, list[list[int]]]:
-            ids = [[int(part) for part in text.replace("xy", "3").replace("x", "1").replace("y", "2")] for text in texts]
+            ids = [
+                [int(part) for part in text.replace("xy", "3").replace("x", "1").replace("y", "2")] for text in texts
+            ]
             return {"input_ids": [[*one, *([9] if add_special_tokens else [])] for one in ids]}
 
     (text, first), (_, whole) = encode_pairs(Merging(), [("1x", "y2"), ("1", "y2")])

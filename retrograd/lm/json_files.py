@@ -71,8 +71,7 @@ def _features(files: Sequence[Path]) -> Features:
 def _kind(value: Any) -> _Kind:
     if not isinstance(value, list):
         kind = _KINDS.get(type(value), _MIXED)
-        fits = value in _INTEGERS if kind == "int64" else _is_unicode(value) if kind == "string" else True
-        return kind if fits else _MIXED
+        return _MIXED if kind == "int64" and value not in _INTEGERS else kind
     types = set(map(type, value))
     if types == {int} and min(value) in _INTEGERS and max(value) in _INTEGERS:
         return ("int64",)  # token ids, without a look at each
@@ -91,11 +90,6 @@ def _common(one: _Kind, other: _Kind) -> _Kind:
         item = _common(one[0], other[0])
         return _MIXED if item == _MIXED else (str(item),)
     return _MIXED
-
-
-def _is_unicode(text: str) -> bool:
-    """Half of a surrogate pair, which JSON can spell, is no text."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _write(files: Sequence[Path], path: Path, features: Features) -> None:
@@ -154,7 +148,7 @@ def _is_one_value(file: Path, first: bytes) -> bool:
 
 def _object(line: bytes, file: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = _parsed(line)
     except ValueError as error:
         raise ValueError(f"{file.name}, line {number} is not valid JSON: {error}") from error
     if not isinstance(row, dict):
@@ -165,11 +159,18 @@ def _object(line: bytes, file: Path, number: int) -> dict[str, Any]:
     return row
 
 
+def _parsed(data: bytes) -> Any:
+    value = json.loads(data)
+    if b"\\ud" in data.lower():  # half of a surrogate pair, which JSON can spell, is no text
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _whole(file: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The rows of a file that is one value."""
     data = file.read_bytes()
     try:
-        value = json.loads(data)
+        value = _parsed(data)
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise ValueError(f"{file.name}, line {line} is not valid JSON: {error}") from error
