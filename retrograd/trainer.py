@@ -16,6 +16,8 @@ from retrograd.core.optim import Optimizer, Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
 from retrograd.lm.engines import Choice, choose_engine
+from retrograd.lm.layout import inner
+from retrograd.lm.limits import check_rows
 from retrograd.lm.model import causal_objective, trainable
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
@@ -143,7 +145,10 @@ class Trainer:
             save_dir: Folder of durable states: a killed call resumes, and another process can run `backward`. None
                 keeps all states in memory.
             replay: Plan and budgets; by default all states, in `save_dir` if given.
+        Raises:
+            ValueError: If rows of tokens do not fit the model: ids outside its vocabulary, rows beyond its context.
         """
+        self._check(stream)
         trajectory = self._trajectory(state._replace(step=0), stream, save_dir, replay, observe)
         final = trajectory.train()
         self._last = trajectory
@@ -157,6 +162,7 @@ class Trainer:
         """
         if not isinstance(query, DataStream):
             return Evaluation(*query(state.params))
+        self._check(query)
         batches = [query[t] for t in range(len(query))]
         sizes = [_targets(query, batch) for batch in batches]
         shares = [b._replace(scale=b.scale * (n / sum(sizes))) for b, n in zip(batches, sizes)]
@@ -250,6 +256,10 @@ class Trainer:
             replay = Replay(memory=0, disk=1 << 62, keep=True, plan="all") if folder else Replay()
         training = Training(self.recipe, self.engine, stream, stream.weights)
         return Trajectory(training, state, replay, folder, self._identity(stream, state), observe)
+
+    def _check(self, stream: DataStream) -> None:
+        if isinstance(stream.rows, Rows):
+            check_rows(stream.rows, inner(self.module))
 
     def _identity(self, stream: DataStream, state: State) -> str:
         data = stream.rows.digest() if isinstance(stream.rows, Rows) else tree.digest(stream.rows)

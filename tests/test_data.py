@@ -6,6 +6,7 @@ predecessor, loss averaged over positions that are no targets, an artefact reuse
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -350,8 +351,19 @@ def test_files_of_no_split_are_left_out_with_a_warning(tmp_path: Path) -> None:
         assert len(load_documents(str(tmp_path))) == 20
 
 
-def test_parts_with_other_columns_do_not_join(tmp_path: Path) -> None:
-    DatasetDict({"train": of(text=["a"]), "test": of(text=[1])}).save_to_disk(str(tmp_path / "saved"))
+def test_parts_with_other_columns_join_and_who_reads_them_says_what_does_not_fit(tmp_path: Path) -> None:
+    parts = {"train": of(text=["a b"], label=["x"], n=[1]), "test": of(text=["c d"], label=[0.5]), "bad": of(text=[1])}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    joined = load_documents(str(tmp_path / "saved"), split="test+train")
+    assert (joined["text"][:], joined["label"][:], joined["n"][:]) == (["c d", "a b"], [0.5, "x"], [None, 1])
+    assert lists(build_rows(joined, tokenizer()).input_ids) == [[7, 8], [5, 6]]
+    with pytest.raises(ValueError, match="document 1 is int '1', not text"):
+        build_rows(load_documents(str(tmp_path / "saved"), split="train+bad"), tokenizer())
+
+
+def test_parts_whose_values_have_no_common_form_do_not_join(tmp_path: Path) -> None:
+    parts = {"train": of(text=["a"], at=["now"]), "test": of(text=["b"], at=[datetime.datetime(1945, 5, 8)])}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match="its parts have different columns"):
         load_documents(str(tmp_path / "saved"), split="train+test")
     assert len(load_documents(str(tmp_path / "saved"))) == 1
@@ -475,15 +487,15 @@ def test_an_attention_mask_of_ones_is_fine() -> None:
 
 
 def test_loss_on_completions_only() -> None:
-    rows = build_rows(of(prompt=["a b", "", None], completion=["c d", "e", "f"]), tokenizer(bos=True))
+    rows = build_rows(of(prompt=["a b", "", None], completion=[" c d", "e", "f"]), tokenizer(bos=True))
     assert lists(rows.input_ids) == [[BOS, 5, 6, 7, 8, EOS], [BOS, 9, EOS], [BOS, 10, EOS]]
     assert lists(rows.target_mask) == [[False] * 3 + [True] * 3, [False, True, True], [False, True, True]]
-    rows = build_rows(of(prompt=["a"], completion=["c"]), tokenizer(eos=False))
+    rows = build_rows(of(prompt=["a "], completion=["c"]), tokenizer(eos=False))
     assert lists(rows.input_ids) == [[5, 7]]
 
 
 def test_completions_without_context_or_content() -> None:
-    rows = build_rows(of(prompt=["", "a", "a", "a"], completion=["b", None, " ", "b"]), tokenizer())
+    rows = build_rows(of(prompt=["", "a", "a", "a"], completion=["b", None, " ", " b"]), tokenizer())
     assert rows.skipped == {1: "blank", 2: "blank"}
     assert lists(rows.target_mask) == [
         [False, True],
@@ -492,7 +504,7 @@ def test_completions_without_context_or_content() -> None:
 
 
 def test_a_completion_cut_away_is_skipped_not_trained_on_its_prompt() -> None:
-    rows = build_rows(of(prompt=["a b c", "a b", "a"], completion=["d", "d e", "d"]), tokenizer(), max_length=3)
+    rows = build_rows(of(prompt=["a b c", "a b", "a"], completion=[" d", " d e", " d"]), tokenizer(), max_length=3)
     assert rows.skipped == {0: "masked"}
     assert lists(rows.input_ids) == [[5, 6, 8], [5, 8, EOS]]
     assert lists(rows.target_mask) == [[False, False, True], [False, True, True]]
@@ -569,7 +581,7 @@ def test_packing_adds_no_second_eos() -> None:
     rows = build_rows(of(input_ids=[[5, EOS], [6, 7], [EOS]]), tokenizer(), chunk_length=9)
     assert lists(rows.input_ids) == [[5, EOS, 6, 7, EOS]]
     assert rows.skipped == {2: "one token"}
-    rows = build_rows(of(prompt=["a"], completion=["b"]), tokenizer(), chunk_length=9)
+    rows = build_rows(of(prompt=["a "], completion=["b"]), tokenizer(), chunk_length=9)
     assert lists(rows.input_ids) == [[5, 6, EOS]]
     assert lists(rows.target_mask) == [[False, True, True]]
 

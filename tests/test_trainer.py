@@ -140,3 +140,25 @@ def test_torchopt_optimizer_in_the_trainer() -> None:
     ours, state = Trainer.initialize(model, sgd(0.1, 0.9), loss)
     expected = ours.backward(None, stream, ours.evaluate(ours.train(state, stream), query_stream)).weight_grads
     assert check.relative_error(scores, expected) < 1e-10
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_rows_that_do_not_fit_the_model_are_refused_in_words(adapters: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny.configurations()["gpt2-tied"])
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"]))
+    trainer, state = Trainer.initialize(model, sgd(0.1))
+    good = DataStream([[1, 2, 3], list(range(20))], 1)
+    for rows, message in (
+        ([[1, 2], [3, tiny.VOCABULARY, 4]], "row 1 has token id 22 at position 1, outside the vocabulary of 22"),
+        ([[1, -100, 2]], "row 0 has token id -100 at position 1, outside the vocabulary of 22: .*padding is not part"),
+        ([[1, 2], [3] * 33], "row 1 has 33 tokens, more than the model's context of 32: cut it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.train(state, DataStream(rows, 1))
+        with pytest.raises(ValueError, match=message):
+            trainer.evaluate(state, DataStream(rows, 1))
+    assert len(trainer.evaluate(trainer.train(state, good), good).gradient) == len(state.params)

@@ -1,8 +1,8 @@
 """Documents from a file, a folder or the hub, in their original order.
 
 A document's id is its position in what `load_documents` returns. Every score is reported under that id, so nothing
-here drops, reorders or merges documents: blank lines of a text file stay, "NA" in a CSV file stays the text "NA", and a
-cached conversion is reused only for the same bytes.
+here drops, reorders or merges documents: blank lines of a text file stay, "NA" in a CSV file stays the text "NA", text
+that looks like a date stays text, and a cached conversion is reused only for the same bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from retrograd.lm.json_files import read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,8 +46,9 @@ def load_documents(
 
     Args:
         source: A folder written by `save_to_disk`; a .jsonl, .json, .csv, .tsv, .parquet or .txt file (text: one
-            document per line, blank lines included; CSV: every column is text), which counts as split "train"; a folder
-            of such files, whose names say their split as on the hub; else the name of a data set on the hub.
+            document per line, blank lines included; CSV: every column is text; JSON: every value is what is written),
+            which counts as split "train"; a folder of such files, whose names say their split as on the hub; else the
+            name of a data set on the hub.
         split: A split or an expression of splits: "train[:8]", "train[10%:20%]", "train[:4]+test[:4]".
         subset: Name of the subset ("configuration"), for hub data sets and folders whose README.md declares some.
         limit: Keep only the first `limit` documents.
@@ -134,13 +137,13 @@ def _parts(path: Path, split: str, lengths: dict[str, int]) -> list[Any]:
 
 
 def _take(splits: dict[str, Dataset], path: Path, split: str) -> Dataset:
-    import datasets
+    import pyarrow
 
     parts = _parts(path, split, {name: len(documents) for name, documents in splits.items()})
     taken = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     try:
-        return taken[0] if len(taken) == 1 else datasets.concatenate_datasets(taken)
-    except ValueError as error:
+        return taken[0] if len(taken) == 1 else _joined(taken)
+    except (ValueError, TypeError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"split {split!r} of {path}: its parts have different columns, so they do not join. {error}"
         ) from error
@@ -213,19 +216,62 @@ def _load_files(files: list[Path]) -> Dataset:
     # `datasets` knows a changed local file by its modification time alone, so the bytes go into the address
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "retrograd" / _digest(files)
     try:
-        return datasets.load_dataset(
-            kind,
-            data_files=[glob.escape(str(file)) for file in files],
-            split="train",
-            cache_dir=str(cache),
-            **options,
-            **(_csv_options(files[0], options["sep"]) if kind == "csv" else {}),
-            **(_json_options() if kind == "json" else {}),
-        )
+        if kind == "json":
+            return read_json(files, cache)
+        try:
+            return _built(kind, files, cache, options)
+        except Exception:
+            if len(files) == 1:
+                raise
+            parts = [_built(kind, [file], cache, options) for file in files]  # of other columns than the first
+            return _joined(parts)
     except Exception as error:
-        fault = (_json_fault(files) if kind == "json" else None) or _told(error.__cause__ or error)
         names = files[0].name if len(files) == 1 else f"{files[0].name} … {files[-1].name} ({len(files)} files)"
+        fault = error if isinstance(error, ValueError) and kind == "json" else _told(error.__cause__ or error)
         raise ValueError(f"cannot read {names} in {files[0].parent}: {fault}") from error
+
+
+def _built(kind: str, files: list[Path], cache: Path, options: dict[str, Any]) -> Dataset:
+    import datasets
+
+    more = _csv_options(files[0], options["sep"]) if kind == "csv" else {}
+    return datasets.load_dataset(
+        kind,
+        data_files=[glob.escape(str(file)) for file in files],
+        split="train",
+        cache_dir=str(cache),
+        **options,
+        **more,
+    )
+
+
+def _joined(parts: list[Dataset]) -> Dataset:
+    """Parts one after the other; a column of other types in some of them holds each value as it was.
+
+    Raises:
+        ValueError: If a value is of a kind that has no such form.
+    """
+    import datasets
+
+    kinds: dict[str, list[Any]] = {}
+    for part in parts:
+        for name, feature in part.features.items():
+            if feature != datasets.Value("null") and feature not in kinds.setdefault(name, []):
+                kinds[name].append(feature)
+    mixed = [name for name, found in kinds.items() if len(found) > 1]
+    return datasets.concatenate_datasets([_as_written(part, mixed) for part in parts])
+
+
+def _as_written(part: Dataset, names: list[str]) -> Dataset:
+    import datasets
+
+    for name in names:
+        if name in part.column_names and part.features[name] != datasets.Json():
+            values = part.with_format(None)[name][:]
+            json.dumps(values)  # `datasets` would turn dates into numbers without a word
+            column = datasets.Dataset.from_dict({name: values}, features=datasets.Features({name: datasets.Json()}))
+            part = datasets.concatenate_datasets([part.remove_columns(name), column], axis=1)
+    return part
 
 
 def _check_suffix(file: Path, first: Path) -> None:
@@ -251,28 +297,6 @@ def _csv_options(file: Path, separator: str) -> dict[str, Any]:
         "features": datasets.Features(dict.fromkeys(head.columns, datasets.Value("string"))),
         "keep_default_na": False,
     }
-
-
-def _json_options() -> dict[str, Any]:
-    """Some columns make `datasets` take a file of chats for one trace, merging its documents."""
-    from datasets.packaged_modules.json.json import JsonConfig
-
-    return {"parse_agent_traces": False} if hasattr(JsonConfig, "parse_agent_traces") else {}
-
-
-def _json_fault(files: list[Path]) -> str | None:
-    """Where the first malformed JSON is: the reader reports an offset in its own block."""
-    for file in files:
-        lines = file.read_text(encoding="utf-8-sig", errors="replace")
-        with contextlib.suppress(ValueError):
-            json.loads(lines)
-            continue
-        for number, line in enumerate(lines.split("\n"), start=1):
-            try:
-                json.loads(line or "null")
-            except ValueError as error:
-                return f"{file.name}, line {number} is not valid JSON: {error}"
-    return None
 
 
 def _digest(files: list[Path]) -> str:

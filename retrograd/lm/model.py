@@ -1,13 +1,13 @@
 """A module as a function of its trainable parameters, and Hugging Face causal language models as objectives.
 
 Parameters that share storage (tied embeddings) are one leaf: seen as two, each would get half of the second-order
-terms. Dropout is off unless asked for, attention runs on SDPA's MATH path, the only one that is twice differentiable,
-and the vocabulary projection is fused with its cross-entropy where the model's structure allows it.
+terms. Dropout is off unless asked for, attention that is SDPA runs on its MATH path, the only one that is twice
+differentiable, and the vocabulary projection is fused with its cross-entropy where the model's structure allows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,12 @@ from torch.func import functional_call
 
 from retrograd.core.optim import Params
 from retrograd.core.step import Left
+from retrograd.lm.checkpoint import DTYPES, load_module, told
 from retrograd.lm.layout import Layout, inner, layout_of, twice_differentiable
 from retrograd.lm.loss import fused_ce_again, fused_ce_leaving, token_ce
 
 __all__ = [
+    "DTYPES",
     "CausalLM",
     "bound_model",
     "causal_logits",
@@ -30,8 +32,6 @@ __all__ = [
     "load_tokenizer",
     "trainable",
 ]
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def load_tokenizer(name: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"cannot load a tokenizer from {name!r}: check the spelling and the network, or give a local folder with "
-            f"--tokenizer. {_told(error)}"
+            f"--tokenizer. {told(error)}"
         ) from error
 
 
@@ -121,17 +121,9 @@ def load_causal_lm(
         seed: Of the adapters' random initialisation.
         dropout: Leave dropout active; its draws are then replayed.
     Raises:
-        ValueError: If the model cannot be loaded, is not causal, or the LoRA targets do not exist.
+        ValueError: If the model cannot be loaded, is not causal, or lacks weights, or the LoRA targets do not exist.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    _check_causal(name)
-    logging.disable_progress_bar()  # loading is short; the bar would only break up the run's own
-    try:
-        module: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load model {name!r}. {_told(error)}") from error
+    module = load_module(name, DTYPES[dtype])
     if lora is not None:
         module = _with_adapters(module, lora, seed)
     module.to(device).train(dropout)
@@ -142,8 +134,11 @@ def load_causal_lm(
 def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor], Tensor], bool]:
     """The objective Σ c·ce of a Hugging Face causal model, and whether its vocabulary head is fused.
 
-    Parameters of the objective go by the names of `trainable(module)`.
+    Parameters of the objective go by the names of `trainable(module)`. Experts of a mixture are set to be multiplied
+    one by one: the grouped products of `transformers` take no float64, and have no forward derivative.
     """
+    if hasattr(model := inner(module), "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     fused = has_plain_head(module)
     layout = layout_of(module) if fused else Layout(module, joins=False)
     call = _functional(_Scored(module, fused, layout), layout.scope)
@@ -293,7 +288,7 @@ def has_plain_head(module: nn.Module) -> bool:
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     model.train(was_training)
-    if hidden is None or hidden.shape[-1] != head.weight.shape[1]:
+    if hidden is None or hidden.shape[-1] != head.weight.shape[1] or hidden.dtype != head.weight.dtype:
         return False
     plain = head(hidden)
     return plain.shape == logits.shape and torch.allclose(plain, logits.to(plain), rtol=1e-3, atol=1e-5)
@@ -302,41 +297,12 @@ def has_plain_head(module: nn.Module) -> bool:
 def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:
     from peft import get_peft_model
 
+    linear = sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             return get_peft_model(module, lora)
         except ValueError as error:
-            linear = sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)})
             raise ValueError(
                 f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}."
             ) from error
-
-
-def _check_causal(name: str) -> None:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"cannot load model {name!r}: check the spelling and the network, or give a local folder saved with "
-            f"save_pretrained. {_told(error)}"
-        ) from error
-    causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
-    found = getattr(config, "architectures", None) or []
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not known or (found and not causal & set(found)) or getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model {name!r} is not a causal language model: its type is {config.model_type!r}, its architecture "
-            f"{', '.join(found) or 'not named'}. Give one that predicts the next token, such as a ...ForCausalLM."
-        )
-
-
-def _names(values: Sequence[Any] | Any) -> list[str]:
-    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

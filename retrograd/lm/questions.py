@@ -4,8 +4,9 @@ With e(·) the tokenizer, special tokens included, a prompt p and the target t o
 
     context = e(p)        answer = e(p + t)[len(context):]
 
-Trailing whitespace of p belongs to t. The model reads the last `max_length` tokens of context + answer without the
-answer's last token, which it only has to predict: a long prompt loses its beginning, never its answer.
+Special tokens at the end of a text are left out. Trailing whitespace of p belongs to t. The model reads the last
+`max_length` tokens of context + answer without the answer's last token, which it only has to predict: a long prompt
+loses its beginning, never its answer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from retrograd.lm.prompts import LETTERS, Prompt, Template, find_template, render
+from retrograd.lm.tokens import encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -223,14 +225,17 @@ def _tokens(
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """As lm-eval's `tok_encode`: a text that spells out the first special token gets no second one."""
+    """As lm-eval's `tok_encode`: a text that spells out the first special token gets no second one.
+
+    What a tokenizer adds at the end (EOS, SEP) is left out: no answer follows it.
+    """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     mark = "" if first is None else str(tokenizer.decode(first))
     marked = [mark != "" and text.startswith(mark) for text in texts]
-    options = {"return_attention_mask": False, "verbose": False}
-    if not any(marked):
-        return tokenizer(texts, **options)["input_ids"]
-    return [tokenizer(t, add_special_tokens=not m, **options)["input_ids"] for t, m in zip(texts, marked)]
+    return [
+        ids[before if bare else 0 : len(ids) - after]
+        for (ids, before, after), bare in zip(encode(tokenizer, texts), marked)
+    ]
 
 
 def _check_ids(number: int, ids: Sequence[int], vocab_size: int | None) -> None:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrograd.lm.tokens import encode, encode_pairs, without_doubles
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -106,10 +108,12 @@ def build_rows(
 
     The columns decide how a document is read, the first of these that exist:
 
-    - `text_column`, if given: plain text, with the tokenizer's default special tokens and no EOS added.
+    - `text_column`, if given: plain text, with the tokenizer's default special tokens and no EOS added. A text that
+      begins or ends with those itself gets no second ones.
     - `input_ids`: tokens; `labels`, if there, is -100 at unsupervised tokens and equals `input_ids` elsewhere.
     - `messages`: a chat, through the tokenizer's chat template; every token is a target.
-    - `prompt` and `completion`: tokenised apart, then joined, EOS last; only the completion is a target.
+    - `prompt` and `completion`: tokenised as one text, EOS last; only the completion is a target, from the first token
+      that holds a character of it (see `tokens`).
     - `text`: plain text.
 
     Args:
@@ -342,17 +346,17 @@ def _pretokenised(fields: dict[str, Any], document: int) -> _Tokens | str:
 def _read_texts(tokenizer: Any, min_chars: int, values: list[list[Any]], first: int) -> list[_Tokens | str]:
     reasons = [_text_reason([text], document, min_chars) for document, text in enumerate(values[0], start=first)]
     texts = [text for text, reason in zip(values[0], reasons) if reason is None]
-    return _fill(reasons, (_tokens(ids) for ids in _tokenize(tokenizer, texts)))
+    return _fill(reasons, (_tokens(without_doubles(found).ids) for found in encode(tokenizer, texts)))
 
 
 def _read_completions(tokenizer: Any, min_chars: int, values: list[list[Any]], first: int) -> list[_Tokens | str]:
     pairs = list(zip(*values))
     reasons = [_text_reason([prompt or "", end], first + i, min_chars) for i, (prompt, end) in enumerate(pairs)]
     good = [(prompt or "", completion) for (prompt, completion), reason in zip(pairs, reasons) if reason is None]
-    prompts = _tokenize(tokenizer, [prompt for prompt, _ in good])
-    completions = _tokenize(tokenizer, [completion for _, completion in good], add_special_tokens=False)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return _fill(reasons, (_tokens(prompt + rest + end, len(prompt)) for prompt, rest in zip(prompts, completions)))
+    eos = tokenizer.eos_token_id
+    pairs_of_tokens = encode_pairs(tokenizer, good)
+    ended = ((ids if eos is None or ids[-1:] == [eos] else [*ids, eos], first) for (ids, *_), first in pairs_of_tokens)
+    return _fill(reasons, (_tokens(ids, first) for ids, first in ended))
 
 
 def _read_chats(tokenizer: Any, values: list[list[Any]], first: int) -> list[_Tokens | str]:
@@ -381,15 +385,6 @@ def _tokens(ids: list[int], unsupervised: int = 0) -> _Tokens:
 def _fill(reasons: list[str | None], tokens: Iterator[_Tokens]) -> list[_Tokens | str]:
     """Documents in their places: the next tokens where there is no reason to skip."""
     return [next(tokens) if reason is None else reason for reason in reasons]
-
-
-def _tokenize(tokenizer: Any, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose would warn of texts longer than the model, before they are cut
-    return tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
 
 
 def _tokenize_chats(tokenizer: Any, chats: list[Any], documents: list[int]) -> list[list[int]]:

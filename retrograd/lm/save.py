@@ -1,4 +1,8 @@
-"""A causal language model as a folder that `from_pretrained` reads, with parameters that are not the module's own."""
+"""A causal language model as a folder that `from_pretrained` reads, with parameters that are not the module's own.
+
+What was written is read back before it counts, and has to be the model it was made from, bit for bit. Merged adapters
+are another way to compute the same function, so there the logits have to agree up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retrograd.core.optim import Params
+from retrograd.lm.checkpoint import load_module
 from retrograd.lm.model import trainable
 
 __all__ = ["save_causal_lm"]
@@ -26,12 +31,15 @@ def save_causal_lm(
 ) -> None:
     """Write model and tokenizer, in a way that a kill leaves the whole folder, the one before, or none.
 
-    Adapters are merged into a copy of the model, so that the folder stands for itself.
+    Adapters are merged into a copy of the model, so that the folder stands for itself. Where they sit on one of two
+    tied weights (embedding and head), the copy has them apart: together they would change both.
 
     Args:
         folder: A folder that is there already is replaced.
         params: Leaves by the names of `trainable`, instead of the module's own, which are left as they are.
         more: Writes further files into the folder before it is there.
+    Raises:
+        ValueError: If the folder does not read back as the model, with what differs; nothing is replaced then.
     """
     from transformers.utils import logging
 
@@ -40,8 +48,10 @@ def save_causal_lm(
     for path in (temporary, old):
         shutil.rmtree(path, ignore_errors=True)
     whole, state = _whole(module, params)
-    whole.save_pretrained(temporary, state_dict=state)
+    state = whole.state_dict() if state is None else state
+    whole.save_pretrained(temporary, state_dict=dict(state))  # which it empties
     tokenizer.save_pretrained(temporary)
+    _check_saved(folder, temporary, state)
     more(temporary)
     if folder.exists():
         folder.rename(old)
@@ -55,9 +65,71 @@ def _whole(module: nn.Module, params: Params | None) -> tuple[Any, dict[str, Any
     found = {name: params[leaf].detach() for name, leaf in readers.items()} if params is not None else {}
     if not hasattr(module, "merge_and_unload"):
         return module, {**module.state_dict(), **found} if found else None
-    merged: Any = copy.deepcopy(module)
+    adapted: Any = copy.deepcopy(module).eval()
     with torch.no_grad():
-        for name, parameter in merged.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if name in found:
                 parameter.copy_(found[name])
-    return merged.merge_and_unload(), None
+    expected = _logits(adapted)
+    _untie(adapted)
+    merged = adapted.merge_and_unload()
+    _check_merged(expected, _logits(merged))
+    return merged, None
+
+
+def _untie(adapted: Any) -> None:
+    """Gives a weight that an adapter changes storage of its own, where it shares it with another."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = adapted.get_base_model()
+    names = [p.untyped_storage().data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
+    changed = False
+    for part in model.modules():
+        weight = getattr(part.get_base_layer(), "weight", None) if isinstance(part, BaseTunerLayer) else None
+        if weight is not None and names.count(weight.untyped_storage().data_ptr()) > 1:
+            part.get_base_layer().weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            changed = True
+    if changed:
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}  # what `transformers` leaves out when it saves
+
+
+def _logits(model: Any) -> Tensor:
+    """[8, 8, V], of tokens from all over the vocabulary."""
+    table = model.get_input_embeddings().weight
+    ids = torch.linspace(0, len(table) - 1, 64, device=table.device).long().view(8, 8)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _check_merged(expected: Tensor, found: Tensor) -> None:
+    near = min(1000 * torch.finfo(expected.dtype).eps, 0.05)
+    off = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if off > near:  # not finite in both: a diverged model is saved as such
+        raise ValueError(
+            f"the adapters cannot be merged into the model that was measured: its logits move by {off:.1e} of their "
+            f"size, and rounding explains {near:.1e}. Choose other --lora.target_modules, or leave saving out."
+        )
+
+
+def _check_saved(folder: Path, written: Path, expected: dict[str, Tensor]) -> None:
+    """Refuse what does not read back as what was measured, bit for bit."""
+    dtype = next(x.dtype for x in expected.values() if x.is_floating_point())
+    found = load_module(str(written), dtype).state_dict()
+    wrong = sorted(expected.keys() ^ found.keys())
+    wrong += [name for name in expected.keys() & found.keys() if not _same_bits(expected[name], found[name])]
+    if wrong:
+        raise ValueError(
+            f"the model saved for {folder} does not read back as the one measured: {len(wrong)} of {len(expected)} "
+            f"tensors differ, {wrong[0]} first. `transformers` saves this architecture otherwise than it is; leave "
+            "saving out, and keep the run's own states."
+        )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal bytes, so that NaN equals itself and 0 is not −0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    a, b = (x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (one, other))
+    return torch.equal(a, b)

@@ -1,0 +1,111 @@
+"""A causal language model from its checkpoint, whole: a weight that is not in the checkpoint is no weight of the model.
+
+`from_pretrained` fills what a checkpoint lacks with random numbers and goes on. Here that is refused, by name: scores
+of such a model would be those of no model that anybody has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["DTYPES", "load_module", "told"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+_COMPOSITE = "ForConditionalGeneration"  # text beside images or sound: AutoModelForCausalLM loads the part for text
+_NAMED = 5  # weights named in a message
+
+
+def load_module(name: str, dtype: torch.dtype) -> Any:
+    """The module of a hub name or local folder, with every weight from the checkpoint.
+
+    Attention is SDPA where the architecture has it, else its own ("eager").
+
+    Raises:
+        ValueError: If it cannot be loaded, is no causal language model, or the checkpoint lacks weights.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    _check_causal(name)
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    logging.disable_progress_bar()  # loading is short; the bar would only break up the run's own
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of missing weights, which are refused below
+    try:
+        # attention None: part by part, SDPA where there is one
+        module, report = load(
+            name, dtype=dtype, attn_implementation=None, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ValueError(f"cannot load model {name!r}. {told(error)}") from error
+    finally:
+        logging.set_verbosity(level)
+    _check_whole(name, report)
+    return module
+
+
+def _check_whole(name: str, report: dict[str, Any]) -> None:
+    """Refuse weights that would be random; tell of those that would go unused."""
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    sizes = [f"{key} ({list(saved)}, not {list(wanted)})" for key, saved, wanted in sorted(report["mismatched_keys"])]
+    if missing:
+        near = f" It has {len(extra)} that the model does not know instead: {_some(extra)}." if extra else ""
+        raise ValueError(
+            f"the checkpoint of model {name!r} lacks {len(missing)} of its weights, which would be random numbers: "
+            f"{_some(missing)}.{near} Save the model again from where it was whole (a compiled or wrapped module saves "
+            "other names: unwrap it before save_pretrained), or correct config.json to what was saved."
+        )
+    if sizes:
+        raise ValueError(
+            f"{len(sizes)} weights in the checkpoint of model {name!r} have other shapes than config.json says, and "
+            f"would be random numbers: {_some(sizes)}. Correct config.json, or save model and configuration together."
+        )
+    if extra:
+        warnings.warn(
+            f"the checkpoint of model {name!r} holds {len(extra)} weights that the model does not use: {_some(extra)}. "
+            "Right for the parts of another task; wrong if config.json says fewer layers than were saved.",
+            stacklevel=4,
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _check_causal(name: str) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"cannot load model {name!r}: check the spelling and the network, or give a local folder saved with "
+            f"save_pretrained. {told(error)}"
+        ) from error
+    found = getattr(config, "architectures", None) or []
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+    fits = not found or any(one in causal or one.endswith(_COMPOSITE) for one in found)
+    if not known or not fits or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model {name!r} is not a causal language model: its type is {config.model_type!r}, its architecture "
+            f"{', '.join(found) or 'not named'}. Give one that predicts the next token, such as a ...ForCausalLM."
+        )
+
+
+def _names(values: Collection[Any]) -> list[str]:
+    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+
+
+def told(error: BaseException) -> str:
+    """An error's kind and first line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

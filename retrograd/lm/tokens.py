@@ -1,0 +1,102 @@
+"""Texts as tokens, each with what the tokenizer puts before and after it, and where a prompt ends inside one.
+
+Prompt and completion are one text. With s = prompt + completion, the tokens of s are what a model reads when it is
+asked, and the completion is
+
+    from the first token that holds a character behind the prompt.
+
+A token across the boundary, such as " Bo" where the prompt ends in the space, is therefore the completion's: predicting
+it predicts the completion's first letters. A tokenizer that tells no characters (a slow one) splits where the tokens of
+s leave those of the prompt alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["Text", "encode", "encode_pairs", "without_doubles"]
+
+
+class Text(NamedTuple):
+    """Tokens of a text; the first `before` and the last `after` were added to it by the tokenizer."""
+
+    ids: list[int]
+    before: int
+    after: int
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[Text]:
+    """Tokens of each text, with the special tokens that the tokenizer adds by itself."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [_located(whole, bare) for whole, bare in zip(_ids(tokenizer, texts), _ids(tokenizer, texts, False))]
+    found = tokenizer(list(texts), return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+    return [_marked(ids, added) for ids, added in zip(found["input_ids"], found["special_tokens_mask"])]
+
+
+def without_doubles(text: Text) -> Text:
+    """Without the tokens added to a text that spells them out itself, such as <s> before "<s>[INST] …"."""
+    ids, before, after = text
+    if before and ids[:before] == ids[before : 2 * before]:
+        ids, before = ids[before:], 0
+    if after and ids[len(ids) - after :] == ids[len(ids) - 2 * after : len(ids) - after]:
+        ids, after = ids[: len(ids) - after], 0
+    return Text(ids, before, after)
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[Text, int]]:
+    """Tokens of prompt + completion, none doubled, and how many of them are the prompt's."""
+    texts = encode(tokenizer, [prompt + completion for prompt, completion in pairs])
+    firsts = (_firsts_by_character if tokenizer.is_fast else _firsts_by_prompt)(tokenizer, pairs, texts)
+    found = []
+    for text, first in zip(texts, firsts, strict=True):
+        single = without_doubles(text)
+        found.append((single, first - (text.before - single.before)))
+    return found
+
+
+def _firsts_by_character(tokenizer: Any, pairs: Sequence[tuple[str, str]], texts: Sequence[Text]) -> list[int]:
+    """Place of the first token that ends behind the prompt; the tokens added at the end if there is none."""
+    if not texts:
+        return []
+    wholes = [prompt + completion for prompt, completion in pairs]
+    spans = tokenizer(wholes, return_offsets_mapping=True, return_attention_mask=False, verbose=False)["offset_mapping"]
+    found = []
+    for (prompt, _), text, places in zip(pairs, texts, spans, strict=True):
+        own = range(text.before, len(text.ids) - text.after)
+        found.append(next((k for k in own if places[k][1] > len(prompt)), own.stop))
+    return found
+
+
+def _firsts_by_prompt(tokenizer: Any, pairs: Sequence[tuple[str, str]], texts: Sequence[Text]) -> list[int]:
+    """Place of the first token in which the whole text differs from the prompt alone."""
+    found = []
+    for text, prompt in zip(texts, _ids(tokenizer, [prompt for prompt, _ in pairs], False), strict=True):
+        own = text.ids[text.before : len(text.ids) - text.after]
+        same = next((k for k, (one, other) in enumerate(zip(own, prompt)) if one != other), min(len(own), len(prompt)))
+        found.append(text.before + same)
+    return found
+
+
+def _ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose would warn of texts longer than the model, before they are cut
+    options = {"return_attention_mask": False, "verbose": False}
+    return tokenizer(list(texts), add_special_tokens=add_special_tokens, **options)["input_ids"]
+
+
+def _marked(ids: list[int], added: list[int]) -> Text:
+    """By a mask of what was added."""
+    before = next((k for k, flag in enumerate(added) if not flag), len(ids))
+    after = next((k for k, flag in enumerate(reversed(added)) if not flag), 0)
+    return Text(ids, before, after)
+
+
+def _located(whole: list[int], bare: list[int]) -> Text:
+    """By where the text's own tokens are."""
+    starts = range(len(whole) - len(bare) + 1)
+    before = next((k for k in starts if whole[k : k + len(bare)] == bare), 0)
+    return Text(whole, before, max(0, len(whole) - len(bare) - before))
