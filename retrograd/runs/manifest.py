@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from retrograd.runs.files import write_json
+from retrograd.runs.identity import fingerprint
 
 __all__ = ["SIGN", "Manifest", "environment", "fingerprint"]
 
@@ -24,11 +24,6 @@ SIGN = (
     "Scores are derivatives of the query loss with respect to data weights, in nats per unit of weight, aligned with "
     "targets. Negative: a proponent, training on it lowers the query loss. Positive: a detractor."
 )
-
-
-def fingerprint(*parts: Any) -> str:
-    """Hash of values by their text, 16 hex digits."""
-    return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:16]
 
 
 class Manifest:

@@ -20,8 +20,9 @@ from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
 from retrograd.runs.health import Finding, recipe_findings
+from retrograd.runs.identity import EDITION, architecture, fingerprint, held_tensors
 from retrograd.runs.machine import deterministic, free_memory
-from retrograd.runs.manifest import Manifest, fingerprint
+from retrograd.runs.manifest import Manifest
 from retrograd.stages.sources import Asked, load_queries, load_rows
 
 __all__ = ["Loaded", "assemble", "find_device", "optimizer"]
@@ -32,7 +33,8 @@ class Loaded(NamedTuple):
 
     engine: which engine differentiates the steps, and why.
     findings: what the recipe alone gives away.
-    identity: hash of the training; what is asked of it has hashes of its own.
+    hashes: what the run is made of, part by part.
+    identity: hash of the training: all of them but the queries', and how the rows are visited.
     """
 
     rows: Rows
@@ -45,22 +47,13 @@ class Loaded(NamedTuple):
     asked: list[Asked]
     engine: Choice
     findings: list[Finding]
+    hashes: dict[str, str]
     identity: str
 
     @property
     def queries(self) -> Queries:
         """All columns of all queries, in order."""
         return Queries([column for asked in self.asked for column in asked.columns])
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """What the run is made of, part by part."""
-        return {
-            "recipe": fingerprint(self.training.recipe),
-            "rows": self.rows.digest()[:16],
-            "model": tree.digest(self.initial.params)[-16:],
-            **{f"query {asked.name}": asked.digest for asked in self.asked},
-        }
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -96,11 +89,17 @@ def assemble(config: MagicConfig) -> Loaded:
     begun = _begun(config)
     engine = _engine(config, begun, model, shape, queries, recipe, initial, stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
-    identity = fingerprint(
-        recipe, rows.digest(), tree.digest(initial.params), stream.shuffle, stream.seed, stream.batch_size,
-        stream.epochs, config.attribute, config.dtype, *_unless_double(engine),
-    )  # fmt: skip
-    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, engine, findings, identity)
+    hashes = {
+        "recipe": fingerprint(recipe),
+        "rows": rows.digest()[:16],
+        "model": fingerprint(initial.params),
+        "frozen weights and buffers": fingerprint(held_tensors(model.module)),
+        "the model's configuration and code": architecture(model.module),
+    }
+    visited = (stream.shuffle, stream.seed, stream.batch_size, stream.epochs, config.attribute, config.dtype)
+    identity = f"{EDITION}-{fingerprint(hashes, *visited, *_unless_double(engine))}"
+    hashes |= {f"query {one.name}": one.digest for one in asked}
+    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, engine, findings, hashes, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:

@@ -13,6 +13,7 @@ import torch
 from retrograd.core.sweep import Event
 from retrograd.runs import config as configs
 from retrograd.runs.config import MagicConfig, QueryConfig
+from retrograd.runs.identity import EDITION, told_apart
 from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.parse import build, parse_size, read_yaml
@@ -143,6 +144,9 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Loaded) -> None:
     changed = [f"{name}: {old} → {found.get(name)}" for name, old in known.items() if found.get(name) != old]
     if not changed and manifest.values.get("identity") in (None, loaded.identity):
         return
+    begun = manifest.values.get("identity")
+    if begun and not begun.startswith(f"{EDITION}-"):
+        raise ValueError(f"the run in {folder} {told_apart(begun, loaded.identity)}, or with --overwrite.")
     lines = "\n  ".join(changed or ["the run's settings"])
     raise ValueError(
         f"{folder} was begun with other inputs under the same names:\n  {lines}\nA file or the model has changed "
