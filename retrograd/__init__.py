@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from retrograd.core.sweep import metagradient
     from retrograd.lm.loss import weighted_causal_lm_ce
     from retrograd.lm.stream import DataStream
-    from retrograd.trainer import Metagradient, Trainer, TrainerState, Validation
+    from retrograd.trainer import BackwardState, Trainer, TrainerState, Validation
 
 __all__ = [
+    "BackwardState",
     "DataStream",
-    "Metagradient",
     "Trainer",
     "TrainerState",
     "Validation",
@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BackwardState": "retrograd.trainer",
     "DataStream": "retrograd.lm.stream",
-    "Metagradient": "retrograd.trainer",
     "Trainer": "retrograd.trainer",
     "TrainerState": "retrograd.trainer",
     "Validation": "retrograd.trainer",

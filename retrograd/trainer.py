@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,44 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrograd.core import check, tree
 from retrograd.core.muon import Pair
-from retrograd.core.optim import Optimizer, Params
+from retrograd.core.optim import Cotangent, Optimizer, Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
 from retrograd.lm.engines import Choice, choose_engine
 from retrograd.lm.layout import inner
 from retrograd.lm.limits import check_rows
-from retrograd.lm.model import causal_objective, trainable
+from retrograd.lm.loss import refuse_other_loss
+from retrograd.lm.model import causal_objective, evaluating, trainable
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
+from retrograd.runs.cotangent import BackwardState, Evaluation, cotangent_of
 from retrograd.runs.counterfactual import Agreement, agreement, mean_lds, predicted, random_subset, without
-from retrograd.runs.manifest import fingerprint
+from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.replay import Replay
 from retrograd.runs.trajectory import Trajectory
 
-__all__ = ["Evaluation", "Metagradient", "Trainer", "TrainerState", "Validation"]
+__all__ = ["BackwardState", "Evaluation", "Trainer", "TrainerState", "Validation"]
 
 
 TrainerState = State
 """Everything that evolves: step, params and moments."""
-
-
-class Evaluation(NamedTuple):
-    """A query at some state: value [] or [K] in nats, and its gradient, tensors [K, *shape]."""
-
-    value: Tensor
-    gradient: Params
-
-
-class Metagradient(NamedTuple):
-    """weight_grads: the scores ∂φ/∂w, of the shape of the stream's weights, with a leading [K] for several queries.
-
-    Negative: a proponent, training on it lowers the query loss. Positive: a detractor.
-    """
-
-    weight_grads: Tensor
-    value: Tensor
 
 
 class Validation(NamedTuple):
@@ -71,11 +56,18 @@ class Trainer:
     """Trains a model with a differentiable recipe and pulls query losses back through it.
 
     Made by `Trainer.initialize`. Methods are pure in the state: training twice from one state gives the same bits.
+    A folder belongs to one run: to the data and their order, the weights, the state it begins from, the recipe, and the
+    model with its frozen weights, buffers, configuration and code, and the loss's code with what it closes over, as
+    they were at `initialize`; of another run it is refused.
+
+    Args:
+        function: Hash of model, recipe and loss as functions.
     """
 
-    def __init__(self, recipe: Recipe, chosen: Choice, initial: State, module: nn.Module) -> None:
+    def __init__(self, recipe: Recipe, chosen: Choice, initial: State, module: nn.Module, function: str = "") -> None:
         self.recipe, self.initial, self.module = recipe, initial, module
-        self.engine, self._chosen = chosen.engine, chosen
+        self.engine, self._function = chosen.engine, function
+        self._begun = initial  # where the last training began
         self._last: Trajectory | None = None
 
     @classmethod
@@ -99,7 +91,8 @@ class Trainer:
             optimizer: From `retrograd.optim`, or any (init, update) pair of optax's convention, such as torchopt's.
             loss: (params, inputs) → per-item losses, [B] or [B, L]; call the model with
                 `torch.func.functional_call(model, params, …)`. None for Hugging Face causal language models: the
-                weighted next-token cross-entropy (`weighted_causal_lm_ce`).
+                weighted next-token cross-entropy (`weighted_causal_lm_ce`), which a `loss_function` that was set on the
+                model has to be.
             dropout: Train with the module in training mode; random draws are replayed.
             engine: How steps are differentiated twice: "double" for any module; "blocks", for Hugging Face models
                 that are chains of layers, holds one layer's graph at a time and takes longer.
@@ -117,6 +110,8 @@ class Trainer:
                     f"{type(model).__name__} is no Hugging Face language model, so it needs a loss: a function of "
                     "(params, inputs) that returns one loss for each item, [B]"
                 )
+            if (own := vars(inner(model)).get("_loss_function")) is not None:
+                refuse_other_loss(own)
             objective = causal_objective(model)[0]
         else:
             objective = _weighted(loss)
@@ -127,7 +122,10 @@ class Trainer:
                 )
         recipe = Recipe(_as_optimizer(optimizer), max_grad_norm, micro_batch_size, seed, stochastic=dropout)
         state = initial_state(recipe, trainable(model)[0])
-        return cls(recipe, choose_engine(engine, model, objective), state, model), state
+        chosen = choose_engine(engine, model, objective)
+        used = () if chosen.name == "double" else (chosen.name,)  # another may round otherwise
+        function = fingerprint(architecture(model), recipe, "causal language model" if loss is None else loss, *used)
+        return cls(recipe, chosen, state, model, function), state
 
     def train(
         self,
@@ -140,72 +138,87 @@ class Trainer:
     ) -> State:
         """Train through the stream; returns the final state. States are kept for `backward` by the replay plan.
 
+        From state t the run goes on: it takes the stream's steps t, t + 1, …, with the learning rates, random draws and
+        optimizer corrections of those steps, so that training on through two epochs what one epoch left gives the
+        bits of two epochs. Snapshots and scores are of these steps alone.
+
         Args:
             state: Where to start; from `initialize` for a whole run.
             save_dir: Folder of durable states: a killed call resumes, and another process can run `backward`. None
                 keeps all states in memory.
             replay: Plan and budgets; by default all states, in `save_dir` if given.
         Raises:
-            ValueError: If rows of tokens do not fit the model: ids outside its vocabulary, rows beyond its context.
+            ValueError: If the stream ends at or before the state, or rows of tokens do not fit the model: ids outside its
+                vocabulary, rows beyond its context.
+            RunError: If `save_dir` holds another run.
         """
-        self._check(stream)
-        trajectory = self._trajectory(state._replace(step=0), stream, save_dir, replay, observe)
+        trajectory = self._trajectory(state, self._fitting(stream), save_dir, replay, observe)
         final = trajectory.train()
-        self._last = trajectory
+        self._begun, self._last = state, trajectory
         return final
 
+    def restart(self, state: State) -> State:
+        """State 0 with the parameters of `state` and fresh moments, where a new phase of training begins."""
+        return initial_state(self.recipe, state.params)
+
     def evaluate(self, state: State, query: DataStream | Query) -> Evaluation:
-        """The value of a query at a state, and its gradient.
+        """The value of a query at a state, and its gradient; dropout is off, however the model is trained.
 
         Args:
             query: A stream, whose mean loss is the query, or a function params → (values [K], gradients [K, *shape]).
         """
-        if not isinstance(query, DataStream):
-            return Evaluation(*query(state.params))
-        self._check(query)
-        batches = [query[t] for t in range(len(query))]
-        sizes = [_targets(query, batch) for batch in batches]
-        shares = [b._replace(scale=b.scale * (n / sum(sizes))) for b, n in zip(batches, sizes)]
-        value, gradient, _ = self.engine.gradient(state.params, shares, query.weights, None)
+        with evaluating(self.module):
+            if not isinstance(query, DataStream):
+                return Evaluation(*query(state.params))
+            query = self._fitting(query)
+            batches = [query[t] for t in range(len(query))]
+            sizes = [_targets(query, batch) for batch in batches]
+            shares = [b._replace(scale=b.scale * (n / sum(sizes))) for b, n in zip(batches, sizes)]
+            value, gradient, _ = self.engine.gradient(state.params, shares, query.weights, None)
         return Evaluation(value, {name: g[None] for name, g in gradient.items()})
 
     def backward(
         self,
         save_dir: str | Path | None,
         stream: DataStream,
-        query: Evaluation,
+        query: Evaluation | BackwardState,
         *,
+        start: State | None = None,
         replay: Replay | None = None,
         observe: Callable[[Event], None] = lambda event: None,
-    ) -> Metagradient:
-        """Pull a query back through the run: the score of every example or token.
+    ) -> BackwardState:
+        """Pull a query back through the run: the score of every example or token, and the cotangent of its start.
 
         Args:
             save_dir: The folder given to `train`, or None for the run in memory.
             stream: The stream that was trained on.
-            query: From `evaluate` at the final state.
+            query: From `evaluate` at the final state; or what `backward` gave for a run that went on from there.
+            start: The state that the run began from: that of the last `train`, or of `initialize`, when None.
         Raises:
-            ValueError: If there is no finished run of this recipe and stream there.
+            ValueError: If there is no finished run of this recipe, start and stream there, or the query does not fit.
+            RunError: If `save_dir` holds another run.
         """
         trajectory, self._last = self._last, None
-        folder = Path(save_dir) if save_dir is not None else None
-        identity = self._identity(stream, self.initial)
+        folder, start = Path(save_dir) if save_dir is not None else None, start or self._begun
+        stream = self._fitting(stream)
+        identity = self._identity(stream, start)
         known = trajectory is not None and trajectory.store.identity == identity and trajectory.folder == folder
         if not known:
             if folder is None or not (folder / "final.safetensors").exists():
                 raise ValueError(
-                    f"there is no finished run of this recipe and stream in {save_dir or 'memory'}: call train first, "
-                    "and pass the same stream and save_dir"
+                    f"there is no finished run of this recipe, start and stream in {save_dir or 'memory'}: call train "
+                    "first, and pass the same stream and save_dir, and as start the state that it began from"
                 )
-            trajectory = self._trajectory(self.initial, stream, folder, replay, observe)
+            trajectory = self._trajectory(start, stream, folder, replay, observe)
         assert trajectory is not None, "known or made"
+        given = cotangent_of(query, start, stream.weights)
         trajectory.observe = observe
         if folder:
             trajectory.train()
-        scores = trajectory.reverse(query.gradient)
-        trajectory.clean_reverse()
-        single = query.value.ndim == 0
-        return Metagradient(scores[0] if single else scores, query.value)
+        key, reached = fingerprint(given.gradient, given.moments), list[Cotangent]()
+        scores = trajectory.reverse(given.gradient, key, moments=given.moments, reached=reached.append)
+        trajectory.clean_reverse(key)
+        return given.answered(reached.pop(), scores)
 
     def validate(
         self,
@@ -221,17 +234,18 @@ class Trainer:
         """Retrain without random subsets of the stream's examples (or tokens): do the scores predict what happens?
 
         Args:
-            state: Where training starts, from `initialize`.
+            state: Where the run started.
             stream: The stream that was trained on.
             query: As for `evaluate`.
             scores: weight_grads of `backward`.
             subsets: How many to leave out, one retraining each, and one with everything.
             fraction: Share of the examples in a subset.
         """
-        training = Training(self.recipe, self.engine, stream, stream.weights)
+        _refuse_finished(state, stream)
+        stream, least = self._fitting(stream), Replay(plan="binomial", slots=1)
 
         def value(weights: Tensor) -> np.ndarray:
-            final = check.train(training, state.params, weights)
+            final = Trajectory(Training(self.recipe, self.engine, stream, weights), state, least).train()
             return self.evaluate(final, query).value.reshape(-1).double().cpu().numpy()
 
         columns = scores if scores.ndim > stream.weights.ndim else scores[None]
@@ -252,21 +266,24 @@ class Trainer:
         observe: Callable[[Event], None],
     ) -> Trajectory:
         folder = Path(save_dir) if save_dir is not None else None
+        _refuse_finished(state, stream)
         if replay is None:
             replay = Replay(memory=0, disk=1 << 62, keep=True, plan="all") if folder else Replay()
         training = Training(self.recipe, self.engine, stream, stream.weights)
         return Trajectory(training, state, replay, folder, self._identity(stream, state), observe)
 
-    def _check(self, stream: DataStream) -> None:
+    def _fitting(self, stream: DataStream) -> DataStream:
+        """The stream in the model's precision, its rows checked against the model."""
         if isinstance(stream.rows, Rows):
             check_rows(stream.rows, inner(self.module))
+        dtypes = (theta.dtype for theta in self.initial.params.values())
+        return stream.in_precision(reduce(torch.promote_types, dtypes))
 
     def _identity(self, stream: DataStream, state: State) -> str:
-        data = stream.rows.digest() if isinstance(stream.rows, Rows) else tree.digest(stream.rows)
+        data = stream.rows.digest() if isinstance(stream.rows, Rows) else stream.rows
         order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed)
-        recipe = self.recipe if not isinstance(self.recipe.optimizer, Pair) else "a foreign optimizer"
-        engine = () if self._chosen.name == "double" else (self._chosen.name,)  # another may round otherwise
-        return fingerprint(recipe, data, order, tree.digest(stream.weights), tree.digest(state.params), *engine)
+        begun = (state.step, state.params, state.moments)
+        return identify(self._function, data, order, stream.dtype, stream.weights, *begun, held_tensors(self.module))
 
 
 def _weighted(loss: Callable[[Params, Any], Tensor]) -> Objective:
@@ -280,6 +297,15 @@ def _weighted(loss: Callable[[Params, Any], Tensor]) -> Objective:
         return torch.sum(losses * coefficients)
 
     return objective
+
+
+def _refuse_finished(state: State, stream: DataStream) -> None:
+    if state.step >= len(stream):
+        raise ValueError(
+            f"the state is at step {state.step} and the stream ends at step {len(stream)}: there is nothing left to "
+            "train. To go on, pass a stream of more epochs; for a new phase with fresh moments, start from "
+            "trainer.restart(state)"
+        )
 
 
 def _as_optimizer(optimizer: Any) -> Optimizer:

@@ -285,11 +285,12 @@ def test_a_file_cut_while_it_is_read_is_broken(tmp_path: Path) -> None:
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    held = opened(tmp_path)
-    held.put(state(1))
-    held.settle()
-    with pytest.raises(RunError, match="was written by run run, this run is other"):
-        Store(state(0), tmp_path, "other").get(1)
+    for identity, told in (("2-run", r"another run \(2-run; this run is 2-other\)"), ("run", "an earlier version")):
+        held = Store(state(0), tmp_path, identity, 1)
+        held.put(state(1))
+        held.settle()
+        with pytest.raises(RunError, match=f"was written by {told}.*another folder"):
+            Store(state(0), tmp_path, "2-other").get(1)
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (700, 401)])

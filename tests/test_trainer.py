@@ -102,7 +102,7 @@ def test_a_wrong_call_says_what_is_missing(tmp_path: Path) -> None:
         Trainer.initialize(model, torch.optim.SGD(model.parameters(), 0.1), loss)
     trainer, state = Trainer.initialize(model, sgd(0.1), loss)
     query = trainer.evaluate(state, query_stream)
-    with pytest.raises(ValueError, match="no finished run of this recipe and stream in memory"):
+    with pytest.raises(ValueError, match="no finished run of this recipe, start and stream in memory"):
         trainer.backward(None, stream, query)
     with pytest.raises(ValueError, match="no finished run"):
         trainer.backward(tmp_path, stream, query)

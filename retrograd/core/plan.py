@@ -38,6 +38,7 @@ __all__ = [
     "make",
     "resumed",
     "save_all",
+    "shifted",
     "sqrt",
 ]
 
@@ -240,6 +241,15 @@ def enough(steps: int, repeats: int) -> int:
     while _repeats(steps, slots) > repeats:
         slots += 1
     return slots
+
+
+def shifted(plan: Plan, by: int) -> Plan:
+    """The same plan for a run whose first state is state `by` instead of state 0.
+
+    >>> shifted((Advance(0, 2), Turn(), Reverse(2)), 10)
+    (Advance(start=10, stop=12), Turn(), Reverse(step=12))
+    """
+    return plan if by == 0 else tuple(type(action)(*(step + by for step in action)) for action in plan)
 
 
 def resumed(steps: int, held: Iterable[int], slots: int, *, turn: bool) -> Plan:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retrograd.core import tree
 from retrograd.core.engine import Double
 from retrograd.core.optim import AdamW
 from retrograd.core.schedule import Schedule
@@ -28,7 +27,7 @@ from retrograd.lm.rows import build_rows
 from retrograd.lm.save import save_causal_lm
 from retrograd.lm.stream import DataStream
 from retrograd.runs.files import file_digest
-from retrograd.runs.manifest import fingerprint
+from retrograd.runs.identity import architecture, held_tensors, identify
 from retrograd.runs.replay import Replay
 from retrograd.runs.trajectory import Trajectory
 
@@ -96,7 +95,8 @@ def train_model(
         mixture = folder / "train" / f"{name}.jsonl"
         training = _training(mixture, lm, tokenizer, size)
         initial = initial_state(training.recipe, lm.params)
-        identity = fingerprint(training.recipe, tree.digest(lm.params), file_digest(mixture), size)
+        made = (lm.params, held_tensors(lm.module), architecture(lm.module))
+        identity = identify(training.recipe, *made, file_digest(mixture), size)
         replay = Replay(plan="binomial", slots=1, heartbeat=heartbeat)
         place = folder / "training" / name
         final = Trajectory(training, initial, replay, place, identity, observe).train()

@@ -28,6 +28,7 @@ __all__ = [
     "bound_model",
     "causal_logits",
     "causal_objective",
+    "evaluating",
     "load_causal_lm",
     "load_tokenizer",
     "trainable",
@@ -49,7 +50,7 @@ class CausalLM:
 
     def evaluated(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         """The objective with dropout off: what a query asks, however the model is trained."""
-        with _evaluating(self.module):
+        with evaluating(self.module):
             return self.objective(params, inputs, coefficients)
 
 
@@ -163,7 +164,7 @@ def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
         first = next(iter(params.values()))
 
         def model(*arguments: Any, **options: Any) -> Any:
-            with twice_differentiable(first.dtype), _evaluating(module):
+            with twice_differentiable(first.dtype), evaluating(module):
                 return functional_call(module, placed, arguments, options, tie_weights=False)
 
         vars(model).update(config=getattr(module, "config", None), device=first.device)
@@ -182,7 +183,7 @@ def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Te
     call = _functional(_Chosen(lm.module, lm.fused), twice_differentiable)
 
     def logits(params: Params, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        with _evaluating(lm.module):
+        with evaluating(lm.module):
             found = call(params, next(iter(params.values())).dtype, input_ids, rows, columns)
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
@@ -204,7 +205,7 @@ def _functional(
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout off inside; every submodule's own mode afterwards."""
     training = [part for part in module.modules() if part.training]
     module.eval()

@@ -38,13 +38,18 @@ class DataConfig:
     max_length: int | None = None
     """Cut documents to this many tokens; the model's context length when None."""
     chunk_length: int | None = None
-    """Pack documents into chunks of this many tokens instead; attention stays inside each document."""
+    """Pack documents into chunks of this many tokens instead; attention stays inside each document. 0, as None: one row
+    a document."""
     min_chars: int = 0
     """Skip documents with fewer characters."""
     limit: int | None = None
     """Use the first documents only."""
     shuffle: bool = True
     """Visit rows in a new random order each epoch (true), or in file order (false)."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_length == 0:
+            object.__setattr__(self, "chunk_length", None)
 
 
 @dataclass(frozen=True)

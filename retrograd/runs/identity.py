@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from retrograd.core import tree
 from retrograd.lm.model import trainable
 
-__all__ = ["EDITION", "architecture", "canonical", "fingerprint", "held_tensors", "told_apart"]
+__all__ = ["EDITION", "architecture", "canonical", "fingerprint", "held_tensors", "identify", "told_apart"]
 
 EDITION = "2"
 """Of what an identity covers; an identity begins with it, so that runs of before are told from runs of another kind."""
@@ -54,6 +54,11 @@ def fingerprint(*parts: Any) -> str:
     True
     """
     return hashlib.sha256("\n".join(map(canonical, parts)).encode()).hexdigest()[:16]
+
+
+def identify(*parts: Any) -> str:
+    """The identity of a run that is made of these parts: their fingerprint, after the edition of what it covers."""
+    return f"{EDITION}-{fingerprint(*parts)}"
 
 
 def canonical(value: Any) -> str:
@@ -125,13 +130,13 @@ class _Writer:
         for kinds, describe in _KINDS:
             if isinstance(value, kinds):
                 return describe(self, value)
+        if _is_library(type(value)) and callable(getattr(value, "to_dict", None)):
+            return self._config(value)
         if dataclasses.is_dataclass(value):
             return self._named(type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
         if callable(value) and not hasattr(value, "__dict__"):
             return f"{_name(type(value))} {_name(value)}"
         if _is_library(type(value)):
-            if callable(getattr(value, "to_dict", None)):
-                return self._config(value)
             return self._named(type(value), {k: v for k, v in _fields(value).items() if _is_plain(v)})
         return self._named(type(value), _fields(value))
 
@@ -186,10 +191,10 @@ class _Writer:
         return self._sequence([_name(value), None if isinstance(owner, types.ModuleType) else owner])
 
     def _function(self, value: types.FunctionType) -> str:
-        closed = [_content(cell) for cell in value.__closure__ or ()]
+        closed = dict(zip(value.__code__.co_freevars, map(_content, value.__closure__ or ())))
         if _is_library(value):
             return self._sequence([_name(value), closed])
-        read = {name: x for name, x in _globals_read(value.__code__, value.__globals__)}
+        read = dict(_read(value.__code__, value.__globals__, closed))
         code = self._code(value.__code__, value.__doc__)
         return self._sequence([code, value.__defaults__, value.__kwdefaults__, closed, read])
 
@@ -261,11 +266,12 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _globals_read(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What code reads of its globals, also through modules: `helpers.loss` is that function."""
+def _read(code: types.CodeType, outer: Mapping[str, Any], closed: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What code reads of globals and closures, also through modules: `helpers.loss` is that function."""
     path, value = "", None
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in names:
+        names = {"LOAD_GLOBAL": outer, "LOAD_NAME": outer, "LOAD_DEREF": closed}.get(instruction.opname, {})
+        if instruction.argval in names:
             path, value = instruction.argval, names[instruction.argval]
             yield path, value
         elif path and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
@@ -275,7 +281,7 @@ def _globals_read(code: types.CodeType, names: Mapping[str, Any]) -> Iterator[tu
             path = ""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _globals_read(constant, names)
+            yield from _read(constant, outer, closed)
 
 
 def _name(value: Any) -> str:

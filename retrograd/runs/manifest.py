@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from retrograd.runs.files import write_json
-from retrograd.runs.identity import fingerprint
 
-__all__ = ["SIGN", "Manifest", "environment", "fingerprint"]
+__all__ = ["SIGN", "Manifest", "environment"]
 
 SIGN = (
     "Scores are derivatives of the query loss with respect to data weights, in nats per unit of weight, aligned with "

@@ -25,6 +25,7 @@ from retrograd.runs.buffers import copy_alone, packed
 from retrograd.runs.copies import Copies
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
+from retrograd.runs.identity import told_apart
 from retrograd.runs.thin import thin_like, thinned, whole
 
 __all__ = ["Gradients", "Store"]
@@ -39,7 +40,7 @@ class Store:
     on raising it: the run has to stop, and resumes from the files that are there.
 
     Args:
-        initial: State 0; never written, and the pattern of all states.
+        initial: The first state; never written, and the pattern of all states.
         folder: Where disk slots are; None for memory only.
         identity: Hash of recipe, data and model; states of another are refused.
         on_disk: How many of the stack's lowest positions go to disk.
@@ -81,8 +82,8 @@ class Store:
     def put(self, state: State) -> None:
         """Hold a state in memory or on disk, by its position in the stack."""
         self._raise()
-        if state.step == 0:
-            self.memory[0] = state
+        if state.step == self.initial.step:
+            self.memory[state.step] = state
         elif self.folder and len(self.held) < self.on_disk:
             if state.step not in self._saved:
                 self.save(state)
@@ -184,13 +185,13 @@ class Store:
         """A state that needs no copy: on its way out, or in the memory where steps are taken."""
         if (leaving := self._leaving.get(step)) is not None:
             return leaving
-        if step == 0:
-            return self.memory.get(0, self.initial)
+        if step == self.initial.step:
+            return self.memory.get(step, self.initial)
         return self._whole(self.memory[step]) if self._copies.on_host and step in self.memory else None
 
     def _read_ahead(self, state: State | None) -> None:
         """Begin to read what is expected next; `state` is the one got last."""
-        step = self._expected[0] if self._expected else 0  # 0 is never read
+        step = self._expected[0] if self._expected else self.initial.step  # which is never read
         if step not in self.held or self._near(step) is not None or (self._coming and self._coming[0] == step):
             return
         if state is not None and state.step == step:
@@ -209,10 +210,7 @@ class Store:
             return self._whole(self.memory[step])
         tensors, metadata = read_tensors(self.path(step), _rooms)
         if metadata.get("identity") != self.identity:
-            raise RunError(
-                f"snapshot {self.path(step)} was written by run {metadata.get('identity')}, this run is "
-                f"{self.identity}; its scores would be another run's. Use another folder, or --overwrite."
-            )
+            raise RunError(f"snapshot {self.path(step)} {told_apart(metadata.get('identity'), self.identity)}.")
         like = self.initial
         if self.thin:
             like = like._replace(params=thin_like(like.params, tensors, "params."))

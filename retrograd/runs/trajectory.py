@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retrograd.core import plan as plans
 from retrograd.core import rooms, tree
-from retrograd.core.optim import ELEMENTWISE, Cotangent
+from retrograd.core.optim import ELEMENTWISE, Cotangent, Moments
 from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
     Advanced,
@@ -33,6 +33,7 @@ from retrograd.core.sweep import (
 )
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, read_tensors, write_tensors
+from retrograd.runs.identity import told_apart
 from retrograd.runs.replay import Replay, layout
 from retrograd.runs.store import Gradients, Store
 
@@ -44,7 +45,7 @@ class Trajectory:
 
     Args:
         training: Recipe, engine, stream and data weights.
-        initial: State 0.
+        initial: State 0; or a later one, from which the run goes on: the steps before it are not this run's.
         replay: Which states are kept, and where.
         folder: For durable states; None keeps all in memory, and a kill loses the run.
         identity: Hash of what the run is made of; state files of another are refused.
@@ -64,17 +65,18 @@ class Trajectory:
         self.replay = replay or Replay()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        self.steps = len(training.stream)
+        self.start, self.steps = initial.step, len(training.stream)
         sizes = (tree.nbytes(initial), tree.nbytes(initial.params))
         elementwise = isinstance(training.recipe.optimizer, ELEMENTWISE)
         on_host = all(leaf.device.type == "cpu" for leaf in tree.leaves(initial))
-        self.layout = layout(self.replay, self.steps, *sizes, elementwise=elementwise, on_host=on_host)
+        self.layout = layout(self.replay, self.steps - self.start, *sizes, elementwise=elementwise, on_host=on_host)
         self.ledger = Ledger(self._digests())
         self.left = Leavings.of(training, initial)
         self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
         self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk)
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
         self._final: State | None = None
+        self._query = ""  # digest of what is being pulled back
         self._beat = time.monotonic()
         self._extra: set[int] = set()  # state files that are resume points and no slot
 
@@ -115,16 +117,29 @@ class Trajectory:
         self._final = final
         return final
 
-    def reverse(self, gradient: dict[str, Tensor], key: str = "", *, curvature: bool = False) -> Tensor:
+    def reverse(
+        self,
+        gradient: dict[str, Tensor],
+        key: str = "",
+        *,
+        curvature: bool = False,
+        moments: Moments | None = None,
+        reached: Callable[[Cotangent], None] = lambda cotangent: None,
+    ) -> Tensor:
         """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any.
 
         Args:
             key: Tells this sweep's durable cotangent from another query's.
             curvature: Estimate the preconditioned Hessian's largest eigenvalue on the way; see `sweep`.
+            moments: λ_T's part for the moments, [K, *shape]; zero when None, as for every query of the parameters.
+            reached: Shown the cotangent of the first state.
         """
         gradient = {name: gradient[name] for name in self.initial.params}  # files have their own order
         queries = next(iter(gradient.values())).shape[0]
         cotangent = seed_cotangent(gradient, self.initial)
+        if moments is not None:
+            cotangent = cotangent._replace(moments=moments)
+        self._query = tree.digest((gradient, moments))
         weights = self.training.weights
         scores = torch.zeros((queries, *weights.shape), dtype=weights.dtype)
         cotangent, scores, left = self._read_reverse(cotangent, scores, key)
@@ -132,11 +147,15 @@ class Trajectory:
         self._beat = time.monotonic()
         events = self._sweep(actions, state=state, cotangent=cotangent, after=self._final, curvature=curvature)
         self._final = None
-        del gradient, cotangent, state  # the sweep's alone: it lets go of each as soon as it can
+        if left == self.start:
+            reached(cotangent)
+        del gradient, moments, cotangent, state  # the sweep's alone: it lets go of each as soon as it can
         for event in events:
             if isinstance(event, Reversed):
                 accumulate(scores, event)
                 self._reverse_heartbeat(event, scores, key)
+                if event.step == self.start:
+                    reached(event.cotangent)
             self.observe(event)
             del event  # or its cotangent would outlast the next step
         return scores
@@ -144,7 +163,8 @@ class Trajectory:
     def reverse_steps_left(self, key: str = "") -> int:
         """Steps still to be pulled back, by the durable cotangent."""
         path = self._reverse_path(key)
-        return int(read_tensors(path)[1]["step"]) if path is not None and path.exists() else self.steps
+        left = int(read_tensors(path)[1]["step"]) if path is not None and path.exists() else self.steps
+        return left - self.start
 
     def clean(self, key: str = "") -> None:
         """Remove what only a resume would need; the final state stays, and the forward states if they are kept."""
@@ -183,7 +203,7 @@ class Trajectory:
         """The steps whose gradients a sweep asks for, if they are kept."""
         recipe, engine = self.training.recipe, self.training.engine
         unknown = recovered(recipe, self.initial, self.initial.moments) is None
-        wanted = unknown and engine.repeats(micro_batches_of(self.training, 0)[0])
+        wanted = unknown and engine.repeats(micro_batches_of(self.training, self.start)[0])
         for action in actions:
             match action:
                 case plans.Advance(start, stop):
@@ -197,11 +217,11 @@ class Trajectory:
     def _forward_plan(self) -> plans.Plan:
         durable = self.store.durable()
         if not durable:
-            return self.layout.plan
+            return plans.shifted(self.layout.plan, self.start)
         return self._resumed(self.steps, turn=True)
 
     def _reverse_plan(self, left: int) -> tuple[plans.Plan, State | None]:
-        if left == 0:
+        if left == self.start:
             return (), None
         if self._pending is not None and left == self.steps:
             actions, state = self._pending
@@ -211,15 +231,16 @@ class Trajectory:
 
     def _resumed(self, steps: int, *, turn: bool) -> plans.Plan:
         """A plan over the states that survived, with what room the budgets leave."""
-        held = [0, *(t for t in self.store.durable() if t < steps)]
+        held = [self.start, *(t for t in self.store.durable() if t < steps)]
         in_memory = self.replay.memory // max(1, self.layout.state_bytes)
         if self.gradients.keeps:
             in_memory = min(in_memory, self.layout.cost.slots)  # the rest is theirs
-        free = max(0, min(in_memory, steps) - 1)
+        free = max(0, min(in_memory, steps - self.start) - 1)
         self.store.on_disk = 0
         self.store.held = set(held)
         self.gradients.find()
-        return plans.resumed(steps, held, free, turn=turn)
+        actions = plans.resumed(steps - self.start, [t - self.start for t in held], free, turn=turn)
+        return plans.shifted(actions, self.start)
 
     def _record(self, state: State) -> None:
         if self.folder and state.step not in self._known:
@@ -251,7 +272,9 @@ class Trajectory:
             return
         tensors = {**tree.named(event.cotangent), "scores": scores}
         digest = tree.digest((event.cotangent, scores))
-        metadata = {"step": str(event.step), "identity": self.store.identity, "digest": digest}
+        metadata = {
+            "step": str(event.step), "identity": self.store.identity, "digest": digest, "query": self._query,
+        }  # fmt: skip
         write_tensors(path, tensors, metadata)
         if not self.replay.keep:
             for step in self.store.durable():
@@ -259,14 +282,19 @@ class Trajectory:
                     self.store.remove(step)
 
     def _read_reverse(self, cotangent: Cotangent, scores: Tensor, key: str) -> tuple[Cotangent, Tensor, int]:
-        """The last durable cotangent, scores and steps left; or those given, and all."""
+        """The last durable cotangent, scores and the step they are of; or those given, and the last."""
         path = self._reverse_path(key)
         if path is None or not path.exists():
             return cotangent, scores, self.steps
         tensors, metadata = read_tensors(path)
         found_scores = tensors.pop("scores")
-        if metadata.get("identity") != self.store.identity or found_scores.shape != scores.shape:
-            raise RunError(f"{path} was written by another run; delete it and run the same command again")
+        if metadata.get("identity") != self.store.identity:
+            raise RunError(f"{path} {told_apart(metadata.get('identity'), self.store.identity)}.")
+        if metadata.get("query") != self._query:
+            raise RunError(
+                f"{path} is a sweep of another query, half done: its gradient has digest {metadata.get('query')}, this "
+                f"one has {self._query}. Finish that query first, or delete the file; then run the same command again."
+            )
         found = tree.unnamed(cotangent, tensors)
         if tree.digest((found, found_scores)) != metadata["digest"]:
             raise RunError(
@@ -285,10 +313,9 @@ class Trajectory:
         assert self.folder is not None, "only a trajectory with a folder has files"
         path = self.folder / "final.safetensors"
         tensors, metadata = read_tensors(path)
+        if metadata.get("identity") != self.store.identity:
+            raise RunError(f"{path} {told_apart(metadata.get('identity'), self.store.identity)}.")
         state = tree.unnamed(self.initial, tensors)._replace(step=self.steps)
-        same = tree.digest((state.params, state.moments)) == metadata.get("digest")
-        if metadata.get("identity") != self.store.identity or not same:
-            raise RunError(
-                f"{path} was written by another run or has changed since; delete it and run the same command again"
-            )
+        if tree.digest((state.params, state.moments)) != metadata.get("digest"):
+            raise RunError(f"{path} has changed since it was written; delete it and run the same command again")
         return state

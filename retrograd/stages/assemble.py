@@ -20,7 +20,7 @@ from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.config import MagicConfig, TrainConfig, queries_of
 from retrograd.runs.health import Finding, recipe_findings
-from retrograd.runs.identity import EDITION, architecture, fingerprint, held_tensors
+from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.machine import deterministic, free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.stages.sources import Asked, load_queries, load_rows
@@ -97,7 +97,7 @@ def assemble(config: MagicConfig) -> Loaded:
         "the model's configuration and code": architecture(model.module),
     }
     visited = (stream.shuffle, stream.seed, stream.batch_size, stream.epochs, config.attribute, config.dtype)
-    identity = f"{EDITION}-{fingerprint(hashes, *visited, *_unless_double(engine))}"
+    identity = identify(hashes, *visited, *_unless_double(engine))
     hashes |= {f"query {one.name}": one.digest for one in asked}
     return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, engine, findings, hashes, identity)
 

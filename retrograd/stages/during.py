@@ -34,8 +34,9 @@ from retrograd.runs.during import DuringConfig, Rule, best_of, evaluated_steps, 
 from retrograd.runs.errors import RunError
 from retrograd.runs.examined import described, failure, together
 from retrograd.runs.files import write_json
+from retrograd.runs.identity import fingerprint
 from retrograd.runs.journal import Journal
-from retrograd.runs.manifest import Manifest, fingerprint
+from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.tasks import Task, tasks_from
 from retrograd.stages.curve import BEST, draw_evaluations, show_evaluations

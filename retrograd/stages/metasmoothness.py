@@ -18,7 +18,8 @@ from retrograd.runs import config as configs
 from retrograd.runs.commands import MetasmoothnessConfig
 from retrograd.runs.config import TrainConfig
 from retrograd.runs.files import write_json
-from retrograd.runs.manifest import Manifest, fingerprint
+from retrograd.runs.identity import fingerprint, identify
+from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
 from retrograd.runs.replay import Replay
 from retrograd.runs.trajectory import Trajectory
@@ -79,7 +80,7 @@ def _finals(config: MetasmoothnessConfig, loaded: Loaded, manifest: Manifest, fo
         for k in range(3):
             shifted = perturbed(weights, k * config.h, config.noise_seed)
             training = loaded.training._replace(weights=shifted)
-            identity = fingerprint(loaded.identity, k * config.h, config.noise_seed)
+            identity = identify(loaded.identity, k * config.h, config.noise_seed)
             place = folder / str(k)
             if k == 0 and reused:
                 place, identity = own, loaded.identity

@@ -10,8 +10,8 @@ from rich.console import Console
 from retrograd.runs.commands import QueryRunConfig
 from retrograd.runs.config import QueryConfig, query_file
 from retrograd.runs.files import file_digest, write_atomic
+from retrograd.runs.identity import fingerprint
 from retrograd.runs.journal import Journal
-from retrograd.runs.manifest import fingerprint
 from retrograd.runs.progress import Bars
 from retrograd.stages.attribute import Outcome, all_of, ask, stored, summarise, write_results
 from retrograd.stages.opened import Opened, open_run, recorded
