@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,38 @@ def test_a_loss_function_has_to_be_the_objective(loss: Any, told: str | None) ->
 def test_chunks_of_no_length_are_rows_of_their_own() -> None:
     assert DataConfig(dataset="x", chunk_length=0) == DataConfig(dataset="x")
     assert DataConfig(dataset="x", chunk_length=8).chunk_length == 8
+
+
+def test_the_code_of_the_page_on_python_runs(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchopt")
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text(encoding="utf8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {
+        "model": model(), "tokenizer": tokenizer, "dataset": of(text=TEXTS), "query_dataset": of(text=TEXTS[:1]),
+    }  # fmt: skip
+    exec(blocks[0].replace("cuda", "cpu"), names)
+    names |= {
+        "one_epoch": DataStream(names["dataset"], tokenizer, 2), "query_stream": names["stream"],
+        "two_epochs": DataStream(names["dataset"], tokenizer, 2, epochs=2),
+    }  # fmt: skip
+    exec(blocks[1], names)
+    final = names["trainer"].train(names["start"], names["two_epochs"])
+    whole = names["trainer"].backward(None, names["two_epochs"], names["trainer"].evaluate(final, names["stream"]))
+    found = names["late"].weight_grads + names["early"].weight_grads
+    torch.testing.assert_close(found, whole.weight_grads, rtol=1e-9, atol=1e-12)
+
+
+def test_torchopt_without_a_root_epsilon_has_the_scores_of_adamw() -> None:
+    torchopt = pytest.importorskip("torchopt")
+    rows, found = [[5, 3, 4, 2], [7, 8, 9], [4, 4, 6, 10, 3]], []
+    for optimizer in (torchopt.adam(lr=1e-4), adamw(1e-4, eps_root=0.0)):  # most tokens never come
+        trainer, start = Trainer.initialize(model(), optimizer)
+        stream = DataStream(rows, 2)
+        final = trainer.train(start, stream)
+        query = trainer.evaluate(final, DataStream([[3, 5, 7]], 1))
+        found.append((final.params, trainer.backward(None, stream, query).weight_grads))
+    for name, theta in found[0][0].items():
+        torch.testing.assert_close(theta, found[1][0][name], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=0)  # torchopt counts in float32

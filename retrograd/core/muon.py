@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from retrograd.core import tree
 from retrograd.core.optim import (
@@ -121,7 +122,8 @@ class Pair:
     """Any (init, update) pair in the convention of optax and torchopt, differentiated by autograd.
 
     `update(grads, state, params=params) -> (updates, state)`, and θ' = θ + updates. It must be pure: torchopt's
-    in-place default is switched off here.
+    in-place default is switched off here. Roots have slope 0 at 0, as AdamW's at ε_root = 0: by autograd's infinite one
+    an entry whose gradient has always been 0, such as a token's that never came, would get 0·∞.
     """
 
     pair: Any
@@ -131,7 +133,8 @@ class Pair:
 
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
         inplace = {"inplace": False} if "inplace" in _parameters(self.pair.update) else {}
-        updates, moments = self.pair.update(grads, moments, params=params, **inplace)
+        with _FlatRoots():
+            updates, moments = self.pair.update(grads, moments, params=params, **inplace)
         return {name: theta + updates[name] for name, theta in params.items()}, moments
 
     def pullback(
@@ -153,6 +156,18 @@ class Pair:
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
         return None
+
+
+class _FlatRoots(TorchFunctionMode):
+    """√ with slope 0 at 0; no value is another."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function not in (torch.sqrt, Tensor.sqrt, Tensor.sqrt_) or kwargs:
+            return function(*args, **(kwargs or {}))
+        (x,) = args
+        empty = x == 0
+        root = torch.where(empty, x.detach(), torch.where(empty, 1.0, x).sqrt())
+        return x.copy_(root) if function is Tensor.sqrt_ else root
 
 
 def autograd_pullback(function: Callable[..., Any], inputs: tuple[Any, ...], bars: tuple[Any, ...]) -> tuple[Any, ...]:

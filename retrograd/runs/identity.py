@@ -42,7 +42,7 @@ _SHORT = 64  # characters; longer texts are hashed where they are written
 _INTERNAL = frozenset(vars(nn.Module()))
 _NOT_THE_FUNCTION = {
     "name_or_path", "_name_or_path", "base_model_name_or_path", "transformers_version", "warnings_issued",
-    "gradient_checkpointing", "architectures", "dtype", "torch_dtype",
+    "gradient_checkpointing", "architectures", "dtype", "torch_dtype", "_is_hf_initialized",
 }  # fmt: skip
 """What a module or configuration is called and how it is stored; the tensors have a dtype of their own."""
 
