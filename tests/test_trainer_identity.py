@@ -98,6 +98,27 @@ def test_settings_of_foreign_optimizers_and_callable_rates_count(first: Any, sec
         other.train(state, data(8, 1), tmp_path)
 
 
+def test_digests_alone_are_another_runs_too(tmp_path: Path) -> None:
+    def die(event: Any) -> None:
+        if isinstance(event, Advanced) and event.step == 1:
+            raise KeyboardInterrupt
+
+    least = Replay(plan="binomial", slots=1)  # no state is on disk yet
+    trainer, state = made()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(state, data(12, 1), tmp_path, replay=least, observe=die)
+    assert [file.name for file in tmp_path.iterdir()] == ["digests.txt"]
+    other, start = made(scale=2.0)
+    with pytest.raises(RunError, match=r"was written by another run"):
+        other.train(start, data(12, 1), tmp_path, replay=least)
+    assert trainer.train(state, data(12, 1), tmp_path, replay=least).step == 3
+    lines = (tmp_path / "digests.txt").read_text().splitlines()
+    (tmp_path / "final.safetensors").unlink()
+    (tmp_path / "digests.txt").write_text("".join(f"{line}\n" for line in lines[1:]))
+    with pytest.raises(RunError, match=r"was written by an earlier version of retrograd \(run 1 [0-9a-f]+\)"):
+        trainer.train(state, data(12, 1), tmp_path, replay=least)
+
+
 def test_weights_frozen_in_place_are_seen_by_the_next_call(tmp_path: Path) -> None:
     trainer, state = made()
     trainer.train(state, data(8, 1), tmp_path)

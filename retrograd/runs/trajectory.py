@@ -37,7 +37,9 @@ from retrograd.runs.identity import told_apart
 from retrograd.runs.replay import Replay, layout
 from retrograd.runs.store import Gradients, Store
 
-__all__ = ["Trajectory"]
+__all__ = ["Trajectory", "read_digests"]
+
+_DIGESTS, _OF = "digests.txt", "identity"  # the file, and what its first line begins with
 
 
 class Trajectory:
@@ -82,6 +84,7 @@ class Trajectory:
 
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
+        self._refuse_other()
         if self.folder and (self.folder / "final.safetensors").exists():
             self._keep(self.store.durable() if self.replay.keep else ())
             self._final = self._read_final()
@@ -244,14 +247,22 @@ class Trajectory:
 
     def _record(self, state: State) -> None:
         if self.folder and state.step not in self._known:
-            append_line(self.folder / "digests.txt", f"{state.step} {self.ledger.digests[state.step]}")
+            if not self._known:
+                append_line(self.folder / _DIGESTS, f"{_OF} {self.store.identity}")
+            append_line(self.folder / _DIGESTS, f"{state.step} {self.ledger.digests[state.step]}")
             self._known.add(state.step)
 
     def _digests(self) -> dict[int, str]:
-        pairs = [line.split() for line in read_lines(self.folder / "digests.txt")] if self.folder else []
-        found = {int(step): digest for step, digest in pairs}
+        found = read_digests(self.folder) if self.folder else {}
         self._known = set(found)
         return found
+
+    def _refuse_other(self) -> None:
+        """Refuse a folder whose digests are another run's: its states may be gone, and drift would be blamed."""
+        lines = read_lines(self.folder / _DIGESTS) if self.folder else []
+        found = lines[0].removeprefix(f"{_OF} ") if lines else self.store.identity
+        if found != self.store.identity:
+            raise RunError(f"{self.folder} {told_apart(found, self.store.identity)}.")
 
     def _due(self) -> bool:
         if self.folder is None or time.monotonic() - self._beat < self.replay.heartbeat:
@@ -319,3 +330,9 @@ class Trajectory:
         if tree.digest((state.params, state.moments)) != metadata.get("digest"):
             raise RunError(f"{path} has changed since it was written; delete it and run the same command again")
         return state
+
+
+def read_digests(folder: Path) -> dict[int, str]:
+    """Digests of a run's states by step."""
+    pairs = [line.split(" ") for line in read_lines(folder / _DIGESTS)]
+    return {int(step): digest for step, digest in pairs if step != _OF}
