@@ -148,8 +148,8 @@ class Trainer:
                 keeps all states in memory.
             replay: Plan and budgets; by default all states, in `save_dir` if given.
         Raises:
-            ValueError: If the stream ends at or before the state, or rows of tokens do not fit the model: ids outside its
-                vocabulary, rows beyond its context.
+            ValueError: If the stream ends at or before the state, or rows of tokens do not fit the model: ids outside
+                its vocabulary, rows beyond its context.
             RunError: If `save_dir` holds another run.
         """
         trajectory = self._trajectory(state, self._fitting(stream), save_dir, replay, observe)

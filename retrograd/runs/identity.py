@@ -177,8 +177,8 @@ class _Writer:
         return {**own, "settings": part.extra_repr() if _is_library(type(part)) else "", "hooks": hooks}
 
     def _config(self, value: Any) -> str:
-        attention = getattr(value, "_attn_implementation", None)
-        return self._named(type(value), {**_scrubbed(value.to_dict()), "attention": attention})
+        kinds = {name: getattr(value, name, None) for name in ("_attn_implementation", "_experts_implementation")}
+        return self._named(type(value), {**_scrubbed(value.to_dict()), **kinds})
 
     def _partial(self, value: functools.partial[Any]) -> str:
         return self._sequence(["partial", value.func, value.args, value.keywords])
