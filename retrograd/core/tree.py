@@ -6,6 +6,7 @@ count, a None) pass through unchanged, so that mapping over a state cannot forge
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -129,48 +130,81 @@ def stacked(group: Sequence[Tensor]) -> Tensor:
 def digest(tree: Any) -> str:
     """A fingerprint of the exact bits of a tree: equal bits give equal digests on any device and thread count.
 
-    For each tensor, Σ xᵢ·rᵢ modulo 2⁶⁴ over its bits read as integers, with fixed odd rᵢ: integer sums do not depend on
-    the order of summation, and the factors make opposite drifts and swapped entries visible. Not cryptographic.
+    blake2b of each tensor's type, shape and `bit_sums`, in order. Not cryptographic, for the sums are not.
     """
-    given, total = leaves(tree), 0
-    if not given:
-        return f"{total:032x}"
-    found = [bit_sums(leaf) for leaf in given]
-    one_device = len({x.device for x in found}) == 1
-    together = torch.cat(found if one_device else [x.cpu() for x in found])  # a GPU is waited for once
-    numbers = iter(together.tolist())
-    for leaf, sums in zip(given, found):
-        rest = leaf.numel() * leaf.element_size() % 8
-        share = sum(next(numbers) * (2 * place + 1) for place in range(len(sums) - rest))
-        share += sum(next(numbers) << (8 * place) for place in range(1, rest + 1))
-        total = (total * 1_000_003 + share % (1 << 64) + leaf.numel()) % (1 << 128)
-    return f"{total:032x}"
+    given = leaves(tree)
+    hashed = hashlib.blake2b(digest_size=16)
+    if given:
+        found = [bit_sums(leaf) for leaf in given]
+        one_device = len({x.device for x in found}) == 1
+        together = torch.cat(found if one_device else [x.cpu() for x in found])  # a GPU is waited for once
+        hashed.update("".join(f"{leaf.dtype}{tuple(leaf.shape)};" for leaf in given).encode())
+        hashed.update(together.cpu().numpy().data)
+    return hashed.hexdigest()
 
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 19  # bytes
+_AHEAD = 5  # bytes
 
 
 def bit_sums(leaf: Tensor) -> Tensor:
-    """What `digest` sums up, [n] int64 on the tensor's device, which is not waited for: equal bits give equal sums.
+    """What `digest` hashes, [n] int64 on the tensor's device, which is not waited for: equal bits give equal sums.
 
-    Σ xᵢ·rᵢ of each block of 64-bit words and of the words left over, then the bytes left over.
+    For each block of 64-bit words, Σ yᵢ·rᵢ modulo 2⁶⁴ and its last word; then the bytes that fill no word. y are the
+    words but the last after each byte was xor-ed with the one 5 further on: a product modulo 2⁶⁴ keeps little of a
+    word's high bits, such as the sign of a float, so each bit gets a second place, and one of its two is below 2⁴⁰.
+    Sums of integers do not depend on the order of summation.
+
+    Every one and every two flipped bits change what is hashed. Where neither is in a last word: both places of a bit
+    are 24 bits or more apart; so if the lower places of the two are in different words, ±rᵢ ± rⱼ ≢ 0 modulo 2²⁴ says it
+    (`_factors`), and if they are one place, where the flips cancel, then the other places differ.
     """
     raw = leaf.detach().contiguous().flatten().view(torch.uint8)
-    words = raw.numel() // 8
-    whole = words // _BLOCK * _BLOCK
-    body, rest = raw[: words * 8].view(torch.int64), raw[words * 8 :]
-    blocks, tail, ramp = body[:whole].view(-1, _BLOCK), body[whole:], _ramp(str(leaf.device))
-    factors = ramp[: words - whole]
-    if leaf.device.type == "cpu":  # a GPU has no product of integer matrices
-        found = torch.from_numpy(blocks.numpy().dot(ramp.numpy()))  # twice as fast as torch's
-        return torch.cat([found, torch.dot(tail, factors)[None], rest.long()])
-    return torch.cat([(blocks * ramp).sum(1), (tail * factors).sum()[None], rest.long()])
+    if leaf.device.type == "cpu":
+        return torch.tensor(_sums_on_cpu(raw), dtype=torch.int64)
+    size = raw.numel() // 8 * 8
+    whole = size // _BLOCK * _BLOCK
+    parts = [part for part in (raw[:whole].view(-1, _BLOCK), raw[whole:size].view(1, -1)) if part.numel()]
+    return torch.cat([*map(_sums, parts), raw[size:].long()])
+
+
+def _sums(blocks: Tensor) -> Tensor:
+    """Sum and last word of each block, [2n] from bytes [n, 8·words]."""
+    mixed = (blocks[:, :-8] ^ blocks[:, _AHEAD : _AHEAD - 8]).flatten().view(torch.int64)
+    words = mixed.view(len(blocks), blocks.shape[1] // 8 - 1)
+    sums = (words * _factors(str(blocks.device))[: words.shape[1]]).sum(1)
+    return torch.stack([sums, blocks[:, -8:].contiguous().view(torch.int64)[:, 0]], dim=1).flatten()
+
+
+def _sums_on_cpu(raw: Tensor) -> list[int]:
+    """All that is hashed of a tensor's bytes: the same, a block at a time, which stays in the cache.
+
+    By numpy's products, which are twice as fast as torch's.
+    """
+    bits, factors, found = raw.numpy(), _factors("cpu").numpy(), []
+    size = len(bits) // 8 * 8
+    for start in range(0, size, _BLOCK):
+        block = bits[start : min(start + _BLOCK, size)]
+        words = (block[:-8] ^ block[_AHEAD : _AHEAD - 8]).view("int64")
+        words *= factors[: len(words)]
+        found += [int(words.sum()), int(block[-8:].view("int64")[0])]
+    return found + bits[size:].tolist()
 
 
 @lru_cache
-def _ramp(device: str) -> Tensor:
-    """Fixed odd 64-bit factors (splitmix64's increment, wrapped)."""
-    return (torch.arange(_BLOCK, dtype=torch.int64, device=device) * -7046029254386353131) | 1
+def _factors(device: str) -> Tensor:
+    """Fixed factors of the words of a block: no two are equal modulo 2²⁴, or each other's negatives.
+
+    Their low 24 bits are 2k + 1 with different k below 2²², of a mixing that can be undone; the bits above are those of
+    splitmix64.
+    """
+    place = torch.arange(_BLOCK // 8, dtype=torch.int64, device=device)
+    low = place * 2_654_435 % (1 << 22)
+    low = (low ^ (low >> 11)) * 1_540_483_477 % (1 << 22)
+    high = (place + 1) * -7046029254386353131
+    high = (high ^ (high >> 30)) * -4658895280553007687
+    high = (high ^ (high >> 27)) * -7723592293110705685
+    return (high ^ (high >> 31)) & -(1 << 24) | (2 * low + 1)
 
 
 def _key(key: Any) -> str:
