@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -117,17 +119,61 @@ def test_a_slope_at_a_larger_scale_is_not_taken_for_the_derivative() -> None:
     assert found.uncertainty.isinf()
 
 
-def test_a_coincidence_does_not_outlast_the_finer_sizes() -> None:
+def test_a_coincidence_is_no_slope() -> None:
     """Differences of a run with dropout, which fell by a factor near 4 once, at a slope 20 % too low."""
     differences = {0.02: 0.277, 0.01: -0.082, 0.005: -0.176, 0.0025: -0.091, 0.00125: -0.028, 0.000625: -0.006}
 
     def values(h: float) -> Tensor:
-        return torch.tensor([h * (1 + differences[abs(h)])], dtype=torch.float64)
+        near = min(differences, key=lambda size: abs(size - abs(h)))
+        wrong = differences[near] if near == abs(h) else 0.1 * math.sin(1e4 * abs(h))  # rough in between too
+        return torch.tensor([h * (1 + wrong)], dtype=torch.float64)
 
     goal = torch.full((1,), 2.5e-3, dtype=torch.float64)
-    assert check.extrapolated_slope(values, list(differences)[:3], 1e-7, goal, goal * 0 + 1).uncertainty < 0.01
+    found = check.extrapolated_slope(values, list(differences)[:3], 1e-7, goal, goal * 0 + 1)
+    assert (found.slope - 1).abs() > 0.1  # the coincidence
+    assert 8 * found.uncertainty > (found.slope - 1).abs()  # condemns nothing
     found = check.extrapolated_slope(values, list(differences), 1e-7, goal, goal * 0 + 1)
     assert (found.slope - 1).abs() < 0.01 or found.uncertainty.isinf()
+
+
+def _rough(seed: int) -> tuple[Callable[[float], Tensor], float]:
+    """A sum of 40 waves of lengths between 1e-6 and one of 3e-4 to 0.3, and its slope at 0."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, count: int = 1) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=draw, dtype=torch.float64)
+
+    lengths = 10 ** uniform(-6, float(uniform(-3.5, -0.5)), 40)
+    heights = torch.randn(40, generator=draw, dtype=torch.float64) * lengths ** uniform(0.3, 0.9)
+    phases = uniform(0, 2 * math.pi, 40)
+    slope = float((heights / lengths * phases.cos()).sum())
+    return lambda h: (6 + (heights * (h / lengths + phases).sin()).sum())[None], slope
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_right_slopes_of_rough_functions_are_not_condemned_and_wrong_ones_of_smooth_functions_are(
+    dtype: torch.dtype,
+) -> None:
+    from retrograd.runs.certificate import compare
+    from retrograd.stages.verify import RETRAINED, _sizes
+
+    tolerance, eps = RETRAINED[dtype], torch.finfo(dtype).eps
+
+    def verdict(values: Callable[[float], Tensor], slope: float) -> str:
+        expected = torch.tensor([slope], dtype=torch.float64)
+        found = check.extrapolated_slope(values, _sizes(dtype), eps, expected.abs() * tolerance / 2, expected)
+        one = [x[None] for x in (expected, found.slope, found.uncertainty, expected.abs())]
+        return compare("retraining", "", *one, tolerance)[0].verdict
+
+    judged = [verdict(*_rough(seed)) for seed in range(150)]
+    assert judged.count("failed") == 0
+    for curve in (1.0, 5.0, 20.0):
+
+        def smooth(h: float, curve: float = curve) -> Tensor:
+            return torch.tensor([6 + 3 * math.sin(curve * h + 0.5)], dtype=torch.float64)
+
+        right = 3 * curve * math.cos(0.5)
+        assert [verdict(smooth, x * right) for x in (1, 1.1, 0.5, -1)] == ["passed", "failed", "failed", "failed"]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied_embeddings"])

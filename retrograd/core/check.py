@@ -160,7 +160,9 @@ def extrapolated_slope(
 
     A rough φ has another slope at a larger scale, and differences that agree there would be sure of a wrong one. So a
     size counts only where D_{i−1} − D_{i−2} is f times D_i − D_{i−1}, give or take 1.7, or both are rounding, and no
-    later D is farther from E_i. It stops early only at the slope expected; another one has to outlast every size.
+    later D is farther from E_i. It stops early only at the slope expected; another one has to outlast every size. And
+    since a few rough differences now and then agree by chance, another one has to have two sizes in a row that count, is
+    measured again at the sizes in between, and is no surer than the two are near, or than |D_i − D_{i−2}| of either.
     Richardson, Phil. Trans. R. Soc. A 210 (1911) 307.
 
     Args:
@@ -176,7 +178,28 @@ def extrapolated_slope(
     >>> extrapolated_slope(lambda h: goal.new_tensor([h]).sin(), (0.04, 0.02, 0.01), 1e-16, goal, goal + 1).slope
     tensor([1.0000], dtype=torch.float64)
     """
-    factor = (sizes[0] / sizes[1]) ** 2
+    first, spread = _ladder(values, sizes, noise, goal, expected)
+    apart = (first.slope - expected).abs()
+    doubted = torch.isfinite(first.uncertainty) & (apart > torch.maximum(2 * goal, first.uncertainty))
+    if not doubted.any():
+        return first
+    between = (sizes[1] / sizes[0]) ** 0.5
+    second, other = _ladder(values, [h * between for h in sizes], noise, goal, expected)
+    distance = (first.slope - second.slope).abs()
+    widest = torch.stack([first.uncertainty, second.uncertainty, distance, spread, other]).amax(0)
+    uncertainty = torch.where(doubted, widest, first.uncertainty)
+    return Measured(first.slope, uncertainty, first.trainings + second.trainings)
+
+
+def _ladder(
+    values: Callable[[float], Tensor], sizes: Sequence[float], noise: float, goal: Tensor, expected: Tensor
+) -> tuple[Measured, Tensor]:
+    """The surest extrapolation along one ladder of sizes, and how far its differences are apart, [K].
+
+    These are infinitely far apart where no two sizes in a row count.
+    """
+    factor, spread = (sizes[0] / sizes[1]) ** 2, goal * 0
+    counted = settled = torch.zeros_like(goal, dtype=torch.bool)
     slope, uncertainty, distance = goal * 0, torch.full_like(goal, torch.inf), goal * 0
     differences: list[Tensor] = []
     for h in sizes:
@@ -190,14 +213,16 @@ def extrapolated_slope(
         earlier, later = last - before, now - last
         smooth = (earlier / later / factor).log().abs() <= math.log(1.7)  # NaN for opposite signs: not smooth
         counts = smooth | (torch.maximum(earlier.abs(), later.abs()) <= rounding)
+        settled, counted = settled | (counts & counted), counts
         found = now + later / (factor - 1)
         error = (found - last - earlier / (factor - 1)).abs() + rounding
         better = counts & (error < uncertainty)
         slope, uncertainty = torch.where(better, found, slope), torch.where(better, error, uncertainty)
         distance = torch.where(better, (now - found).abs(), distance)
+        spread = torch.where(better, (now - before).abs(), spread)
         if ((uncertainty <= goal) & ((slope - expected).abs() <= 2 * goal)).all():
             break
-    return Measured(slope, uncertainty, 2 * len(differences))
+    return Measured(slope, uncertainty, 2 * len(differences)), torch.where(settled, spread, torch.inf)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

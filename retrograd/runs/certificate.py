@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich.table import Table
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from retrograd.runs.errors import RunError
 
-__all__ = ["Check", "attempt", "compare", "record", "table", "told"]
+__all__ = ["REQUIRED", "Check", "attempt", "certified", "compare", "missing", "record", "table", "told"]
+
+REQUIRED = (
+    "scores file", "inputs", "objective", "states", "replay", "query", "adjoint", "retraining",
+    "float64 adjoint", "float64 retraining",
+)  # fmt: skip
+"""What has to have passed before a run is certified; what did not run is missing by its name."""
 
 Verdict = Literal["passed", "failed", "not checked"]
 _COLOURS = {"passed": "green", "failed": "bold red", "not checked": "yellow"}
@@ -29,6 +35,21 @@ class Check:
     words: str
     error: float | None = None
     tolerance: float | None = None
+
+
+def missing(checks: Sequence[Check]) -> list[str]:
+    """The required checks that have no line that passed, or have one that could not be checked."""
+    seen = {verdict: {check.name for check in checks if check.verdict == verdict} for verdict in get_args(Verdict)}
+    return [
+        name for name in REQUIRED if name not in seen["passed"] - seen["not checked"] and name not in seen["failed"]
+    ]
+
+
+def certified(checks: Sequence[Check]) -> Literal["certified", "partly certified", "failed"]:
+    """The verdict on a run."""
+    if any(check.verdict == "failed" for check in checks):
+        return "failed"
+    return "partly certified" if missing(checks) else "certified"
 
 
 def compare(

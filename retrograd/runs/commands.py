@@ -71,7 +71,10 @@ class MetasmoothnessConfig(MagicConfig):
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """An independent certificate for a finished run: files, replay, adjoint identity, central differences."""
+    """An independent certificate for a finished run: files, objective, replay, adjoint identity, central differences.
+
+    The verdict is certified, partly certified (with what is missing) or failed.
+    """
 
     run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
     """Folder of a finished run."""
@@ -81,6 +84,8 @@ class VerifyConfig:
     """Directions of data weights for the central differences, four to ten retrainings each; 0 leaves them out."""
     seed: int = 0
     """Of the directions."""
+    strict: bool = False
+    """Exit code 3 instead of 0 where the run is certified only partly."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from retrograd.core.optim import Params
 from retrograd.core.step import Batch, State, Stream, Training
 from retrograd.core.sweep import metagradient
 from retrograd.lm.query import Queries
-from retrograd.runs.certificate import Check, attempt, compare, record, table, told
+from retrograd.runs.certificate import Check, attempt, certified, compare, missing, record, table, told
 from retrograd.runs.commands import VerifyConfig
 from retrograd.runs.config import MagicConfig
 from retrograd.runs.files import write_json
@@ -56,7 +56,8 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
     """Check a finished run, print the certificate and write it to RUN/verify.json.
 
     Returns:
-        0 if nothing failed, 1 if anything did. What could not be checked is named and is no failure.
+        0 if the run is certified, or partly: nothing failed, and what is missing is named. 3 for partly with --strict.
+        1 if anything failed.
     Raises:
         ValueError: If there is no finished run, or a setting cannot work.
     """
@@ -64,20 +65,21 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
     if min(config.steps, config.directions) < 0:
         raise ValueError(f"--steps {config.steps} and --directions {config.directions} have to be 0 or more")
     checks = list(_checks(config, *finished(config.run)))
-    failed = [one.name for one in checks if one.verdict == "failed"]
-    unchecked = [one.name for one in checks if one.verdict == "not checked"]
+    verdict, absent = certified(checks), missing(checks)
+    failed = list(dict.fromkeys(check.name for check in checks if check.verdict == "failed"))
     write_json(config.run / "verify.json", {
-        "passed": not failed, "seconds": round(time.monotonic() - start, 3), "seed": config.seed,
-        "checks": record(checks),
+        "verdict": verdict, "failed": failed, "missing": absent, "seconds": round(time.monotonic() - start, 3),
+        "seed": config.seed, "checks": record(checks),
     })  # fmt: skip
     console.print(table(checks, f"Certificate of {config.run}"))
     if failed:
-        console.print(f"FAILED: {', '.join(dict.fromkeys(failed))}. Do not act on these scores.", style="bold red")
-    else:
-        console.print("Nothing failed.", style="green")
-    if unchecked:
-        console.print(f"Could not be checked: {', '.join(dict.fromkeys(unchecked))}.", style="yellow")
-    return 1 if failed else 0
+        console.print(f"FAILED: {', '.join(failed)}. Do not act on these scores.", style="bold red")
+    if absent:
+        partly = "" if failed else "PARTLY CERTIFIED: nothing failed, but not all was checked. "
+        console.print(f"{partly}Missing: {', '.join(absent)}.", style="yellow")
+    if verdict == "certified":
+        console.print("CERTIFIED: every check passed.", style="green")
+    return 1 if failed else 3 if absent and config.strict else 0
 
 
 def _checks(config: VerifyConfig, settings: MagicConfig, manifest: Manifest) -> Iterator[Check]:
