@@ -1,8 +1,8 @@
 """The command line: `retrograd COMMAND RUN …`.
 
 Nothing heavy is imported until a command runs, so that --help answers at once. Exit codes: 0 done, 2 the user can mend
-it, 1 the machine failed and the same command resumes; `verify` also has 1 for a check that failed, and with --strict 3 for
-a run that is certified only partly.
+it, 1 the machine failed and the same command resumes; of `verify`, 1 says that a check failed, and with --strict 3 that
+the run is certified only partly.
 """
 
 from __future__ import annotations

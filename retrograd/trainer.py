@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retrograd.core.muon import Pair
 from retrograd.core.optim import Cotangent, Optimizer, Params
-from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state
+from retrograd.core.step import Batch, NonFiniteError, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
 from retrograd.lm.engines import Choice, choose_engine
 from retrograd.lm.layout import inner
@@ -240,19 +240,28 @@ class Trainer:
             scores: weight_grads of `backward`.
             subsets: How many to leave out, one retraining each, and one with everything.
             fraction: Share of the examples in a subset.
+        Raises:
+            NonFiniteError: If a retraining diverges; it names the subset and the step.
         """
         _refuse_finished(state, stream)
         stream, least = self._fitting(stream), Replay(plan="binomial", slots=1)
 
-        def value(weights: Tensor) -> np.ndarray:
-            final = Trajectory(Training(self.recipe, self.engine, stream, weights), state, least).train()
-            return self.evaluate(final, query).value.reshape(-1).double().cpu().numpy()
+        def value(weights: Tensor, left_out: str) -> np.ndarray:
+            try:
+                final = Trajectory(Training(self.recipe, self.engine, stream, weights), state, least).train()
+            except NonFiniteError as error:
+                raise NonFiniteError(f"retrained {left_out}: {error}") from error
+            found = self.evaluate(final, query).value.reshape(-1).double().cpu().numpy()
+            if not np.isfinite(found).all():
+                raise NonFiniteError(f"retrained {left_out}: the query is {found.tolist()} after training")
+            return found
 
         columns = scores if scores.ndim > stream.weights.ndim else scores[None]
-        members, here = np.arange(stream.weights.numel()), value(stream.weights)
+        members, here = np.arange(stream.weights.numel()), value(stream.weights, "with everything")
         sets = [random_subset(members, fraction, seed, number) for number in range(subsets)]
         prediction = np.stack([predicted(columns, stream.weights, one).numpy() for one in sets])
-        measured = np.stack([value(without(stream.weights, one)) - here for one in sets])
+        found = [value(without(stream.weights, one), f"without subset {number}") for number, one in enumerate(sets)]
+        measured = np.stack(found) - here
         each = [agreement(prediction[:, k], measured[:, k]) for k in range(len(here))]
         mean, low, high = mean_lds(prediction, measured)
         return Validation(prediction, measured, each, mean, (low, high))

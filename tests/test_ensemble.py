@@ -16,7 +16,7 @@ from retrograd.core.engine import Double
 from retrograd.core.ensemble import train_many
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW
-from retrograd.core.step import Recipe, Training
+from retrograd.core.step import Batch, NonFiniteError, Recipe, Training
 from retrograd.lm.model import load_causal_lm
 from retrograd.lm.stream import DataStream
 
@@ -94,6 +94,29 @@ def test_a_wrong_shape_and_a_loss_that_cannot_be_stacked_are_refused() -> None:
 
     with pytest.raises(ValueError, match="does not run under"):
         train_many(training, worlds.params(), weights(training, 2), objective=branching)
+
+
+def test_a_member_that_diverges_is_seen_at_its_step_and_stops_no_other() -> None:
+    """Four squares and one that takes their curvature away; without it the learning rate is far too large."""
+
+    def objective(p, inputs, c):
+        return torch.sum(c * inputs["a"] * (p["theta"] - 1) ** 2)
+
+    batch = Batch({"a": torch.tensor([1.0, 1.0, 1.0, 1.0, -4.0])}, torch.arange(5), torch.ones(5))
+    training = Training(Recipe(SGD(1e5)), Double(objective), [batch] * 12, torch.ones(5))
+    stack, params = torch.ones(3, 5), {"theta": torch.zeros(())}
+    stack[1, 4] = 0
+    first: dict[int, int] = {}
+
+    def watch(step: int, losses: torch.Tensor, norms: torch.Tensor) -> None:
+        for member in torch.nonzero(~(losses.isfinite() & norms.isfinite())).flatten().tolist():
+            first.setdefault(member, step)
+
+    many = train_many(training, params, stack, objective=objective, observe=watch)
+    assert first.keys() == {1}
+    assert many["theta"][0] == many["theta"][2] == train(training, params).params["theta"]
+    with pytest.raises(NonFiniteError, match=f"left the finite numbers at step {first[1]}: loss"):
+        train(training, params, stack[1])
 
 
 @pytest.mark.parametrize("family", ["gpt-neox", "gpt2-tied", "llama-gqa", "qwen2-tied", "gemma"])

@@ -8,13 +8,13 @@ import pytest
 import torch
 from worlds import objective, params, query, training
 
-from retrograd.core import tree
+from retrograd.core import check, tree
 from retrograd.core.engine import Double
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW
 from retrograd.core.plan import make
 from retrograd.core.schedule import Schedule
-from retrograd.core.step import Recipe
+from retrograd.core.step import Batch, Recipe, Training
 from retrograd.core.sweep import NonFiniteError, ReplayDriftError, metagradient
 
 
@@ -36,6 +36,25 @@ def test_nonfinite_training_names_the_step() -> None:
     weights[int(run.stream[2].index[0, 0])] = float("nan")
     with pytest.raises(NonFiniteError, match="at step"):
         metagradient(run._replace(weights=weights), params(), query)
+
+
+@pytest.mark.parametrize("how", ["train", "metagradient", "tangent"])
+def test_an_overflow_of_the_last_update_is_refused(how: str) -> None:
+    """One step from 0 with a learning rate that carries θ past the largest float; its loss and gradient are finite."""
+
+    def objective(p, inputs, c):
+        return torch.sum(c * (p["theta"] - 1e3) ** 2)
+
+    batch = Batch({"x": torch.zeros(1)}, torch.zeros(1, dtype=torch.int64), torch.ones(1))
+    training = Training(Recipe(SGD(1e37)), Double(objective), [batch], torch.ones(1))
+    params = {"theta": torch.zeros(())}
+    calls = {
+        "train": lambda: check.train(training, params),
+        "metagradient": lambda: metagradient(training, params, lambda p: (p["theta"][None], {"theta": torch.ones(1)})),
+        "tangent": lambda: check.forward_tangent(training, params, torch.ones(1, 1)),
+    }
+    with pytest.raises(NonFiniteError, match=r"the update of step 0, the last, left the finite numbers: 100.00%"):
+        calls[how]()
 
 
 def test_nonfinite_cotangent_names_the_step() -> None:

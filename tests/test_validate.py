@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,13 @@ from scipy import stats
 
 from retrograd.cli import main
 from retrograd.core.check import train
+from retrograd.core.optim import Params
+from retrograd.core.step import NonFiniteError, State, Training, left_finite
+from retrograd.lm.query import Queries
 from retrograd.runs import counterfactual
+from retrograd.runs.bank import Failed
 from retrograd.runs.files import read_tensors, write_tensors
+from retrograd.stages import retrain
 from retrograd.stages.opened import open_run
 
 
@@ -266,3 +273,85 @@ def test_random_sets_do_not_depend_on_the_call() -> None:
     assert set(a) != set(counterfactual.random_subset(members, 0.05, 0, 8))
     assert set(a) != set(counterfactual.random_subset(members, 0.05, 1, 7))
     assert len(counterfactual.random_subset(members, 0.001, 0, 0)) == 1
+
+
+def _diverging(monkeypatch: pytest.MonkeyPatch, fails: Callable[[torch.Tensor], bool]) -> None:
+    """Retrainings at such weights reach a loss that is NaN at step 1."""
+
+    def trained(training: Training, params: Params, weights: torch.Tensor) -> State:
+        if fails(weights):
+            raise NonFiniteError(left_finite(1, math.nan, 1.0))
+        return train(training, params, weights)
+
+    monkeypatch.setattr(retrain, "train", trained)
+
+
+def test_retrainings_that_diverge_are_told_and_never_banked_as_numbers(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    call = ("--subsets", "6", "--fraction", "0.1", "--together", "1", "--workers", "1")
+    whole = validate(run, *call)
+    shutil.rmtree(run / "validation")
+    sets = [frozenset(np.flatnonzero(w == 0)) for w in _left_out(6)]
+    _diverging(monkeypatch, lambda weights: frozenset(np.flatnonzero(weights == 0)) in sets[1:3])
+    rows = validate(run, *call)
+    assert rows == [row for row in whole if row["subset"] not in ("1", "2")]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "FAILED: 2 of 6 retrainings diverged:" in printed
+    assert "without set 1 (0.1): training left the finite numbers at step 1: loss nan" in printed
+    assert "not validated: 2 more retrainings diverged" in printed
+    found = json.loads((run / "validation.json").read_text())
+    assert [one["subset"] for one in found["failed"]] == ["1", "2"]
+    assert found["fractions"][0]["failed"] == 2
+    assert found["fractions"][0]["queries"]["query/0"]["sets"] == 4
+    lines = bank(run)
+    assert sum("failed" in line for line in lines) == 2
+    assert all("values" not in line for line in lines if "failed" in line)
+    _diverging(monkeypatch, lambda weights: pytest.fail("a failed retraining is not repeated"))
+    assert validate(run, *call) == rows
+
+
+def test_a_validation_without_any_number_is_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    call = ["validate", str(run), "--subsets", "2", "--fraction", "0.1", "--together", "1", "--workers", "1"]
+    _diverging(monkeypatch, lambda weights: bool((weights == 0).any()))
+    assert main(call) == 1
+    assert "all 2 retrainings diverged, so nothing can be compared; without set 0" in capsys.readouterr().err
+    shutil.rmtree(run / "validation")
+    _diverging(monkeypatch, lambda weights: True)
+    assert main(call) == 1
+    assert "retraining with everything, alone, diverged" in capsys.readouterr().err
+    assert not (run / "validation").exists()
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_query_that_is_not_finite_fails_its_retraining(
+    run: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_run(run)
+    values = Queries.values
+    monkeypatch.setattr(Queries, "values", lambda self, params: values(self, params) * torch.tensor([1.0, torch.inf]))
+    found = retrain._values(opened, [retrain.NOTHING], together)
+    assert found == [Failed("after step 2, the last, query 'query/1' is NaN or infinite.")] * len(found)
+
+
+def test_numbers_of_an_older_bank_that_are_none_are_measured_again(run: Path) -> None:
+    rows = validate(run, "--subsets", "2", "--fraction", "0.1", "--together", "1")
+    path = run / "validation" / "retrains.jsonl"
+    lines = path.read_text().splitlines()
+    broken = json.loads(lines[-1])
+    broken["values"]["query/0"] = math.nan
+    path.write_text("\n".join([*lines[:-1], json.dumps(broken)]) + "\n")
+    assert validate(run, "--subsets", "2", "--fraction", "0.1", "--together", "1") == rows
+
+
+def _left_out(subsets: int) -> list[np.ndarray]:
+    """Data weights without each random set of a tenth."""
+    members = np.array([document for document in range(24) if document != 3])
+    found = []
+    for number in range(subsets):
+        weights = np.ones(24)
+        weights[counterfactual.random_subset(members, 0.1, 0, number)] = 0
+        found.append(weights)
+    return found

@@ -22,7 +22,17 @@ from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.optim import Moments, Params, clip
-from retrograd.core.step import Batch, Objective, State, Training, coefficients, initial_state, micro_batches_of, step
+from retrograd.core.step import (
+    Batch,
+    Objective,
+    State,
+    Training,
+    coefficients,
+    initial_state,
+    micro_batches_of,
+    refuse_nonfinite,
+    step,
+)
 from retrograd.core.sweep import Query
 
 __all__ = [
@@ -52,13 +62,18 @@ def train(
     weights: Tensor | None = None,
     observe: Callable[[State], None] = lambda state: None,
 ) -> State:
-    """The final state of training from `params`, at other data weights if given; each new state is shown."""
+    """The final state of training from `params`, at other data weights if given; each new state is shown.
+
+    Raises:
+        NonFiniteError: If training diverges; it names the step.
+    """
     if weights is not None:
         training = training._replace(weights=weights)
     state = initial_state(training.recipe, params)
     while state.step < len(training.stream):
         state = step(training, state).state
         observe(state)
+    refuse_nonfinite(state)
     return state
 
 
@@ -132,6 +147,7 @@ def forward_tangent(
         tangents = _tangent_step(training, state, tangents, directions)
         state = step(training, state).state
         observe(state)
+    refuse_nonfinite(state)
     return state, tangents[0]
 
 
@@ -161,8 +177,8 @@ def extrapolated_slope(
     A rough φ has another slope at a larger scale, and differences that agree there would be sure of a wrong one. So a
     size counts only where D_{i−1} − D_{i−2} is f times D_i − D_{i−1}, give or take 1.7, or both are rounding, and no
     later D is farther from E_i. It stops early only at the slope expected; another one has to outlast every size. And
-    since a few rough differences now and then agree by chance, another one has to have two sizes in a row that count, is
-    measured again at the sizes in between, and is no surer than the two are near, or than |D_i − D_{i−2}| of either.
+    since a few rough differences now and then agree by chance, another one has to have two sizes in a row that count,
+    is measured again at the sizes in between, and is no surer than the two are near, or than |D_i − D_{i−2}| of either.
     Richardson, Phil. Trans. R. Soc. A 210 (1911) 307.
 
     Args:

@@ -30,7 +30,7 @@ def train_many(
     weights: Tensor,
     *,
     objective: Objective,
-    observe: Callable[[int, Tensor], None] | None = None,
+    observe: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Params:
     """Final parameters of the run at each of S data weights, [S, *shape].
 
@@ -42,7 +42,8 @@ def train_many(
         params: Initial parameters of every member.
         weights: Data weights of each member, [S, *training.weights.shape].
         objective: The loss, as the engine has it. It has to run under `torch.vmap`; those of `causal_objective` do.
-        observe: Called after each step with (step, weighted batch losses [S] in nats).
+        observe: Called after each step with (step, weighted batch losses [S] in nats, gradient norms [S]). A member
+            that left the finite numbers shows there, and stops no other.
     Raises:
         ValueError: If the weights' shape does not fit, or the objective does not run under vmap or has another value
             there, as where random draws depend on the parameters.
@@ -73,7 +74,7 @@ def train_many(
         losses, grads = _gradient(objective, stacked, parts, chosen, seed)
         stacked, moments = _update(recipe, stacked, moments, grads, t)
         if observe is not None:
-            observe(t, losses[place])
+            observe(t, losses[place], tree.norm(grads, batch_dims=1)[place])
     return stacked if size == len(weights) else {name: theta[place] for name, theta in stacked.items()}
 
 

@@ -10,6 +10,7 @@ does the gradient half (everything that runs the model), the optimizer the updat
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "Bars",
     "Batch",
     "Engine",
+    "NonFiniteError",
     "Objective",
     "Pulled",
     "Recipe",
@@ -35,11 +37,13 @@ __all__ = [
     "again",
     "coefficients",
     "initial_state",
+    "left_finite",
     "micro_batches",
     "micro_batches_of",
     "needs_gradient",
     "pullback",
     "random_draws",
+    "refuse_nonfinite",
     "recovered",
     "step",
 ]
@@ -49,6 +53,10 @@ Objective = Callable[[Params, Any, Tensor], Tensor]
 
 Bars = Params | Callable[[Params], Params]
 """The cotangents of a gradient, [K, *shape]; or the function that makes them of the gradient."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient, a state or a cotangent is NaN or infinite."""
 
 
 class Batch(NamedTuple):
@@ -199,14 +207,44 @@ def initial_state(recipe: Recipe, params: Params) -> State:
 
 
 def step(training: Training, state: State) -> Stepped:
-    """s_t → s_{t+1}. A pure function of the state: the same state gives the same bits."""
+    """s_t → s_{t+1}. A pure function of the state: the same state gives the same bits.
+
+    Raises:
+        NonFiniteError: If the loss or the gradient is not finite; it names the step.
+    """
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     loss, grads, left = training.engine.gradient(state.params, batches, training.weights, seed)
     grads = _in_order(grads)
+    value, norm = float(loss), float(tree.norm(grads))
+    if fault := left_finite(state.step, value, norm):
+        raise NonFiniteError(fault)
     after = again(recipe, state, grads)
     with torch.no_grad():
         swallowed = _swallowed(state.params, after.params, grads) if _counted(state.step) else None
-    return Stepped(after, float(loss), float(tree.norm(grads)), swallowed, grads, left)
+    return Stepped(after, value, norm, swallowed, grads, left)
+
+
+def left_finite(step: int, loss: float, grad_norm: float) -> str | None:
+    """Why a training that has this loss and gradient norm at a step cannot go on; None where both are finite."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return None
+    return (
+        f"training left the finite numbers at step {step}: loss {loss}, gradient norm {grad_norm}. Lower the learning "
+        "rate, clip the gradient norm, or look at that step's rows."
+    )
+
+
+def refuse_nonfinite(final: State) -> None:
+    """A final state has to be finite: no step comes after it to see that its update overflowed.
+
+    Raises:
+        NonFiniteError: If it is not.
+    """
+    if share := tree.nonfinite((final.params, final.moments)):
+        raise NonFiniteError(
+            f"the update of step {final.step - 1}, the last, left the finite numbers: {share:.2%} of the final state "
+            "is NaN or infinite. Lower the learning rate, or look at that step's rows."
+        )
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.optim import Cotangent, Moments, Params
 from retrograd.core.step import (
+    NonFiniteError,
     Pulled,
     State,
     Stepped,
@@ -27,6 +28,7 @@ from retrograd.core.step import (
     needs_gradient,
     pullback,
     recovered,
+    refuse_nonfinite,
     step,
 )
 
@@ -52,10 +54,6 @@ __all__ = [
 
 Query = Callable[[Params], tuple[Tensor, Params]]
 """params → (values φ [K] in nats, gradients [K, *shape])."""
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or a cotangent is NaN or infinite."""
 
 
 class ReplayDriftError(RuntimeError):
@@ -230,7 +228,7 @@ def sweep(
 
     Raises:
         ReplayDriftError: If a replayed state has other bits than the original.
-        NonFiniteError: If a loss or cotangent is not finite; it names the step.
+        NonFiniteError: If a loss, a gradient, the final state or a cotangent is not finite; it names the step.
     """
     probe = _random_probe(cotangent.params) if curvature and cotangent is not None else None
     reached = (after.step, after.moments) if after is not None else None
@@ -247,7 +245,10 @@ def sweep(
                     del taken  # or it would hold its state beyond a Restore
             case plans.Turn():
                 assert state is not None, "a Turn needs a working state"
-                yield Turned(state.step, take.whole(state).outcome)
+                turned = Turned(state.step, take.whole(state).outcome)
+                refuse_nonfinite(turned.outcome.state)
+                yield turned
+                del turned  # or it would hold the final state as long as the sweep
             case plans.Snapshot():
                 assert state is not None, "a Snapshot needs a working state"
                 slots.put(state)
@@ -355,11 +356,6 @@ class _Steps:
         """The step, with its gradient."""
         replayed = state.step + 1 in self.ledger.digests
         outcome = step(self.training, state)
-        if not torch.isfinite(torch.tensor([outcome.loss, outcome.grad_norm])).all():
-            raise NonFiniteError(
-                f"training left the finite numbers at step {state.step}: loss {outcome.loss}, gradient norm "
-                f"{outcome.grad_norm}. Lower the learning rate, clip the gradient norm, or look at that step's rows."
-            )
         self.left.put(state.step, outcome.left)
         if self.gradients is not None:
             assert outcome.grads is not None, "a step has a gradient"

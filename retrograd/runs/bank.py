@@ -1,13 +1,14 @@
 """The bank of retrainings: a line for each, by the set that was left out; what is in it is never trained again.
 
-Every process appends to a file of its own and all read all files, so that ranks, machines and later calls share one
-bank; copying files into one folder merges them.
+A retraining that diverged is in it with the reason and no numbers. Every process appends to a file of its own and all
+read all files, so that ranks, machines and later calls share one bank; copying files into one folder merges them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, write_atomic
 
-__all__ = ["BASELINE", "Bank", "LeftOut", "Retrained"]
+__all__ = ["BASELINE", "Bank", "Failed", "LeftOut", "Retrained"]
 
 
 class LeftOut(NamedTuple):
@@ -47,6 +48,12 @@ class Retrained(NamedTuple):
     baseline: list[float]
 
 
+class Failed(NamedTuple):
+    """A retraining that came to no finite numbers, and why."""
+
+    reason: str
+
+
 BASELINE = "baseline"
 
 
@@ -66,6 +73,7 @@ class Bank:
         self.folder, self.identity, self.queries, self.columns = folder, identity, queries, list(columns)
         self.path = folder / f"retrains{writer}.jsonl"
         self.known: dict[str, Retrained] = {}
+        self.failed: dict[str, str] = {}
         if self.path.exists():  # a kill may have cut its last line
             whole = "".join(f"{line}\n" for line in read_lines(self.path))
             write_atomic(self.path, lambda temporary: temporary.write_text(whole, encoding="utf8"))
@@ -83,31 +91,44 @@ class Bank:
                         "again; only that retraining is repeated."
                     ) from error
 
+    def done(self, key: str) -> bool:
+        """Whether a set need not be retrained without: its values are known, or that it fails."""
+        return key in self.known or key in self.failed
+
     def baseline(self, conditions: dict[str, int]) -> list[float] | None:
         """The query values with everything, trained under these conditions."""
         found = self.known.get(_key(BASELINE, conditions))
         return found.values if found else None
 
-    def add(self, found: Sequence[tuple[LeftOut, Retrained]], conditions: dict[str, int]) -> None:
+    def add(self, found: Sequence[tuple[LeftOut, Retrained | Failed]], conditions: dict[str, int]) -> None:
         """Append retrainings that were done under `conditions`, in one write."""
         self.folder.mkdir(parents=True, exist_ok=True)
         entries = [
             {
                 "key": one.key, "name": one.name, "fraction": one.fraction, "identity": self.identity,
-                "queries": self.queries, "values": dict(zip(self.columns, retrained.values, strict=True)),
-                "baseline": dict(zip(self.columns, retrained.baseline, strict=True)), "conditions": conditions,
+                "queries": self.queries, **self._result(retrained), "conditions": conditions,
             }
             for one, retrained in found
         ]  # fmt: skip
-        append_line(self.path, "\n".join(map(json.dumps, entries)))
+        append_line(self.path, "\n".join(json.dumps(entry, allow_nan=False) for entry in entries))
         for entry in entries:
             self._take(entry)
+
+    def _result(self, retrained: Retrained | Failed) -> dict[str, Any]:
+        if isinstance(retrained, Failed):
+            return {"failed": retrained.reason}
+        return {name: dict(zip(self.columns, part, strict=True)) for name, part in retrained._asdict().items()}
 
     def _take(self, entry: dict[str, Any]) -> None:
         same = all(entry["queries"].get(name) == digest for name, digest in self.queries.items())
         if entry["identity"] != self.identity or not same:
             return
+        if "failed" in entry:
+            self.failed[entry["key"]] = str(entry["failed"])
+            return
         values, baseline = ([entry[part][name] for name in self.columns] for part in ("values", "baseline"))
+        if not all(map(math.isfinite, [*values, *baseline])):
+            return  # an older version banked what had diverged; it is trained again, for the reason
         self.known[_key(entry["key"], entry["conditions"])] = Retrained(values, baseline)
         self.known[entry["key"]] = Retrained(values, baseline)
 

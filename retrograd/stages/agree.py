@@ -36,6 +36,7 @@ class Fraction(NamedTuple):
     """Agreement over the random sets of one fraction: for each query, and the mean LDS with its 95 % interval.
 
     different: how many of the sets are, for a few documents have few subsets.
+    failed: retrainings of the fraction that diverged; the numbers are of the rest.
     """
 
     fraction: float
@@ -44,10 +45,13 @@ class Fraction(NamedTuple):
     mean: float
     low: float
     high: float
+    failed: int = 0
 
     @property
     def verdict(self) -> str:
         """In plain words."""
+        if self.failed:
+            return f"not validated: {self.failed} more retrainings diverged, and the numbers are of the rest"
         if math.isnan(self.low):
             return "too few sets, or no change at all: nothing can be said"
         if self.low <= 0:
@@ -56,16 +60,25 @@ class Fraction(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """A whole validation. unchanged: max difference of query values in nats when retrained with everything."""
+    """A whole validation. unchanged: max difference of query values in nats when retrained with everything.
+
+    failed: the sets without which training diverged, and why.
+    """
 
     names: list[str]
     compared: list[Compared]
     fractions: list[Fraction]
     unchanged: float | None
+    failed: list[tuple[LeftOut, str]]
 
 
-def validation(compared: Sequence[Compared], names: Sequence[str], unchanged: float | None) -> Validation:
-    """Agreement by fraction, over the random sets."""
+def validation(
+    compared: Sequence[Compared],
+    names: Sequence[str],
+    unchanged: float | None,
+    failed: Sequence[tuple[LeftOut, str]] = (),
+) -> Validation:
+    """Agreement by fraction, over the random sets that could be measured."""
     random = [one for one in compared if one.left_out.name.isdecimal()]
     found = []
     for fraction in sorted({one.left_out.fraction for one in random}):
@@ -73,8 +86,9 @@ def validation(compared: Sequence[Compared], names: Sequence[str], unchanged: fl
         different = len({one.left_out.key for one in these})
         prediction, measurement = np.array([one.predicted for one in these]), np.array([one.measured for one in these])
         each = [agreement(prediction[:, k], measurement[:, k]) for k in range(len(names))]
-        found.append(Fraction(fraction, different, each, *mean_lds(prediction, measurement)))
-    return Validation(list(names), list(compared), found, unchanged)
+        bad = sum(one.fraction == fraction for one, _ in failed if one.name.isdecimal())
+        found.append(Fraction(fraction, different, each, *mean_lds(prediction, measurement), bad))
+    return Validation(list(names), list(compared), found, unchanged, list(failed))
 
 
 def write_validation(run: Path, result: Validation) -> None:
@@ -97,9 +111,14 @@ def write_validation(run: Path, result: Validation) -> None:
 
 def show(result: Validation, wanted: int, run: Path, console: Console) -> Validation:
     """Print the agreement and the verdicts."""
-    done = len(result.compared)
-    rest = f"; {wanted - done} of {wanted} are still to do" if done < wanted else ""
+    done, bad = len(result.compared), result.failed
+    left = wanted - done - len(bad)
+    rest = f"; {left} of {wanted} are still to do" if left else ""
     console.print(f"Retrained without {done} sets{rest}.")
+    if bad:
+        console.print(f"FAILED: {len(bad)} of {done + len(bad)} retrainings diverged:", style="bold red")
+    for left_out, reason in bad[:SHOWN]:
+        console.print(f"  without set {left_out.name} ({left_out.fraction:.4g}): {reason}", markup=False)
     if result.unchanged is not None:
         same = "exactly 0" if result.unchanged == 0 else f"{result.unchanged:.2g} nats (other threads round otherwise)"
         console.print(f"With nothing left out, retraining differs from the run by {same}.")
@@ -150,9 +169,13 @@ def _record(result: Validation) -> dict[str, Any]:
         "meaning": "Changes of the query loss in nats when a set of training data is left out: predicted −Σ score, "
         "measured by retraining. LDS: their Spearman correlation over random sets; slope: measured by predicted nats.",
         "unchanged_nats": result.unchanged,
+        "failed": [
+            {"subset": one.name, "fraction": one.fraction, "reason": reason} for one, reason in result.failed
+        ],
         "fractions": [
             {
-                "fraction": part.fraction, "different_sets": part.different, "mean_lds": _number(part.mean),
+                "fraction": part.fraction, "different_sets": part.different, "failed": part.failed,
+                "mean_lds": _number(part.mean),
                 "interval": [_number(part.low), _number(part.high)], "verdict": part.verdict,
                 "queries": {
                     name: {key: _number(value) for key, value in found._asdict().items()}

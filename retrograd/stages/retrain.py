@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import threading
@@ -15,9 +16,12 @@ import torch
 
 from retrograd.core.check import train
 from retrograd.core.ensemble import train_many
-from retrograd.runs.bank import BASELINE, LeftOut, Retrained
+from retrograd.core.optim import Params
+from retrograd.core.step import NonFiniteError, left_finite
+from retrograd.runs.bank import BASELINE, Failed, LeftOut, Retrained
 from retrograd.runs.config import MagicConfig
 from retrograd.runs.counterfactual import without
+from retrograd.runs.errors import RunError
 from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.stages.opened import Opened, open_run
@@ -28,6 +32,9 @@ SMALL, STACK = 100_000, 16  # parameters up to which a stack of models is faster
 LIGHT = 5_000_000  # parameters up to which several processes of one thread beat one of several
 QUICK = 60.0  # seconds of work that are not worth starting processes for
 NOTHING = LeftOut(BASELINE, 0.0, torch.zeros(0, dtype=torch.int64).numpy())
+
+
+_Values = list[float] | Failed  # query values [K], nats
 
 
 class Conditions(NamedTuple):
@@ -68,25 +75,41 @@ def conditions_of(config: MagicConfig, manifest: Manifest, sets: int, workers: i
 
 def retrain_all(
     run: Opened, sets: Sequence[LeftOut], conditions: Conditions, baseline: list[float] | None
-) -> Iterator[list[tuple[LeftOut, Retrained]]]:
+) -> Iterator[list[tuple[LeftOut, Retrained | Failed]]]:
     """Retrain without each set, yielding groups as they are done; the baseline first where it is not known yet.
+
+    One that diverges fails alone.
 
     Args:
         baseline: Query values with everything, trained alone with as many threads, if known. A stack has its own.
+    Raises:
+        RunError: If retraining with everything diverges.
     """
     if baseline is None:
-        baseline = _values(run, [NOTHING], 1)[0]
+        baseline = _sound(_values(run, [NOTHING], 1)[0], "alone")
         yield [(NOTHING, Retrained(baseline, baseline))]
     size = max(1, conditions.together - 1)  # the baseline is in every stack
     groups = [list(sets[start : start + size]) for start in range(0, len(sets), size)]
     for group, values in _carried_out(run, groups, conditions):
-        here = values.pop(0) if conditions.together > 1 else baseline
-        yield [(one, Retrained(found, here)) for one, found in zip(group, values, strict=True)]
+        here = _sound(values.pop(0), "in a stack") if conditions.together > 1 else baseline
+        yield [
+            (one, found if isinstance(found, Failed) else Retrained(found, here))
+            for one, found in zip(group, values, strict=True)
+        ]
+
+
+def _sound(baseline: _Values, how: str) -> list[float]:
+    if isinstance(baseline, Failed):
+        raise RunError(
+            f"retraining with everything, {how}, diverged, so nothing can be compared with it: {baseline.reason} "
+            "--together 1 retrains one by one, as the run was trained."
+        )
+    return baseline
 
 
 def _carried_out(
     run: Opened, groups: Sequence[list[LeftOut]], conditions: Conditions
-) -> Iterator[tuple[list[LeftOut], list[list[float]]]]:
+) -> Iterator[tuple[list[LeftOut], list[_Values]]]:
     workers = min(conditions.workers, len(groups))
     if workers <= 1:
         for group in groups:
@@ -102,17 +125,39 @@ def _carried_out(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[list[float]]:
+def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[_Values]:
     """Query values [K] after training without each set; in a stack, after those with everything."""
-    loaded, queries = run.loaded, run.loaded.queries
+    loaded = run.loaded
     weights = [without(loaded.training.weights, one.places) for one in group]
     params = loaded.initial.params
     if together == 1:
-        finals = (train(loaded.training, params, w).params for w in weights)
-        return [queries.values(final).tolist() for final in finals]
-    stack = torch.stack([loaded.training.weights, *weights])
-    many = train_many(loaded.training, params, stack, objective=loaded.model.objective)
-    return [queries.values({name: leaf[s] for name, leaf in many.items()}).tolist() for s in range(len(stack))]
+        return [_alone(run, w) for w in weights]
+    stack, faults = torch.stack([loaded.training.weights, *weights]), dict[int, str]()
+
+    def watch(step: int, losses: torch.Tensor, norms: torch.Tensor) -> None:
+        for member, numbers in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
+            if fault := left_finite(step, *numbers):
+                faults.setdefault(member, fault)
+
+    many = train_many(loaded.training, params, stack, objective=loaded.model.objective, observe=watch)
+    return [
+        Failed(faults[s]) if s in faults else _asked(run, {name: leaf[s] for name, leaf in many.items()})
+        for s in range(len(stack))
+    ]
+
+
+def _alone(run: Opened, weights: torch.Tensor) -> _Values:
+    try:
+        return _asked(run, train(run.loaded.training, run.loaded.initial.params, weights).params)
+    except NonFiniteError as error:
+        return Failed(str(error))
+
+
+def _asked(run: Opened, final: Params) -> _Values:
+    values = run.loaded.queries.values(final).tolist()
+    bad = [name for name, value in zip(run.loaded.queries.names, values) if not math.isfinite(value)]
+    steps = len(run.loaded.stream)
+    return Failed(f"after step {steps - 1}, the last, query {bad[0]!r} is NaN or infinite.") if bad else values
 
 
 _WORKER: dict[str, Opened] = {}  # of a worker process: the run, opened once
@@ -128,5 +173,5 @@ def _begin(folder: Path, threads: int, parent: int) -> None:
     _WORKER["run"] = open_run(folder, threads=threads)
 
 
-def _in_worker(group: list[LeftOut], together: int) -> list[list[float]]:
+def _in_worker(group: list[LeftOut], together: int) -> list[_Values]:
     return _values(_WORKER["run"], group, together)

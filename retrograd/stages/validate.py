@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from retrograd.core.ensemble import check_objective
-from retrograd.runs.bank import Bank, LeftOut
+from retrograd.runs.bank import Bank, LeftOut, Retrained
 from retrograd.runs.commands import ValidateConfig
 from retrograd.runs.counterfactual import predicted, random_subset
 from retrograd.runs.errors import RunError
@@ -33,7 +33,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         What was found; None on ranks that leave the report to rank 0.
     Raises:
         ValueError: For anything the user can mend.
-        RunError: If retraining with everything does not reproduce the run.
+        RunError: If retraining with everything does not reproduce the run, or every retraining diverges.
     """
     console = console or Console()
     _check(config)
@@ -59,7 +59,13 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         for one in wanted
         if one.key in bank.known
     ]
-    result = validation(found, run.loaded.queries.names, _unchanged(run, bank, conditions))
+    failed = [(one, bank.failed[one.key]) for one in wanted if one.key in bank.failed and one.key not in bank.known]
+    if failed and not found:
+        raise RunError(
+            f"all {len(failed)} retrainings diverged, so nothing can be compared; without set {failed[0][0].name}, "
+            f"{failed[0][1]}"
+        )
+    result = validation(found, run.loaded.queries.names, _unchanged(run, bank, conditions), failed)
     write_validation(config.run, result)
     return show(result, len(wanted), config.run, console)
 
@@ -177,7 +183,7 @@ def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, cons
 
 
 def _carry_out(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, console: Console) -> None:
-    missing = list({one.key: one for one in sets if one.key not in bank.known}.values())
+    missing = list({one.key: one for one in sets if not bank.done(one.key)}.values())
     if not missing:
         return
     console.print(
@@ -186,8 +192,9 @@ def _carry_out(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditi
     )
     with counting("retrain", len(missing)) as tick:
         for group in retrain_all(run, missing, conditions, bank.baseline(conditions.alone.bits)):
-            if group[0][0] is NOTHING:
-                _reproduced(run, conditions, group[0][1].values)
+            first, found = group[0]
+            if first is NOTHING and isinstance(found, Retrained):
+                _reproduced(run, conditions, found.values)
                 bank.add(group, conditions.alone.bits)
             else:
                 bank.add(group, conditions.bits)
@@ -223,6 +230,6 @@ def _stored_values(run: Opened) -> list[float]:
 
 def _await(sets: list[LeftOut], bank: Bank, ranks: int) -> None:
     """Rank 0 waits until the others' retrainings are in the bank."""
-    while ranks > 1 and any(one.key not in bank.known for one in sets):
+    while ranks > 1 and not all(bank.done(one.key) for one in sets):
         time.sleep(1)
         bank.read()

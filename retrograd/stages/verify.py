@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retrograd.core import check, tree
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch, State, Stream, Training
+from retrograd.core.step import Batch, NonFiniteError, State, Stream, Training
 from retrograd.core.sweep import metagradient
 from retrograd.lm.query import Queries
 from retrograd.runs.certificate import Check, attempt, certified, compare, missing, record, table, told
@@ -158,7 +158,11 @@ def _replayed(config: VerifyConfig, run: Opened, scores: Tensor | None, bars: Ba
             adjoint = [Check("adjoint", "not checked", f"the forward tangent stopped with {told(error)}")]
     if final is None:
         ledger = _Ledger(digests(run), lambda step: bars.move("replay", step))
-        final = check.train(training, params, observe=ledger)
+        try:
+            final = check.train(training, params, observe=ledger)
+        except NonFiniteError as error:
+            yield Check("replay", "failed", f"training again diverged, and the run had not: {told(error)}")
+            return
     yield ledger.check(len(training.stream))
     values, gradient = run.loaded.queries(final.params)
     yield from attempt("query", lambda: [query_check(run, values, gradient)])
