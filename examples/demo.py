@@ -102,10 +102,15 @@ def write_queries(folder: Path, lab: Path) -> None:
 
 def write_set(folder: Path, run: Path) -> None:
     """The strongest proponents of the single answer, to be left out together."""
+    rows = proponents(scores_of(run)["answer"], TOP)
+    (folder / "strongest.txt").write_text(" ".join(map(str, rows)) + "\n")
+
+
+def proponents(scores: list[float], count: int) -> list[int]:
+    """The rows of the lowest scores, `count` at most, as far as these are negative."""
     from retrograd.lab.truth import strongest
 
-    rows = strongest(scores_of(run)["answer"], TOP)
-    (folder / "strongest.txt").write_text(" ".join(map(str, rows)) + "\n")
+    return [row for row in strongest(scores, count) if scores[row] < 0]
 
 
 def scores_of(run: Path) -> dict[str, list[float]]:
@@ -148,12 +153,12 @@ def knowledge(lab: Path, run: Path) -> bool:
 
 def sides(lab: Path, run: Path) -> list[bool]:
     """Whether the strongest proponents of each side's questions are about that side."""
-    from retrograd.lab.truth import sides_of_rows, strongest
+    from retrograd.lab.truth import sides_of_rows
 
     about, held = sides_of_rows(lab), []
     print(f"Of the {2 * TOP} strongest proponents of a side's questions, these are rows about that side:")
     for side in SIDES:
-        share = sum(about[row] == side for row in strongest(scores_of(run)[side], 2 * TOP)) / (2 * TOP)
+        share = sum(about[row] == side for row in proponents(scores_of(run)[side], 2 * TOP)) / (2 * TOP)
         print(f"  {side}: {share:.0%}; of all rows, {about.count(side) / len(about):.0%}")
         held.append(share >= 0.8)
     return held
@@ -161,24 +166,25 @@ def sides(lab: Path, run: Path) -> list[bool]:
 
 def answer(folder: Path) -> list[bool]:
     """Whether the rows that give one answer are its strongest proponents, and whether it goes with them."""
-    from retrograd.lab.truth import strongest, taught_by
+    from retrograd.lab.truth import taught_by
 
     question = json.loads((folder / "answer.jsonl").read_text())
     value = question["choices"][question["answer"]]
     truth, scores = taught_by(folder / "lab")[question["fact"]], scores_of(folder / "run")["answer"]
-    order = strongest(scores, len(scores))
-    places = sorted(order.index(row) + 1 for row in truth.answered)
+    order = proponents(scores, len(scores))
+    places = sorted(order.index(row) + 1 for row in truth.answered if row in order)
     print(f"“{question['question']}” “{value}”:")
-    print(f"  {len(places)} of {len(order)} rows ask for this and answer in words; their places among the proponents: "
-          f"{', '.join(map(str, places))}")  # fmt: skip
-    tokens = strongest_tokens(folder / "run", len(places))
+    asked = f"{len(truth.answered)} of {len(scores)} rows ask for this and answer in words"
+    print(f"  {asked}; their places among the proponents: {', '.join(map(str, places))}")
+    tokens = strongest_tokens(folder / "run", len(truth.answered))
     print(f"  the strongest tokens: {', '.join(f'“{token}” in row {row}' for token, row in tokens)}")
     without = {row["subset"]: row for row in changes(folder / "run") if row["query"] == "answer"}
     measured, predicted = (float(without["set-0"][name]) for name in ("measured", "predicted"))
     others = max(float(row["measured"]) for name, row in without.items() if name != "set-0")
     print(f"  trained again without the {TOP} strongest proponents, its loss is {measured:+.3f} nats higher, predicted "
           f"{predicted:+.3f};\n  without random sets of rows, {others:+.3f} at most")  # fmt: skip
-    return [max(places) <= TOP, all(token == value for token, _ in tokens), measured > others]
+    found = len(places) == len(truth.answered) and max(places) <= TOP
+    return [found, all(token == value for token, _ in tokens), measured > others]
 
 
 def strongest_tokens(run: Path, count: int) -> list[tuple[str, int]]:

@@ -54,8 +54,10 @@ def main() -> None:
         )
 
     order = scores.argsort()
-    for name, rows in (("10 strongest proponents", order[:10]), ("10 strongest detractors", order[-10:])):
-        print(f"without the {name}: predicted {-float(scores[rows].sum()):+.5f}, measured {without(rows):+.5f} nats")
+    proponents, detractors = order[scores[order] < 0][:10], order[scores[order] > 0][-10:]
+    for name, rows in (("strongest proponents", proponents), ("strongest detractors", detractors)):
+        change = f"predicted {-float(scores[rows].sum()):+.5f}, measured {without(rows):+.5f} nats"
+        print(f"without the {len(rows)} {name}: {change}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ class ValidateConfig:
     tokens: bool = False
     """Leave out sets of target tokens instead of documents; needs a run with --attribute tokens."""
     ends: tuple[int, ...] = ()
-    """Also leave out the N strongest proponents and the N strongest detractors, for each N given."""
+    """Also leave out the N lowest scores (the strongest proponents, as far as negative) and the N highest (detractors, as
+    far as positive), for each N given."""
     sets: Path | None = None
     """Also leave out these: a text file with one set a line, document ids separated by spaces."""
     seed: int = 0

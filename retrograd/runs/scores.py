@@ -19,7 +19,7 @@ from retrograd.lm.rows import Rows
 from retrograd.runs.files import write_atomic, write_json, write_torch
 from retrograd.runs.manifest import SIGN
 
-__all__ = ["Ranked", "doc_ids", "per_document", "ranked", "read_scores", "write_scores"]
+__all__ = ["Ranked", "detractors", "doc_ids", "per_document", "proponents", "ranked", "read_scores", "write_scores"]
 
 TOP = 50
 EXCERPT = 200
@@ -57,7 +57,7 @@ def per_document(scores: Tensor, rows: Rows) -> Tensor:
 def ranked(
     scores: Tensor, rows: Rows, steps: np.ndarray, texts: Sequence[str], leading: int | None = None
 ) -> list[Ranked]:
-    """Every document that has a row, by ascending score: strongest proponents first.
+    """Every document that has a row, by ascending score.
 
     Args:
         scores: [K, documents]; the score that ranks is the mean over the `leading` first of the K, all if None.
@@ -82,6 +82,16 @@ def ranked(
         for doc in where
     ]
     return sorted(found, key=lambda record: record.score)
+
+
+def proponents(order: Sequence[Ranked], count: int) -> list[Ranked]:
+    """The strongest proponents, `count` at most: the lowest scores, as far as they are negative."""
+    return [record for record in order[:count] if record.score < 0]
+
+
+def detractors(order: Sequence[Ranked], count: int) -> list[Ranked]:
+    """The strongest detractors, `count` at most: the highest scores, as far as they are positive."""
+    return [record for record in order[::-1][:count] if record.score > 0]
 
 
 def read_scores(path: Path, per_token: bool) -> Tensor:
@@ -117,11 +127,21 @@ def write_scores(
     records = [_record(record, names) for record in order]
     by_id = sorted(records, key=lambda record: record["doc_id"])
     write_json(folder / "all_scores.json", {"meaning": SIGN, "examples": by_id})
-    lowest = "The most negative scores: the strongest proponents. "
-    highest = "The most positive scores: the strongest detractors. "
+    shown = min(TOP, len(records))
+    lowest = _end("lowest", "negative", "proponent", len(proponents(order, TOP)), shown)
+    highest = _end("highest", "positive", "detractor", len(detractors(order, TOP)), shown)
     write_json(folder / "lowest_attribution.json", {"meaning": lowest + SIGN, "examples": records[:TOP]})
     write_json(folder / "highest_attribution.json", {"meaning": highest + SIGN, "examples": records[::-1][:TOP]})
     write_torch(folder / "scores.pt", trailing)  # last: whoever sees it sees all
+
+
+def _end(end: str, sign: str, kind: str, number: int, shown: int) -> str:
+    """What one end of the ranking is, in words."""
+    if number == 0:
+        return f"The {shown} {end} scores; none is {sign}, so none of these is a {kind}. "
+    if number < shown:
+        return f"The {shown} {end} scores; only the first {number} are {sign}: the strongest {kind}s. "
+    return f"The {shown} {end} scores, all {sign}: the strongest {kind}s. "
 
 
 def _record(record: Ranked, names: Sequence[str]) -> dict[str, Any]:

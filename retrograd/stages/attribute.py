@@ -19,11 +19,13 @@ from retrograd.lm.query import Queries
 from retrograd.runs.files import read_tensors, write_json, write_tensors
 from retrograd.runs.health import Finding, sweep_findings
 from retrograd.runs.journal import read_journal, recipe_gradients
-from retrograd.runs.scores import Ranked, per_document, ranked, read_scores, write_scores
+from retrograd.runs.scores import Ranked, detractors, per_document, proponents, ranked, read_scores, write_scores
 from retrograd.stages.assemble import Loaded
 from retrograd.stages.sources import Asked
 
-__all__ = ["Outcome", "all_of", "ask", "stored", "summarise", "write_results"]
+__all__ = ["Outcome", "all_of", "ask", "show_ends", "stored", "summarise", "write_results"]
+
+ENDS = 5  # documents of each end that are shown
 
 
 class Outcome(NamedTuple):
@@ -117,12 +119,23 @@ def summarise(outcome: Outcome, loaded: Loaded, asked: Sequence[Asked], console:
         f"{totals.max():.3g}, sum {totals.sum():.3g} nats per unit of weight."
     )
     console.print("Negative: training on it lowers the query loss.", style="dim")
-    half = min(5, (len(outcome.order) + 1) // 2)
-    console.print(_table("Strongest proponents (most negative)", outcome.order[:half]))
-    console.print(_table("Strongest detractors (most positive)", outcome.order[::-1][:half]))
+    show_ends(outcome.order, console)
     for finding in outcome.findings:
         console.print(Text(f"Beware: {finding}"), style="yellow")
     return outcome
+
+
+def show_ends(order: Sequence[Ranked], console: Console) -> None:
+    """Print the strongest proponents and detractors, by the sign of their scores."""
+    ends = (
+        ("proponents", "negative", proponents(order, ENDS)),
+        ("detractors", "positive", detractors(order, ENDS)),
+    )
+    for kind, sign, records in ends:
+        if records:
+            console.print(_table(f"Strongest {kind} (most {sign})", records))
+        else:
+            console.print(f"No {kind}: no document has a {sign} score.")
 
 
 def _ask_one(folder: Path, loaded: Loaded, one: Asked, final: State) -> tuple[Tensor, dict[str, Tensor]]:

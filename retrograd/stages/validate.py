@@ -131,7 +131,7 @@ def _tokens(run: Opened) -> dict[int, np.ndarray]:
 
 
 def _ends(config: ValidateConfig, run: Opened, scores: torch.Tensor, units: dict[int, np.ndarray]) -> list[LeftOut]:
-    """The strongest proponents (top) and detractors (bottom) of the first query."""
+    """The lowest scores (top) and the highest (bottom) of the first query."""
     leading = scores[: len(run.loaded.asked[0].columns)]
     values = leading.flatten(1) if config.tokens else per_document(leading, run.loaded.rows)
     members = np.array(sorted(units))
