@@ -28,7 +28,7 @@ from retrograd.runs.commands import (
     ValidateConfig,
     VerifyConfig,
 )
-from retrograd.runs.config import MagicConfig, query_file, settings_from
+from retrograd.runs.config import MagicConfig, queries_of, query_file, refuse_code, settings_from
 
 __all__ = ["main", "run"]
 
@@ -102,6 +102,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
     kind = _COMMANDS[name].config
     arguments = _spell_out_switches(arguments, kind)
     options: dict[str, Any] = {}
+    file: str | None = None
     if issubclass(kind, MagicConfig):
         file = _value_of("--config", arguments)
         if name == "metasmoothness" and not file and arguments and (Path(arguments[0]) / "run_config.yaml").exists():
@@ -110,8 +111,17 @@ def _parse(name: str, arguments: list[str]) -> Any:
             options["default"] = settings_from(kind, Path(file))
     flags = (tyro.conf.FlagConversionOff,)
     config = tyro.cli(kind, prog=f"retrograd {name}", args=arguments, config=flags, **options)
-    if isinstance(config, MagicConfig) and config.query_file is not None:
-        config = dataclasses.replace(config, queries={**config.queries, **query_file(config.query_file)})
+    if isinstance(config, MagicConfig):
+        trusted = config.trust_code and "__trust_code" in map(_plain_name, arguments)  # no file can say so of itself
+        if config.query_file is not None:
+            more = query_file(config.query_file)
+            refuse_code(more, config.query_file, trusted)
+            config = dataclasses.replace(config, queries={**config.queries, **more})
+        if file:
+            named = queries_of(options["default"])
+            if "__query.function" in map(_plain_name, arguments):
+                named.pop("query", None)
+            refuse_code(named, Path(file), trusted)
     return config
 
 
@@ -134,6 +144,11 @@ def _switches(kind: Any, prefix: str = "__") -> set[str]:
     found = {prefix + name for name, hint in hints.items() if hint is bool}
     nested = [(name, hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
     return found.union(*(_switches(hint, f"{prefix}{name}.") for name, hint in nested))
+
+
+def _plain_name(argument: str) -> str:
+    """The name of a setting, every dash an underscore."""
+    return argument.partition("=")[0].replace("-", "_")
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:

@@ -25,7 +25,10 @@ from torch import nn
 from retrograd.lm.layout import twice_differentiable
 from retrograd.lm.model import CausalLM
 
-__all__ = ["Harness", "ask_harness", "find_harness", "harness_version"]
+__all__ = ["Harness", "ask_harness", "find_harness", "harness_version", "refuse_task_code"]
+
+
+_YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,37 @@ def find_harness(asked: Sequence[str], include_path: Path | None = None) -> Harn
             raise ValueError(f"--tasks: {spec!r} and {specs.get(name)!r} would have the same file {name!r}; drop one")
         specs[name] = spec
     return Harness(manager, specs)
+
+
+def refuse_task_code(
+    asked: Sequence[Path], folder: Path | None, trusted: bool, own: tuple[str, str] | None = None
+) -> None:
+    """Refuse Python functions that YAML files of tasks name, unless they are trusted; lm-eval's own files are.
+
+    Args:
+        asked: What may be such files.
+        folder: With further ones, and what they include.
+        own: A function of ours as such files name it, and the text of its module, which may run where it is unchanged.
+    Raises:
+        ValueError: With the first function and its file.
+    """
+    waiting = [path for path in asked if path.is_file()]
+    waiting += sorted(path for path in folder.rglob("*") if path.is_file()) if folder is not None else []
+    seen: set[Path] = set()
+    while waiting and not trusted:
+        path = waiting.pop(0).resolve()
+        if path in seen or path.suffix not in _YAML:
+            continue
+        seen.add(path)
+        text = path.read_text(encoding="utf8", errors="replace") if path.is_file() else ""
+        for name in re.findall(r"!function\s*(\S*)", text):
+            module = path.parent / f"{name.partition('.')[0]}.py"
+            if own is None or name != own[0] or module.read_text(encoding="utf8") != own[1]:
+                raise ValueError(
+                    f"{path} names Python code: lm-eval would run {name} of {module}, with your rights. Read it; then "
+                    "give --trust_code to run it"
+                )
+        waiting += [path.parent / one for one in re.findall(r"include['\"]?\s*:\s*['\"]?([^\s'\",}]+)", text)]
 
 
 def ask_harness(

@@ -26,6 +26,8 @@ class QueryRunConfig:
     """YAML file of several queries in one sweep, settings by name, instead of --name and --query."""
     sharpness: bool = False
     """As in `retrograd magic`."""
+    trust_code: bool = False
+    """As in `retrograd magic`."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class ValidateConfig:
     tokens: bool = False
     """Leave out sets of target tokens instead of documents; needs a run with --attribute tokens."""
     ends: tuple[int, ...] = ()
-    """Also leave out the N lowest scores (the strongest proponents, as far as negative) and the N highest (detractors, as
-    far as positive), for each N given."""
+    """Also leave out the N lowest scores (proponents, as far as negative) and the N highest (detractors, as far as
+    positive), for each N given."""
     sets: Path | None = None
     """Also leave out these: a text file with one set a line, document ids separated by spaces."""
     seed: int = 0
@@ -55,6 +57,8 @@ class ValidateConfig:
     """Processes that retrain side by side; 0 takes what cores and memory allow. Under torchrun, each rank is one."""
     together: int = 0
     """Retrainings batched in one process with vmap; 1 retrains one by one, 0 chooses."""
+    trust_code: bool = False
+    """As in `retrograd magic`."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class VerifyConfig:
     """Of the directions."""
     strict: bool = False
     """Exit code 3 instead of 0 where the run is certified only partly."""
+    trust_code: bool = False
+    """As in `retrograd magic`."""
 
 
 @dataclass(frozen=True)
@@ -157,3 +163,5 @@ class EvaluateConfig:
     """lm-eval: the first questions of each task only."""
     forget: str | None = None
     """lm-eval: which of --tasks ask what is to go, as a,b,c: no damage if it does."""
+    trust_code: bool = False
+    """lm-eval: run the Python functions that YAML files of tasks name (!function). They run with your rights."""

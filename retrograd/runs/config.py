@@ -16,7 +16,8 @@ from retrograd.runs.parse import build, parse_size, read_yaml
 
 __all__ = [
     "DataConfig", "LoraConfig", "MagicConfig", "QueryConfig", "ReplayConfig", "TrainConfig",
-    "check", "check_query", "difference", "from_yaml", "queries_of", "query_file", "settings_from", "to_dict",
+    "check", "check_query", "difference", "from_yaml", "queries_of", "query_file", "refuse_code",
+    "settings_from", "to_dict",
 ]  # fmt: skip
 
 
@@ -203,11 +204,25 @@ class MagicConfig:
     """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
     overwrite: bool = False
     """Start afresh where the folder holds another run."""
+    trust_code: bool = False
+    """Run the Python functions that a file names: a run's own settings, --config or --query_file. They run with your
+    rights, so read them first. A --query.function typed in the command needs no such word."""
 
 
 # Where a run is and how it is carried out do not change what it computes.
 # The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
-_NOT_THE_RUN = ("run", "config", "overwrite", "replay", "sharpness", "engine", "compile", "evaluate", "log")
+_NOT_THE_RUN = (
+    "run",
+    "config",
+    "overwrite",
+    "trust_code",
+    "replay",
+    "sharpness",
+    "engine",
+    "compile",
+    "evaluate",
+    "log",
+)
 _GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
 
 
@@ -257,6 +272,21 @@ def queries_of(config: MagicConfig) -> dict[str, QueryConfig]:
     given = config.query
     main = {"query": given} if given.dataset or given.function or given.contrast else {}
     return {**main, **config.queries}
+
+
+def refuse_code(queries: dict[str, QueryConfig], file: Path, trusted: bool) -> None:
+    """Refuse to run functions that a file names, unless whoever runs the command trusts them.
+
+    Raises:
+        ValueError: With the function, its query and the file.
+    """
+    named = [(name, query.function) for name, query in queries.items() if query.function]
+    if named and not trusted:
+        (name, function), more = named[0], f" ({len(named) - 1} more)" if len(named) > 1 else ""
+        raise ValueError(
+            f"{file} names Python code: query {name!r} runs {function}{more}, with your rights. Read it; then give "
+            "--trust_code to run it"
+        )
 
 
 def check(config: MagicConfig) -> None:
@@ -354,7 +384,7 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
 
 
-_STORED = {f.name for f in dataclasses.fields(MagicConfig)} - {"run", "config", "overwrite", "query_file"}
+_STORED = {f.name for f in dataclasses.fields(MagicConfig)} - {"run", "config", "overwrite", "query_file", "trust_code"}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

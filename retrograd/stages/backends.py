@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from retrograd.lab.harness import FOLDER, harness_files
 from retrograd.lab.tasks import harness_tasks, lab_tasks
-from retrograd.lm.harness import Harness, ask_harness, find_harness, harness_version
+from retrograd.lm.harness import Harness, ask_harness, find_harness, harness_version, refuse_task_code
 from retrograd.lm.model import CausalLM
 from retrograd.runs.answers import write_measured
 from retrograd.runs.claim import content, plain
@@ -167,6 +168,8 @@ def _find_harness(config: EvaluateConfig) -> Backend:
     folder = config.include_path
     if config.lab is not None:
         roles, folder = _of_lab(config, config.lab)
+    ours = ("questions.load", harness_files()[f"{FOLDER}/questions.py"])
+    refuse_task_code([Path(name) for name in roles], folder, config.trust_code, ours if config.lab else None)
     harness = find_harness(list(roles), folder)
     forget = _listed(config.forget)
     unknown = [name for name in forget if name not in roles]

@@ -30,6 +30,7 @@ __all__ = [
     "open_run",
     "recorded",
     "refuse_other",
+    "refuse_stored_code",
     "replay_of",
     "set_threads",
     "with_queries",
@@ -52,15 +53,19 @@ class Opened(NamedTuple):
         )  # fmt: skip
 
 
-def open_run(folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None) -> Opened:
+def open_run(
+    folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None, trust_code: bool = False
+) -> Opened:
     """Load a finished run, with the queries added to it and `more` new ones.
 
     Args:
         threads: Thread count to use; the run's own, and so its own bits, when None.
+        trust_code: Run the functions that the folder's queries name; those of `more` are the caller's own.
     Raises:
-        ValueError: If there is no finished run, a name is taken, or data, model or recipe have changed since.
+        ValueError: If there is no finished run, it names code that is not trusted, a name is taken, or data, model or
+            recipe have changed since.
     """
-    run = load_run(*finished(folder), more, threads=threads)
+    run = load_run(*finished(folder), more, threads=threads, trust_code=trust_code)
     refuse_other(folder, run.manifest, run.loaded)
     known, added = recorded(folder, run.manifest), added_queries(folder).keys() - (more or {}).keys()
     for name in added & known.keys():
@@ -73,15 +78,32 @@ def open_run(folder: Path, more: dict[str, QueryConfig] | None = None, *, thread
 
 
 def load_run(
-    config: MagicConfig, manifest: Manifest, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None
+    config: MagicConfig,
+    manifest: Manifest,
+    more: dict[str, QueryConfig] | None = None,
+    *,
+    threads: int | None = None,
+    trust_code: bool = False,
 ) -> Opened:
     """As `open_run`, whether or not data, model and recipe are what they were."""
+    refuse_stored_code(config, trust_code)
     loaded = assemble(with_queries(config, more))
     if threads is None:
         set_threads(manifest)
     else:
         torch.set_num_threads(threads)
     return Opened(config.run, config, manifest, loaded)
+
+
+def refuse_stored_code(config: MagicConfig, trusted: bool) -> None:
+    """Refuse functions that a run's folder names, unless they are trusted.
+
+    Raises:
+        ValueError: With the first such function and the file that names it.
+    """
+    configs.refuse_code(configs.queries_of(config), config.run / "run_config.yaml", trusted)
+    for name, query in added_queries(config.run).items():
+        configs.refuse_code({name: query}, config.run / "queries" / name / "query_config.yaml", trusted)
 
 
 def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None) -> MagicConfig:

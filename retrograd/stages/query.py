@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from retrograd.runs.commands import QueryRunConfig
-from retrograd.runs.config import QueryConfig, query_file
+from retrograd.runs.config import QueryConfig, query_file, refuse_code
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.identity import fingerprint
 from retrograd.runs.journal import Journal
@@ -29,7 +29,7 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
     """
     console = console or Console()
     wanted = _wanted(config)
-    run = open_run(config.run, wanted)
+    run = open_run(config.run, wanted, trust_code=config.trust_code)
     asked = [one for one in run.loaded.asked if one.name in wanted]
     key = fingerprint(*(one.digest for one in asked))
     label = ",".join(wanted)
@@ -67,6 +67,7 @@ def _wanted(config: QueryRunConfig) -> dict[str, QueryConfig]:
         if single or config.name:
             raise ValueError("--query_file names its queries itself; leave out --name and --query")
         wanted = query_file(config.query_file)
+        refuse_code(wanted, config.query_file, config.trust_code)
         if not wanted:
             raise ValueError(f"--query_file {config.query_file} names no query; write settings by name into it")
         return wanted

@@ -43,7 +43,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
     magic_config, manifest = finished(config.run)
     number = config.subsets * len(config.fraction)
     conditions = conditions_of(magic_config, manifest, number, config.workers, config.together)
-    run = open_run(config.run, threads=conditions.threads)
+    run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
     conditions = _stackable(run, conditions, config, console)
     scores = stored_scores(run)
     wanted = _wanted(config, run, scores)

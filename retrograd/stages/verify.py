@@ -41,7 +41,7 @@ from retrograd.stages.evidence import (
     state_checks,
     stored_scores,
 )
-from retrograd.stages.opened import Opened, finished, load_run, with_queries
+from retrograd.stages.opened import Opened, finished, load_run, refuse_stored_code, with_queries
 
 __all__ = ["verify"]
 
@@ -59,12 +59,14 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
         0 if the run is certified, or partly: nothing failed, and what is missing is named. 3 for partly with --strict.
         1 if anything failed.
     Raises:
-        ValueError: If there is no finished run, or a setting cannot work.
+        ValueError: If there is no finished run, it names code that is not trusted, or a setting cannot work.
     """
     console, start = console or Console(), time.monotonic()
     if min(config.steps, config.directions) < 0:
         raise ValueError(f"--steps {config.steps} and --directions {config.directions} have to be 0 or more")
-    checks = list(_checks(config, *finished(config.run)))
+    settings, manifest = finished(config.run)
+    refuse_stored_code(settings, config.trust_code)
+    checks = list(_checks(config, settings, manifest))
     verdict, absent = certified(checks), missing(checks)
     failed = list(dict.fromkeys(check.name for check in checks if check.verdict == "failed"))
     write_json(config.run / "verify.json", {
@@ -86,7 +88,7 @@ def _checks(config: VerifyConfig, settings: MagicConfig, manifest: Manifest) -> 
     """All checks, in the order of their cost."""
     yield from attempt("scores file", lambda: score_checks(config.run, manifest))
     try:
-        run = load_run(settings, manifest)
+        run = load_run(settings, manifest, trust_code=config.trust_code)
     except (ValueError, OSError) as error:
         yield Check("inputs", "failed", f"what the run is made of cannot be loaded: {told(error)}")
         yield from _left_out("the inputs cannot be loaded")
