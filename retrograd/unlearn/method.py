@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -129,6 +129,7 @@ class Unlearning:
     outputs: Callable[..., Outputs]
     module: torch.nn.Module
     reference: Reference | None
+    chained: ClassVar[bool] = False  # read by `choose_engine`: the chain of `blocks` ends in a cross-entropy
 
     @property
     def linear(self) -> bool:
