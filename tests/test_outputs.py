@@ -37,7 +37,7 @@ def test_outputs_are_those_of_transformers_without_padding(family: str) -> None:
 def test_a_block_that_is_absent_is_refused() -> None:
     lm = language_model()
     assert len(decoder_blocks(lm.module)) == 2
-    with pytest.raises(ValueError, match="there is no block 2: .* has 2, numbered 0 to 1"):
+    with pytest.raises(ValueError, match=r"there is no block 2: .* has 2, numbered 0 to 1"):
         outputs_of(lm, (2,))
     with pytest.raises(ValueError, match="has no adapters to turn off"):
         outputs_of(lm)(lm.params, pad(token_rows(RETAIN), range(3)), False)

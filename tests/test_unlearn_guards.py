@@ -54,9 +54,9 @@ def test_streams_that_a_method_cannot_use_are_refused() -> None:
     rows = {"forget_batch": 2, "retain_batch": 2}
     weights = pairs(NPO).weights.clone()
     weights[:5, 1:] = 0
-    with pytest.raises(ValueError, match="all 5 forget rows have weight 0 .* empty after selection"):
+    with pytest.raises(ValueError, match=r"all 5 forget rows have weight 0 .* empty after selection"):
         check("npo", pairs(NPO, weights=weights))
-    with pytest.raises(ValueError, match="npo has a retain coefficient of 0.7 and there are no retain rows"):
+    with pytest.raises(ValueError, match=r"npo has a retain coefficient of 0.7 and there are no retain rows"):
         check("npo", PairStream(FORGET, None, **rows))
     check("npo", PairStream(FORGET, None, **rows), retain=0.0)
     with pytest.raises(ValueError, match="dpo needs an alternative row for each of 5 forget rows"):
@@ -65,7 +65,7 @@ def test_streams_that_a_method_cannot_use_are_refused() -> None:
         check("npo", pairs(METHODS["dpo"]))
     with pytest.raises(ValueError, match="a micro-batch of 3 rows takes pairs apart: a batch is 2 units of 2 rows"):
         check("npo", pairs(NPO), 3)
-    with pytest.raises(ValueError, match="needs at least 2; some have 1. Give a micro-batch of 4 rows"):
+    with pytest.raises(ValueError, match=r"needs at least 2; some have 1. Give a micro-batch of 4 rows"):
         check("orth_circuit_breakers", pairs(ORTH), 2)
     check("orth_circuit_breakers", pairs(ORTH), 2, as_run=True)
     with pytest.raises(ValueError, match="1 of 48 weights are negative"):
@@ -141,7 +141,9 @@ def test_historical_faults_are_flagged_and_only_where_there_are_some() -> None:
     lm = language_model(layers=1)
     diff = METHODS["grad_diff"]
     found = guards.flags(diff.objective(lm, None, replace(diff.defaults, as_run=True)))
-    assert found == ["grad_diff as run: the forget loss has no cap, and the retain term kl is a sum over tokens divided by rows"]
+    assert found == [
+        "grad_diff as run: the forget loss has no cap, and the retain term kl is a sum over tokens divided by rows"
+    ]
     with pytest.raises(ValueError, match="wga has no historical fault that as_run would permit"):
         METHODS["wga"].objective(lm, None, replace(METHODS["wga"].defaults, as_run=True))
     wga = evened(METHODS["wga"], as_run=True, retain_term="kl")
@@ -150,7 +152,7 @@ def test_historical_faults_are_flagged_and_only_where_there_are_some() -> None:
 
 def test_settings_that_mean_nothing_are_refused() -> None:
     lm = language_model(layers=1)
-    with pytest.raises(ValueError, match="forget is -1.0; a coefficient is at least 0"):
+    with pytest.raises(ValueError, match=r"forget is -1.0; a coefficient is at least 0"):
         Settings(forget=-1.0)
     with pytest.raises(ValueError, match="give one of them"):
         Settings(depths=(0.5,), blocks=(1,))
@@ -170,7 +172,7 @@ def test_blocks_are_shares_of_the_depth() -> None:
     assert chosen_blocks(Settings(blocks=(2, 0)), 3) == (0, 2)
     with pytest.raises(ValueError, match="there is no block 3 in a model of 3; they are numbered 0 to 2"):
         chosen_blocks(Settings(blocks=(3,)), 3)
-    with pytest.raises(ValueError, match="depth 1.5 is no share"):
+    with pytest.raises(ValueError, match=r"depth 1.5 is no share"):
         chosen_blocks(Settings(depths=(1.5,)), 3)
     lm = language_model(layers=1)
     with pytest.raises(ValueError, match="there is no block 1 in a model of 1"):
@@ -181,7 +183,7 @@ def test_blocks_are_shares_of_the_depth() -> None:
 def test_the_engine_of_blocks_is_refused_for_another_objective() -> None:
     lm = language_model(layers=1)
     objective = METHODS["grad_diff"].objective(lm)
-    with pytest.raises(ValueError, match="'blocks' computes the weighted cross-entropy .* take 'double'"):
+    with pytest.raises(ValueError, match=r"'blocks' computes the weighted cross-entropy .* take 'double'"):
         choose_engine("blocks", lm.module, objective)
     chosen = choose_engine("auto", lm.module, objective, Load(4, 30, 1, 0))
     assert (chosen.name, type(chosen.engine)) == ("double", Double)

@@ -110,6 +110,14 @@ class Method:
         outputs = outputs_of(lm, blocks, logits=logits)
         return Unlearning(self, settings, outputs, lm.module, reference)
 
+    @property
+    def row(self) -> str:
+        """What the table of the docs says of it: F, reference, weights, linear in w, source."""
+        needs = "yes" if self.reference else "no"
+        weights = "w·CE, signed" if self.signed else "share, w ≥ 0"
+        formula = self.formula.replace("|", "\\|")
+        return " | ".join((formula, needs, weights, "yes" if self.linear else "no", self.source))
+
     def needs_reference(self, settings: Settings | None = None) -> bool:
         """Whether the objective looks at a reference: its forget term, or the retain terms kl and l2."""
         settings = self.defaults if settings is None else settings

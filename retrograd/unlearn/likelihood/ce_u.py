@@ -23,8 +23,8 @@ __all__ = ["METHOD", "CEUSettings"]
 class CEUSettings(Settings):
     """CE-U."""
 
-    ignore_first: bool = True
-    """Leave out a row's first target where it has several, as open-unlearning does."""
+    ignore_first: bool = False
+    """Leave out a row's first target where it has several, as open-unlearning does with answers."""
 
 
 def _forget(settings: CEUSettings, view: View, side: Side) -> Terms:
