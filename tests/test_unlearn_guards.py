@@ -32,6 +32,12 @@ def test_negative_weights_are_for_the_cross_entropy_family(name: str) -> None:
         guards.check_weights(METHODS[name], weights)
 
 
+def test_updates_that_are_no_gradient_are_not_attributed() -> None:
+    guards.check_attributable(NPO)
+    with pytest.raises(ValueError, match="runs of npo cannot be attributed: its update is no gradient"):
+        guards.check_attributable(replace(NPO, pullback=False))
+
+
 def test_weights_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="1 of 2 weights are NaN or infinite"):
         guards.check_weights(NPO, torch.tensor([1.0, torch.inf]))

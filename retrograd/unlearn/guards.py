@@ -17,10 +17,32 @@ from retrograd.core.step import Batch, micro_batches
 from retrograd.data.pairs import ALTERNATIVE, FORGET, RETAIN, PairStream
 from retrograd.unlearn.method import Method, Unlearning
 
-__all__ = ["check_changed", "check_reference", "check_start", "check_stream", "check_weights", "flags", "forget_rows"]
+__all__ = [
+    "check_attributable",
+    "check_changed",
+    "check_reference",
+    "check_start",
+    "check_stream",
+    "check_weights",
+    "flags",
+    "forget_rows",
+]
 
 _SAME = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the norm; half precision: 2e-2
 _BESIDE = 1e-5  # what starts beside the reference is at least as far from it, of the norm
+
+
+def check_attributable(method: Method) -> None:
+    """A run can be attributed where each update is a gradient of the objective.
+
+    Raises:
+        ValueError: If the method says that it is not.
+    """
+    if not method.pullback:
+        raise ValueError(
+            f"runs of {method.name} cannot be attributed: its update is no gradient of its objective and has no "
+            "pullback, so that scores through it would be wrong. Leave attribution out, or take another method"
+        )
 
 
 def check_weights(method: Method, weights: Tensor) -> None:

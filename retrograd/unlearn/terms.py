@@ -27,9 +27,10 @@ __all__ = [
     "ramped",
     "retain_value",
     "top",
+    "unit",
 ]
 
-_EPS = 1e-6  # under every root of a norm, relative to nothing: hidden states have norms near √D
+_EPS = 1e-6  # under every root of a norm: far below the norms of hidden states, which are near √D
 _NEAR = 1e-3  # of the reference's norm: within it the distance is a parabola, so that it has a slope at 0
 
 
@@ -88,9 +89,13 @@ def log_ratio(side: Side) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩/√((‖x‖² + ε²)(‖y‖² + ε²)) along the last dimension; 0 for a vector of zeros."""
-    sizes = (x.square().sum(-1) + _EPS**2) * (y.square().sum(-1) + _EPS**2)
-    return torch.sum(x * y, -1) / sizes.sqrt()
+    """⟨x, y⟩/(‖x‖‖y‖) along the last dimension, norms as in `unit`."""
+    return torch.sum(unit(x, _EPS) * unit(y, _EPS), -1)
+
+
+def unit(x: Tensor, eps: Tensor | float) -> Tensor:
+    """x/√(‖x‖² + ε²) along the last dimension; 0 for a vector of zeros, with a slope of 1/ε there."""
+    return x / (x.square().sum(-1, keepdim=True) + eps**2).sqrt()
 
 
 def distance(x: Tensor, fixed: Tensor) -> Tensor:

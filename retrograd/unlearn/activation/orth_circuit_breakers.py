@@ -7,7 +7,8 @@
 h_l is the output of block l where a target is predicted, h0_l the reference's: the model without its adapters, or a
 frozen copy. Pairs i ≠ j are those of one micro-batch, so it needs two forget rows at least. A cosine has no slope where
 h = h0, so training starts beside the reference (`perturb`). Either term is left out where its coefficient is 0.
-Normalisers do not depend on w; a pool's length drops out of its cosine.
+Normalisers do not depend on w. A pool's length drops out of its cosine, but for an ε of a hundredth of the row's mean
+‖h0‖: without one a row whose weights are all 0 would have an infinite slope in them.
 
 `as_run` takes T = 1 and the old schedule of the orth coefficient, lets forget = 0 switch orth off too, and permits
 micro-batches of one forget row, in which orth is 0.
@@ -23,10 +24,13 @@ from torch import Tensor
 
 from retrograd.unlearn.method import Method
 from retrograd.unlearn.settings import Settings
-from retrograd.unlearn.terms import Term, Terms, cosine, ramped
+from retrograd.unlearn.terms import Term, Terms, cosine, ramped, unit
 from retrograd.unlearn.view import Side, View
 
 __all__ = ["METHOD", "OrthCircuitBreakersSettings"]
+
+
+_SMALL = 0.01  # of the mean norm of a row's states: ε of its pool's norm
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,11 @@ def _alike(side: Side) -> Tensor:
         )
     first, second = torch.triu_indices(b, b, 1, device=side.c.device)
     each = []
-    for h in side.now.states.values():
+    for block, h in side.now.states.items():
         pools = side.per_sequence(side.w[:, None] * h) / side.counts[:, None]
-        each.append(cosine(pools[first], pools[second]).relu().mean())
+        sizes = side.per_sequence(side.reference.states[block].norm(dim=-1, keepdim=True)) / side.counts[:, None]
+        units = unit(pools, _SMALL * sizes)
+        each.append(torch.sum(units[first] * units[second], -1).relu().mean())
     return side.share.sum() * torch.stack(each).mean()
 
 

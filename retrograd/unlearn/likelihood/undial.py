@@ -31,7 +31,7 @@ def _forget(settings: UNDIALSettings, view: View, side: Side) -> Terms:
     then = side.reference.logits
     assert then is not None, "undial looks at logits"
     gold = side.now.targets[:, None]
-    teacher = then.scatter_add(1, gold, torch.full_like(gold, -settings.beta, dtype=then.dtype)).softmax(-1)
+    teacher = then.scatter(1, gold, then.gather(1, gold) - settings.beta).softmax(-1)
     losses = -torch.sum(teacher * side.logits.log_softmax(-1), -1)
     return forget_term(settings, view, torch.sum(side.c * losses))
 
