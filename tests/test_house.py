@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "retrograd"
-ROOMS = ["core", "lm", "runs", "lab", "stages", "cli"]
+ROOMS = ["core", "lm", "data", "runs", "unlearn", "lab", "stages", "cli"]
 
 
 def imports(path: Path) -> set[str]:

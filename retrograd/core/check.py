@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from retrograd.core import tree
+from retrograd.core.engine.double import Double
 from retrograd.core.optim import Moments, Params, clip
 from retrograd.core.step import (
     Batch,
@@ -130,10 +131,11 @@ def forward_tangent(
 ) -> tuple[State, Params]:
     """The final state, and its parameters' tangents θ̇_T along directions of the data weights.
 
-        ġ_t = H_t θ̇_t + Σ_j v[index_j] · scale_j · ∇loss_j        ṡ_{t+1} = jvp of U_t∘clip along (ṡ_t, ġ_t)
+        ġ_t = H_t θ̇_t + ∂g_t/∂w · v        ṡ_{t+1} = jvp of U_t∘clip along (ṡ_t, ġ_t)
 
-    The gradient is linear in the data weights, so its second part is the gradient at v in their place. H_t is
-    symmetric, so the engine's pullback gives the first. Forward AD sees the optimizer only. No cotangent is involved.
+    Where the gradient is linear in the data weights, its second part is the gradient at v in their place; elsewhere it
+    is ∂g_t/∂w · v at w, by the engine's `tangent`. H_t is symmetric, so the engine's pullback gives the first. Forward
+    AD sees the optimizer only. No cotangent is involved.
 
     Args:
         directions: v, [D, *weights.shape].
@@ -269,10 +271,20 @@ def _tangent_step(
     curvature, _ = training.engine.pullback(state.params, batches, training.weights, seed, along)
     moved = []
     for d, direction in enumerate(directions):
-        pushed = training.engine.gradient(state.params, batches, direction, seed)[1]
+        pushed = _weight_tangent(training, state.params, batches, direction, seed)
         slopes = {name: curvature[name][d] + pushed[name] for name in grads}
         moved.append(_update_tangent(training, state, grads, (*tree.map(lambda x, d=d: x[d], tangents), slopes)))
     return tree.map(lambda *parts: torch.stack(parts), moved[0], *moved[1:])
+
+
+def _weight_tangent(
+    training: Training, params: Params, batches: Sequence[Batch], direction: Tensor, seed: str | None
+) -> Params:
+    """∂g/∂w · direction."""
+    if training.engine.linear:
+        return training.engine.gradient(params, batches, direction, seed)[1]
+    assert isinstance(training.engine, Double), "the engine of objectives that are not linear in their coefficients"
+    return training.engine.tangent(params, batches, training.weights, direction, seed)
 
 
 def _update_tangent(

@@ -38,6 +38,7 @@ __all__ = [
     "coefficients",
     "initial_state",
     "left_finite",
+    "is_linear",
     "micro_batches",
     "micro_batches_of",
     "needs_gradient",
@@ -49,7 +50,11 @@ __all__ = [
 ]
 
 Objective = Callable[[Params, Any, Tensor], Tensor]
-"""(params, inputs, coefficients) → Σ_j c_j · loss_j, a scalar; coefficients have the shape of a batch's `index`."""
+"""(params, inputs, coefficients) → a scalar; coefficients c = w·scale have the shape of a batch's `index`.
+
+Σ_j c_j · loss_j, unless it says `linear = False`: then any smooth function of c, such as one with the weights inside a
+log-ratio inside a sigmoid, and nothing may be inferred from linearity.
+"""
 
 Bars = Params | Callable[[Params], Params]
 """The cotangents of a gradient, [K, *shape]; or the function that makes them of the gradient."""
@@ -163,6 +168,10 @@ class Stream(Protocol):
 class Engine(Protocol):
     """The gradient half. `seed` is None where the loss draws no random numbers."""
 
+    @property
+    def linear(self) -> bool:
+        """Whether the objective is linear in its coefficients."""
+
     def gradient(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Any:
         """(loss [], gradient, what is left for the pullback) of the sum over micro-batches.
 
@@ -179,7 +188,7 @@ class Engine(Protocol):
         bars: Bars,
         left: Any = None,
     ) -> tuple[Params, Tensor]:
-        """(H ḡ, ⟨∇loss_j, ḡ⟩·scale_j), each [K, …]; the gradient g is computed only where ḡ is a function of it.
+        """(H ḡ, ∂⟨g, ḡ⟩/∂c_j·scale_j), each [K, …]; the gradient g is computed only where ḡ is a function of it.
 
         `left` is what `gradient` left, if it is at hand.
         """
@@ -263,9 +272,19 @@ def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
     return None if recipe.max_grad_norm else recipe.optimizer.recovered(state.params, state.moments, after)
 
 
-def needs_gradient(recipe: Recipe, step: int) -> bool:
-    """Whether a step's pullback is a function of its gradient."""
-    return recipe.max_grad_norm is not None or recipe.optimizer.needs_gradient(step)
+def is_linear(objective: Objective) -> bool:
+    """Whether an objective is linear in its coefficients; it says so with `linear = False` if not."""
+    return bool(getattr(objective, "linear", True))
+
+
+def needs_gradient(training: Training, step: int) -> bool:
+    """Whether a step's pullback is a function of its gradient.
+
+    Where the optimizer can do without, ∂φ/∂lr comes out of the scores, for ⟨g, ḡ⟩ = Σ_j w_j·scores_j: only where the
+    objective is linear in the weights.
+    """
+    recipe = training.recipe
+    return recipe.max_grad_norm is not None or recipe.optimizer.needs_gradient(step) or not training.engine.linear
 
 
 def pullback(
@@ -301,7 +320,7 @@ def pullback(
         return bars if probe is None else {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
 
     bars: Bars = update_half
-    if grads is not None or not needs_gradient(recipe, state.step):
+    if grads is not None or not needs_gradient(training, state.step):
         bars = update_half(grads)
         del cotangent, grads  # their memory is the engine's now, if the caller has let go of them too
     curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars, left)
@@ -312,7 +331,8 @@ def pullback(
         for name, bar in pulled.params.items()
     }
     index = torch.cat([batch.index for batch in batches])
-    if slope:  # the loss is linear in the weights: ⟨g, ḡ⟩ = Σ_j w_j·scores_j
+    if slope:  # only where the loss is linear in the weights: ⟨g, ḡ⟩ = Σ_j w_j·scores_j
+        assert training.engine.linear, "a gradient is left out only where scores give its product with ḡ"
         weights = training.weights.flatten()[index.to(training.weights.device)].double()
         along = (scores[:queries].double() * weights.to(scores.device)).flatten(1).sum(1)
         numbers = {**numbers, "lr": numbers["lr"] + slope * along}

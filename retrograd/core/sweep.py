@@ -186,7 +186,7 @@ class Leavings:
         """A quarter of a state's bytes; nothing where the sweep computes every gradient anyway."""
         steps = range(len(training.stream))
         known = recovered(training.recipe, state, state.moments) is not None
-        known = known or not all(needs_gradient(training.recipe, step) for step in steps)
+        known = known or not all(needs_gradient(training, step) for step in steps)
         return cls(tree.nbytes(state) // 4 if known else 0)
 
     def put(self, step: int, left: Any) -> None:
@@ -384,7 +384,7 @@ class _Steps:
     def gradient(self, state: State, after: Moments) -> Params | None:
         """The step's gradient if it is known: the same bits whether or not it is kept."""
         found = recovered(self.training.recipe, state, after)
-        if found is not None or self.gradients is None or not needs_gradient(self.training.recipe, state.step):
+        if found is not None or self.gradients is None or not needs_gradient(self.training, state.step):
             return found
         batches, _ = micro_batches_of(self.training, state.step)
         return self.gradients.get(state.step) if self.training.engine.repeats(batches) else None

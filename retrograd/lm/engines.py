@@ -66,10 +66,18 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     """The engine of a name; for "auto", `double` where its graph fits, else `blocks` if possible.
 
     Raises:
-        ValueError: If there is no such engine, or `blocks` is asked for and the model is no chain of layers.
+        ValueError: If there is no such engine, or `blocks` is asked for and the model is no chain of layers, or the
+            objective says by `chained = False` that it is another one than the chain's weighted cross-entropy.
     """
     if asked not in ENGINES:
         raise ValueError(f"unknown engine {asked!r}; the engines are {', '.join(ENGINES)}")
+    if not getattr(objective, "chained", True):
+        if asked == "blocks":
+            raise ValueError(
+                "engine 'blocks' computes the weighted cross-entropy of a chain of layers, and this objective is "
+                "another one: take 'double'"
+            )
+        return Choice(Double(objective), "double", "its objective is not the cross-entropy that blocks computes")
     if asked == "double":
         return Choice(Double(objective), asked, "asked for")
     if asked == "blocks":

@@ -211,7 +211,7 @@ class Trajectory:
             match action:
                 case plans.Advance(start, stop):
                     yield from range(start, stop)
-                case plans.Reverse(step) if wanted and needs_gradient(recipe, step):
+                case plans.Reverse(step) if wanted and needs_gradient(self.training, step):
                     yield step
 
     def _reverse_path(self, key: str) -> Path | None:

@@ -4,8 +4,8 @@ The batch gradient is taken with its graph kept, then autograd runs once more ov
 
     (H ḡ_k, ∂⟨g, ḡ_k⟩/∂c) = grad(g, (θ, c), grad_outputs=ḡ_k)
 
-c = w[index]·scale are the losses' coefficients; the loss is linear in them, so the second part is ⟨∇loss_j, ḡ_k⟩. With
-one micro-batch a gradient that ḡ is a function of falls out of the same graph; with several it is computed first.
+c = w[index]·scale are the losses' coefficients; where the loss is linear in them the second part is ⟨∇loss_j, ḡ_k⟩.
+With one micro-batch a gradient that ḡ is a function of falls out of the same graph; with several it is computed first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.autograd import grad
 
 from retrograd.core import tree
 from retrograd.core.optim import Params
-from retrograd.core.step import Bars, Batch, Objective, coefficients, random_draws
+from retrograd.core.step import Bars, Batch, Objective, coefficients, is_linear, random_draws
 
 __all__ = ["Double", "Leaving"]
 
@@ -44,6 +44,10 @@ class Double:
     """Gradient half by double backward. `objective` must be twice differentiable: no flash or fused attention."""
 
     objective: Objective
+
+    @property
+    def linear(self) -> bool:
+        return is_linear(self.objective)
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
@@ -97,6 +101,24 @@ class Double:
             curvature = {n: curvature[n] + products[n] for n in products} if curvature else products
             scores.append(slopes * batch.scale)
         return curvature, torch.cat(scores, dim=1)
+
+    def tangent(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, direction: Tensor, seed: str | None
+    ) -> Params:
+        """ġ = ∂g/∂w · direction, the gradient's tangent along a direction of the data weights.
+
+        ∇_θ ⟨∂ℓ/∂c, ċ⟩ with ċ = direction[index]·scale, for mixed derivatives do not mind their order.
+        """
+        sums: list[Tensor] = []
+        for part, batch in enumerate(batches):
+            leaves = _live(params)
+            factors = coefficients(batch, weights).requires_grad_()
+            with torch.enable_grad(), random_draws(seed, part):
+                slopes = grad(self.objective(leaves, batch.inputs, factors), factors, create_graph=True)[0]
+                along = torch.sum(slopes * coefficients(batch, direction))
+            found = grad(along, list(leaves.values()), materialize_grads=True)
+            sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
+        return dict(zip(params, sums))
 
     def repeats(self, batches: Sequence[Batch]) -> bool:
         """Of one micro-batch the gradient falls out of the graph for the second backward."""

@@ -1,0 +1,1 @@
+"""Data as functions of the step."""

@@ -1,0 +1,1 @@
+"""Methods on what the model says: one file a method."""

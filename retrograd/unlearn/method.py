@@ -1,0 +1,183 @@
+"""The contract of an unlearning method: a record whose objective is (params, inputs, coefficients) → scalar.
+
+    L(θ; w) = forget(p_k) · F(θ; w) + retain(p_k) · R(θ; w)
+
+Data, side and progress come with the batch (`retrograd.data.pairs.PairStream`), so that a step is a function of its
+number and the sweep needs nothing new. Coefficients are c = w·scale; a method declares whether L is linear in them and
+whether w may be negative. A method is one file with one `Method`; `retrograd.unlearn.methods.METHODS` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from retrograd.core.optim import Params
+from retrograd.lm.model import CausalLM
+from retrograd.lm.outputs import Outputs, decoder_blocks, outputs_of
+from retrograd.unlearn.reference import Reference
+from retrograd.unlearn.settings import Settings, chosen_blocks
+from retrograd.unlearn.terms import Term, Terms, ramped, retain_value
+from retrograd.unlearn.view import Side, View
+
+__all__ = ["Method", "Unlearning"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An unlearning method.
+
+    Args:
+        name: What the command calls it.
+        formula: F, the forget term, in the notation of docs/unlearning.md.
+        source: Where formula and defaults are from.
+        defaults: Its settings, a `Settings` or a subclass with more.
+        forget: (settings, view, its forget side) → the terms of F by name, each with its coefficient. Called where
+            there is a forget row.
+        family: Of the file's folder.
+        linear: Whether the objective is linear in the coefficients.
+        signed: Whether data weights may be negative: only where w multiplies a token's cross-entropy.
+        reference: Whether F needs a reference.
+        states: Whether F needs hidden states.
+        logits: Whether F needs logits.
+        token_mean: Whether F is a mean over tokens, so that it does not grow with the rows' length.
+        additive: Whether micro-batches add up to the whole batch; not where pairs of rows of one are compared.
+        least_rows: Forget rows that every micro-batch needs.
+        alternatives: Whether each forget row needs an alternative one.
+        perturb: Size of the noise that the parameters start with, as `reference.perturbed` takes it; above 0 where F
+            has no slope at the reference.
+        rank: Rank of adapters as a share of the model's width, see `adapter_rank`.
+        fault: What `as_run` permits, in a sentence; empty where there is nothing.
+        pullback: Whether each update is a gradient of the objective, so that a run can be attributed. Where not,
+            attribution is refused by name.
+    """
+
+    name: str
+    formula: str
+    source: str
+    defaults: Settings
+    forget: Callable[[Any, View, Side], Terms]
+    family: Literal["likelihood", "activation", "weights"] = "likelihood"
+    linear: bool = True
+    signed: bool = False
+    reference: bool = False
+    states: bool = False
+    logits: bool = True
+    token_mean: bool = True
+    additive: bool = True
+    least_rows: int = 1
+    alternatives: bool = False
+    perturb: float = 0.0
+    rank: float = 1 / 64
+    fault: str = ""
+    pullback: bool = True
+
+    def objective(
+        self, lm: CausalLM, reference: Reference | None = None, settings: Settings | None = None
+    ) -> Unlearning:
+        """(params, inputs, coefficients) → scalar, for `Double`.
+
+        Args:
+            reference: From `reference_of(lm)` before the first step; unused where `needs_reference` says no.
+            settings: The method's defaults if not given.
+        Raises:
+            ValueError: If a reference is missing, a block is absent, or settings are another method's.
+        """
+        settings = self.defaults if settings is None else settings
+        if not isinstance(settings, type(self.defaults)):
+            raise ValueError(
+                f"{self.name} takes {type(self.defaults).__name__} settings, not {type(settings).__name__}: it has "
+                f"{', '.join(field.name for field in fields(self.defaults))}"
+            )
+        if settings.as_run and not self.fault and settings.retain_term != "kl":
+            raise ValueError(f"{self.name} has no historical fault that as_run would permit; leave it out")
+        if not self.needs_reference(settings):
+            reference = None
+        elif reference is None:
+            why = "its forget term" if self.reference else f"retain_term {settings.retain_term!r}"
+            raise ValueError(
+                f"{self.name} needs a reference for {why}: reference_of(lm) before training, which is the frozen copy "
+                "of a model or, for adapters, the model without them"
+            )
+        hold = settings.retain > 0
+        states = self.states or (hold and settings.retain_term == "l2")
+        blocks = chosen_blocks(settings, len(decoder_blocks(lm.module))) if states else ()
+        logits = self.logits or (hold and settings.retain_term != "l2")
+        outputs = outputs_of(lm, blocks, logits=logits)
+        return Unlearning(self, settings, outputs, lm.module, reference)
+
+    @property
+    def row(self) -> str:
+        """What the table of the docs says of it: F, reference, weights, linear in w, source."""
+        needs = "yes" if self.reference else "no"
+        weights = "w·CE, signed" if self.signed else "share, w ≥ 0"
+        formula = self.formula.replace("|", "\\|")
+        return " | ".join((formula, needs, weights, "yes" if self.linear else "no", self.source))
+
+    def needs_reference(self, settings: Settings | None = None) -> bool:
+        """Whether the objective looks at a reference: its forget term, or the retain terms kl and l2."""
+        settings = self.defaults if settings is None else settings
+        return self.reference or (settings.retain > 0 and settings.retain_term != "ce")
+
+    def adapter_rank(self, width: int) -> int:
+        """The default rank of adapters on a model of this width, at least 2."""
+        return max(2, round(self.rank * width))
+
+
+@dataclass(frozen=True, eq=False)
+class Unlearning:
+    """A method's objective on one model."""
+
+    method: Method
+    settings: Settings
+    outputs: Callable[..., Outputs]
+    module: torch.nn.Module
+    reference: Reference | None
+    chained: ClassVar[bool] = False  # read by `choose_engine`: the chain of `blocks` ends in a cross-entropy
+
+    @property
+    def linear(self) -> bool:
+        """Read by the kernel: whether anything may be inferred from linearity in the coefficients."""
+        return self.method.linear
+
+    def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
+        terms, now = self._terms(params, inputs, coefficients)
+        if not terms:  # a micro-batch of a side whose coefficient is 0
+            anchor = now.logits if now.logits is not None else next(iter(now.states.values()))
+            return 0 * anchor.sum()
+        first, *rest = [term.coefficient * term.value for term in terms.values()]
+        return sum(rest, start=first)
+
+    @torch.no_grad()
+    def terms(self, params: Params, inputs: Any, coefficients: Tensor) -> dict[str, tuple[float, float]]:
+        """(coefficient, value) of each term on a micro-batch, for the journal: the value is not multiplied yet."""
+        found = self._terms(params, inputs, coefficients)[0]
+        return {name: (float(term.coefficient), float(term.value)) for name, term in found.items()}
+
+    def _terms(self, params: Params, inputs: Any, coefficients: Tensor) -> tuple[Terms, Outputs]:
+        now = self.outputs(params, inputs)
+        view = View(now, self._then(inputs), inputs, coefficients)
+        settings, terms = self.settings, Terms()
+        if view.forget is not None:
+            terms |= self.method.forget(settings, view, view.forget)
+        if settings.retain > 0 and view.retain is not None:
+            coefficient = ramped(settings.retain, settings.retain_ramp, view.progress)
+            terms["retain"] = Term(coefficient, retain_value(settings, view.retain))
+        return terms, now
+
+    def _then(self, inputs: Any) -> Outputs | None:
+        """The reference's outputs, dropout off."""
+        if self.reference is None:
+            return None
+        training = [part for part in self.module.modules() if part.training]
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                return self.outputs(self.reference.params, inputs, self.reference.adapters)
+        finally:
+            for part in training:
+                part.training = True
