@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from retrograd.lm.model import causal_objective, trainable
 from retrograd.lm.rows import Rows
 from retrograd.lm.stream import DataStream
 from retrograd.runs.counterfactual import Agreement, agreement, mean_lds, predicted, random_subset, without
+from retrograd.runs.lock import locked
 from retrograd.runs.manifest import fingerprint
 from retrograd.runs.replay import Replay
 from retrograd.runs.trajectory import Trajectory
@@ -149,8 +151,9 @@ class Trainer:
             ValueError: If rows of tokens do not fit the model: ids outside its vocabulary, rows beyond its context.
         """
         self._check(stream)
-        trajectory = self._trajectory(state._replace(step=0), stream, save_dir, replay, observe)
-        final = trajectory.train()
+        with _locked(save_dir):
+            trajectory = self._trajectory(state._replace(step=0), stream, save_dir, replay, observe)
+            final = trajectory.train()
         self._last = trajectory
         return final
 
@@ -200,10 +203,11 @@ class Trainer:
             trajectory = self._trajectory(self.initial, stream, folder, replay, observe)
         assert trajectory is not None, "known or made"
         trajectory.observe = observe
-        if folder:
-            trajectory.train()
-        scores = trajectory.reverse(query.gradient)
-        trajectory.clean_reverse()
+        with _locked(folder):
+            if folder:
+                trajectory.train()
+            scores = trajectory.reverse(query.gradient)
+            trajectory.clean_reverse()
         single = query.value.ndim == 0
         return Metagradient(scores[0] if single else scores, query.value)
 
@@ -267,6 +271,10 @@ class Trainer:
         recipe = self.recipe if not isinstance(self.recipe.optimizer, Pair) else "a foreign optimizer"
         engine = () if self._chosen.name == "double" else (self._chosen.name,)  # another may round otherwise
         return fingerprint(recipe, data, order, tree.digest(stream.weights), tree.digest(state.params), *engine)
+
+
+def _locked(save_dir: str | Path | None) -> AbstractContextManager[None]:
+    return nullcontext() if save_dir is None else locked(Path(save_dir))
 
 
 def _weighted(loss: Callable[[Params, Any], Tensor]) -> Objective:

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retrograd.durable import make_folder
 from retrograd.runs.errors import RunError
-from retrograd.runs.files import append_line, read_lines, write_atomic
+from retrograd.runs.files import append_line, read_lines
 
 __all__ = ["BASELINE", "Bank", "LeftOut", "Retrained"]
 
@@ -66,9 +67,6 @@ class Bank:
         self.folder, self.identity, self.queries, self.columns = folder, identity, queries, list(columns)
         self.path = folder / f"retrains{writer}.jsonl"
         self.known: dict[str, Retrained] = {}
-        if self.path.exists():  # a kill may have cut its last line
-            whole = "".join(f"{line}\n" for line in read_lines(self.path))
-            write_atomic(self.path, lambda temporary: temporary.write_text(whole, encoding="utf8"))
         self.read()
 
     def read(self) -> None:
@@ -90,7 +88,7 @@ class Bank:
 
     def add(self, found: Sequence[tuple[LeftOut, Retrained]], conditions: dict[str, int]) -> None:
         """Append retrainings that were done under `conditions`, in one write."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         entries = [
             {
                 "key": one.key, "name": one.name, "fraction": one.fraction, "identity": self.identity,
@@ -99,7 +97,7 @@ class Bank:
             }
             for one, retrained in found
         ]  # fmt: skip
-        append_line(self.path, "\n".join(map(json.dumps, entries)))
+        append_line(self.path, "\n".join(map(json.dumps, entries)), durable=True)
         for entry in entries:
             self._take(entry)
 

@@ -14,7 +14,7 @@ from retrograd.core.step import State
 from retrograd.runs import config as configs
 from retrograd.runs.certificate import Check, told
 from retrograd.runs.errors import RunError
-from retrograd.runs.files import file_digest, read_lines, read_tensors
+from retrograd.runs.files import file_digest, read_tensors
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.scores import read_scores
 from retrograd.stages.opened import Opened, recorded, refuse_other
@@ -61,8 +61,7 @@ def input_check(run: Opened) -> Check:
 
 def digests(run: Opened) -> dict[int, str]:
     """The digest of every state of the original run, by step."""
-    pairs = [line.split() for line in read_lines(run.folder / "checkpoints" / "digests.txt")]
-    return {int(step): digest for step, digest in pairs}
+    return read_digests(run.folder / "checkpoints")
 
 
 def state_checks(run: Opened) -> Iterator[Check]:
