@@ -3,7 +3,7 @@
     python bench/kills.py --kills 1000 --seed 0
 
 A run here is `retrograd magic` on a tiny model, 10 steps, evaluated on its way, with one of several layouts of what is
-kept. It is killed one to five times, then left to end. A kill is one of
+kept; or, with --run trainer, `Trainer` with an even smaller model, which takes a tenth of the time. It is killed one to five times, then left to end. A kill is one of
 
     time    after a random time
     call    at the n-th write, sync, rename or removal: before it, directly after it, or in the middle of a line
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,10 @@ from tools import machine, write_json
 
 import retrograd.stages.magic as stage
 from retrograd import cli
+from retrograd.core.optim import AdamW
+from retrograd.lm.stream import DataStream
+from retrograd.runs.replay import Replay
+from retrograd.trainer import Trainer
 
 LAYOUTS = {
     "every step": ("--replay.heartbeat", "0"),
@@ -142,13 +147,53 @@ class Disk:
         time.sleep(60)  # another thread may be in a call that ends later
 
 
-def command(world: Path, run: Path, layout: str) -> list[str]:
-    return [
+def magic(world: Path, run: Path, layout: str) -> int:
+    return cli.main([
         "magic", str(run), "--model", str(world / "model"), "--data.dataset", str(world / "train.jsonl"),
         "--query.dataset", str(world / "query.jsonl"), "--train.batch_size", "4", "--train.epochs", "2",
         "--train.lr", "1e-2", "--device", "cpu", "--evaluate.tasks", str(world / "tasks.yaml"), "--evaluate.every", "4",
         "--evaluate.keep_best", "min:prose", *LAYOUTS[layout],
-    ]  # fmt: skip
+    ])  # fmt: skip
+
+
+REPLAYS = {
+    "every step": Replay(plan="binomial", slots=2, heartbeat=0),
+    "slots on disk": Replay(memory=0, disk=1 << 30, plan="all", heartbeat=0.01),
+    "kept": Replay(memory=0, disk=1 << 30, plan="all", keep=True, heartbeat=1000),
+}
+
+
+def trainer(world: Path, run: Path, layout: str) -> int:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).double()
+
+    def loss(params: Any, batch: Any) -> torch.Tensor:
+        found = torch.func.functional_call(model, params, (batch["x"],))
+        return (found - batch["y"]).square().sum(1)
+
+    stream = DataStream({"x": torch.randn(12, 3).double(), "y": torch.randn(12, 2).double()}, 2, epochs=2)
+    trained, state = Trainer.initialize(model, AdamW(0.01, eps_root=1e-6), loss)
+    final = trained.train(state, stream, run / "checkpoints", replay=REPLAYS[layout])
+    found = trained.backward(
+        run / "checkpoints", stream, trained.evaluate(final, stream), replay=REPLAYS[layout]
+    )  # fmt: skip
+    torch.save(found.weight_grads, run / "scores.pt")
+    return 0
+
+
+class Subject(NamedTuple):
+    """What is killed: work in one of its layouts, and the files that have to come out with the same bits."""
+
+    work: Callable[[Path, Path, str], int]
+    layouts: dict[str, Any]
+    files: tuple[str, ...]
+
+
+SUBJECTS = {
+    "magic": Subject(magic, LAYOUTS, ("scores.pt", "scores.parquet", "all_scores.json", "recipe_gradients.json",
+                                      "best/model.safetensors")),
+    "trainer": Subject(trainer, REPLAYS, ("scores.pt",)),
+}  # fmt: skip
 
 
 def make_world(folder: Path) -> None:
@@ -160,21 +205,24 @@ def make_world(folder: Path) -> None:
     (folder / "tasks.yaml").write_text(f"prose: {{form: text, dataset: {folder / 'prose.jsonl'}}}\n")
 
 
-def child(arguments: list[str], kill: Kill | None, log: Path) -> int:
-    """Fork a process that runs the command; its number."""
+def child(work: Callable[[], int], kill: Kill | None, log: Path) -> int:
+    """Fork a process that does the work; its number."""
     number = os.fork()
     if number:
         return number
-    with contextlib.suppress(BaseException):
+    try:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
         disk = Disk(kill)
         disk.watch()
-        code = cli.main(arguments)
+        code = work()
         log.with_suffix(".calls").write_text(str(disk.calls))
         sys.stdout.flush()
         os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     os._exit(99)
 
 
@@ -190,22 +238,24 @@ def ended(number: int, seconds: float) -> int:
     return os.waitstatus_to_exitcode(found[1])
 
 
-def outcome(run: Path) -> dict[str, Any]:
+def outcome(run: Path, files: tuple[str, ...]) -> dict[str, Any]:
     """What has to be the same however often a run was killed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    journal = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     told = sorted((line["phase"], line["step"], json.dumps({**line, "seconds": 0}, sort_keys=True)) for line in lines)
     digests = dict(line.split() for line in (run / "checkpoints" / "digests.txt").read_text().splitlines())
     states = {path.name for path in (run / "checkpoints").glob("*.safetensors")}
     left = sorted(str(path.relative_to(run)) for path in run.rglob(".*"))
-    same = ("scores.pt", "scores.parquet", "all_scores.json", "recipe_gradients.json", "best/model.safetensors")
-    bits = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in same}
+    bits = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files}
     return {"lines": told, "digests": digests, "states": states, "left over": left, **bits}
 
 
-def differences(run: Path, alone: dict[str, Any], kept: bool) -> list[str]:
-    found = outcome(run)
-    if kept:  # a resume point may outlive its run where states are kept; none may be missing
-        found["states"] = {name for name in found["states"] if name in alone["states"]}
+def differences(run: Path, alone: dict[str, Any], files: tuple[str, ...], kept: bool) -> list[str]:
+    found = outcome(run, files)
+    last = max(alone["states"] - {"final.safetensors"}, default="")
+    if kept:  # a run that goes on does not hold the last state: the way back begins at it
+        found["states"].discard(last)
+        alone = {**alone, "states": alone["states"] - {last}}
     return [name for name in alone if found[name] != alone[name]]
 
 
@@ -217,28 +267,32 @@ class Undisturbed(NamedTuple):
     calls: int
 
 
-def undisturbed(world: Path, layout: str) -> Undisturbed:
+def undisturbed(world: Path, subject: Subject, layout: str) -> Undisturbed:
     run, log, start = world / f"alone-{layout.replace(' ', '-')}", world / "alone.log", time.monotonic()
-    code = ended(child(command(world, run, layout), None, log), PATIENCE)
+    code = ended(child(functools.partial(subject.work, world, run, layout), None, log), PATIENCE)
     if code:
         raise RuntimeError(f"the run that was left alone ended with {code}:\n{log.read_text()[-2000:]}")
-    return Undisturbed(outcome(run), time.monotonic() - start, int(log.with_suffix(".calls").read_text()))
+    return Undisturbed(
+        outcome(run, subject.files), time.monotonic() - start, int(log.with_suffix(".calls").read_text())
+    )
 
 
-def disturbed(world: Path, number: int, draw: random.Random, alone: dict[str, Undisturbed]) -> dict[str, Any]:
+def disturbed(
+    world: Path, number: int, draw: random.Random, subject: Subject, alone: dict[str, Undisturbed]
+) -> dict[str, Any]:
     """One run that is killed up to five times and then left to end."""
-    layout, run, log = draw.choice(list(LAYOUTS)), world / f"run-{number}", world / "run.log"
-    arguments, before = command(world, run, layout), alone[layout]
+    layout, run, log = draw.choice(list(alone)), world / f"run-{number}", world / "run.log"
+    work, before = functools.partial(subject.work, world, run, layout), alone[layout]
     kills: list[Kill] = []
     wanted, code = draw.randint(1, 5), -signal.SIGKILL
     while code == -signal.SIGKILL and len(kills) < wanted:
         kill = Kill.drawn(draw, before.seconds, before.calls)
-        code = ended(child(arguments, kill, log), kill.seconds if kill.kind == "time" else PATIENCE)
+        code = ended(child(work, kill, log), kill.seconds if kill.kind == "time" else PATIENCE)
         if code == -signal.SIGKILL:
             kills.append(kill)
     if code in (0, -signal.SIGKILL):  # a run that ended before its kill is asked again: it is done
-        code = ended(child(arguments, None, log), PATIENCE)
-    wrong = differences(run, before.outcome, layout == "kept") if code == 0 else [log.read_text()[-300:]]
+        code = ended(child(work, None, log), PATIENCE)
+    wrong = differences(run, before.outcome, subject.files, layout == "kept") if code == 0 else [log.read_text()[-300:]]
     if not wrong:
         shutil.rmtree(run)
     told = [f"{kill.kind} {kill.moment if kill.kind != 'time' else ''}".strip() for kill in kills]
@@ -246,20 +300,19 @@ def disturbed(world: Path, number: int, draw: random.Random, alone: dict[str, Un
             "differs": wrong}  # fmt: skip
 
 
-def kills(wanted: int, seed: int, until: float = float("inf"), say: bool = False) -> Iterator[dict[str, Any]]:
+def kills(subject: Subject, wanted: int, seed: int, until: float = float("inf")) -> Iterator[dict[str, Any]]:
     """Runs with so many kills in all, each with what differs; none begins past `until` (time.monotonic)."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         world, done = Path(place), 0
         make_world(world)
-        alone = {layout: undisturbed(world, layout) for layout in LAYOUTS}
+        alone = {layout: undisturbed(world, subject, layout) for layout in subject.layouts}
         for number in range(10 * wanted):
             if done >= wanted or time.monotonic() > until:
                 return
-            found = disturbed(world, number, random.Random(f"{seed} {number}"), alone)
+            found = disturbed(world, number, random.Random(f"{seed} {number}"), subject, alone)
             done += len(found["kills"])
-            if say:
-                print(f"{done}/{wanted} {found}" if found["differs"] else f"{done}/{wanted}", flush=True)
+            print(f"{done}/{wanted} {found}" if found["differs"] else f"{done}/{wanted}", flush=True)
             yield found
 
 
@@ -267,16 +320,17 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--run", choices=list(SUBJECTS), default="magic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--output", type=Path, default=Path("runs/kills.json"))
     given = parser.parse_args()
     start = time.monotonic()
-    runs = list(kills(given.kills, given.seed, start + given.seconds, say=True))
+    runs = list(kills(SUBJECTS[given.run], given.kills, given.seed, start + given.seconds))
     by_kind = collections.Counter(kill for run in runs for kill in run["kills"])
     wrong = [run for run in runs if run["differs"]]
     write_json(given.output, {
-        "kills": sum(by_kind.values()), "by_kind": by_kind, "runs": len(runs), "wrong": wrong, "seed": given.seed,
+        "kills": sum(by_kind.values()), "by_kind": by_kind, "runs": len(runs), "wrong": wrong, "run": given.run, "seed": given.seed,
         "seconds": round(time.monotonic() - start, 1), "machine": machine(),
     })  # fmt: skip
     print(f"{sum(by_kind.values())} kills in {len(runs)} runs, {dict(by_kind)}: {len(wrong)} runs differ or do not end")

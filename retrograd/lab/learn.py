@@ -93,7 +93,7 @@ def train_model(
     """
     place = folder / "training" / name
     # a worker of a call that was killed lives on for a second
-    with locked(place, patience=60), one_thread():
+    with locked(place, patience=60.0), one_thread():
         if (folder / "models" / name).exists():  # it has finished meanwhile
             return
         source = str(folder / "models" / "random")
