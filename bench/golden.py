@@ -29,7 +29,28 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-WORDS = "the a cat dog sat ran on mat hill sun sea red blue big small bird fish tree sings swims".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "mat",
+    "hill",
+    "sun",
+    "sea",
+    "red",
+    "blue",
+    "big",
+    "small",
+    "bird",
+    "fish",
+    "tree",
+    "sings",
+    "swims",
+]
 BASE = "--train.lr 1e-2 --train.eps_root 1e-6 --train.batch_size 4 --query.dataset {w}/query.jsonl --device cpu"
 
 RUNS: dict[str, str] = {
@@ -104,7 +125,9 @@ def hashes(world: Path) -> Iterator[tuple[str, str]]:
 
 def of_run(world: Path, name: str, family: str, flags: str) -> Iterator[tuple[str, str]]:
     run = world / "runs" / name.replace(" ", "-")
-    query = BASE.replace("--query.dataset {w}/query.jsonl", "") if "query" in flags and "reduction" not in flags else BASE
+    query = (
+        BASE.replace("--query.dataset {w}/query.jsonl", "") if "query" in flags and "reduction" not in flags else BASE
+    )
     line = f"magic {run} --model {world}/{family} --data.dataset {world}/train.jsonl {query} {flags}"
     command(line.format(w=world))
     yield f"{name}: scores", digest(run / "scores.pt")
@@ -182,7 +205,9 @@ def build(world: Path) -> None:
     write(world / "train.jsonl", [{"text": text} for text in sentences(22, 0)])
     write(world / "query.jsonl", [{"text": text} for text in sentences(3, 1)])
     draw = random.Random(2)
-    quiz = [{"question": text, "choices": draw.sample(WORDS, 4), "answer": draw.randrange(4)} for text in sentences(5, 3)]
+    quiz = [
+        {"question": text, "choices": draw.sample(WORDS, 4), "answer": draw.randrange(4)} for text in sentences(5, 3)
+    ]
     write(world / "quiz.jsonl", quiz)
     (world / "tasks.yaml").write_text(f"quiz: {{dataset: {world}/quiz.jsonl, form: letter}}\n", encoding="utf8")
     (world / "queries.yaml").write_text(

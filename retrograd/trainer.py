@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,7 @@ from retrograd.lm.stream import DataStream
 from retrograd.runs.cotangent import BackwardState, Evaluation, cotangent_of
 from retrograd.runs.counterfactual import Agreement, agreement, mean_lds, predicted, random_subset, without
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
+from retrograd.runs.lock import locked
 from retrograd.runs.replay import Replay
 from retrograd.runs.trajectory import Trajectory
 
@@ -152,8 +154,9 @@ class Trainer:
                 its vocabulary, rows beyond its context.
             RunError: If `save_dir` holds another run.
         """
-        trajectory = self._trajectory(state, self._fitting(stream), save_dir, replay, observe)
-        final = trajectory.train()
+        with _locked(save_dir):
+            trajectory = self._trajectory(state, self._fitting(stream), save_dir, replay, observe)
+            final = trajectory.train()
         self._begun, self._last = state, trajectory
         return final
 
@@ -213,11 +216,12 @@ class Trainer:
         assert trajectory is not None, "known or made"
         given = cotangent_of(query, start, stream.weights)
         trajectory.observe = observe
-        if folder:
-            trajectory.train()
         key, reached = fingerprint(given.gradient, given.moments), list[Cotangent]()
-        scores = trajectory.reverse(given.gradient, key, moments=given.moments, reached=reached.append)
-        trajectory.clean_reverse(key)
+        with _locked(folder):
+            if folder:
+                trajectory.train()
+            scores = trajectory.reverse(given.gradient, key, moments=given.moments, reached=reached.append)
+            trajectory.clean_reverse(key)
         return given.answered(reached.pop(), scores)
 
     def validate(
@@ -293,6 +297,10 @@ class Trainer:
         order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed)
         begun = (state.step, state.params, state.moments)
         return identify(self._function, data, order, stream.dtype, stream.weights, *begun, held_tensors(self.module))
+
+
+def _locked(save_dir: str | Path | None) -> AbstractContextManager[None]:
+    return nullcontext() if save_dir is None else locked(Path(save_dir))
 
 
 def _weighted(loss: Callable[[Params, Any], Tensor]) -> Objective:

@@ -22,6 +22,7 @@ from retrograd.cli import main
 from retrograd.core import tree
 from retrograd.core.optim import SGD
 from retrograd.core.step import State
+from retrograd.lm import save
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.lm.save import save_causal_lm
 from retrograd.runs import loggers
@@ -287,9 +288,9 @@ def interrupt(patch: pytest.MonkeyPatch, place: str) -> None:
     if place == "between the renames":
         renames: list[int] = []
         ends_in_best = Interrupted(
-            Path.rename, lambda self, to: to.name == "best" and not renames.append(1) and len(renames) == 4
+            save.rename, lambda new, to: to.name == "best" and not renames.append(1) and len(renames) == 4
         )
-        patch.setattr(Path, "rename", lambda self, to: ends_in_best(self, to))
+        patch.setattr(save, "rename", ends_in_best)
     elif place == "while measuring":
         measured = stage.During._measured
         stops = Interrupted(measured, lambda self, state: state.step == 4)

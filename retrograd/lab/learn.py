@@ -28,6 +28,7 @@ from retrograd.lm.save import save_causal_lm
 from retrograd.lm.stream import DataStream
 from retrograd.runs.files import file_digest
 from retrograd.runs.identity import architecture, held_tensors, identify
+from retrograd.runs.lock import locked
 from retrograd.runs.replay import Replay
 from retrograd.runs.trajectory import Trajectory
 
@@ -89,7 +90,11 @@ def train_model(
         heartbeat: Seconds between durable resume points; 0 makes one at every step.
         observe: Called with every event.
     """
-    with one_thread():
+    place = folder / "training" / name
+    # a worker of a call that was killed lives on for a second
+    with locked(place, patience=60.0), one_thread():
+        if (folder / "models" / name).exists():  # it has finished meanwhile
+            return
         source = str(folder / "models" / "random")
         lm, tokenizer = load_causal_lm(source), load_tokenizer(source)
         mixture = folder / "train" / f"{name}.jsonl"
@@ -98,7 +103,6 @@ def train_model(
         made = (lm.params, held_tensors(lm.module), architecture(lm.module))
         identity = identify(training.recipe, *made, file_digest(mixture), size)
         replay = Replay(plan="binomial", slots=1, heartbeat=heartbeat)
-        place = folder / "training" / name
         final = Trajectory(training, initial, replay, place, identity, observe).train()
         save_causal_lm(folder / "models" / name, lm.module, tokenizer, final.params)
         shutil.rmtree(place)

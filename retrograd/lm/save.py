@@ -7,7 +7,6 @@ are another way to compute the same function, so there the logits have to agree 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograd.core.optim import Params
+from retrograd.durable import remove, rename, temporary_name
 from retrograd.lm.checkpoint import load_module
 from retrograd.lm.model import trainable
 
@@ -44,19 +44,20 @@ def save_causal_lm(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    for path in (temporary, old):
-        shutil.rmtree(path, ignore_errors=True)
+    temporary, old = temporary_name(folder), temporary_name(folder)
     whole, state = _whole(module, params)
     state = whole.state_dict() if state is None else state
-    whole.save_pretrained(temporary, state_dict=dict(state))  # which it empties
-    tokenizer.save_pretrained(temporary)
-    _check_saved(folder, temporary, state)
-    more(temporary)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        whole.save_pretrained(temporary, state_dict=dict(state))  # which it empties
+        tokenizer.save_pretrained(temporary)
+        _check_saved(folder, temporary, state)
+        more(temporary)
+        if folder.exists():
+            folder.rename(old)
+        rename(temporary, folder)
+    finally:
+        remove(temporary)
+    remove(old)
 
 
 def _whole(module: nn.Module, params: Params | None) -> tuple[Any, dict[str, Any] | None]:

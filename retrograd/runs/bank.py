@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retrograd.durable import make_folder
 from retrograd.runs.errors import RunError
-from retrograd.runs.files import append_line, read_lines, write_atomic
+from retrograd.runs.files import append_line, read_lines
 
 __all__ = ["BASELINE", "Bank", "Failed", "LeftOut", "Retrained"]
 
@@ -74,9 +75,6 @@ class Bank:
         self.path = folder / f"retrains{writer}.jsonl"
         self.known: dict[str, Retrained] = {}
         self.failed: dict[str, str] = {}
-        if self.path.exists():  # a kill may have cut its last line
-            whole = "".join(f"{line}\n" for line in read_lines(self.path))
-            write_atomic(self.path, lambda temporary: temporary.write_text(whole, encoding="utf8"))
         self.read()
 
     def read(self) -> None:
@@ -102,7 +100,7 @@ class Bank:
 
     def add(self, found: Sequence[tuple[LeftOut, Retrained | Failed]], conditions: dict[str, int]) -> None:
         """Append retrainings that were done under `conditions`, in one write."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         entries = [
             {
                 "key": one.key, "name": one.name, "fraction": one.fraction, "identity": self.identity,
@@ -110,7 +108,7 @@ class Bank:
             }
             for one, retrained in found
         ]  # fmt: skip
-        append_line(self.path, "\n".join(json.dumps(entry, allow_nan=False) for entry in entries))
+        append_line(self.path, "\n".join(json.dumps(entry, allow_nan=False) for entry in entries), durable=True)
         for entry in entries:
             self._take(entry)
 

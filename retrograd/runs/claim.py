@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from retrograd.durable import foreign
 from retrograd.runs.files import file_digest, write_json
 
 __all__ = ["claim", "content", "plain"]
@@ -37,7 +38,7 @@ def claim(output: Path, settings: dict[str, Any], *, write: bool) -> None:
             lines = "\n  ".join(changed)
             raise ValueError(f"{output} holds another evaluation:\n  {lines}\nUse another folder, or delete this one.")
         settings["models"] = {**old["models"], **models}
-    elif write and output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif write and output.exists() and (not output.is_dir() or any(foreign(output))):
         raise ValueError(f"{output} exists and is no evaluation; choose another folder")
     if write:
         write_json(path, settings)

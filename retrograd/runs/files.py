@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under a temporary name, then renamed."""
+"""Files that are there whole or not at all, and logs of whole lines; `retrograd.durable` has the rules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrograd.durable import make_folder, rename, temporary_name, to_disk
 from retrograd.runs.buffers import as_bytes
 from retrograd.runs.direct import read_direct, write_direct
 from retrograd.runs.errors import RunError
@@ -25,6 +26,7 @@ __all__ = [
     "file_digest",
     "read_lines",
     "read_tensors",
+    "sync",
     "write_atomic",
     "write_json",
     "write_tensors",
@@ -39,17 +41,17 @@ _CODES = {
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it.
+    """Let `write` fill a temporary file beside `path`, then rename it; it counts from then on, whatever happens.
 
     Raises:
         RunError: If the disk is full or the file cannot be written; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     with _machine_errors(path):
         try:
+            make_folder(path.parent)
             write(temporary)
-            os.replace(temporary, path)
+            rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -73,7 +75,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that every tensor lies aligned
     flat = {name: tensor.detach().contiguous() for name, tensor in ordered}
     need = sum(tensor.numel() * tensor.element_size() for tensor in flat.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     free = shutil.disk_usage(path.parent).free
     if need > free:  # asked first: a memory-mapped write to a full disk would kill the process
         raise RunError(_full(path, need, free))
@@ -118,17 +120,44 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append a line; a kill can cut the last line only, and `read_lines` drops it."""
-    with _machine_errors(path), path.open("a", encoding="utf8") as file:
-        file.write(line + "\n")
+def append_line(path: Path, line: str, *, durable: bool = False) -> None:
+    """Append a line, after what a write that was interrupted left of another is cut off.
+
+    Args:
+        durable: Sync the file with it.
+    """
+    with _machine_errors(path), path.open("ab+", buffering=0) as file:
+        _cut_torn(file)
+        text = memoryview(f"{line}\n".encode())
+        while text:  # a disk that is almost full takes a part, and refuses the next
+            text = text[file.write(text) :]
+        if durable:
+            os.fsync(file.fileno())
+
+
+def _cut_torn(file: io.FileIO) -> None:
+    end = file.seek(0, os.SEEK_END)
+    if not end or os.pread(file.fileno(), 1, end - 1) == b"\n":
+        return
+    start, whole = end, 0
+    while start and not whole:
+        start = max(0, start - 4096)
+        whole = os.pread(file.fileno(), min(4096, end - start), start).rfind(b"\n") + 1
+    file.truncate(start + whole)
 
 
 def read_lines(path: Path) -> list[str]:
     """The complete lines of a file; none if it does not exist."""
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf8").split("\n")[:-1] if line]
+    return [line.decode(errors="replace") for line in path.read_bytes().split(b"\n")[:-1] if line]
+
+
+def sync(path: Path) -> None:
+    """Wait until what a file has grown by is on disk, if there is one."""
+    if path.exists():
+        with _machine_errors(path):
+            to_disk(path)
 
 
 def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

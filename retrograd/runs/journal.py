@@ -2,21 +2,23 @@
 
 A line per original training step (loss, lr, gradient norm, share of swallowed updates), per evaluated step (what was
 found by task), and per reversed step (cotangent norm, mean |score|, the recipe's own gradients, curvature), each once
-however often the run was killed.
+however often the run was killed. A line that was lost all the same is written again: the run goes back to before it.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from retrograd.core.optim import Optimizer, rate
-from retrograd.core.sweep import Event, Reversed, first_time
+from retrograd.core.sweep import Event, Remade, Reversed
+from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, write_atomic
 from retrograd.runs.loggers import Logger, scalars
-from retrograd.runs.trajectory import Trajectory
+from retrograd.runs.trajectory import Trajectory, first_missing
 
 __all__ = ["Journal", "mirror", "read_evaluations", "read_journal", "recipe_gradients"]
 
@@ -31,10 +33,10 @@ class Journal:
 
     def __init__(self, path: Path, optimizer: Optimizer, loggers: Sequence[Logger] = ()) -> None:
         self.path, self.lr, self.loggers = path, getattr(optimizer, "lr"), loggers  # noqa: B009
-        lines = read_lines(path)
-        self.trained = {entry["step"] for entry in map(json.loads, lines) if entry["phase"] == "train"}
-        self.evaluated = read_evaluations(path)
-        self._rewrite(lines)
+        entries = _entries(path)
+        self.evaluated = {step: entry for (phase, step), entry in entries.items() if phase == "evaluate"}
+        self.untold: set[int] = set()  # training steps that have no line and should
+        self._rewrite(entries)
         mirror(path, loggers, lambda entry: entry["phase"] != "reverse")  # of those, some may be written again
 
     def __call__(self, event: Event) -> None:
@@ -48,8 +50,8 @@ class Journal:
                 lr = rate(self.lr, event.step)
                 values |= {"sharpness": event.sharpness, "lr_times_sharpness": lr * event.sharpness}
             self._write(phase="reverse", step=event.step, **values)
-        elif event.step not in self.trained and first_time(event):
-            self.trained.add(event.step)
+        elif event.step in self.untold and not isinstance(event, Remade):
+            self.untold.remove(event.step)
             outcome = event.outcome
             values = {"loss": outcome.loss, "lr": rate(self.lr, event.step), "grad_norm": outcome.grad_norm}
             if outcome.swallowed is not None:
@@ -61,15 +63,25 @@ class Journal:
         self.evaluated[step] = {"phase": "evaluate", "step": step, **values}
         self._write(**self.evaluated[step])
 
+    def begin(self, trajectory: Trajectory) -> None:
+        """Have every training step told; a trajectory that is beyond a missing line goes back to before it."""
+        trained = {step for phase, step in _entries(self.path) if phase == "train"}
+        self.untold = set(range(trajectory.steps)) - trained
+        trajectory.back_to(first_missing(trained))
+
     def resume(self, trajectory: Trajectory, key: str = "") -> None:
-        """Drop reverse lines that the resumed sweep will write again."""
-        left = trajectory.reverse_steps_left(key)
-        lines = [line for line in read_lines(self.path) if not _again(json.loads(line), left)]
-        self._rewrite(lines)
+        """Drop reverse lines that the resumed sweep will write again; one with a line missing starts over."""
+        left, entries = trajectory.reverse_steps_left(key), _entries(self.path)
+        if any(("reverse", step) not in entries for step in range(left, trajectory.steps)):
+            trajectory.clean_reverse(key)
+            left = trajectory.steps
+        self._rewrite({(phase, n): one for (phase, n), one in entries.items() if phase != "reverse" or n >= left})
         mirror(self.path, self.loggers, lambda entry: entry["phase"] == "reverse")
 
-    def _rewrite(self, lines: list[str]) -> None:
-        write_atomic(self.path, lambda t: t.write_text("".join(f"{line}\n" for line in lines), encoding="utf8"))
+    def _rewrite(self, entries: dict[tuple[str, int], dict[str, Any]]) -> None:
+        text = "".join(f"{json.dumps(entry)}\n" for entry in entries.values())
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
+            write_atomic(self.path, lambda t: t.write_text(text, encoding="utf8"))
 
     def _write(self, **values: Any) -> None:
         append_line(self.path, json.dumps(values))
@@ -79,27 +91,34 @@ class Journal:
 
 def mirror(path: Path, loggers: Sequence[Logger], wanted: Callable[[dict], bool] = lambda entry: True) -> None:
     """Tell loggers the lines of a journal, in their order."""
-    for entry in map(json.loads, read_lines(path)) if loggers else ():
+    for entry in _entries(path).values() if loggers else ():
         if wanted(entry):
             for logger in loggers:
                 logger.log(entry["phase"], entry["step"], scalars(entry))
 
 
-def _again(entry: dict[str, Any], left: int) -> bool:
-    return entry["phase"] == "reverse" and entry["step"] < left
+def _entries(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What is told by phase and step, in the order of the file; the last of several. A broken line tells nothing."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    lines = read_lines(path)
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            found[entry["phase"], entry["step"]] = entry
+        except (ValueError, KeyError, TypeError):
+            warnings.warn(f"{path} has a broken line, which counts as lost: {line[:60]!r}", stacklevel=2)
+    return found
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of training and those of the reverse sweep, each by ascending step."""
-    entries = [json.loads(line) for line in read_lines(path)]
-    ordered = sorted(entries, key=lambda entry: entry["step"])
+    ordered = sorted(_entries(path).values(), key=lambda entry: entry["step"])
     return [e for e in ordered if e["phase"] == "train"], [e for e in ordered if e["phase"] == "reverse"]
 
 
 def read_evaluations(path: Path) -> dict[int, dict[str, Any]]:
     """The lines of evaluated steps, by step."""
-    entries = map(json.loads, read_lines(path))
-    return {entry["step"]: entry for entry in entries if entry["phase"] == "evaluate"}
+    return {step: entry for (phase, step), entry in _entries(path).items() if phase == "evaluate"}
 
 
 def recipe_gradients(rates: list[float], reverse: list[dict[str, Any]], names: list[str]) -> dict[str, Any] | None:
@@ -109,7 +128,15 @@ def recipe_gradients(rates: list[float], reverse: list[dict[str, Any]], names: l
         rates: Learning rate by step.
         reverse: Journal lines of the sweep, by step.
         names: Query names, in the order of the query axis.
+    Raises:
+        RunError: If a step of the sweep has no line.
     """
+    missing = first_missing({entry["step"] for entry in reverse})
+    if missing < len(rates):
+        raise RunError(
+            f"metrics.jsonl tells of {len(reverse)} of {len(rates)} steps of the sweep, not of step {missing}: its "
+            "line was lost while the sweep went on. Run the same command again; the sweep starts over."
+        )
     if not reverse or "lr_gradient" not in reverse[0]:
         return None
     peak, found = max(rates), {}

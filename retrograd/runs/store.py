@@ -124,8 +124,12 @@ class Store:
         if self.folder and step not in self.kept:
             self.remove(step)
 
-    def save(self, state: State, instead_of: Collection[int] = ()) -> None:
-        """Make a state durable, in a moment; the files of `instead_of` are removed once it is."""
+    def save(self, state: State, instead_of: Collection[int] = (), first: Callable[[], None] = lambda: None) -> None:
+        """Make a state durable, in a moment; the files of `instead_of` are removed once it is.
+
+        Args:
+            first: Called by the thread that writes, before the state's file gets its name.
+        """
         known = self.digests.get(state.step)
         path, old = self.path(state.step), [self.path(step) for step in instead_of]
 
@@ -133,6 +137,7 @@ class Store:
             thin = self._thinned(host)
             digest = tree.digest((thin.params, thin.moments)) if known is None else known
             metadata = {"step": str(state.step), "identity": self.identity, "digest": digest}
+            first()
             write_tensors(path, tree.named(thin), metadata)
             for file in old:
                 file.unlink(missing_ok=True)

@@ -2,13 +2,15 @@
 
 Durable are: every state file, the final state, the digests of all states, and in reverse the cotangent with the scores
 so far. After a kill the forward run goes on from the highest state file and the reverse sweep from its last durable
-cotangent, by a plan over the states that survived. The bits are the same because replay is.
+cotangent, by a plan over the states that survived. The bits are the same because replay is. In which order things are
+written, so that this holds after every kill and power failure, is said in `retrograd.durable`.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,14 @@ from retrograd.core.sweep import (
     seed_cotangent,
     sweep,
 )
+from retrograd.durable import make_folder, remove, remove_leftovers
 from retrograd.runs.errors import RunError
-from retrograd.runs.files import append_line, read_lines, read_tensors, write_tensors
+from retrograd.runs.files import append_line, read_lines, read_tensors, sync, write_tensors
 from retrograd.runs.identity import told_apart
 from retrograd.runs.replay import Replay, layout
 from retrograd.runs.store import Gradients, Store
 
-__all__ = ["Trajectory", "read_digests"]
+__all__ = ["Trajectory", "clean", "first_missing", "read_digests"]
 
 _DIGESTS, _OF = "digests.txt", "identity"  # the file, and what its first line begins with
 
@@ -52,6 +55,7 @@ class Trajectory:
         folder: For durable states; None keeps all in memory, and a kill loses the run.
         identity: Hash of what the run is made of; state files of another are refused.
         observe: Called with every event.
+        logs: Files that `observe` appends to; they are synced before a resume point that comes after.
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class Trajectory:
         folder: Path | None = None,
         identity: str = "",
         observe: Callable[[Event], None] = lambda event: None,
+        logs: Sequence[Path] = (),
     ) -> None:
         self.training, self.initial, self.folder, self.observe = training, initial, folder, observe
+        self.logs = logs
         self.replay = replay or Replay()
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
         self.start, self.steps = initial.step, len(training.stream)
         sizes = (tree.nbytes(initial), tree.nbytes(initial.params))
         elementwise = isinstance(training.recipe.optimizer, ELEMENTWISE)
@@ -85,10 +91,11 @@ class Trajectory:
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
         self._refuse_other()
-        if self.folder and (self.folder / "final.safetensors").exists():
+        if self.folder and self._final_path.exists():
             self._keep(self.store.durable() if self.replay.keep else ())
             self._final = self._read_final()
             return self._final
+        self.back_to(first_missing(self.ledger.digests, start=self.start + 1) - 1)
         actions = self._forward_plan()
         turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
         state, final = self.initial, None
@@ -156,10 +163,13 @@ class Trajectory:
         for event in events:
             if isinstance(event, Reversed):
                 accumulate(scores, event)
-                self._reverse_heartbeat(event, scores, key)
                 if event.step == self.start:
                     reached(event.cotangent)
+            elif isinstance(event, Advanced) and not event.replayed:
+                self._record(event.outcome.state)  # its line was lost
             self.observe(event)
+            if isinstance(event, Reversed):
+                self._reverse_heartbeat(event, scores, key)
             del event  # or its cotangent would outlast the next step
         return scores
 
@@ -169,6 +179,18 @@ class Trajectory:
         left = int(read_tensors(path)[1]["step"]) if path is not None and path.exists() else self.steps
         return left - self.start
 
+    def back_to(self, step: int) -> None:
+        """Remove what is durable of later states, the final one first: what is told of them has been lost."""
+        if self.folder is None or step >= self.steps:
+            return
+        self._final_path.unlink(missing_ok=True)
+        for later in self.store.durable():
+            if later > step:
+                self.store.remove(later)
+        for later in self.gradients.store.durable():
+            if later > step:
+                self.gradients.drop(later - 1)
+
     def clean(self, key: str = "") -> None:
         """Remove what only a resume would need; the final state stays, and the forward states if they are kept."""
         if self.folder is None:
@@ -177,9 +199,7 @@ class Trajectory:
             if not self.replay.keep:
                 self.store.remove(step)
         self.gradients.clean(self.replay.keep)
-        for name in ("state", "gradient"):
-            for file in self.folder.glob(f".{name}-*.tmp"):  # a kill came while it was written
-                file.unlink()
+        remove_leftovers(self.folder)
         self.clean_reverse(key)
 
     def clean_reverse(self, key: str = "") -> None:
@@ -239,7 +259,10 @@ class Trajectory:
         if self.gradients.keeps:
             in_memory = min(in_memory, self.layout.cost.slots)  # the rest is theirs
         free = max(0, min(in_memory, steps - self.start) - 1)
-        self.store.on_disk = 0
+        keeps = turn and self.replay.keep
+        if keeps:  # what is held goes to disk, and stays there
+            free = max(0, self.layout.cost.slots - len(held))
+        self.store.on_disk = self.steps if keeps else 0
         self.store.held = set(held)
         self.gradients.find()
         actions = plans.resumed(steps - self.start, [t - self.start for t in held], free, turn=turn)
@@ -264,6 +287,17 @@ class Trajectory:
         if found != self.store.identity:
             raise RunError(f"{self.folder} {told_apart(found, self.store.identity)}.")
 
+    def _sync_logs(self) -> None:
+        """What is told of the steps before a resume point is on disk before it."""
+        assert self.folder is not None, "only a trajectory with a folder has files"
+        for path in (self.folder / _DIGESTS, *self.logs):
+            sync(path)
+
+    @property
+    def _final_path(self) -> Path:
+        assert self.folder is not None, "only a trajectory with a folder has files"
+        return self.folder / "final.safetensors"
+
     def _due(self) -> bool:
         if self.folder is None or time.monotonic() - self._beat < self.replay.heartbeat:
             return False
@@ -274,7 +308,7 @@ class Trajectory:
         """Make the state durable; of these resume points only the last is kept."""
         if not self._due() or self.store.has(state.step):
             return
-        self.store.save(state, instead_of=self._extra - set(self.store.held))
+        self.store.save(state, self._extra - set(self.store.held), first=self._sync_logs)
         self._extra = {state.step}
 
     def _reverse_heartbeat(self, event: Reversed, scores: Tensor, key: str) -> None:
@@ -286,6 +320,7 @@ class Trajectory:
         metadata = {
             "step": str(event.step), "identity": self.store.identity, "digest": digest, "query": self._query,
         }  # fmt: skip
+        self._sync_logs()
         write_tensors(path, tensors, metadata)
         if not self.replay.keep:
             for step in self.store.durable():
@@ -318,11 +353,11 @@ class Trajectory:
         if self.folder:
             digest = self.ledger.digests[final.step]
             metadata = {"step": str(final.step), "identity": self.store.identity, "digest": digest}
-            write_tensors(self.folder / "final.safetensors", tree.named(final), metadata)
+            self._sync_logs()
+            write_tensors(self._final_path, tree.named(final), metadata)
 
     def _read_final(self) -> State:
-        assert self.folder is not None, "only a trajectory with a folder has files"
-        path = self.folder / "final.safetensors"
+        path = self._final_path
         tensors, metadata = read_tensors(path)
         if metadata.get("identity") != self.store.identity:
             raise RunError(f"{path} {told_apart(metadata.get('identity'), self.store.identity)}.")
@@ -332,7 +367,28 @@ class Trajectory:
         return state
 
 
+def clean(folder: Path, *, keep: bool = False) -> None:
+    """Remove from a finished trajectory's folder what only a resume would need; states and gradients unless kept."""
+    for pattern in () if keep else ("state-*.safetensors", "gradient-*.safetensors"):
+        for path in folder.glob(pattern):
+            remove(path)
+    remove(folder / "reverse.safetensors")
+
+
 def read_digests(folder: Path) -> dict[int, str]:
-    """Digests of a run's states by step."""
-    pairs = [line.split(" ") for line in read_lines(folder / _DIGESTS)]
-    return {int(step): digest for step, digest in pairs if step != _OF}
+    """Digests of states by step; a line that is not whole tells nothing."""
+    width, found = len(tree.digest(())), {}
+    for line in read_lines(folder / _DIGESTS):
+        match line.split(" "):
+            case [step, digest] if step.isdecimal() and len(digest) == width:
+                found[int(step)] = digest
+    return found
+
+
+def first_missing(steps: Container[int], start: int = 0) -> int:
+    """The lowest number from `start` on that is not among `steps`.
+
+    >>> first_missing({0, 1, 3})
+    2
+    """
+    return next(step for step in itertools.count(start) if step not in steps)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from retrograd.core.optim import rate
 from retrograd.core.step import State
 from retrograd.core.sweep import Event
 from retrograd.lm.query import Queries
@@ -65,7 +66,9 @@ def write_results(
     names = [column.name for one in asked for column in one.columns]
     train, _ = read_journal(run / "metrics.jsonl")
     _, reverse = read_journal(folder / "metrics.jsonl")
-    gradients = recipe_gradients([entry["lr"] for entry in train], reverse, names)
+    lr = getattr(loaded.training.recipe.optimizer, "lr")  # noqa: B009
+    rates = [rate(lr, step) for step in range(len(loaded.stream))]
+    gradients = recipe_gradients(rates, reverse, names)
     if gradients is not None:
         write_json(folder / "recipe_gradients.json", gradients)
     findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]

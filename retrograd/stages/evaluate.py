@@ -18,12 +18,14 @@ import torch
 from rich.console import Console
 
 from retrograd.core import tree
+from retrograd.durable import LOCK
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.runs.claim import claim, content, plain
 from retrograd.runs.commands import EvaluateConfig
 from retrograd.runs.errors import RunError
 from retrograd.runs.examined import failed_path, measured_path
 from retrograd.runs.files import write_atomic, write_json
+from retrograd.runs.lock import locked
 from retrograd.stages.assemble import find_device
 from retrograd.stages.backends import Backend, find_backend
 from retrograd.stages.evaluated import show
@@ -53,6 +55,12 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
     console = console or Console()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     plan = _planned(config)
+    name = f"{LOCK}-rank{rank}" if rank else LOCK  # rank 0 keeps other calls out, for all
+    with locked(config.output, name, tidy=ranks == 1):
+        return _evaluate(config, plan, rank, ranks, console)
+
+
+def _evaluate(config: EvaluateConfig, plan: _Plan, rank: int, ranks: int, console: Console) -> int:
     models = {name: {"source": source, "content": content(source)} for name, source in plan.models.items()}
     settings = {"dtype": config.dtype, "tokenizer": config.tokenizer, **plan.backend.settings(), "models": models}
     claim(config.output, settings, write=rank == 0)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retrograd.core.sweep import Event, Remade, Reversed, Turned
+from retrograd.durable import foreign
 from retrograd.lab.files import MIXTURES, changed_files, describe_files, make_files, make_words, write_files
 from retrograd.lab.harness import write_harness
 from retrograd.lab.learn import Size, one_thread, save_random, steps_of, train_model
@@ -28,6 +29,7 @@ from retrograd.lab.score import score_model
 from retrograd.lab.world import make_world
 from retrograd.runs.commands import LabConfig
 from retrograd.runs.files import file_digest, write_atomic, write_json
+from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest, environment
 from retrograd.runs.progress import Bars
 
@@ -48,6 +50,11 @@ def lab(config: LabConfig, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     _check(config)
+    with locked(config.dir):
+        return _lab(config, console)
+
+
+def _lab(config: LabConfig, console: Console) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_THE_LAB}
     found = _known(config.dir, settings)
     if "scores" in found:
@@ -87,7 +94,7 @@ def _check(config: LabConfig) -> None:
 def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """What lab.json says already; nothing for a new folder."""
     if not (folder / "lab.json").exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(foreign(folder))):
             raise ValueError(f"{folder} exists and is no lab; choose another folder")
         return {}
     found = json.loads((folder / "lab.json").read_text(encoding="utf8"))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
+from pathlib import Path
 
 import torch
 import yaml
 from rich.console import Console
 
+from retrograd.durable import foreign, remove
 from retrograd.lm.engines import Choice
 from retrograd.runs import config as configs
 from retrograd.runs.config import MagicConfig
 from retrograd.runs.during import DuringConfig
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.journal import Journal, mirror, read_evaluations
+from retrograd.runs.lock import locked
 from retrograd.runs.loggers import check_loggers, open_loggers
 from retrograd.runs.machine import settled
 from retrograd.runs.manifest import SIGN, Manifest, environment
 from retrograd.runs.progress import Bars
-from retrograd.runs.trajectory import Trajectory
+from retrograd.runs.trajectory import Trajectory, clean
 from retrograd.stages.assemble import Loaded, assemble
 from retrograd.stages.attribute import Outcome, all_of, ask, stored, summarise, write_results
 from retrograd.stages.curve import show_evaluations
@@ -36,26 +38,33 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         config: The resolved configuration.
         console: Where the summary goes; standard output when None.
     Raises:
-        ValueError: For anything the user can mend; nothing has been changed then.
+        ValueError: For anything the user can mend, another process in the folder too; nothing has been changed then.
         RunError: For a failure of the machine; the same call resumes.
     """
     console = console or Console()
     configs.check(config)
     check_loggers(config.log)
-    _check_folder(config)
+    _check_folder(config)  # before anything is made there
+    with locked(config.run):
+        _check_folder(config)
+        return _magic(config, console)
+
+
+def _magic(config: MagicConfig, console: Console) -> Outcome:
     if config.compile:
         console.print("compiling the layers: minutes for the first time, seconds when torch's cache knows them")
     loaded = assemble(config)
     done = not config.overwrite and Manifest(config.run / "manifest.json").done("scores")
     prepared = prepare_during(DuringConfig() if done else config.evaluate, loaded.model, loaded.tokenizer)
     if config.overwrite:
-        shutil.rmtree(config.run, ignore_errors=True)  # only now that the new run is known to be sound
+        _empty(config.run)  # only now that the new run is known to be sound
     manifest = Manifest(config.run / "manifest.json")
     set_threads(manifest)
     refuse_other(config.run, manifest, loaded)
     if done:
         console.print(f"{config.run} is done; these are its scores. Use --overwrite to compute them again.")
         _told_again(config, console)
+        clean(config.run / "checkpoints", keep=config.replay.keep)  # a kill may have left something
         return summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
     _begin(config, manifest, loaded)
     _told_engine(loaded.engine, console)
@@ -66,8 +75,9 @@ def magic(config: MagicConfig, console: Console | None = None) -> Outcome:
         during = During(prepared, len(loaded.stream), config.run, journal, manifest, bars)
         trajectory = Trajectory(
             loaded.training, loaded.initial, replay_of(config), config.run / "checkpoints", loaded.identity,
-            all_of(bars, journal, during),
+            all_of(bars, during, journal), logs=[journal.path],
         )  # fmt: skip
+        journal.begin(trajectory)
         manifest.update(replay=describe(trajectory))
         with manifest.phase("train"), during:
             during.at(loaded.initial)
@@ -112,7 +122,7 @@ def _check_folder(config: MagicConfig) -> None:
     """Refuse a folder that holds another run, with the difference, before anything is loaded."""
     stored = config.run / "run_config.yaml"
     if not stored.exists():
-        if config.run.exists() and (not config.run.is_dir() or {p.name for p in config.run.iterdir()} - _OTHERS):
+        if config.run.exists() and (not config.run.is_dir() or set(foreign(config.run)) - _OTHERS):
             raise ValueError(f"{config.run} exists and is no run of retrograd; choose another folder")
         return
     if config.overwrite:
@@ -127,9 +137,16 @@ def _check_folder(config: MagicConfig) -> None:
         )
 
 
+def _empty(run: Path) -> None:
+    """Remove a run so that a kill meanwhile leaves one that is not done, and can be started afresh again."""
+    remove(run / "manifest.json")
+    for name in set(foreign(run)) - {"run_config.yaml"}:
+        remove(run / name)
+    remove(run / "run_config.yaml")
+
+
 def _begin(config: MagicConfig, manifest: Manifest, loaded: Loaded) -> None:
     """Write what the run is before its first step."""
-    config.run.mkdir(parents=True, exist_ok=True)
     values = yaml.safe_dump(configs.to_dict(config), sort_keys=False)
     write_atomic(config.run / "run_config.yaml", lambda temporary: temporary.write_text(values, encoding="utf8"))
     rows = loaded.rows

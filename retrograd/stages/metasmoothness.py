@@ -19,6 +19,7 @@ from retrograd.runs.commands import MetasmoothnessConfig
 from retrograd.runs.config import TrainConfig
 from retrograd.runs.files import write_json
 from retrograd.runs.identity import fingerprint, identify
+from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
 from retrograd.runs.replay import Replay
@@ -49,6 +50,19 @@ def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None)
     configs.check(config)
     if not config.h > 0:
         raise ValueError(f"--h is {config.h}; it has to be above 0, such as 0.1")
+    with locked(config.run):
+        found = _found(config)
+    console.print(f"Metasmoothness {found.value:.3f}: {found.verdict}")
+    for lever in found.levers:
+        console.print(f"  {lever}", highlight=False)
+    console.print(
+        "Necessary for scores to predict retraining, not sufficient: `retrograd validate` tells.", style="dim"
+    )
+    return found
+
+
+def _found(config: MetasmoothnessConfig) -> Smoothness:
+    """From the file, or measured."""
     manifest = Manifest(config.run / "manifest.json")
     set_threads(manifest)
     loaded = assemble(config)
@@ -61,14 +75,7 @@ def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None)
         value = smoothness(*_finals(config, loaded, manifest, folder / key))
         write_json(path, {**_judge(value, config.train)._asdict(), "h": config.h, "seed": config.noise_seed})
         shutil.rmtree(folder / key, ignore_errors=True)
-    found = _judge(value, config.train)
-    console.print(f"Metasmoothness {found.value:.3f}: {found.verdict}")
-    for lever in found.levers:
-        console.print(f"  {lever}", highlight=False)
-    console.print(
-        "Necessary for scores to predict retraining, not sufficient: `retrograd validate` tells.", style="dim"
-    )
-    return found
+    return _judge(value, config.train)
 
 
 def _finals(config: MetasmoothnessConfig, loaded: Loaded, manifest: Manifest, folder: Path) -> list[Params]:

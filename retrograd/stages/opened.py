@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from retrograd.core.sweep import Event
 from retrograd.runs import config as configs
 from retrograd.runs.config import MagicConfig, QueryConfig
 from retrograd.runs.identity import EDITION, told_apart
+from retrograd.runs.lock import locked
 from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.parse import build, parse_size, read_yaml
@@ -26,6 +28,7 @@ __all__ = [
     "added_queries",
     "describe",
     "finished",
+    "holding",
     "load_run",
     "open_run",
     "recorded",
@@ -45,11 +48,13 @@ class Opened(NamedTuple):
     manifest: Manifest
     loaded: Loaded
 
-    def trajectory(self, observe: Callable[[Event], None] = lambda event: None) -> Trajectory:
-        """Its trajectory, to read states from or to reverse again."""
+    def trajectory(
+        self, observe: Callable[[Event], None] = lambda event: None, logs: Sequence[Path] = ()
+    ) -> Trajectory:
+        """Its trajectory, to read states from or to reverse again; `logs` is what `observe` appends to."""
         return Trajectory(
             self.loaded.training, self.loaded.initial, replay_of(self.config), self.folder / "checkpoints",
-            self.loaded.identity, observe,
+            self.loaded.identity, observe, logs,
         )  # fmt: skip
 
 
@@ -135,6 +140,18 @@ def finished(folder: Path) -> tuple[MagicConfig, Manifest]:
     if not manifest.done("scores"):
         raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
     return dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder), manifest
+
+
+@contextmanager
+def holding(folder: Path, *, shared: bool = False) -> Iterator[tuple[MagicConfig, Manifest]]:
+    """Configuration and manifest of a finished run, locked meanwhile.
+
+    Raises:
+        ValueError: If there is none in the folder, or another process works on it.
+    """
+    finished(folder)  # before anything is made there
+    with locked(folder, shared=shared):
+        yield finished(folder)
 
 
 def added_queries(folder: Path) -> dict[str, QueryConfig]:

@@ -14,7 +14,7 @@ from retrograd.runs.identity import fingerprint
 from retrograd.runs.journal import Journal
 from retrograd.runs.progress import Bars
 from retrograd.stages.attribute import Outcome, all_of, ask, stored, summarise, write_results
-from retrograd.stages.opened import Opened, open_run, recorded
+from retrograd.stages.opened import Opened, holding, open_run, recorded
 
 __all__ = ["query"]
 
@@ -29,6 +29,11 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
     """
     console = console or Console()
     wanted = _wanted(config)
+    with holding(config.run):
+        return _query(config, wanted, console)
+
+
+def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Console) -> Outcome:
     run = open_run(config.run, wanted, trust_code=config.trust_code)
     asked = [one for one in run.loaded.asked if one.name in wanted]
     key = fingerprint(*(one.digest for one in asked))
@@ -46,7 +51,7 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
         return summarise(stored(config.run, folder, run.loaded, asked), run.loaded, asked, console)
     with Bars(len(run.loaded.stream)) as bars:
         journal = Journal(folder / "metrics.jsonl", run.loaded.training.recipe.optimizer)
-        trajectory = run.trajectory(all_of(bars, journal))
+        trajectory = run.trajectory(all_of(bars, journal), logs=[journal.path])
         final = trajectory.train()
         with run.manifest.phase(f"query {label}"):
             values, *gradient = ask(config.run, run.loaded, asked, final)

@@ -11,16 +11,20 @@ import torch
 from rich.console import Console
 
 from retrograd.core.ensemble import check_objective
+from retrograd.durable import LOCK
 from retrograd.runs.bank import Bank, LeftOut, Retrained
 from retrograd.runs.commands import ValidateConfig
+from retrograd.runs.config import MagicConfig
 from retrograd.runs.counterfactual import predicted, random_subset
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors
+from retrograd.runs.lock import locked
+from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
 from retrograd.runs.scores import doc_ids, per_document
 from retrograd.stages.agree import Compared, Validation, show, validation, write_validation
 from retrograd.stages.evidence import stored_scores
-from retrograd.stages.opened import Opened, finished, open_run
+from retrograd.stages.opened import Opened, holding, open_run
 from retrograd.stages.retrain import NOTHING, Conditions, conditions_of, retrain_all
 
 __all__ = ["validate"]
@@ -40,15 +44,22 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-    magic_config, manifest = finished(config.run)
+    part = _part(config, rank, ranks)
+    with holding(config.run, shared=True) as run, locked(config.run / "validation", f"{LOCK}{part}", tidy=False):
+        return _validate(config, *run, rank, ranks, console)
+
+
+def _validate(
+    config: ValidateConfig, settings: MagicConfig, manifest: Manifest, rank: int, ranks: int, console: Console
+) -> Validation | None:
     number = config.subsets * len(config.fraction)
-    conditions = conditions_of(magic_config, manifest, number, config.workers, config.together)
+    conditions = conditions_of(settings, manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
     conditions = _stackable(run, conditions, config, console)
     scores = stored_scores(run)
     wanted = _wanted(config, run, scores)
     mine = [one for one in wanted if _is_mine(one, config)]
-    bank = _bank(config, run, f"-rank{rank}" if ranks > 1 else "")
+    bank = _bank(config, run, _part(config, rank, ranks))
     _carry_out(run, mine[rank::ranks], bank, conditions, console)
     if rank:
         return None
@@ -159,13 +170,16 @@ def _from_file(path: Path, units: dict[int, np.ndarray]) -> list[LeftOut]:
     return [_set(f"set-{number}", chosen, units) for number, chosen in enumerate(sets)]
 
 
-def _bank(config: ValidateConfig, run: Opened, writer: str) -> Bank:
+def _part(config: ValidateConfig, rank: int, ranks: int) -> str:
+    """What ends the name of this process's own file of the bank, and of its lock: no two may append to one file."""
     sliced = config.start or config.stop is not None
     part = f"-{config.start}-{config.stop if config.stop is not None else config.subsets}" if sliced else ""
+    return f"{part}-rank{rank}" if ranks > 1 else part
+
+
+def _bank(config: ValidateConfig, run: Opened, part: str) -> Bank:
     queries = {one.name: one.digest for one in run.loaded.asked}
-    return Bank(
-        config.run / "validation", run.loaded.identity, queries, run.loaded.queries.names, f"{part}{writer}"
-    )  # fmt: skip
+    return Bank(config.run / "validation", run.loaded.identity, queries, run.loaded.queries.names, part)
 
 
 def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, console: Console) -> Conditions:

@@ -41,7 +41,7 @@ from retrograd.stages.evidence import (
     state_checks,
     stored_scores,
 )
-from retrograd.stages.opened import Opened, finished, load_run, refuse_stored_code, with_queries
+from retrograd.stages.opened import Opened, holding, load_run, refuse_stored_code, with_queries
 
 __all__ = ["verify"]
 
@@ -64,7 +64,11 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
     console, start = console or Console(), time.monotonic()
     if min(config.steps, config.directions) < 0:
         raise ValueError(f"--steps {config.steps} and --directions {config.directions} have to be 0 or more")
-    settings, manifest = finished(config.run)
+    with holding(config.run, shared=True) as run:
+        return _verify(config, *run, console, start)
+
+
+def _verify(config: VerifyConfig, settings: MagicConfig, manifest: Manifest, console: Console, start: float) -> int:
     refuse_stored_code(settings, config.trust_code)
     checks = list(_checks(config, settings, manifest))
     verdict, absent = certified(checks), missing(checks)
