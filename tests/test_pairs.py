@@ -139,6 +139,14 @@ def test_retain_rows_may_be_left_out() -> None:
     assert pairs[0].inputs["side"].tolist() == [FORGET_SIDE] * 2
 
 
+def test_weights_may_be_wider_than_the_rows() -> None:
+    wide = stream(weights=torch.arange(8 * 9, dtype=torch.float64).view(8, 9))
+    batch = wide[0]
+    found = wide.weights.flatten()[batch.index]
+    expected = torch.stack([wide.weights[row, : batch.index.shape[1]] for row in wide.rows_at(0)])
+    assert torch.equal(found, expected)
+
+
 def test_the_weights_of_a_side_are_cut_out_of_all() -> None:
     pairs = stream()
     pairs = stream(weights=torch.arange(pairs.weights.numel(), dtype=torch.float64).view_as(pairs.weights))
@@ -152,7 +160,9 @@ def test_the_weights_of_a_side_are_cut_out_of_all() -> None:
         ({"forget_batch": 0}, "forget_batch is 0; it has to be at least 1"),
         ({"epochs": 0}, "epochs is 0"),
         ({"horizon": 0}, "horizon is 0; progress needs at least 1 step"),
-        ({"weights": torch.ones(5, 6).double()}, r"weights of shape \(5, 6\) do not fit: .*\(8, 6\)"),
+        ({"weights": torch.ones(5, 6).double()}, r"weights of shape \(5, 6\) do not fit: .*\(8, L\)"),
+        ({"weights": torch.ones(8).double()}, r"weights of shape \(8,\) do not fit"),
+        ({"weights": torch.ones(8, 4).double()}, r"weights of shape \(8, 4\) do not fit: .* at least 6"),
         ({"weights": torch.full((8, 6), torch.nan).double()}, "48 of 48 data weights are NaN"),
     ],
 )

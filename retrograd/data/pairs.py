@@ -57,7 +57,7 @@ class PairStream:
         shuffle: Visit rows in a new random order in each pass, or as given.
         seed: Of that order; the retain side draws from seed + 1,000,003.
         horizon: Steps until p_k is 1; those of the stream if not given.
-        weights: Data weights [N, L]; ones if not given.
+        weights: Data weights [N, L], L at least the longest row; ones if not given.
         dtype: Of the weights and of the loss coefficients.
         device: Where batches go.
     Raises:
@@ -102,7 +102,10 @@ class PairStream:
         self.batches = (forget_batch, retain_batch if retain is not None else 0, forget_batch if alternatives else 0)
         self.epochs, self.shuffle, self.seed = epochs, shuffle, seed
         self.dtype, self.device, self.per_token = dtype, device, True
+        # columns beyond the longest row are no token's
         shape = (len(self.rows), self.rows.max_length)
+        if weights is not None and weights.ndim == 2:
+            shape = (int(weights.shape[0]), int(weights.shape[1]))
         checked = DataStream(
             self.rows, self.batch_size, weight_shape=shape, weights=weights, dtype=dtype, device=device
         )
