@@ -148,11 +148,12 @@ def _write(arms: Arms, forget: Scored, record: dict[str, Any]) -> None:
     if config.original:
         write_original(out / "original", forget.values, config.original, data.places)
     arm, known = arms.arm(), dict[str, dict[str, Any]]()
+    about = {name: value for name, value in record.items() if name != "analysis"}
     with counting("controls", len(arms.controls), "controls") as tick:
         for one in arms.each_control():
             same = float((arm.weights == one.weights).double().mean())
             known[one.name] = {**counted(one.weights, one.kept), "same_as_arm": same}
-            said = {**record, "control": one.control, "seed": one.seed, "counts": known[one.name]}
+            said = {**about, "control": one.control, "seed": one.seed, "counts": known[one.name]}
             files.write(out / "controls" / one.name, one.weights, one.kept, data.places, said)
             tick(int(one.last), note=one.name)
     if arm.kept is not None:

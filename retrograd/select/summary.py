@@ -90,5 +90,6 @@ def _show_analysis(found: dict[str, Any], console: Console) -> None:
     if count:
         first = ", ".join(map(str, documents["purely_forget"][:12]))
         console.print(f"These documents: {first}{' …' if count > 12 else ''}")
-    console.print(Text(f"Selecting tokens is {found['verdict']['tokens']}"))
+    items = "tokens" if found["items"] == "real tokens" else "documents by their scores"
+    console.print(Text(f"Selecting {items} is {found['verdict']['tokens']}"))
     console.print(Text(f"Selecting documents is {found['verdict']['documents']}"))
