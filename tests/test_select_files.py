@@ -16,7 +16,7 @@ from torch import tensor
 
 from retrograd.lm.stream import token_rows
 from retrograd.select import weights as files
-from retrograd.select.analysis import Answer, analyse, correlations, verdict
+from retrograd.select.analysis import Answer, analyse, spearman_of, verdict
 from retrograd.select.files import Stated, file_scores, to_prediction, to_target, write_original
 from retrograd.select.places import places_of
 from retrograd.settings.select import FeasibleConfig
@@ -24,14 +24,12 @@ from retrograd.settings.select import FeasibleConfig
 # ---------------------------------------------------------------- analysis
 
 
-def test_correlations_under_multiplicities_are_those_of_the_repeated_data() -> None:
+def test_spearman_under_multiplicities_is_that_of_the_repeated_data() -> None:
     draw = np.random.default_rng(0)
     tau, mu = draw.integers(-3, 4, 50).astype(float), draw.normal(size=50).round(1)
     counts = draw.integers(0, 4, 50).astype(float)
     a, b = (np.repeat(values, counts.astype(int)) for values in (tau, mu))
-    pearson, spearman = correlations(tau, mu, counts)
-    assert pearson == pytest.approx(stats.pearsonr(a, b).statistic, abs=1e-12)
-    assert spearman == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+    assert spearman_of(tau, mu)(counts) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
 
 
 def test_analysis_by_hand() -> None:
@@ -50,6 +48,8 @@ def test_analysis_by_hand() -> None:
     # Σp = 7 3 0 0, median 1.5; Σg = 1 9 0 1, median 1
     assert found["documents"]["purely_forget"] == [0]
     assert found["documents"]["net_proponent_and_not"] == 0 + (0 - 1 >= 0) + (5 - 9 >= 0)
+    assert found["verdict"]["tokens"].startswith("undecided")
+    assert "The intervals are of 4 rows, too few" in found["verdict"]["tokens"]
     for name in ("pearson", "spearman", "purely_forget", "magnitude_ratio"):
         assert found[name]["low"] <= found[name]["value"] <= found[name]["high"], name
 

@@ -300,6 +300,8 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         "need a trained model, and .* is a file",
     ),
     "not finite": (("--scores", "W/nan.pt", "--rows", "W/tokens", "--sign", "negative"), "2 of 13 scores of .* NaN"),
+    "no rows": (("--scores", "W/nan.pt", "--rows", "W/queries.yaml"), "names settings that do not exist"),
+    "half of rows": (("--scores", "W/nan.pt", "--rows", "W/half.yaml"), r"has to name `model` and `data: {dataset: …}`"),
     "no model": (("--scores", "W/nan.pt", "--rows", "W/bad.yaml"), "cannot load a tokenizer"),
 }  # fmt: skip
 
@@ -310,10 +312,23 @@ def test_bad_input(world: Path, tmp_path: Path, case: str) -> None:
         0, tensor([5]), float("nan")), world / "nan.pt")  # fmt: skip
     settings = yaml.safe_load((world / "tokens/run_config.yaml").read_text())
     (world / "bad.yaml").write_text(yaml.safe_dump({"model": str(world / "nothing.d"), "data": settings["data"]}))
+    (world / "half.yaml").write_text(yaml.safe_dump({"model": str(world / MODEL)}))
     arguments, told = BAD[case]
     with pytest.raises(ValueError, match=told):
         refuse("select", str(tmp_path / "out"), *(one.replace("W/", f"{world}/") for one in arguments))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_call_left_is_written_again(world: Path, tmp_path: Path) -> None:
+    arguments = ("tokens:go", "--controls", "random_count", "--seeds", "2", "--original", "target")
+    assert call(world, tmp_path / "whole", *arguments) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut/info.json").unlink()  # it comes last
+    (tmp_path / "cut/controls/random_count-0/weights.safetensors").write_bytes(b"half")
+    (tmp_path / "cut/.weights.safetensors.tmp").write_bytes(b"half")
+    assert call(world, tmp_path / "cut", *arguments) == 0
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
 
 
 def test_folders_that_hold_something_else(world: Path, tmp_path: Path) -> None:

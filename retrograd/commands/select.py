@@ -75,7 +75,7 @@ def _done(out: Path, settings: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     if not (out / "info.json").exists():
-        if not out.is_dir() or {path.name for path in out.iterdir()} - _OURS:
+        if not out.is_dir() or {path.name for path in out.iterdir() if path.suffix != ".tmp"} - _OURS:
             raise ValueError(f"{out} exists and is no selection; choose another folder")
         return False
     found = files.info(out)
@@ -151,7 +151,7 @@ def _write(arms: Arms, forget: Scored, record: dict[str, Any]) -> None:
     about = {name: value for name, value in record.items() if name != "analysis"}
     with counting("controls", len(arms.controls), "controls") as tick:
         for one in arms.each_control():
-            same = float((arm.weights == one.weights).double().mean())
+            same = float((arm.weights == one.weights)[arm.weights != 0].double().mean())
             known[one.name] = {**counted(one.weights, one.kept), "same_as_arm": same}
             said = {**about, "control": one.control, "seed": one.seed, "counts": known[one.name]}
             files.write(out / "controls" / one.name, one.weights, one.kept, data.places, said)

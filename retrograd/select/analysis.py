@@ -12,6 +12,8 @@ documents, documents take the place of tokens.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,10 @@ from retrograd.runs.progress import counting
 from retrograd.select.places import Places
 from retrograd.settings.select import FeasibleConfig
 
-__all__ = ["Answer", "analyse", "correlations", "verdict"]
+__all__ = ["Answer", "analyse", "spearman_of", "verdict"]
+
+
+FEWEST = 10  # rows from which an interval by drawing them again is one
 
 
 class Answer(NamedTuple):
@@ -66,21 +71,25 @@ def analyse(
     found = _bootstrap(tau, mu, pure, rows, settings.resamples, seed)
     pearson, spearman, share, ratio = (Answer(*three) for three in found)
     documents = _documents(places, tau, mu, settings, alpha)
-    within = (1 / settings.ratio, settings.ratio)
     answers: dict[str, Answer] = {
         "pearson": pearson,
         "spearman": _held(spearman, settings.correlation, below=True),
         "purely_forget": _held(share, settings.share, below=False),
-        "magnitude_ratio": ratio._replace(threshold=settings.ratio, holds=_inside(ratio, *within)),
+        "magnitude_ratio": ratio._replace(threshold=settings.ratio, holds=_within(ratio, settings.ratio)),
     }
+    few = len(np.unique(rows)) < FEWEST
+    if few:
+        answers = {name: answer._replace(holds=None) for name, answer in answers.items()}
+    said = verdict(answers, documents)
+    if few:
+        said["tokens"] += f" The intervals are of {len(np.unique(rows))} rows, too few to decide anything."
     return {
         "items": "real tokens" if by_token else "documents", "count": len(tau),
         **{name: answer._asdict() for name, answer in answers.items()},
         "thresholds": {"p_above": thresholds[0], "g_at_most": thresholds[1],
                        "forget_quantile": settings.forget_quantile, "retain_quantile": settings.retain_quantile},
         "independent_share": float((p > thresholds[0]).mean() * (g <= thresholds[1]).mean()),
-        "proponent_and_not": float(((tau < 0) & (mu >= 0)).mean()),
-        "documents": documents, "verdict": verdict(answers, documents),
+        "proponent_and_not": float(((tau < 0) & (mu >= 0)).mean()), "documents": documents, "verdict": said,
     }  # fmt: skip
 
 
@@ -110,52 +119,49 @@ def verdict(answers: dict[str, Answer], documents: dict[str, Any]) -> dict[str, 
     return {"tokens": tokens, "documents": whole}
 
 
-def correlations(tau: np.ndarray, mu: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Pearson and Spearman of items that occur `counts` times each, ranks of equal items averaged."""
-    ranks = [_Ranking(values)(counts) for values in (tau, mu)]
-    return _weighted(tau, mu, counts), _weighted(ranks[0], ranks[1], counts)
+def spearman_of(tau: np.ndarray, mu: np.ndarray) -> Callable[[np.ndarray], float]:
+    """Spearman's correlation as a function of how often each item occurs, [n]; equal items share their mean rank.
 
+    Sorts once for all resamples: under multiplicities c the rank of a tie is Σ c below it + (its c + 1)/2, and the
+    mean rank (Σ c + 1)/2.
+    """
+    ties = [np.unique(values, return_inverse=True)[1].ravel() for values in (tau, mu)]
 
-class _Ranking:
-    """Mid-ranks of values under multiplicities; sorts once for all resamples."""
+    def measure(counts: np.ndarray) -> float:
+        middle, ranks = (counts.sum() + 1) / 2, []
+        for tie in ties:
+            each = np.bincount(tie, weights=counts)
+            ranks.append((np.cumsum(each) - (each - 1) / 2 - middle)[tie])
+        weighted = counts * ranks[0]
+        scale = math.sqrt(float(weighted @ ranks[0]) * float((counts * ranks[1]) @ ranks[1]))
+        return float(weighted @ ranks[1]) / scale if scale > 0 else math.nan
 
-    def __init__(self, values: np.ndarray) -> None:
-        self.ties = np.unique(values, return_inverse=True)[1].ravel()
-
-    def __call__(self, counts: np.ndarray) -> np.ndarray:
-        group = np.bincount(self.ties, weights=counts)
-        return (np.cumsum(group) - (group - 1) / 2)[self.ties]
-
-
-def _weighted(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> float:
-    total = counts.sum()
-    a, b = a - (counts * a).sum() / total, b - (counts * b).sum() / total
-    scale = np.sqrt((counts * a * a).sum() * (counts * b * b).sum())
-    return float((counts * a * b).sum() / scale) if scale > 0 else float("nan")
+    return measure
 
 
 def _bootstrap(
     tau: np.ndarray, mu: np.ndarray, pure: np.ndarray, rows: np.ndarray, resamples: int, seed: int
 ) -> list[tuple[float, float, float]]:
-    """(value, low, high) of Pearson, Spearman, the share of `pure` and the ratio of magnitudes."""
-    ranks, draw = (_Ranking(tau), _Ranking(mu)), np.random.default_rng(seed)
-    sizes = (np.abs(tau), np.abs(mu))
+    """(value, low, high) of Pearson, Spearman, the share of `pure` and the ratio of magnitudes; rows are drawn."""
     _, place = np.unique(rows, return_inverse=True)
-    groups = int(place.max()) + 1
+    count, spearman, draw = int(place.max()) + 1, spearman_of(tau, mu), np.random.default_rng(seed)
+    a, b = tau - tau.mean(), mu - mu.mean()  # of centred numbers no digits cancel below
+    columns = (np.ones(len(a)), a, b, a * a, b * b, a * b, pure, np.abs(tau), np.abs(mu))
+    sums = np.stack([np.bincount(place, weights=column) for column in columns])
 
-    def measure(counts: np.ndarray) -> tuple[float, ...]:
-        total, small = counts.sum(), (counts * sizes[1]).sum()
-        ratio = float((counts * sizes[0]).sum() / small) if small > 0 else float("nan")
-        spearman = _weighted(ranks[0](counts), ranks[1](counts), counts)
-        return _weighted(tau, mu, counts), spearman, float((counts * pure).sum() / total), ratio
+    def measure(drawn: np.ndarray) -> tuple[float, ...]:
+        n, a, b, aa, bb, ab, chosen, large, small = (sums @ drawn).tolist()
+        scale = (aa - a * a / n) * (bb - b * b / n)
+        pearson = (ab - a * b / n) / math.sqrt(scale) if scale > 0 else math.nan
+        return pearson, spearman(drawn[place]), chosen / n, large / small if small > 0 else math.nan
 
-    values, drawn = measure(np.ones(len(tau))), []
+    values, found = measure(np.ones(count)), []
     with counting("bootstrap", resamples, "resamples") as tick:
         for number in range(resamples):
-            drawn.append(measure(np.bincount(draw.integers(0, groups, groups), minlength=groups)[place].astype(float)))
+            found.append(measure(np.bincount(draw.integers(0, count, count), minlength=count).astype(np.float64)))
             if number % 50 == 49:
                 tick(50)
-    low, high = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
+    low, high = np.nanquantile(np.array(found), [0.025, 0.975], axis=0)
     return list(zip(values, low.tolist(), high.tolist(), strict=True))
 
 
@@ -188,10 +194,10 @@ def _held(answer: Answer, threshold: float, below: bool) -> Answer:
     return answer._replace(threshold=threshold, holds=True if inside else False if outside else None)
 
 
-def _inside(answer: Answer, least: float, most: float) -> bool | None:
-    if answer.low >= least and answer.high <= most:
+def _within(answer: Answer, factor: float) -> bool | None:
+    if answer.low >= 1 / factor and answer.high <= factor:
         return True
-    return False if answer.high < least or answer.low > most else None
+    return False if answer.high < 1 / factor or answer.low > factor else None
 
 
 def _said(answer: Answer, yes: str, no: str, numbers: str) -> str:

@@ -100,7 +100,12 @@ def load_data(config: SelectConfig) -> DataSet:
     where = runs[0] if runs else config.rows
     assert where is not None
     if not is_run(where):
-        return _data_set(settings_from(MagicConfig, where))
+        settings = settings_from(MagicConfig, where)
+        if not (isinstance(settings.model, str) and isinstance(settings.data.dataset, str)):
+            raise ValueError(
+                f"--rows {where} has to name `model` and `data: {{dataset: …}}`, as a run_config.yaml does"
+            )
+        return _data_set(settings)
     settings, manifest = finished(where)
     found = _data_set(settings)
     _refuse_other_rows(where, manifest, found.places)
