@@ -242,6 +242,29 @@ def test_ordered_controls_by_hand() -> None:
     assert give("uniform", norms) == [1] * 6
 
 
+@pytest.mark.parametrize("use", ["descent", "removal"])
+@pytest.mark.parametrize("rule", [
+    "value", "sign", "soft_sign", "clipped", "rank", "two_objective", "top_q", "positive_only", "negative_only",
+    "documents",
+])  # fmt: skip
+def test_in_its_own_order_an_arm_is_itself(rule: Any, use: Any) -> None:
+    """Which end of an order gets the large weights follows from rule and use alone."""
+    places, tau, mu = many()
+    if rule == "positive_only" and use == "removal":
+        pytest.skip("refused")
+    retain = mu if rule == "documents" else None if rule != "two_objective" or use == "removal" else mu
+    if rule == "two_objective" and use == "removal":
+        retain = torch.zeros_like(tau)  # else max(0, p − α g) and τ − α μ differ where μ > 0
+    weighing = Weighing(rule, use, q=0.2, k=4)
+    arm = weigh(weighing, places, tau, retain)
+    order = key(weighing, places, tau, retain)
+    again = matched("retain_only", arm, places, order=order, rising=rises(weighing), seed=0)
+    assert torch.equal(again, arm)
+    other_end = matched("sign_flipped", arm, places, order=-order, rising=rises(weighing), seed=0)
+    assert not torch.equal(other_end, arm)
+    assert same_numbers(other_end, arm)
+
+
 def test_a_keyword_oracle_fills_up_at_random() -> None:
     places = places_of(ROWS)
     mask = double(1, 1, 1, 0, 0, 0)

@@ -175,6 +175,34 @@ def test_gradient_rivals_are_the_gradients(world: Path, tmp_path: Path) -> None:
     first = int(places.document[0])
     assert int((places.document == first).sum()) <= 12
     assert float(summed.norm[0]) == pytest.approx(float(total[first].norm()), rel=1e-8)
+    # for descent, what steps like the query's own gradient is a proponent: the most negative weight; norms have no sign
+    assert (
+        call(world, tmp_path / "out", "tokens:stay", "--controls", "gradient_cosine", "gradient_norm", "--seeds", "1")
+        == 0
+    )
+    control = {
+        path.name.split("-")[0]: places.gather(files.read(path, run.loaded.rows))
+        for path in (tmp_path / "out/controls").iterdir()
+    }
+    for larger, weights in ((found.cosine, -control["gradient_cosine"]), (found.norm, control["gradient_norm"].abs())):
+        surely = larger[:, None] > larger + 1e-12  # tokens in the same context are tied
+        assert surely.sum() > len(places)
+        assert (weights[:, None] >= weights)[surely].all()
+
+
+def test_gradients_of_documents_that_span_rows(world: Path) -> None:
+    from retrograd.select.rivals import gradients, query_gradient
+    from retrograd.stages.opened import open_run
+
+    assert magic(world, "packed", "fewer", "--query.dataset", str(world / "go.jsonl"), "--data.chunk_length", "7") == 0
+    run = open_run(world / "packed")
+    places, direction = places_of(run.loaded.rows), query_gradient(run, "query", slice(0, 1))
+    spans = [document for document in places.present() if len(places.row[places.document == document].unique()) > 1]
+    assert spans
+    whole, parts = (gradients(run, places, direction, by_document=by) for by in (True, False))
+    # ⟨Σ g, q⟩ = Σ ⟨g, q⟩
+    along = places.per_document(parts.norm * parts.cosine)
+    torch.testing.assert_close(whole.norm * whole.cosine, along, rtol=1e-8, atol=1e-10)
 
 
 def test_scores_of_documents_end_to_end(world: Path, tmp_path: Path) -> None:
