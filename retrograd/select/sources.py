@@ -238,7 +238,8 @@ def _data_set(config: MagicConfig) -> DataSet:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the configuration of model {config.model!r}: {error}") from error
     documents = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
-    longest = data.max_length or getattr(model, "max_position_embeddings", None)
+    text = model.get_text_config(decoder=True)  # of a composite model the part that reads
+    longest = data.max_length or getattr(text, "max_position_embeddings", None)
     rows = build_rows(
         documents, tokenizer, text_column=data.text_column, max_length=None if data.chunk_length else longest,
         chunk_length=data.chunk_length, min_chars=data.min_chars,
