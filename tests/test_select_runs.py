@@ -359,6 +359,19 @@ def test_what_a_killed_call_left_is_written_again(world: Path, tmp_path: Path) -
         assert (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
 
 
+def test_code_that_a_run_names_is_run_when_trusted(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "fewer", tmp_path / "run")
+    (tmp_path / "mine.py").write_text(
+        'def total(model, tokenizer):\n    return model(input_ids=tokenizer("cat", return_tensors="pt")["input_ids"]).logits.square().mean()\n'
+    )
+    asked = ("--name", "mine", "--query.function", f"{tmp_path}/mine.py:total")
+    assert main(["query", str(tmp_path / "run"), *asked]) == 0
+    arguments = ("select", str(tmp_path / "out"), "--scores", f"{tmp_path}/run:mine", "--controls", "gradient_cosine")
+    with pytest.raises(ValueError, match="--trust_code"):
+        refuse(*arguments)
+    assert main([*arguments, "--trust_code"]) == 0
+
+
 def test_folders_that_hold_something_else(world: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")

@@ -60,9 +60,12 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
     return show(files.info(config.out), console)
 
 
+_NOT_THE_SELECTION = ("out", "trust_code")
+
+
 def _settings(config: SelectConfig) -> dict[str, Any]:
-    """The configuration without its folder, as JSON has it."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
+    """What makes a selection another one, as JSON has it."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_THE_SELECTION}
     return json.loads(json.dumps(values, default=str))
 
 

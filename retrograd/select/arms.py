@@ -15,7 +15,7 @@ from retrograd.select.rules import Weighing, finish, key, rises, weigh
 from retrograd.select.sources import DataSet, Scored, find_native, is_run, split_name
 from retrograd.select.words import bm25, keyword_tokens, query_tokens, read_keywords
 from retrograd.settings.select import Control, SelectConfig
-from retrograd.stages.opened import added_queries, open_run
+from retrograd.stages.opened import added_queries, holding, open_run
 
 __all__ = ["Arm", "Arms", "default_controls"]
 
@@ -120,9 +120,10 @@ class Arms:
         source = self.config.scores[0]
         self._refuse_file(source, "gradient_norm and gradient_cosine need a trained model")
         native = find_native(source)
-        run = open_run(native.folder)
-        direction = query_gradient(run, native.query, native.columns)
-        return gradients(run, self.data.places, direction, self.by_document)
+        with holding(native.folder, shared=True):
+            run = open_run(native.folder, trust_code=self.config.trust_code)
+            direction = query_gradient(run, native.query, native.columns)
+            return gradients(run, self.data.places, direction, self.by_document)
 
     def _bm25(self) -> Tensor:
         source = self.config.scores[0]

@@ -102,4 +102,6 @@ class SelectConfig:
     original: Alignment | None = None
     """Also write --scores in the original layout, OUT/original/per_token_scores.pt and attribution_scores.pt, so
     aligned."""
+    trust_code: bool = False
+    """Let gradient_norm and gradient_cosine run the functions that a run's queries name."""
     feasible: FeasibleConfig = field(default_factory=FeasibleConfig)
