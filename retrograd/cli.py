@@ -29,6 +29,7 @@ from retrograd.runs.commands import (
     VerifyConfig,
 )
 from retrograd.runs.config import MagicConfig, queries_of, query_file, refuse_code, settings_from
+from retrograd.settings.select import SelectConfig
 
 __all__ = ["main", "run"]
 
@@ -37,9 +38,10 @@ class _Command(NamedTuple):
     config: Any
     does: str
     place: str = "RUN"
+    room: str = "stages"
 
 
-# `retrograd NAME` is the function NAME of retrograd.stages.NAME
+# `retrograd NAME` is the function NAME of retrograd.stages.NAME, or of another room's
 _COMMANDS = {
     "magic": _Command(MagicConfig, "train, query, reverse: an exact score for every training example or token"),
     "query": _Command(QueryRunConfig, "ask a trained run further questions, without training again"),
@@ -48,6 +50,7 @@ _COMMANDS = {
     "metasmoothness": _Command(MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?"),
     "lab": _Command(LabConfig, "build a fictional world where everything is known, with models to unlearn", "DIR"),
     "evaluate": _Command(EvaluateConfig, "accuracy, perplexity and a verdict: which models are broken?", "MODEL…"),
+    "select": _Command(SelectConfig, "from scores to weights or documents, with matched controls", "OUT", "commands"),
 }
 
 _LISTED = "\n".join(f"  {name:<14} {command.place:<6}  {command.does}" for name, command in _COMMANDS.items())
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = _warn
     try:
         config = _parse(name, arguments[1:])
-        code = getattr(importlib.import_module(f"retrograd.stages.{name}"), name)(config)
+        code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].room}.{name}"), name)(config)
         return code if isinstance(code, int) else 0
     except ValueError as error:
         return _fail(error, 2)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "retrograd"
-ROOMS = ["core", "lm", "data", "runs", "unlearn", "lab", "stages", "cli"]
+ROOMS = ["settings", "core", "lm", "data", "runs", "unlearn", "lab", "stages", "select", "commands", "cli"]
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,1 @@
+"""One thin file a verb: settings in, the work of a room, a summary out."""

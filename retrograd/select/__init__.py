@@ -1,0 +1,1 @@
+"""From scores to weights, masks and documents, with the controls that make acting on them a result."""

@@ -1,0 +1,273 @@
+"""Scores in files: the original layout, and whatever another method wrote, with a stated sign and alignment.
+
+The original files are aligned with the predicting position: column t has the score of predicting token t + 1. Ours are
+aligned with the target, ours[:, 1:] = theirs[:, :-1] and ours[:, 0] = 0. What is stated is held against the zeros: a
+score where nothing is predicted (a row's first token, padding, unsupervised tokens) means another alignment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrograd.runs.files import file_digest, write_json, write_torch
+from retrograd.select.places import Places
+from retrograd.settings.select import Alignment, Sign
+
+__all__ = ["Stated", "file_scores", "is_original", "to_prediction", "to_target", "write_original"]
+
+ORIGINAL = ("per_token_scores.pt", "attribution_scores.pt")
+WORDS = {
+    "negative": "negative for proponents (training on them lowers the query loss)",
+    "positive": "positive for proponents (training on them lowers the query loss)",
+}
+
+
+class Stated(NamedTuple):
+    """What is known of a file's scores; prefix: of the flags that say it, "" or "against_"."""
+
+    sign: Sign | None = None
+    alignment: Alignment | None = None
+    prefix: str = ""
+
+
+class _Table(NamedTuple):
+    """values: [documents], or [rows, length]; listed: where there is a score, like values; None for everywhere."""
+
+    values: Tensor
+    listed: Tensor | None = None
+
+
+def is_original(path: Path) -> bool:
+    """Whether a folder is in the original layout."""
+    return any((path / name).exists() for name in ORIGINAL)
+
+
+def to_target(values: Tensor) -> Tensor:
+    """Prediction-aligned → target-aligned, [rows, length]: column t moves to t + 1, the last one is dropped."""
+    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], 1)
+
+
+def to_prediction(values: Tensor) -> Tensor:
+    """Target-aligned → prediction-aligned, [rows, length]."""
+    return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+
+
+def file_scores(path: Path, part: str | None, places: Places, stated: Stated) -> tuple[Tensor, bool, dict[str, Any]]:
+    """Scores of a file or of a folder in the original layout.
+
+    Args:
+        part: A column of several.
+    Returns:
+        Scores of the real tokens, [n], or documents, [d], negative = proponent; whether of tokens; what info.json says.
+    Raises:
+        ValueError: If sign or alignment is not stated, contradicts the file, or the shape fits no data here.
+    """
+    file = _original_file(path, places) if path.is_dir() else path
+    stated, said = _agreed(path, stated, _said(file, path.is_dir()), places)
+    table = _read(file, part, places)
+    per_token = table.values.ndim == 2
+    if stated.sign is None:
+        raise ValueError(
+            f"{file} does not say which sign a proponent has; say --{stated.prefix}sign negative if its scores are "
+            f"{WORDS['negative']}, or positive if they are {WORDS['positive']}"
+        )
+    values = _aligned(file, table, stated, places) if per_token else _documents(file, table.values, places)
+    record = {
+        "kind": "original layout" if path.is_dir() else "file", "file": str(file), "sha256": file_digest(file),
+        "column": part, "sign": stated.sign, "alignment": stated.alignment if per_token else None,
+        "level": "tokens" if per_token else "documents", "rows": said,
+    }  # fmt: skip
+    return (values if stated.sign == "negative" else -values), per_token, record
+
+
+def write_original(folder: Path, scores: Tensor, alignment: Alignment, places: Places) -> None:
+    """Scores of the real tokens, [n], in the original layout, with an info.json that says sign and alignment."""
+    grid = places.scatter(scores)
+    aligned = to_prediction(grid) if alignment == "prediction" else grid
+    for name in ORIGINAL:
+        write_torch(folder / name, aligned.float())
+    meaning = f"Scores are {WORDS['negative']}."
+    write_json(
+        folder / "info.json",
+        {"meaning": meaning, "sign": "negative", "alignment": alignment, "rows": places.digest},
+    )
+
+
+def _original_file(folder: Path, places: Places) -> Path:
+    found = [folder / name for name in ORIGINAL if (folder / name).exists()]
+    if len(found) == 2 and file_digest(found[0]) != file_digest(found[1]):
+        first, second = (_read(file, None, places).values for file in found)
+        if first.shape != second.shape or not torch.equal(first, second):
+            raise ValueError(f"{found[0]} and {found[1].name} differ, and one is to be the other's copy; name one file")
+    return found[0]
+
+
+def _said(file: Path, original: bool) -> dict[str, str]:
+    """What a file says of itself: info.json beside it, or the table's own words."""
+    path, found = file.parent / "info.json", dict[str, str]()
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}; mend or delete it") from error
+        allowed = {"sign": ("negative", "positive"), "alignment": ("target", "prediction"), "rows": None}
+        found = {
+            name: value
+            for name, value in found.items()
+            if isinstance(value, str) and name in allowed and value in (allowed[name] or (value,))
+        }
+    if file.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        meaning = (pq.read_schema(file).metadata or {}).get(b"meaning", b"").decode()
+        if "Negative: a proponent" in meaning:
+            found = {**found, "sign": "negative", "alignment": "target"}
+    if original:
+        found = {"sign": "negative", **found}
+    return found
+
+
+def _agreed(path: Path, stated: Stated, said: dict[str, str], places: Places) -> tuple[Stated, str]:
+    """The stated and the said as one; and how the rows were compared."""
+    for name in ("sign", "alignment"):
+        mine, own = getattr(stated, name), said.get(name)
+        if mine is not None and own is not None and mine != own:
+            raise ValueError(
+                f"--{stated.prefix}{name} {mine} contradicts {path}, which says {name} {own}"
+                + (" (the original layout: derivatives of the query loss)" if name == "sign" else "")
+                + "; leave it out, or name the file alone if what is beside it is wrong"
+            )
+    if said.get("rows") not in (None, places.digest):
+        raise ValueError(
+            f"{path} says that its scores are of the rows with hash {said['rows']}, and the data here have hash "
+            f"{places.digest} ({places.shape[0]} rows, {len(places)} real tokens); give the right --rows"
+        )
+    checked = "equal by hash" if said.get("rows") else "by shape and zeros alone"
+    filled: Any = {name: getattr(stated, name) or said.get(name) for name in ("sign", "alignment")}
+    return stated._replace(**filled), checked
+
+
+def _read(file: Path, part: str | None, places: Places) -> _Table:
+    reader: Callable[[Path, str | None, Places], _Table] | None = {
+        ".pt": _of_tensor, ".npy": _of_tensor, ".parquet": _of_parquet,
+    }.get(file.suffix)  # fmt: skip
+    if reader is None:
+        raise ValueError(f"{file}: scores are read from .pt, .npy and .parquet files; convert it")
+    try:
+        return reader(file, part, places)
+    except ValueError:
+        raise
+    except Exception as error:  # torch, numpy and pyarrow raise what they like for a broken file
+        raise ValueError(f"cannot read scores from {file}: {type(error).__name__}: {error}") from error
+
+
+def _of_tensor(file: Path, part: str | None, places: Places) -> _Table:
+    if file.suffix == ".npy":
+        values = torch.from_numpy(np.load(file, allow_pickle=False))
+    else:
+        values = torch.load(file, weights_only=True, map_location="cpu")
+    if not isinstance(values, Tensor) or values.ndim not in (1, 2, 3) or values.is_complex():
+        what = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"{file} holds {what}; scores are one tensor, [documents] or [rows, length], with columns last"
+        )
+    if part is not None or values.ndim == 3:
+        columns = values.shape[-1] if values.ndim > 1 else 1
+        if part is None or not part.isdecimal() or int(part) >= columns:
+            raise ValueError(f"{file} has {columns} columns of scores; name one as {file}:0, not {part!r}")
+        values = values[..., int(part)] if values.ndim > 1 else values
+    return _Table(values.double())
+
+
+def _of_parquet(file: Path, part: str | None, places: Places) -> _Table:
+    import pyarrow.parquet as pq
+
+    name = part or "score"
+    columns = pq.read_schema(file).names
+    keys = [key for key in ("row", "position", "doc_id", "token_id") if key in columns]
+    by_token = {"row", "position"} <= set(keys)
+    if name not in columns or not (by_token or "doc_id" in keys):
+        raise ValueError(
+            f"{file} has the columns {', '.join(columns)}; scores of tokens need row, position and {name}, of "
+            f"documents doc_id and {name}. Name the column of scores as {file}:NAME"
+        )
+    table = {key: pq.read_table(file, columns=[key])[key].to_numpy() for key in (*keys, name)}
+    scores = torch.from_numpy(table[name].astype(np.float64))
+    index = [table[key].astype(np.int64) for key in (("row", "position") if by_token else ("doc_id",))]
+    shape = places.shape if by_token else (places.documents,)
+    outside = sum(int(((part < 0) | (part >= size)).sum()) for part, size in zip(index, shape))
+    if outside:
+        raise ValueError(f"{file}: {outside} of {len(scores)} lines point outside the data of {shape}; other data?")
+    if by_token and "token_id" in table:
+        _refuse_other_tokens(file, index, table["token_id"], places)
+    values, listed = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    values[tuple(torch.from_numpy(part) for part in index)] = scores
+    listed[tuple(torch.from_numpy(part) for part in index)] = 1
+    if int(listed.sum()) != len(scores):
+        raise ValueError(f"{file} has {len(scores)} lines for {int(listed.sum())} different places; one line for each")
+    return _Table(values, listed)
+
+
+def _refuse_other_tokens(file: Path, index: list[np.ndarray], tokens: np.ndarray, places: Places) -> None:
+    known = places.scatter(places.token + 1)  # 0 where there is no real token
+    there = known[torch.from_numpy(index[0]), torch.from_numpy(index[1])].numpy()
+    wrong = int(((there != 0) & (there != tokens + 1)).sum())
+    if wrong:
+        raise ValueError(f"{file}: {wrong} of {len(tokens)} token ids are not those of the data here; other rows?")
+
+
+def _aligned(file: Path, table: _Table, stated: Stated, places: Places) -> Tensor:
+    """Target-aligned scores of the real tokens, [n]; refused where the zeros say otherwise."""
+    if stated.alignment is None:
+        raise ValueError(
+            f"{file} has scores of tokens and does not say what they are aligned with; say --{stated.prefix}alignment "
+            "prediction if column t has the score of predicting token t + 1 (as in the original files), or target if "
+            "it has the score of predicting token t"
+        )
+    values, (rows, length) = table.values, places.shape
+    if values.shape[0] != rows or values.shape[1] < length:
+        raise ValueError(
+            f"{file} has scores of {values.shape[0]} rows of {values.shape[1]} tokens, and the data here are {rows} "
+            f"rows of up to {length}: {len(places)} real tokens. Score these rows, or give the right --rows"
+        )
+    counts = {}
+    for alignment in ("target", "prediction"):
+        moved = to_target(values) if alignment == "prediction" else values
+        dropped = int((values[:, -1] != 0).sum()) if alignment == "prediction" else 0
+        counts[alignment] = places.outside(moved[:, :length]) + int((moved[:, length:] != 0).sum()) + dropped
+    other = "target" if stated.alignment == "prediction" else "prediction"
+    if counts[stated.alignment]:
+        fits = f"as {other}-aligned they fit: say --{stated.prefix}alignment {other}" if not counts[other] else (
+            f"as {other}-aligned, at {counts[other]}; these are scores of other rows, or padding was scored"
+        )  # fmt: skip
+        raise ValueError(
+            f"{file} taken as {stated.alignment}-aligned has scores at {counts[stated.alignment]} places where no "
+            f"token is predicted (first tokens, padding, unsupervised ones); {fits}"
+        )
+
+    def at_targets(x: Tensor) -> Tensor:
+        return places.gather((to_target(x) if stated.alignment == "prediction" else x)[:, :length])
+
+    if table.listed is not None and (missing := int((at_targets(table.listed) == 0).sum())):
+        raise ValueError(f"{file} has no line for {missing} of {len(places)} real tokens; a selection needs all")
+    return at_targets(values)
+
+
+def _documents(file: Path, values: Tensor, places: Places) -> Tensor:
+    """Scores of the documents that have a real token, [d], of all documents' or of theirs alone."""
+    present = places.present()
+    if len(values) == places.documents:
+        return values[present]
+    if len(values) == len(present):
+        return values
+    raise ValueError(
+        f"{file} has {len(values)} scores, and the data here are {places.documents} documents, {len(present)} of them "
+        "with a real token; give a score for each"
+    )

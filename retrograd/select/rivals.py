@@ -1,0 +1,92 @@
+"""Rivals by plain gradients at the trained model: their norm, and their cosine with the query's gradient.
+
+    norm_j = ‖∇ℓ_j(θ_T)‖          cos_j = ⟨∇ℓ_j(θ_T), ∇φ(θ_T)⟩ / (‖∇ℓ_j‖ ‖∇φ‖)
+
+ℓ_j is the loss of a real token, or the sum over those of a document. cos > 0: a step that descends ℓ_j lowers the
+query's loss, so −cos has the sign of a score. One backward pass for each j, one forward pass for each row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from retrograd.core.optim import Params
+from retrograd.lm.rows import pad
+from retrograd.runs.files import read_tensors
+from retrograd.runs.progress import counting
+from retrograd.select.places import Places
+from retrograd.stages.opened import Opened
+
+__all__ = ["Gradients", "gradients", "query_gradient"]
+
+
+class Gradients(NamedTuple):
+    """Of tokens, [n], or documents, [d]: float64. cosine: with the query's gradient; 0 where a gradient is 0."""
+
+    norm: Tensor
+    cosine: Tensor
+
+
+def query_gradient(run: Opened, name: str, columns: slice) -> Params:
+    """∇φ at the trained model, the mean over the columns."""
+    tensors = read_tensors(run.folder / "queries" / name / "gradient.safetensors")[0]
+    known = {key.removeprefix("gradient."): g for key, g in tensors.items() if key.startswith("gradient.")}
+    return {key: g[columns].double().mean(0) for key, g in known.items()}
+
+
+def gradients(run: Opened, places: Places, query: Params, by_document: bool) -> Gradients:
+    """Norm and cosine of the gradient of each real token, or each document's sum over its tokens.
+
+    Args:
+        query: ∇φ by parameter.
+    """
+    params = run.trajectory().train().params
+    live = {name: theta.detach().requires_grad_() for name, theta in params.items()}
+    direction = [query[name].to(theta.device) for name, theta in live.items()]
+    length = _length(direction)
+    units = _units(places, by_document)
+    losses = lru_cache(maxsize=1)(partial(_losses, run, live))  # a row's units follow each other
+    found = torch.zeros((2, len(units)), dtype=torch.float64)
+    with counting("gradients", len(units), "gradients") as tick:
+        for number, chosen in enumerate(units):
+            rows = torch.unique(places.row[chosen]).tolist()
+            parts = [losses(row)[places.column[chosen[places.row[chosen] == row]]].sum() for row in rows]
+            each = [torch.autograd.grad(part, list(live.values()), retain_graph=True) for part in parts]
+            gradient = [torch.stack(leaves).double().sum(0) for leaves in zip(*each)]
+            norm = _length(gradient)
+            along = sum(float((g * q).sum()) for g, q in zip(gradient, direction))
+            found[0, number] = norm
+            found[1, number] = along / (norm * length) if norm * length > 0 else 0.0
+            tick()
+    return Gradients(found[0], found[1])
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(g.square().sum()) for g in tensors))
+
+
+def _units(places: Places, by_document: bool) -> list[Tensor]:
+    """The real tokens, as places of the flat axis, of each token or document."""
+    everything = torch.arange(len(places))
+    if not by_document:
+        return list(everything[:, None])
+    order = torch.argsort(places.document, stable=True)
+    counts = torch.unique(places.document, return_counts=True)[1]
+    return list(order.split(counts.tolist()))
+
+
+def _losses(run: Opened, live: Params, row: int) -> Tensor:
+    """Loss of each token of a row, [length]: the objective Σ c·ℓ differentiated by c, once for all its tokens."""
+    inputs = pad(run.loaded.rows, [row])
+    first = next(iter(live.values()))
+    placed = {name: x.to(first.device) for name, x in inputs.items() if name not in ("lengths", "doc_ids")}
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    c = torch.ones(placed["target_mask"].shape, dtype=dtype, device=first.device, requires_grad=True)
+    value = run.loaded.model.evaluated(live, placed, c)
+    return torch.autograd.grad(value, c, create_graph=True)[0][0]

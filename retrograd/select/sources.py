@@ -1,0 +1,247 @@
+"""Score sets by name: of a run and one of its queries, or of files of any other method, for one data set.
+
+    RUN, RUN:query, RUN:query/column        a finished run; of several columns the mean, which is the mean loss's score
+    FOLDER with per_token_scores.pt         the original layout
+    FILE.pt, FILE.npy, FILE.parquet:column  another method's; its sign, and by token its alignment, have to be stated
+
+All end as one number for each real token or document, negative = proponent, aligned with targets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retrograd.lm.data import load_documents
+from retrograd.lm.model import load_tokenizer
+from retrograd.lm.rows import Rows, build_rows
+from retrograd.runs.config import MagicConfig, queries_of, settings_from
+from retrograd.runs.files import file_digest
+from retrograd.runs.manifest import Manifest
+from retrograd.runs.scores import read_scores
+from retrograd.select.files import Stated, file_scores, is_original
+from retrograd.select.places import Places, places_of
+from retrograd.settings.select import SelectConfig
+from retrograd.stages.opened import finished, recorded
+
+__all__ = ["DataSet", "Native", "Scored", "find_native", "is_run", "load_data", "load_scores", "split_name"]
+
+
+class DataSet(NamedTuple):
+    """The rows that scores belong to, with the settings that made them."""
+
+    config: MagicConfig
+    rows: Rows
+    places: Places
+    tokenizer: Any
+
+
+class Scored(NamedTuple):
+    """Scores of the real tokens, [n], or of the documents that have one, [d]: float64, negative = proponent.
+
+    records: What info.json says of each source.
+    """
+
+    values: Tensor
+    per_token: bool
+    records: list[dict[str, Any]]
+
+
+class Native(NamedTuple):
+    """A run, the query that is meant, and which of its columns, `of` in number."""
+
+    folder: Path
+    config: MagicConfig
+    manifest: Manifest
+    query: str
+    columns: slice
+    of: int
+
+
+def split_name(source: str) -> tuple[Path, str | None]:
+    """PATH or PATH:part, whichever exists.
+
+    Raises:
+        ValueError: If nothing does.
+    """
+    path, colon, part = source.rpartition(":")
+    if Path(source).exists():
+        return Path(source), None
+    if colon and Path(path).exists():
+        return Path(path), part
+    raise ValueError(
+        f"scores {source!r}: nothing exists at {path or source}; give a run's folder, RUN:query, or a .pt, .npy or "
+        ".parquet file"
+    )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (path / "run_config.yaml").exists()
+
+
+def load_data(config: SelectConfig) -> DataSet:
+    """The rows of the first run among the sources, or of --rows.
+
+    Raises:
+        ValueError: If nothing says what they are, or the data have changed since the run.
+    """
+    runs = [path for path, _ in map(split_name, (*config.scores, *config.against)) if is_run(path)]
+    if not runs and config.rows is None:
+        raise ValueError(
+            "scores from files do not say which rows they belong to; give --rows, a run on the same data or a YAML "
+            "file with `model` and `data` as in a run_config.yaml"
+        )
+    where = runs[0] if runs else config.rows
+    assert where is not None
+    if not is_run(where):
+        settings = settings_from(MagicConfig, where)
+        if not (isinstance(settings.model, str) and isinstance(settings.data.dataset, str)):
+            raise ValueError(
+                f"--rows {where} has to name `model` and `data: {{dataset: …}}`, as a run_config.yaml does"
+            )
+        return _data_set(settings)
+    settings, manifest = finished(where)
+    found = _data_set(settings)
+    _refuse_other_rows(where, manifest, found.places)
+    return found
+
+
+def load_scores(sources: Sequence[str], data: DataSet, stated: Stated) -> Scored:
+    """The mean of the sources' scores.
+
+    Args:
+        stated: What the user says of those from files.
+    Raises:
+        ValueError: If a source is missing, of other rows, of unstated or contradictory sign or alignment, not finite,
+            or not of tokens or documents like the others.
+    """
+    parts = [_load_one(source, data, stated) for source in sources]
+    kinds = {part.per_token for part in parts}
+    if len(kinds) > 1:
+        told = ", ".join(f"{source}: {'tokens' if p.per_token else 'documents'}" for source, p in zip(sources, parts))
+        raise ValueError(f"scores of tokens and of documents do not mix ({told}); give one kind")
+    values = torch.stack([part.values for part in parts]).mean(0)
+    return Scored(values, kinds.pop(), [record for part in parts for record in part.records])
+
+
+def find_native(source: str) -> Native:
+    """The run, query and columns of RUN, RUN:query or RUN:query/column.
+
+    Raises:
+        ValueError: If the run has several queries and none is named, or none of the name.
+    """
+    folder, part = split_name(source)
+    config, manifest = finished(folder)
+    names = [*queries_of(config), *recorded(folder, manifest)]
+    if part is None and len(queries_of(config)) > 1:
+        raise ValueError(f"{folder} has several queries: {', '.join(names)}. Name one: {folder}:{names[0]}")
+    wanted = names[0] if part is None else part
+    for name in names:
+        columns = json.loads((folder / "queries" / name / "query.json").read_text(encoding="utf8"))["columns"]
+        if wanted == name:
+            return Native(folder, config, manifest, name, slice(0, len(columns)), len(columns))
+        if wanted in columns:
+            place = columns.index(wanted)
+            return Native(folder, config, manifest, name, slice(place, place + 1), len(columns))
+    raise ValueError(f"{folder} has no query {wanted!r}; it has {', '.join(names)}, and columns such as NAME/0")
+
+
+def _load_one(source: str, data: DataSet, stated: Stated) -> Scored:
+    path, part = split_name(source)
+    if is_run(path):
+        return _of_run(source, data, stated)
+    if path.is_dir() and not is_original(path):
+        raise ValueError(
+            f"{path} is neither a run (no run_config.yaml) nor in the original layout (no per_token_scores.pt or "
+            "attribution_scores.pt); give a folder of `retrograd magic`, or a file"
+        )
+    values, per_token, record = file_scores(path, part, data.places, stated)
+    _refuse_not_finite(source, values)
+    return Scored(values, per_token, [{"source": source, **record}])
+
+
+def _of_run(source: str, data: DataSet, stated: Stated) -> Scored:
+    one = find_native(source)
+    if stated.sign == "positive" or stated.alignment == "prediction":
+        raise ValueError(
+            f"{source} is a run of retrograd: its scores are negative for proponents and aligned with targets, and "
+            f"--{stated.prefix}sign or --{stated.prefix}alignment says otherwise; leave that out"
+        )
+    _refuse_other_rows(one.folder, one.manifest, data.places)
+    per_token = one.config.attribute == "tokens"
+    own = queries_of(one.config)
+    path = one.folder / "scores.pt" if one.query in own else one.folder / "queries" / one.query / "scores.pt"
+    scores = read_scores(path, per_token).double()
+    start = 0
+    for name in own if one.query in own else ():
+        if name == one.query:
+            break
+        start += len(json.loads((one.folder / "queries" / name / "query.json").read_text(encoding="utf8"))["columns"])
+    digest = file_digest(path)
+    _refuse_changed(one, path, digest)
+    values = scores[start + one.columns.start : start + one.columns.stop].mean(0)
+    shape = data.places.shape if per_token else (data.places.documents,)
+    if tuple(values.shape) != tuple(shape):
+        raise ValueError(f"{path} has scores of shape {tuple(values.shape)} for data of {tuple(shape)}; run again")
+    _refuse_not_finite(source, values)
+    values = data.places.gather(values) if per_token else values[data.places.present()]
+    record = {
+        "source": source, "kind": "run", "query": one.query, "columns": one.columns.stop - one.columns.start,
+        "file": str(path), "sha256": digest, "identity": one.manifest.values.get("identity"), "sign": "negative",
+        "alignment": "target", "rows": "equal by hash", "level": "tokens" if per_token else "documents",
+    }  # fmt: skip
+    return Scored(values, per_token, [record])
+
+
+def _refuse_changed(one: Native, path: Path, digest: str) -> None:
+    there = {digest}
+    if one.query in queries_of(one.config):
+        known = one.manifest.values["phases"]["scores"].get("sha256")
+    else:  # asked together with others, the manifest has the hash of their common file
+        known = recorded(one.folder, one.manifest)[one.query].get("sha256")
+        there |= {file_digest(common) for common in (one.folder / "queries").glob("together-*/scores.pt")}
+    if known is not None and known not in there:
+        raise ValueError(f"{path} has SHA-256 {digest}, and its run wrote {known}: it has changed since. Run again")
+
+
+def _refuse_other_rows(folder: Path, manifest: Manifest, places: Places) -> None:
+    known = manifest.values.get("hashes", {}).get("rows")
+    if known != places.digest:
+        of = manifest.values.get("rows", {})
+        raise ValueError(
+            f"the scores of {folder} are of other rows (hash {known}, {of.get('rows')} rows, {of.get('targets')} "
+            f"targets) than the data here (hash {places.digest}, {places.shape[0]} rows, {len(places)} targets): both "
+            "score sets need the same documents, tokenizer and lengths, unchanged since their runs"
+        )
+
+
+def _refuse_not_finite(source: str, values: Tensor) -> None:
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"{bad} of {values.numel()} scores of {source} are NaN or infinite; a selection needs all")
+
+
+def _data_set(config: MagicConfig) -> DataSet:
+    """The rows of a run's settings, without its model: only the model's configuration is read."""
+    from transformers import AutoConfig
+
+    data = config.data
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    try:
+        model = AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the configuration of model {config.model!r}: {error}") from error
+    documents = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
+    text = model.get_text_config(decoder=True)  # of a composite model the part that reads
+    longest = data.max_length or getattr(text, "max_position_embeddings", None)
+    rows = build_rows(
+        documents, tokenizer, text_column=data.text_column, max_length=None if data.chunk_length else longest,
+        chunk_length=data.chunk_length, min_chars=data.min_chars,
+    )  # fmt: skip
+    return DataSet(config, rows, places_of(rows), tokenizer)

@@ -1,0 +1,1 @@
+"""The dataclasses behind flags and YAML files; no heavy import."""
