@@ -84,7 +84,9 @@ def metagradient(
     trainer, state = Trainer.initialize(make_model(), optimizer, engine=engine, max_grad_norm=clip)
     stream = DataStream(make_rows(steps * BATCH), BATCH)
     query = DataStream(make_rows(8, seed=1), BATCH, shuffle=False)
-    marks = [time.perf_counter()]
+    before = time.process_time()
+    trainer.prove(state, stream)  # counted apart
+    proof, marks = time.process_time() - before, [time.perf_counter()]
 
     def record(event) -> None:
         if first_time(event):
@@ -100,7 +102,10 @@ def metagradient(
         assert bool(result.weight_grads.isfinite().all())
         assert float(result.weight_grads.abs().max()) > 0
     names = ("train", "query", "reverse")
-    return losses, {name: b - a for name, a, b in zip(names, marks, marks[1:])} | {"whole": marks[-1] - marks[0]}
+    return losses, {name: b - a for name, a, b in zip(names, marks, marks[1:])} | {
+        "whole": marks[-1] - marks[0],
+        "proof_cpu": proof,
+    }
 
 
 def timed(kind: str, steps: int, clip: float | None) -> dict[str, float]:
@@ -117,7 +122,9 @@ def child(kind: str, steps: int, clip: float | None) -> None:
     start = time.process_time()
     seconds = {"whole": plain(steps, clip)[1]} if kind == "plain" else metagradient(steps, clip, kind)[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({**seconds, "cpu": time.process_time() - start, "peak_bytes": peak}))
+    print(
+        json.dumps({**seconds, "cpu": time.process_time() - start - seconds.get("proof_cpu", 0.0), "peak_bytes": peak})
+    )
 
 
 def main() -> None:

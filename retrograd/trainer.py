@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from retrograd.core import lookups, probe
 from retrograd.core.muon import Pair
 from retrograd.core.optim import Cotangent, Optimizer, Params
 from retrograd.core.step import Batch, NonFiniteError, Objective, Recipe, State, Training, initial_state
@@ -71,6 +73,8 @@ class Trainer:
         self.engine, self._function = chosen.engine, function
         self._begun = initial  # where the last training began
         self._last: Trajectory | None = None
+        self._objective: Objective | None = None  # of a loss of one's own
+        self._proved = False
 
     @classmethod
     def initialize(
@@ -127,7 +131,24 @@ class Trainer:
         chosen = choose_engine(engine, model, objective)
         used = () if chosen.name == "double" else (chosen.name,)  # another may round otherwise
         function = fingerprint(architecture(model), recipe, "causal language model" if loss is None else loss, *used)
-        return cls(recipe, chosen, state, model, function), state
+        trainer = cls(recipe, chosen, state, model, function)
+        trainer._objective = objective if loss is not None else None
+        return trainer, state
+
+    def prove(self, state: State, stream: DataStream) -> None:
+        """Try the first step: it is a function, and its pullback that function's derivative. Once for a trainer.
+
+        `train` does it before it trains; by itself it is for measuring apart. It takes some fifteen gradients of one
+        micro-batch, of two rows where the loss is the language model's own.
+
+        Raises:
+            ValueError: By the name of the parameter, module or optimizer that is wrong.
+        """
+        if self._proved:
+            return
+        training = Training(self.recipe, self.engine, self._fitting(stream), stream.weights)
+        probe.prove(training, state, self.module, self._objective, rows=2 if self._objective is None else None)
+        self._proved = True
 
     def train(
         self,
@@ -143,6 +164,7 @@ class Trainer:
         From state t the run goes on: it takes the stream's steps t, t + 1, …, with the learning rates, random draws and
         optimizer corrections of those steps, so that training on through two epochs what one epoch left gives the
         bits of two epochs. Snapshots and scores are of these steps alone.
+        The first call tries its first step before it trains, as `prove` does.
 
         Args:
             state: Where to start; from `initialize` for a whole run.
@@ -151,9 +173,11 @@ class Trainer:
             replay: Plan and budgets; by default all states, in `save_dir` if given.
         Raises:
             ValueError: If the stream ends at or before the state, or rows of tokens do not fit the model: ids outside
-                its vocabulary, rows beyond its context.
+                its vocabulary, rows beyond its context. If no parameter reaches the loss, a step taken twice has other
+                bits, or the second derivative of loss or optimizer is not that of the step.
             RunError: If `save_dir` holds another run.
         """
+        self.prove(state, stream)
         with _locked(save_dir):
             trajectory = self._trajectory(state, self._fitting(stream), save_dir, replay, observe)
             final = trajectory.train()
@@ -170,7 +194,7 @@ class Trainer:
         Args:
             query: A stream, whose mean loss is the query, or a function params → (values [K], gradients [K, *shape]).
         """
-        with evaluating(self.module):
+        with evaluating(self.module), lookups.whole():
             if not isinstance(query, DataStream):
                 return Evaluation(*query(state.params))
             query = self._fitting(query)
@@ -305,7 +329,8 @@ def _locked(save_dir: str | Path | None) -> AbstractContextManager[None]:
 
 def _weighted(loss: Callable[[Params, Any], Tensor]) -> Objective:
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
-        losses = loss(params, inputs)
+        with sdpa_kernel(SDPBackend.MATH):  # the only one that is twice differentiable
+            losses = loss(params, inputs)
         if losses.shape != coefficients.shape:
             raise ValueError(
                 f"the loss returned shape {tuple(losses.shape)} for a batch of {tuple(coefficients.shape)} weights; it "

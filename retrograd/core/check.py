@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrograd.core import tree
+from retrograd.core import lookups, tree
 from retrograd.core.engine.double import Double
 from retrograd.core.optim import Moments, Params, clip
 from retrograd.core.step import (
@@ -82,15 +82,17 @@ def unrolled(training: Training, params: Params, objective: Objective, query: Qu
     """(φ [K], τ [K, *weights.shape]) from one autograd graph over the whole run."""
     weights = training.weights.detach().requires_grad_()
     current = {name: theta.detach().requires_grad_() for name, theta in params.items()}
-    moments = training.recipe.optimizer.init(current)
+    moments, turns = training.recipe.optimizer.init(current), list[lookups.Passing]()
     for t in range(len(training.stream)):
-        loss = sum(
-            (objective(current, part.inputs, coefficients(part, weights)) for part in _parts(training, t)),
-            start=torch.zeros(()),
-        )
+        with lookups.twice() as passing:
+            losses = [objective(current, part.inputs, coefficients(part, weights)) for part in _parts(training, t)]
+        turns.append(passing)
+        loss = sum(losses, start=torch.zeros(()))
         grads = torch.autograd.grad(loss, list(current.values()), create_graph=True, materialize_grads=True)
         current, moments = _update(training, current, moments, dict(zip(current, grads)), t)
     values, gradient = query({name: theta.detach() for name, theta in current.items()})
+    for passing in turns:
+        passing.turn()
     scores = [
         torch.autograd.grad(list(current.values()), weights, [gradient[n][k] for n in current], retain_graph=True)[0]
         for k in range(len(values))
@@ -134,8 +136,8 @@ def forward_tangent(
         ġ_t = H_t θ̇_t + ∂g_t/∂w · v        ṡ_{t+1} = jvp of U_t∘clip along (ṡ_t, ġ_t)
 
     Where the gradient is linear in the data weights, its second part is the gradient at v in their place; elsewhere it
-    is ∂g_t/∂w · v at w, by the engine's `tangent`. H_t is symmetric, so the engine's pullback gives the first. Forward
-    AD sees the optimizer only. No cotangent is involved.
+    is ∂g_t/∂w · v at w, by the engine's `tangent`. H_t is symmetric but for embeddings (core/lookups), so the engine's
+    pullback, transposed there, gives the first. Forward AD sees the optimizer only. No cotangent is involved.
 
     Args:
         directions: v, [D, *weights.shape].
@@ -262,13 +264,9 @@ def _tangent_step(
     training: Training, state: State, tangents: tuple[Params, Moments], directions: Tensor
 ) -> tuple[Params, Moments]:
     batches, seed = micro_batches_of(training, state.step)
-    grads: Params = {}
-
-    def along(found: Params) -> Params:
-        grads.update(found)
-        return tangents[0]
-
-    curvature, _ = training.engine.pullback(state.params, batches, training.weights, seed, along)
+    grads = training.engine.gradient(state.params, batches, training.weights, seed)[1]
+    with lookups.transposed():
+        curvature, _ = training.engine.pullback(state.params, batches, training.weights, seed, tangents[0])
     moved = []
     for d, direction in enumerate(directions):
         pushed = _weight_tangent(training, state.params, batches, direction, seed)

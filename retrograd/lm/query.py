@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from retrograd.core import lookups
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Objective, coefficients
 from retrograd.lm.rows import Rows
@@ -83,7 +84,7 @@ class Queries:
             # data weights of one, wherever the batch points
             ones = batch.scale.new_ones(int(batch.index.max()) + 1)
             leaves = {name: theta.detach().requires_grad_(slopes) for name, theta in params.items()}
-            with torch.set_grad_enabled(slopes):
+            with torch.set_grad_enabled(slopes), lookups.whole():
                 part = objective(leaves, batch.inputs, coefficients(batch, ones))
             value = part.detach() if value is None else value + part.detach()
             if slopes:

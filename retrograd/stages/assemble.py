@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retrograd.core import tree
+from retrograd.core import probe, tree
+from retrograd.core.engine import Double
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.schedule import Schedule
@@ -89,6 +90,8 @@ def assemble(config: MagicConfig) -> Loaded:
     begun = _begun(config)
     engine = _engine(config, begun, model, shape, queries, recipe, initial, stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
+    if begun is None:
+        probe.prove(training._replace(engine=Double(model.objective)), initial, model.module, rows=2)
     hashes = {
         "recipe": fingerprint(recipe),
         "rows": rows.digest()[:16],

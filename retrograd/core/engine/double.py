@@ -6,6 +6,8 @@ The batch gradient is taken with its graph kept, then autograd runs once more ov
 
 c = w[index]·scale are the losses' coefficients; where the loss is linear in them the second part is ⟨∇loss_j, ḡ_k⟩.
 With one micro-batch a gradient that ḡ is a function of falls out of the same graph; with several it is computed first.
+Where an embedding's gradient is not its function's, H is the derivative of the gradient that training takes
+(core/lookups).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from retrograd.core import tree
+from retrograd.core import lookups, tree
 from retrograd.core.optim import Params
 from retrograd.core.step import Bars, Batch, Objective, coefficients, is_linear, random_draws
 
@@ -88,7 +90,7 @@ class Double:
         for part, batch in enumerate(batches):
             leaves = _live(params)
             factors = coefficients(batch, weights).requires_grad_()
-            with torch.enable_grad(), random_draws(seed, part):
+            with torch.enable_grad(), random_draws(seed, part), lookups.twice() as passing:
                 if isinstance(self.objective, Leaving) and not callable(bars):
                     here = None if left is None else left[part]
                     loss = self.objective.again(leaves, batch.inputs, factors, here)
@@ -97,6 +99,7 @@ class Double:
                 grads = grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
             if callable(bars):
                 bars = bars({name: g.detach() for name, g in zip(leaves, grads)})
+            passing.turn()
             products, slopes = _second(leaves, factors, grads, bars)
             curvature = {n: curvature[n] + products[n] for n in products} if curvature else products
             scores.append(slopes * batch.scale)

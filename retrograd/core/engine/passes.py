@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.func import jvp, vmap
 
-from retrograd.core import tree
+from retrograd.core import lookups, tree
 from retrograd.core.optim import Params
 
 __all__ = ["Eager", "Link", "Passes", "X", "adjoint_jvp", "at", "live", "pullbacks", "vjp", "vjp_along", "without"]
@@ -117,7 +117,7 @@ def adjoint_jvp(function: _Function, point: Params, along: Params) -> tuple[Tens
     For embeddings: their vjp leaves out the row of `padding_idx`, their jvp does not, and training takes the vjp.
     """
     leaves = live(point)
-    with torch.enable_grad():
+    with torch.enable_grad(), lookups.twice():
         y = function(leaves)
         bar = torch.zeros_like(y, requires_grad=True)
         first = grad(y, list(leaves.values()), bar, create_graph=True, materialize_grads=True)
@@ -127,9 +127,10 @@ def adjoint_jvp(function: _Function, point: Params, along: Params) -> tuple[Tens
 def vjp_along(function: _Function, point: Params, along: Params, bar: Tensor, bardots: Tensor) -> tuple[Any, Params]:
     """The vjp's cotangent of x, if any, and the tangents [K, …] of the vjp along (point: along, bar: bardots)."""
     leaves = live(point)
-    with torch.enable_grad():
+    with torch.enable_grad(), lookups.twice() as passing:
         y = function(leaves)
         first = grad(y, list(leaves.values()), bar, create_graph=True, materialize_grads=True)
+    passing.turn()
     found = pullbacks([*first, y], [*(along[name] for name in leaves), bardots], list(leaves.values()))
     back = dict(zip(leaves, first)).get(X)
     return None if back is None else back.detach(), dict(zip(leaves, found))
