@@ -31,8 +31,8 @@ from retrograd.core.engine.compiled import no_compiler
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import VocabularyHead, decoder_chain
-from retrograd.lm.layout import inner
 from retrograd.lm.model import trainable
+from retrograd.lm.spans import inner
 
 __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 
