@@ -1,4 +1,4 @@
-"""Letters, answers by text and continuations, as they are asked for, against a model's own logits of each text alone."""
+"""Letters, answers by text and continuations as they are asked for, against a model's own logits of each text alone."""
 
 from __future__ import annotations
 
@@ -48,9 +48,12 @@ def answer_errors(
 
     texts = [prompt.cpu().numpy() for prompt in prompts]
     said = continuations(lm, params, texts, 2, end=None, longest=None)
-    yield "continuations", max(
-        torch.inf if new is None else _regret(own, prompt, torch.from_numpy(new).to(prompt))
-        for prompt, new in zip(prompts, said)
+    yield (
+        "continuations",
+        max(
+            torch.inf if new is None else _regret(own, prompt, torch.from_numpy(new).to(prompt))
+            for prompt, new in zip(prompts, said)
+        ),
     )
 
 

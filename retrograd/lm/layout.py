@@ -100,11 +100,7 @@ class Layout:
     form: Form
 
     def calls(self, inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """The arguments of each call; what the calls return goes together along the second dimension.
-
-        Raises:
-            ValueError: If rows are so long that the model's frequencies depend on what it read before.
-        """
+        """The arguments of each call; what the calls return goes together along the second dimension."""
         if not self._masked(inputs):
             rows = _rows(inputs)
             if self.alone(rows.ids.shape[1]):
@@ -137,7 +133,7 @@ class Layout:
         return {"input_ids": rows.ids, "use_cache": False}
 
     def predicting(self, inputs: dict[str, Tensor]) -> Predicting:
-        """The states that predict a target, in what `calls` or `arguments` lead to."""
+        """In what `calls` or `arguments` lead to."""
         masked = self._masked(inputs)
         rows = _rows(inputs, apart=not masked)
         places, columns = rows.mask[:, 1:].nonzero(as_tuple=True)
@@ -191,6 +187,7 @@ class Layout:
 
     @cached_property
     def rescaled(self) -> dict[str, int]:
+        """As `spans.rescaled`."""
         return rescaled(self.module)
 
     @cached_property

@@ -11,9 +11,9 @@ bits, and what is all zero filled with random numbers: a soft cap, a mask or a b
 head is scaled until its output, before any cap, reaches ±50. What rounding does to such losses is measured, with token
 embeddings that are off by some last bits.
 
-Documents have 12 tokens, and so many that they pass each window of the settings, where a forward pass of that many costs
-less than `_PASS` multiplications. So a proof takes some 200 tokens of forward passes of a model of any size, a fraction
-of one training step. Longer rows than were tried enter no other way than the model's own masks allow (`spans`).
+Documents have 12 tokens, and so many that they pass each window of the settings where a forward pass of that many costs
+less than `_PASS` multiplications. So of a large model a proof takes forward passes of some 500 tokens in all, a
+fraction of one training step. Longer rows than a window enter no other way than through the model's own masks.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = ["Proof", "form_of", "prove", "prove_answers"]
 _TOKENS = 12
 _PASS = {"cpu": 2e9, "cuda": 4e11}  # multiplications of a forward pass of one document, to pass a window with
 _LONGEST = 1024
+_SURE = 0.1  # of the largest loss: tolerances beyond it would prove nothing
 _FORMS: WeakKeyDictionary[nn.Module, Form] = WeakKeyDictionary()  # proved ones
 
 
@@ -152,8 +153,22 @@ def _trials(module: nn.Module, lengths: list[int]) -> Iterator[_Trial]:
 
 def _trial(module: nn.Module, documents: list[Tensor]) -> _Trial:
     losses = [_losses(module, document) for document in documents]
+    name, again = type(inner(module)).__name__, _losses(module, documents[0])
+    if not torch.equal(losses[0], again):
+        moved = float((losses[0] - again).abs().max())
+        raise ValueError(
+            f"{name} gives other losses, by {moved:.2g} nats, when it reads the same {len(documents[0])} tokens again, "
+            "with dropout off: it draws random numbers or keeps something of what it has read. Such a loss has no "
+            "derivative; take another model."
+        )
     noise = float((_noisy(module, documents[0]) - losses[0]).abs().max())
     size = max(1.0, *(float(one.abs().max()) for one in losses))
+    if not 32 * noise <= _SURE * size:
+        raise ValueError(
+            f"the losses of {name}, up to {size:.3g} nats, are moved by {noise:.2g} nats when token embeddings change "
+            f"in their last bits of {losses[0].dtype}: what the objective is cannot be told from rounding. Check the "
+            "weights, or take --dtype float64."
+        )
     return _Trial(documents, losses, max(32 * noise, 64 * torch.finfo(losses[0].dtype).eps * size))
 
 
@@ -170,9 +185,10 @@ def _narrowed(module: nn.Module, form: Form, trial: _Trial, point: _Point) -> Fo
     if not form.fused and not (found := _error(Layout(module, alone), trial, inputs, places)) <= trial.tolerance:
         raise _differs(module, "rows one after the other", found, trial, point)
     form = form._replace(batches=form.batches and agrees(alone._replace(batches=True)))
-    form = form._replace(joins=form.fused and form.joins and form.batches and agrees(form._replace(masks=False)))
-    masks = form.masks and form.batches and agrees(form._replace(masks=True), *trial.packed())
-    form = form._replace(masks=masks)
+    joined = form._replace(masks=False)
+    joins = form.fused and form.joins and form.batches and agrees(joined) and agrees(joined, *trial.packed())
+    form = form._replace(joins=joins)
+    form = form._replace(masks=form.masks and form.batches and agrees(form._replace(masks=True), *trial.packed()))
     found = _error(Layout(module, form._replace(masks=False)), trial, *trial.packed())
     if not found <= trial.tolerance:
         raise _differs(module, "packed documents taken apart", found, trial, point)
@@ -273,7 +289,7 @@ def _noisy(module: nn.Module, document: Tensor) -> Tensor:
 
 
 def _judge(module: nn.Module, document: Tensor) -> tuple[float, float]:
-    """The largest number before any cap, and what rounding does to the losses relative to them; infinite if not finite."""
+    """The largest number before any cap, and what rounding does to losses of 1; infinite where they are not finite."""
     logits, size = _read(module, document)
     losses = _losses(module, document)
     if not (torch.isfinite(logits).all() and torch.isfinite(losses).all()):
@@ -290,7 +306,8 @@ def _documents(module: nn.Module, length: int, seed: int) -> list[Tensor]:
         value for settings in (vars(config), vars(own)) for name, value in settings.items()
         if name.endswith(("_token_id", "_token_index")) and type(value) is int
     }  # fmt: skip
-    spoken = {getattr(own, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")}
+    ends = [getattr(own, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
+    spoken = {token for end in ends for token in (end if isinstance(end, list) else [end])}
     vocabulary = min(len(embedding), getattr(own, "vocab_size", None) or len(embedding))
     known = np.array(sorted(set(range(min(vocabulary, 65536))) - (special - spoken)))
     draw = np.random.default_rng(seed)
@@ -314,7 +331,7 @@ def _lengths(module: nn.Module, longest: int | None) -> list[int]:
     size, device = sum(p.numel() for p in module.parameters()), next(module.parameters()).device.type
     most = min(context, _LONGEST, int(_PASS.get(device, _PASS["cpu"]) / size))
     base = min(_TOKENS, context)
-    passing = {length for span in spans(module) for length in (span, span + 3) if base // 2 <= length <= most}
+    passing = {length for span in spans(module) for length in (span, span + 3) if length <= most}
     further = {min(longest, context)} if longest is not None else set()
     return [base, *sorted((passing | further) - {base})]
 

@@ -31,10 +31,8 @@ def large_values(module: nn.Module, judge: Callable[[], tuple[float, float]]) ->
     head = inner(module).get_output_embeddings()
     own = {p.untyped_storage().data_ptr() for p in head.parameters()} if head is not None else set()
     leaves = list({p.untyped_storage().data_ptr(): p for p in module.parameters() if p.is_floating_point()}.values())
-    # −0.0 is no zero that a fill could give back
-    zeros = [p for p in leaves if not p.count_nonzero() and not torch.signbit(p).any()]
-    zero = {id(p) for p in zeros}
-    matrices = [p for p in leaves if p.ndim > 1 and id(p) not in zero]
+    zeros = [(p, torch.signbit(p)) for p in leaves if not p.count_nonzero()]  # −0.0 has a bit of its own
+    matrices = [p for p in leaves if p.ndim > 1]
     last = [p for p in matrices if p.untyped_storage().data_ptr() in own]
     body = [p for p in matrices if p.untyped_storage().data_ptr() not in own]
     factors = [1.0, 1.0]
@@ -45,7 +43,7 @@ def large_values(module: nn.Module, judge: Callable[[], tuple[float, float]]) ->
         factors[which] *= factor
 
     try:
-        _fill(zeros)
+        _fill([p for p, _ in zeros])
         for factor in _BODY:
             scale(0, factor / factors[0])
             size, rounding = _grown(judge, lambda more: scale(1, more), bool(last))
@@ -56,8 +54,8 @@ def large_values(module: nn.Module, judge: Callable[[], tuple[float, float]]) ->
         with torch.no_grad():
             for which in (0, 1):
                 scale(which, 1 / factors[which])
-            for p in zeros:
-                p.zero_()
+            for p, negative in zeros:
+                p.zero_().masked_fill_(negative, -0.0)
 
 
 def _grown(judge: Callable[[], tuple[float, float]], more: Callable[[float], None], can: bool) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Lengths at which a model begins to compute otherwise, as far as its settings tell: windows, chunks, rotary scaling."""
+"""Lengths at which a model begins to compute otherwise, as its settings tell: windows, chunks, rotary scaling."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def load_rows(
 
 
 def context_length(model: CausalLM, asked: int | None, name: str) -> tuple[Any, int | None]:
-    """The language model's settings and how many tokens a row may have: what was asked for, else what the model can read.
+    """The language model's settings, and how many tokens a row may have: as asked for, else what the model can read.
 
     Raises:
         ValueError: If more was asked for than the model can read.
