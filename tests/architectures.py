@@ -257,9 +257,15 @@ if __name__ == "__main__":
 
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    results = []
+    results, wrong = [], []
     for name in kinds():
-        results.append(examine(name))
-        print(*results[-1], flush=True)
+        try:
+            results.append(examine(name))
+            print(*results[-1], flush=True)
+        except AssertionError as error:
+            wrong.append(str(error))
+            print(error, flush=True)
+    if wrong:
+        sys.exit("\n".join(wrong))
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(page(results), encoding="utf8")

@@ -216,7 +216,7 @@ class TestRotaryScaling:
         assert differs(module, [[5, 7], [4, 3]]) < 1e-9
         assert differs(module, [[9, 3], [4, 3]]) < 1e-9
         together = Layout(module, form_of(module)._replace(joins=False))
-        vars(together)["rescaled"] = {}
+        vars(together)["beside"] = {}
         assert differs(module, ROWS, objective_of(together)) > 1e-3
 
     def test_what_enters_alone_has_its_whole_length(self) -> None:
@@ -235,7 +235,7 @@ class TestRotaryScaling:
         module = self.longrope()
         objective = causal_objective(module)[0]
         assert choose_engine("auto", module, objective, Load(2, 9, 1, 0)).name == "double"
-        with pytest.raises(ValueError, match=r"rows that enter together: .* beyond 8 tokens"):
+        with pytest.raises(ValueError, match=r"rows that enter together: beyond 8 tokens .* longrope"):
             choose_engine("blocks", module, objective, Load(2, 9, 1, 0))
         with pytest.raises(ValueError, match="cannot be cut into a chain"):  # it writes its frequencies in place
             choose_engine("blocks", module, objective, Load(2, 8, 1, 0))

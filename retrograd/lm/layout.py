@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from retrograd.lm.loss import token_ce
-from retrograd.lm.spans import inner, rescaled, windows
+from retrograd.lm.spans import beside, inner, windows
 
 __all__ = ["Form", "Layout", "Predicting", "twice_differentiable"]
 
@@ -170,25 +170,25 @@ class Layout:
         Raises:
             ValueError: If the model's frequencies then depend on what it read before.
         """
-        for kind, bound in self.rescaled.items():
-            if kind == "dynamic" and length > bound:
-                raise ValueError(
-                    f"rows of {length} tokens are longer than the {bound} from which on this model's dynamic rotary "
-                    "embedding depends on the longest row it has read before: the loss of a row would be no function "
-                    f"of the row. Use rows of at most {bound} tokens."
-                )
-        return not self.form.batches or length > self.rescaled.get("longrope", length)
+        if length > (bound := self.beside.get("dynamic", length)):
+            raise ValueError(
+                f"rows of {length} tokens are longer than the {bound} from which on this model's dynamic rotary "
+                "embedding depends on the longest row it has read before: the loss of a row would be no function "
+                f"of the row. Use rows of at most {bound} tokens."
+            )
+        return not self.form.batches or length > min(self.beside.values(), default=length)
 
     @property
     def why_alone(self) -> str:
         if not self.form.batches:
             return "the loss of a row changes with the rows beside it"
-        return f"its rotary embedding has other frequencies beyond {self.rescaled.get('longrope')} tokens"
+        bound, kinds = min(self.beside.values()), ", ".join(self.beside)
+        return f"beyond {bound} tokens a row's loss depends on those beside it: {kinds}"
 
     @cached_property
-    def rescaled(self) -> dict[str, int]:
-        """As `spans.rescaled`."""
-        return rescaled(self.module)
+    def beside(self) -> dict[str, int]:
+        """As `spans.beside`."""
+        return beside(self.module)
 
     @cached_property
     def window(self) -> int | None:
@@ -204,7 +204,7 @@ class Layout:
 
     def _masks(self, length: int) -> bool:
         """Whether packed rows enter masked; a mask of ours takes the place of the model's windows."""
-        bound = min(self.rescaled.values(), default=length)
+        bound = min(self.beside.values(), default=length)
         return self.form.masks and self.form.batches and self._within(length) and length <= bound
 
     def _masked(self, inputs: dict[str, Tensor]) -> bool:

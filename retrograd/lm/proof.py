@@ -331,7 +331,7 @@ def _lengths(module: nn.Module, longest: int | None) -> list[int]:
     size, device = sum(p.numel() for p in module.parameters()), next(module.parameters()).device.type
     most = min(context, _LONGEST, int(_PASS.get(device, _PASS["cpu"]) / size))
     base = min(_TOKENS, context)
-    passing = {length for span in spans(module) for length in (span, span + 3) if length <= most}
+    passing = {length for span in spans(module) for length in (span, span + 3, 3 * span + 2) if length <= most}
     further = {min(longest, context)} if longest is not None else set()
     return [base, *sorted((passing | further) - {base})]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["inner", "rescaled", "spans", "text_config", "windows"]
+__all__ = ["beside", "inner", "spans", "text_config", "windows"]
 
 _WINDOW = re.compile(r"window|local_attention|attention_chunk_size|attn_chunk_length|index_topk$|block_size")
 _SPAN = re.compile(f"{_WINDOW.pattern}|chunk_size$|original_max_position")
@@ -37,10 +37,11 @@ def spans(module: nn.Module) -> list[int]:
     return _lengths(module, _SPAN)
 
 
-def rescaled(module: nn.Module) -> dict[str, int]:
-    """Rotary embeddings whose frequencies depend on the longest row beside a token, and from which length on.
+def beside(module: nn.Module) -> dict[str, int]:
+    """Why the loss of a row depends on the rows beside it, and from which length on.
 
-    "longrope": on the rows of the call. "dynamic": on all that was read before.
+    "longrope": rotary frequencies go by the longest row of the call. "dynamic": by the longest one ever read.
+    "top-k": which keys attention picks among equals goes by the number of columns.
     """
     config = text_config(module)
     context = getattr(config, "max_position_embeddings", None)
@@ -51,6 +52,10 @@ def rescaled(module: nn.Module) -> dict[str, int]:
         bound = context if name == "dynamic" else one.get("original_max_position_embeddings") or context
         if name in ("dynamic", "longrope") and bound:
             found[name] = min(bound, found.get(name, bound))
+    blocks = (getattr(config, "index_topk_blocks", None) or 0) * (getattr(config, "index_block_size", None) or 0)
+    picked = [getattr(config, name, None) for name in ("index_topk", "keep_window_size")]
+    if keys := [count for count in (blocks, *picked) if count]:
+        found["top-k"] = min(keys)
     return found
 
 
