@@ -75,7 +75,8 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8}, "ministral": {"head_dim": 8},
     "dots3_note_text": {"num_key_value_heads": 4}, "zaya": {"num_experts_per_tok": 1}, "nemotron": {"num_key_value_heads": 2},
-    "xlm": {"n_heads": 4}, "roc_bert": {"pronunciation_vocab_size": 40, "shape_vocab_size": 40},
+    "xlm": {"n_heads": 4, "causal": True},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1}, "roc_bert": {"pronunciation_vocab_size": 40, "shape_vocab_size": 40},
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16], "is_decoder": True},
 }  # fmt: skip
 

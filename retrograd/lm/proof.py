@@ -327,7 +327,8 @@ def _batch(rows: list[list[int]], documents: list[Tensor]) -> dict[str, Tensor]:
 
 def _lengths(module: nn.Module, longest: int | None) -> list[int]:
     """Tokens of the longest document of each trial: a few, each window, and a little more than each window."""
-    context = getattr(text_config(module), "max_position_embeddings", None) or _LONGEST
+    context = getattr(text_config(module), "max_position_embeddings", None) or 0
+    context = context if context > 0 else _LONGEST  # −1: as many as one likes
     size, device = sum(p.numel() for p in module.parameters()), next(module.parameters()).device.type
     most = min(context, _LONGEST, int(_PASS.get(device, _PASS["cpu"]) / size))
     base = min(_TOKENS, context)
