@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_blocks import build
+from test_blocks import build, error, results, stream
 from torch import Tensor
 from torch.nn import functional as F
 
 from retrograd import Trainer
+from retrograd.core.engine import Blocks, Double
+from retrograd.core.step import micro_batches
 from retrograd.lm import greedy, layout
 from retrograd.lm.blocks import decoder_chain
 from retrograd.lm.engines import Load, choose_engine
@@ -169,6 +171,17 @@ class TestPacking:
             ]
         assert torch.allclose(found[inputs["target_mask"]], torch.cat(own), atol=1e-9)
         assert (found[~inputs["target_mask"]] == 0).all()
+
+    def test_both_engines_take_documents_apart(self) -> None:
+        from transformers import Lfm2Config
+
+        layers = ["conv", "full_attention"]
+        module = made(Lfm2Config(**GROUPED, layer_types=layers, block_auto_adjust_ff_dim=False), 4.0)
+        params, data = trainable(module)[0], stream(packed=True)
+        assert not form_of(module).masks
+        found = [results(engine, params, micro_batches(data[0], 2), data.weights, 2)
+                 for engine in (Blocks(decoder_chain(module)), Double(causal_objective(module)[0]))]  # fmt: skip
+        assert error(found[0], found[1]) < 1e-9
 
 
 class TestCausality:
