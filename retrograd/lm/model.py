@@ -143,8 +143,7 @@ def load_causal_lm(
 def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor], Tensor], bool]:
     """The objective Σ c·ce of a Hugging Face causal model, and whether its vocabulary head is fused.
 
-    Parameters of the objective go by the names of `trainable(module)`. Experts of a mixture are set to be multiplied
-    one by one: the grouped products of `transformers` take no float64, and have no forward derivative.
+    Parameters of the objective go by the names of `trainable(module)`.
 
     Raises:
         ValueError: If no way to call the model gives the losses of its own plain forward pass, one document at a time,

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -33,7 +32,7 @@ from torch.nn import functional as F
 from retrograd.core.optim import Params
 from retrograd.lm.answers import answer_errors
 from retrograd.lm.layout import Form, Layout, twice_differentiable
-from retrograd.lm.model import CausalLM, objective_of, trainable
+from retrograd.lm.model import CausalLM, evaluating, objective_of, trainable
 from retrograd.lm.rows import Rows, pad
 from retrograd.lm.scaled import large_values, reading, whole_precision
 from retrograd.lm.spans import inner, spans, text_config
@@ -78,12 +77,16 @@ class _Trial(NamedTuple):
 def form_of(module: nn.Module) -> Form:
     """The ways to call a Hugging Face causal model that give its own losses; found once for each module.
 
+    Experts of a mixture are set to be multiplied one by one.
+
     Raises:
         ValueError: If not even its rows one after the other do, a document alone cannot be read, or a token's loss
             depends on the tokens after it.
     """
     if module not in _FORMS:
         model = inner(module)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the grouped products take no float64, nor forward derivatives
         head = model.get_output_embeddings()
         whole = model.base_model is model
         form = Form(type(head) is nn.Linear and not whole, not whole, True, True)
@@ -139,7 +142,7 @@ def _at_each_point(
 ) -> None:
     """Visit the weights as they are, then scaled; the trials are made where they are taken."""
     lengths = _lengths(module, longest)
-    with _evaluating(module), whole_precision(module), torch.no_grad():
+    with evaluating(module), whole_precision(module), torch.no_grad():
         first = _documents(module, lengths[0], 0)[0]
         visit(_Point("its weights as they are", _read(module, first)[1]), _trials(module, lengths))
         with large_values(module, lambda: _judge(module, first)):
@@ -335,17 +338,6 @@ def _lengths(module: nn.Module, longest: int | None) -> list[int]:
     passing = {length for span in spans(module) for length in (span, span + 3, 3 * span + 2) if length <= most}
     further = {min(longest, context)} if longest is not None else set()
     return [base, *sorted((passing | further) - {base})]
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def prove_answers(lm: CausalLM) -> None:
