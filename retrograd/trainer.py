@@ -19,11 +19,11 @@ from retrograd.core.optim import Cotangent, Optimizer, Params
 from retrograd.core.step import Batch, NonFiniteError, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
 from retrograd.lm.engines import Choice, choose_engine
-from retrograd.lm.layout import inner
 from retrograd.lm.limits import check_rows
 from retrograd.lm.loss import refuse_other_loss
 from retrograd.lm.model import causal_objective, evaluating, trainable
 from retrograd.lm.rows import Rows
+from retrograd.lm.spans import inner
 from retrograd.lm.stream import DataStream
 from retrograd.runs.cotangent import BackwardState, Evaluation, cotangent_of
 from retrograd.runs.counterfactual import Agreement, agreement, mean_lds, predicted, random_subset, without

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from retrograd.core.engine import Double
 from retrograd.core.step import micro_batches
-from retrograd.lm import model
-from retrograd.lm.layout import Layout, inner, layout_of, twice_differentiable
-from retrograd.lm.model import causal_objective, trainable
+from retrograd.lm.layout import Form, Layout, twice_differentiable
+from retrograd.lm.model import causal_objective, objective_of, trainable
+from retrograd.lm.proof import form_of
+from retrograd.lm.spans import inner
+
+JOINED, PADDED = Form(True, True, True), Form(True, False, True)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -34,13 +37,13 @@ def inputs(*targets: list[int], length: int = 8) -> dict[str, Tensor]:
 def test_these_families_join(family: str, dtype: torch.dtype) -> None:
     module = build(family, dtype)
     implementation = module.config._attn_implementation
-    assert layout_of(module).joins
+    assert form_of(module).joins
     assert module.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("even", [False, True], ids=["uneven", "even"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_joined_equals_padded(family: str, even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joined_equals_padded(family: str, even: bool) -> None:
     """Gradient, H ḡ and scores of the whole model; rows of 4 to 9 tokens, with a prompt that is no target."""
     module, data = build(family, **({"sliding_window": 20} if family == "mistral" else {})), stream()
     batches = [
@@ -50,12 +53,11 @@ def test_joined_equals_padded(family: str, even: bool, monkeypatch: pytest.Monke
         batch.inputs["target_mask"][:, 1:3] = False
         if even:
             batch.inputs["target_mask"][:, 4:] = False
-        called = Layout(module, True).arguments(batch.inputs)
+        called = Layout(module, JOINED).arguments(batch.inputs)
         assert called["input_ids"].shape[0] == (len(batch.scale) if even else 1)
     params, found = trainable(module)[0], []
-    for joins in (True, False):
-        monkeypatch.setattr(model, "layout_of", lambda module, joins=joins: Layout(module, joins))
-        found.append(results(Double(causal_objective(module)[0]), params, batches, data.weights, 2))
+    for form in (JOINED, PADDED):
+        found.append(results(Double(objective_of(Layout(module, form))), params, batches, data.weights, 2))
     assert error(found[0], found[1]) < 1e-10
     assert error({n: x * 1.001 for n, x in found[0].items()}, found[1]) > 1e-4
 
@@ -63,13 +65,13 @@ def test_joined_equals_padded(family: str, even: bool, monkeypatch: pytest.Monke
 def test_what_is_called() -> None:
     """Only states that a target follows, each at its own position."""
     given = inputs([1, 2, 3], [5], [1, 7])
-    arguments = Layout(build("gpt-neox"), True).arguments(given)
+    arguments = Layout(build("gpt-neox"), JOINED).arguments(given)
     assert arguments["position_ids"].tolist() == [[0, 1, 2, *range(5), *range(7)]]
     ids = given["input_ids"]
     assert torch.equal(arguments["input_ids"], torch.cat([ids[0, :3], ids[1, :5], ids[2, :7]])[None])
     place = arguments["attention_mask"]
     assert place.tolist() == [[[[0, 1, 2, 15, 15, 15, 15], [*range(3, 8), 15, 15], [*range(8, 15)]]]]
-    states, coefficients, targets = Layout(build("gpt-neox"), True).predicting(given)
+    states, coefficients, targets = Layout(build("gpt-neox"), JOINED).predicting(given)
     assert states[1].tolist() == [0, 1, 2, 7, 8, 14]
     assert [x.tolist() for x in coefficients] == [[0, 0, 0, 1, 2, 2], [1, 2, 3, 5, 1, 7]]
     assert torch.equal(targets, ids[given["target_mask"]])
@@ -77,7 +79,7 @@ def test_what_is_called() -> None:
 
 def test_rows_of_one_length_enter_as_they_are() -> None:
     """Without what no target follows."""
-    given, layout = inputs([1, 5], [3, 4, 5], [5]), Layout(build("gpt-neox"), True)
+    given, layout = inputs([1, 5], [3, 4, 5], [5]), Layout(build("gpt-neox"), JOINED)
     arguments = layout.arguments(given)
     assert arguments.keys() == {"input_ids", "use_cache"}
     assert torch.equal(arguments["input_ids"], given["input_ids"][:, :5])
@@ -87,20 +89,20 @@ def test_rows_of_one_length_enter_as_they_are() -> None:
 
 
 def test_a_row_without_a_target_is_not_called() -> None:
-    arguments = Layout(build("gpt-neox"), True).arguments(inputs([2], []))
+    arguments = Layout(build("gpt-neox"), JOINED).arguments(inputs([2], []))
     assert arguments["input_ids"].shape == (1, 2)
     assert arguments["attention_mask"].tolist() == [[[[0, 1], [2, 2]]]]
-    assert "attention_mask" not in Layout(build("gpt-neox"), True).arguments(inputs([], []))
+    assert "attention_mask" not in Layout(build("gpt-neox"), JOINED).arguments(inputs([], []))
 
 
 def test_rows_longer_than_a_window_are_padded() -> None:
-    given = Layout(build("mistral", sliding_window=6), True)
+    given = Layout(build("mistral", sliding_window=6), JOINED)
     assert given.arguments(inputs([1, 5], length=6))["input_ids"].shape == (1, 5)
     assert "attention_mask" not in given.arguments(inputs([1, 5], length=7))
     module = build("mistral", sliding_window=6)
     with torch.no_grad(), twice_differentiable(torch.float64):
         padded = module(input_ids=inputs([1, 7])["input_ids"]).logits
-    with torch.no_grad(), layout_of(module).scope(torch.float64):
+    with torch.no_grad(), Layout(module, form_of(module)).scope(torch.float64):
         assert torch.equal(module(input_ids=inputs([1, 7])["input_ids"]).logits, padded)
 
 
@@ -117,7 +119,7 @@ class TestModelsThatDoNotJoin:
     """They are called with padded rows, and give what they gave."""
 
     def check(self, module: Any) -> None:
-        assert not layout_of(module).joins
+        assert not form_of(module).joins
         given = inputs([1, 2, 3], [5], [1, 7])
         loss = causal_objective(module)[0](trainable(module)[0], given, given["target_mask"].to(module.dtype))
         logits = module(input_ids=given["input_ids"]).logits
@@ -156,15 +158,16 @@ class TestModelsThatDoNotJoin:
             return out
 
         module.model.forward = forward
-        assert not layout_of(module).joins
+        assert not form_of(module).joins
 
     def test_another_attention(self, monkeypatch: pytest.MonkeyPatch) -> None:
         module = build("gpt-neox")
         attention = inner(module).gpt_neox.layers[0].attention
         monkeypatch.setattr(attention, "scaling", 2 * attention.scaling)
-        assert layout_of(module).joins
+        assert form_of(module).joins
+        module = build("gpt-neox")
         monkeypatch.setattr(type(attention), "forward", _own_attention(type(attention).forward))
-        assert not layout_of(module).joins
+        assert not form_of(module).joins
 
 
 def _own_attention(plain: Any) -> Any:

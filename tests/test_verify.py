@@ -67,7 +67,7 @@ def run(done: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(done, tmp_path / "run"))
 
 
-ALL = {"scores file", "inputs", "states", "replay", "query", "adjoint", "retraining"}
+ALL = {"scores file", "inputs", "states", "objective", "replay", "query", "adjoint", "retraining"}
 SHORT = {"float64 adjoint", "float64 retraining"}
 
 GOOD = {

@@ -24,9 +24,11 @@ from retrograd.core.engine.double import Double
 from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch
-from retrograd.lm.layout import Layout, inner, layout_of
-from retrograd.lm.loss import head_first, head_second, token_ce
-from retrograd.lm.model import causal_objective, has_plain_head, trainable
+from retrograd.lm.layout import Layout
+from retrograd.lm.loss import head_first, head_second
+from retrograd.lm.model import causal_objective, trainable
+from retrograd.lm.proof import form_of
+from retrograd.lm.spans import inner
 
 __all__ = ["VocabularyHead", "decoder_chain"]
 
@@ -144,8 +146,8 @@ class _Parts:
 
     def __init__(self, module: nn.Module, layers: list[nn.Module]) -> None:
         self.module, self.model, self.layers = module, inner(module), layers
-        self.base, self.fused = self.model.base_model, has_plain_head(module)
-        self.layout = layout_of(module) if self.fused else Layout(module, joins=False)
+        self.base, self.layout = self.model.base_model, Layout(module, form_of(module))
+        self.fused = self.layout.form.fused
         self.leaves, readers = trainable(module)
         self.leaf_of = {id(p): readers[n] for n, p in module.named_parameters(remove_duplicate=False) if n in readers}
 
@@ -202,7 +204,7 @@ class _Parts:
             return functional_call(self.model, params, (), arguments, tie_weights=False).logits
 
     def loss(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Tensor:
-        return torch.sum(token_ce(self.logits(params, x, inputs), inputs["input_ids"]) * factors)
+        return self.layout.loss(self.logits(params, x, inputs), inputs, factors)
 
     def _names(self, part: nn.Module) -> dict[str, str]:
         """The leaf behind each of a part's parameters that has one."""

@@ -31,8 +31,10 @@ from retrograd.core.engine.compiled import no_compiler
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
 from retrograd.lm.blocks import VocabularyHead, decoder_chain
-from retrograd.lm.layout import inner
+from retrograd.lm.layout import Layout
 from retrograd.lm.model import trainable
+from retrograd.lm.proof import form_of
+from retrograd.lm.spans import inner
 
 __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 
@@ -80,6 +82,11 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
         return Choice(Double(objective), "double", "its objective is not the cross-entropy that blocks computes")
     if asked == "double":
         return Choice(Double(objective), asked, "asked for")
+    apart = _apart(module, load.rows, load.length) if load is not None else ""
+    if apart and asked == "auto":
+        return Choice(Double(objective), "double", apart)
+    if apart:
+        raise ValueError(f"--engine blocks needs rows that enter together: {apart}. Take --engine double.")
     if asked == "blocks":
         return Choice(Blocks(decoder_chain(module)), asked, "asked for")
     assert load is not None, "auto weighs a load"
@@ -116,6 +123,8 @@ def compiled_engine(
     reason = no_compiler(next(iter(trainable(module)[0].values())).device)
     if reason is not None:
         raise ValueError(f"--compile cannot be used here: {reason}. Leave --compile out.")
+    if apart := _apart(module, *shape):
+        raise ValueError(f"--compile needs rows that enter together: {apart}. Leave --compile out.")
     chain = decoder_chain(module, alike=True)
     head = chain.head
     compiled = Compiled(chain.links, head.layout.sizes(*shape, packed) if isinstance(head, VocabularyHead) else shape)
@@ -147,6 +156,14 @@ def _prove_equal(module: nn.Module, chosen: Engine, eager: Engine, batch: Batch,
                 f"--compile changes the results of {type(inner(module)).__name__} beyond rounding: {what} by "
                 f"{difference:.2g} of {size:.2g}. Leave --compile out."
             )
+
+
+def _apart(module: nn.Module, rows: int, length: int) -> str:
+    """Why rows of this length enter one after the other; empty where they do not."""
+    if rows < 2 or not hasattr(inner(module), "get_output_embeddings"):
+        return ""
+    layout = Layout(module, form_of(module))
+    return layout.why_alone if layout.alone(length) else ""
 
 
 def graph_bytes(module: nn.Module, objective: _Objective, rows: int, length: int) -> int:

@@ -3,8 +3,9 @@
 A state that no target of its row follows reaches no loss, and all that a decoder does outside attention it does to each
 token alone. So the states that count, of all rows, enter as one row [1, N] with positions that restart, and attention
 takes them apart again to [B, longest], each row attending to itself. Where all rows have as many of them they enter as
-they are, [B, longest]. Whether a model can be called like this is tried out, not looked up; where not, rows are padded
-on the right, which a causal model does not look at.
+they are, [B, longest]. Packed rows enter masked by document, or their documents as rows of their own. Rows that a model
+does not keep apart enter it one after the other. Which of these give a model's own losses is tried out, not looked up
+(`Form`, found by `proof`); what is left is padded on the right, which a causal model does not look at.
 
 The attention is plain matrix products and a softmax, twice differentiable by any mode. Unlike SDPA's MATH path it does
 not ask whether a query sees nothing at all: each sees itself.
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,26 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Layout", "Predicting", "inner", "layout_of", "twice_differentiable"]
+from retrograd.lm.loss import token_ce
+from retrograd.lm.spans import beside, inner, windows
+
+__all__ = ["Form", "Layout", "Predicting", "twice_differentiable"]
 
 _NAME = "retrograd"  # of the attention, among those of transformers
 _FOREIGN = ("alibi", "head_mask", "position_bias", "s_aux")  # what some attention adds that ours does not
+
+
+class Form(NamedTuple):
+    """What a model's own losses have been found to be equal to.
+
+    fused: logits are a bare linear layer of the hidden states, however large. joins: rows may be joined to one.
+    masks: packed rows may enter masked by document. batches: rows may enter together at all.
+    """
+
+    fused: bool = False
+    joins: bool = False
+    masks: bool = False
+    batches: bool = True
 
 
 class Predicting(NamedTuple):
@@ -59,68 +76,169 @@ class _Reaching(NamedTuple):
         return self.counts.cumsum(0) - self.counts
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """What a Hugging Face causal model is called with for a batch as `rows.pad` makes it.
+class _Rows(NamedTuple):
+    """Rows as they enter: tokens and targets [B, L], and the length [B] of each.
 
-    joins: Whether the model can be called with joined rows.
+    origin: of documents taken apart, the packed row of each and where it starts there.
     """
 
+    ids: Tensor
+    mask: Tensor
+    lengths: Tensor
+    origin: tuple[Tensor, Tensor] | None = None
+
+    def place(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens of these rows stand in the batch."""
+        return (rows, columns) if self.origin is None else (self.origin[0][rows], self.origin[1][rows] + columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a Hugging Face causal model is called with for a batch as `rows.pad` makes it."""
+
     module: nn.Module
-    joins: bool
+    form: Form
+
+    def calls(self, inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """The arguments of each call; what the calls return goes together along the second dimension."""
+        if not self._masked(inputs):
+            rows = _rows(inputs)
+            if self.alone(rows.ids.shape[1]):
+                ends = rows.lengths.tolist()
+                return [{"input_ids": row[None, :end], "use_cache": False} for row, end in zip(rows.ids, ends)]
+        return [self.arguments(inputs)]
 
     def arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """Packed rows stay rows, with positions that restart and attention inside each document.
+        """The arguments of a single call.
 
         Raises:
-            ValueError: If packed rows are longer than the model's sliding window.
+            ValueError: If rows of this length have to enter one after the other, and there are several.
         """
-        if (found := self._reaching(inputs)) is not None:
-            return {**_entering(inputs["input_ids"], found), "use_cache": False}
-        arguments = {"input_ids": inputs["input_ids"], "use_cache": False}
-        if "segment_ids" not in inputs:
-            return arguments
-        segments = inputs["segment_ids"]
-        length, window = segments.shape[1], _window(self.module)
-        if window is not None and length > window:
-            raise ValueError(
-                f"chunk_length {length} is above the model's sliding attention window {window}; packing masks "
-                f"attention by document and cannot combine both. Use a chunk_length of at most {window}."
-            )
-        causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-        allowed = (segments[:, :, None] == segments[:, None, :]) & causal
-        return {**arguments, "attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
+        if self._masked(inputs):
+            segments = inputs["segment_ids"]
+            causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+            allowed = (segments[:, :, None] == segments[:, None, :]) & causal
+            rest = {"attention_mask": allowed[:, None], "position_ids": inputs["position_ids"]}
+            return {"input_ids": inputs["input_ids"], "use_cache": False, **rest}
+        rows = _rows(inputs)
+        if self.alone(rows.ids.shape[1]):
+            if len(rows.ids) > 1:
+                raise ValueError(
+                    f"rows of {rows.ids.shape[1]} tokens have to enter {type(inner(self.module)).__name__} one after "
+                    f"the other ({self.why_alone}): use the engine 'double' for them, or one row at a time"
+                )
+            return {"input_ids": rows.ids[:, : int(rows.lengths[0])], "use_cache": False}
+        if (found := self._reaching(rows)) is not None:
+            return {**_entering(rows.ids, found), "use_cache": False}
+        return {"input_ids": rows.ids, "use_cache": False}
 
     def predicting(self, inputs: dict[str, Tensor]) -> Predicting:
-        rows, columns = inputs["target_mask"][:, 1:].nonzero(as_tuple=True)
-        after = (rows, columns + 1)
-        found = self._reaching(inputs)
-        states = (rows, columns) if found is None or found.even else (0, found.start[rows] + columns)
-        return Predicting(states, after, inputs["input_ids"][after])
+        """In what `calls` or `arguments` lead to."""
+        masked = self._masked(inputs)
+        rows = _rows(inputs, apart=not masked)
+        places, columns = rows.mask[:, 1:].nonzero(as_tuple=True)
+        states: tuple[Any, Tensor] = (places, columns)
+        if not masked and self.alone(rows.ids.shape[1]):
+            states = (0, (rows.lengths.cumsum(0) - rows.lengths)[places] + columns)
+        elif not masked and (found := self._reaching(rows)) is not None and not found.even:
+            states = (0, found.start[places] + columns)
+        return Predicting(states, rows.place(places, columns + 1), rows.ids[places, columns + 1])
+
+    def loss(self, logits: Tensor, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
+        """Σ c·ce in nats, [], from the logits that `calls` or `arguments` lead to."""
+        if logits.shape[:2] == coefficients.shape and ("segment_ids" not in inputs or self._masked(inputs)):
+            return torch.sum(token_ce(logits, inputs["input_ids"]) * coefficients)
+        states, place, targets = self.predicting(inputs)
+        chosen = logits[states]
+        wide = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        return torch.sum(F.cross_entropy(wide, targets, reduction="none") * coefficients[place])
 
     @contextmanager
     def scope(self, dtype: torch.dtype) -> Iterator[None]:
         """In which the model is called and differentiated."""
-        with twice_differentiable(dtype), _attending(self.module) if self.joins else nullcontext():
+        with twice_differentiable(dtype), _attending(self.module) if self.form.joins else nullcontext():
             yield
 
     def sizes(self, rows: int, length: int, packed: bool = False) -> tuple[int, ...]:
         """Of a batch: (rows, length), the leading sizes of its states; joined: (rows, states, longest)."""
-        return (rows, rows * (length - 1), length - 1) if self._applies(length, packed) else (rows, length)
+        masked = packed and self._masks(length)
+        return (rows, rows * (length - 1), length - 1) if not masked and self._joins(length) else (rows, length)
 
-    def _applies(self, length: int, packed: bool) -> bool:
+    def alone(self, length: int) -> bool:
+        """Whether rows of this length have to enter one after the other.
+
+        Raises:
+            ValueError: If the model's frequencies then depend on what it read before.
+        """
+        if length > (bound := self.beside.get("dynamic", length)):
+            raise ValueError(
+                f"rows of {length} tokens are longer than the {bound} from which on this model's dynamic rotary "
+                "embedding depends on the longest row it has read before: the loss of a row would be no function "
+                f"of the row. Use rows of at most {bound} tokens."
+            )
+        return not self.form.batches or length > min(self.beside.values(), default=length)
+
+    @property
+    def why_alone(self) -> str:
+        if not self.form.batches:
+            return "the loss of a row changes with the rows beside it"
+        bound, kinds = min(self.beside.values()), ", ".join(self.beside)
+        return f"beyond {bound} tokens a row's loss depends on those beside it: {kinds}"
+
+    @cached_property
+    def beside(self) -> dict[str, int]:
+        """As `spans.beside`."""
+        return beside(self.module)
+
+    @cached_property
+    def window(self) -> int | None:
+        """The fewest tokens that some layer looks back at; None if all see all."""
+        return min(windows(self.module), default=None)
+
+    def _within(self, length: int) -> bool:
+        return self.window is None or length <= self.window
+
+    def _joins(self, length: int) -> bool:
         """Whether such rows are joined."""
-        window = _window(self.module)
-        return self.joins and not packed and (window is None or length <= window)
+        return self.form.joins and self._within(length)
 
-    def _reaching(self, inputs: dict[str, Tensor]) -> _Reaching | None:
+    def _masks(self, length: int) -> bool:
+        """Whether packed rows enter masked; a mask of ours takes the place of the model's windows."""
+        bound = min(self.beside.values(), default=length)
+        return self.form.masks and self.form.batches and self._within(length) and length <= bound
+
+    def _masked(self, inputs: dict[str, Tensor]) -> bool:
+        return "segment_ids" in inputs and self._masks(inputs["segment_ids"].shape[1])
+
+    def _reaching(self, rows: _Rows) -> _Reaching | None:
         """What enters the model; None where rows enter whole."""
-        if not self._applies(inputs["input_ids"].shape[1], "segment_ids" in inputs):
+        if not self._joins(rows.ids.shape[1]):
             return None
-        which = inputs["target_mask"][:, 1:].flip(1).cumsum(1).flip(1) > 0
+        which = rows.mask[:, 1:].flip(1).cumsum(1).flip(1) > 0
         counts = which.sum(1)
         total, longest = torch.stack([counts.sum(), counts.max()]).tolist()
         return _Reaching(which, counts, total, longest) if total else None
+
+
+def _rows(inputs: dict[str, Tensor], apart: bool = True) -> _Rows:
+    """The rows of a batch; of packed rows their documents, one a row, without those that have no target."""
+    ids, mask = inputs["input_ids"], inputs["target_mask"]
+    if "segment_ids" not in inputs or not apart:
+        lengths = inputs.get("lengths")
+        if lengths is None:  # what no target follows reaches no loss
+            lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).clamp(min=1)
+        return _Rows(ids, mask, lengths)
+    there = inputs["segment_ids"] >= 0
+    first = there & (inputs["position_ids"] == 0)
+    row, start = first.nonzero(as_tuple=True)
+    lengths = (first.flatten().cumsum(0) - 1)[there.flatten()].bincount(minlength=len(row))
+    columns = torch.arange(int(lengths.max()), device=ids.device)
+    at = (row[:, None], (start[:, None] + columns).clamp(max=ids.shape[1] - 1))
+    inside = columns < lengths[:, None]
+    found = mask[at] & inside
+    kept = found.any(1) if found.any() else torch.ones_like(row, dtype=torch.bool)
+    kept_ids = ids[at].where(inside, 0)[kept]
+    return _Rows(kept_ids, found[kept], lengths[kept], (row[kept], start[kept]))
 
 
 def _entering(ids: Tensor, found: _Reaching) -> dict[str, Tensor]:
@@ -140,66 +258,11 @@ def _entering(ids: Tensor, found: _Reaching) -> dict[str, Tensor]:
     }
 
 
-def layout_of(module: nn.Module) -> Layout:
-    """Joined rows where they give the model's own states on small batches, padded ones where not.
-
-    Args:
-        module: A Hugging Face causal language model, or a peft wrapper of one.
-    """
-    joined, padded = Layout(module, True), Layout(module, False)
-    model = inner(module)
-    if model.base_model is model:
-        return padded
-    weight = next(module.parameters())
-    ids = torch.arange(1, 13, device=weight.device).view(2, 6) % len(model.get_input_embeddings().weight)
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        same = all(_agree(joined, padded, ids, second, weight.dtype) for second in (4, 6))
-    except torch.OutOfMemoryError:  # says nothing of the model, and another run would take the other layout
-        raise
-    except Exception:  # a model that cannot be called like this raises what it likes
-        return padded
-    finally:
-        for part in training:
-            part.training = True
-    return joined if same else padded
-
-
-def _agree(one: Layout, other: Layout, ids: Tensor, second: int, dtype: torch.dtype) -> bool:
-    """Whether two layouts give the same states where the second row ends after `second` tokens."""
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[:, 0] = mask[1, second:] = False
-    with torch.no_grad():
-        found, expected = (_states(x, {"input_ids": ids, "target_mask": mask}, dtype) for x in (one, other))
-    near = 100 * torch.finfo(dtype).eps * expected.norm()
-    return found.shape == expected.shape and bool((found - expected).norm() <= near)
-
-
 @contextmanager
 def twice_differentiable(dtype: torch.dtype) -> Iterator[None]:
     """Attention on SDPA's MATH path; in a float64 run, no casts to float32."""
     with sdpa_kernel(SDPBackend.MATH), _keep_float64(dtype):
         yield
-
-
-def inner(module: nn.Module) -> Any:
-    """The Hugging Face model inside a peft wrapper; its adapters are in place there."""
-    base = getattr(module, "get_base_model", None)
-    return module if base is None else base()
-
-
-def _states(layout: Layout, inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    with layout.scope(dtype):
-        hidden = inner(layout.module).base_model(**layout.arguments(inputs)).last_hidden_state
-    return hidden[layout.predicting(inputs).states]
-
-
-def _window(module: nn.Module) -> int | None:
-    """The fewest tokens that some layer looks back at; None if all see all."""
-    config = inner(module).config
-    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((size for size in found if size), default=None)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Parameters that share storage (tied embeddings) are one leaf: seen as two, each would get half of the second-order
 terms. Dropout is off unless asked for, attention that is SDPA runs on its MATH path, the only one that is twice
-differentiable, and the vocabulary projection is fused with its cross-entropy where the model's structure allows it.
+differentiable, and the vocabulary projection is fused with its cross-entropy where the model's structure allows it. No
+objective is given out that has not been held against the model's own logits (`proof`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch.func import functional_call
 from retrograd.core.optim import Params
 from retrograd.core.step import Left
 from retrograd.lm.checkpoint import DTYPES, load_module, told
-from retrograd.lm.layout import Layout, inner, layout_of, twice_differentiable
-from retrograd.lm.loss import fused_ce_again, fused_ce_leaving, token_ce
+from retrograd.lm.layout import Layout, twice_differentiable
+from retrograd.lm.loss import fused_ce_again, fused_ce_leaving
+from retrograd.lm.spans import inner
 
 __all__ = [
     "DTYPES",
@@ -31,6 +33,7 @@ __all__ = [
     "evaluating",
     "load_causal_lm",
     "load_tokenizer",
+    "objective_of",
     "trainable",
 ]
 
@@ -122,34 +125,46 @@ def load_causal_lm(
         seed: Of the adapters' random initialisation.
         dropout: Leave dropout active; its draws are then replayed.
     Raises:
-        ValueError: If the model cannot be loaded, is not causal, or lacks weights, or the LoRA targets do not exist.
+        ValueError: If the model cannot be loaded, is not causal, or lacks weights, its objective or its answers cannot
+            be proved to be its own, or the LoRA targets do not exist.
     """
+    from retrograd.lm.proof import prove_answers  # which asks models for answers
+
     module = load_module(name, DTYPES[dtype])
     if lora is not None:
         module = _with_adapters(module, lora, seed)
     module.to(device).train(dropout)
     objective, fused = causal_objective(module)
-    return CausalLM(module, trainable(module)[0], objective, fused)
+    lm = CausalLM(module, trainable(module)[0], objective, fused)
+    prove_answers(lm)
+    return lm
 
 
 def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor], Tensor], bool]:
     """The objective Σ c·ce of a Hugging Face causal model, and whether its vocabulary head is fused.
 
-    Parameters of the objective go by the names of `trainable(module)`. Experts of a mixture are set to be multiplied
-    one by one: the grouped products of `transformers` take no float64, and have no forward derivative.
+    Parameters of the objective go by the names of `trainable(module)`.
+
+    Raises:
+        ValueError: If no way to call the model gives the losses of its own plain forward pass, one document at a time,
+            or a token's loss depends on the tokens after it.
     """
-    if hasattr(model := inner(module), "set_experts_implementation"):
-        model.set_experts_implementation("eager")
-    fused = has_plain_head(module)
-    layout = layout_of(module) if fused else Layout(module, joins=False)
-    call = _functional(_Scored(module, fused, layout), layout.scope)
-    if fused:
-        return _Objective(call), fused
+    from retrograd.lm.proof import form_of  # which tries objectives of this module
+
+    layout = Layout(module, form_of(module))
+    return objective_of(layout), layout.form.fused
+
+
+def objective_of(layout: Layout) -> Callable[[Params, Any, Tensor], Tensor]:
+    """Σ c·ce of the layout's model, called as the layout says, proved or not."""
+    call = _functional(_Scored(layout), layout.scope)
+    if layout.form.fused:
+        return _Objective(call)
 
     def objective(params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         return call(params, coefficients.dtype, inputs, coefficients)[0]
 
-    return objective, fused
+    return objective
 
 
 def bound_model(module: nn.Module) -> Callable[[Params], Callable[..., Any]]:
@@ -180,7 +195,9 @@ def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Te
         (params, input_ids [R, L], rows [M], columns [M]) → [M, V], the prediction of the token after each position;
         float32 at least. Rows are padded on the right. With a plain head, no other logits exist.
     """
-    call = _functional(_Chosen(lm.module, lm.fused), twice_differentiable)
+    from retrograd.lm.proof import form_of
+
+    call = _functional(_Chosen(Layout(lm.module, form_of(lm.module))), twice_differentiable)
 
     def logits(params: Params, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         with evaluating(lm.module):
@@ -235,23 +252,22 @@ class _Objective:
 class _Scored(nn.Module):
     """Model and loss as one module, so that the head's weight is substituted like any other parameter."""
 
-    def __init__(self, module: nn.Module, fused: bool, layout: Layout) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.module = module
-        self.fused = fused
+        self.module = layout.module
         self.layout = layout
 
     def forward(
         self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, left: Left | None = None
     ) -> tuple[Tensor, Left | None]:
-        model, arguments = inner(self.module), self.layout.arguments(inputs)
-        if not self.fused:
-            logits = model(**arguments).logits
-            return torch.sum(token_ce(logits, inputs["input_ids"]) * coefficients), None
-        hidden = model.base_model(**arguments).last_hidden_state
+        model, fused, calls = inner(self.module), self.layout.form.fused, self.layout.calls(inputs)
+        found = [model.base_model(**one).last_hidden_state if fused else model(**one).logits for one in calls]
+        whole = found[0] if len(found) == 1 else torch.cat(found, 1)
+        if not fused:
+            return self.layout.loss(whole, inputs, coefficients), None
         head = model.get_output_embeddings()
         states, place, targets = self.layout.predicting(inputs)
-        hidden = hidden[states]
+        hidden = whole[states]
         operands = (hidden, head.weight, head.bias, targets, coefficients[place])
         if again:
             known = None if left is None else left.at(hidden)
@@ -263,14 +279,25 @@ class _Scored(nn.Module):
 class _Chosen(nn.Module):
     """Model and head at chosen positions, as one module for the same reason."""
 
-    def __init__(self, module: nn.Module, fused: bool) -> None:
+    def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.module = module
-        self.fused = fused
+        self.module = layout.module
+        self.layout = layout
 
     def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        if not self.layout.alone(input_ids.shape[1]):
+            return self._read(input_ids, rows, columns)
+        found, places = [], []
+        for row in rows.unique().tolist():
+            places.append((rows == row).nonzero()[:, 0])
+            mine = columns[places[-1]]
+            # a row ends where the last of its predictions is asked for
+            found.append(self._read(input_ids[row, None, : int(mine.max()) + 1], torch.zeros_like(mine), mine))
+        return torch.cat(found)[torch.cat(places).argsort()]
+
+    def _read(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         model = inner(self.module)
-        if not self.fused:
+        if not self.layout.form.fused:
             return model(input_ids=input_ids, use_cache=False).logits[rows, columns]
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden[rows, columns])
@@ -278,21 +305,9 @@ class _Chosen(nn.Module):
 
 def has_plain_head(module: nn.Module) -> bool:
     """Whether logits are exactly head(hidden), head a bare linear layer: tried out, not looked up by name."""
-    model = inner(module)
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or model.base_model is model:
-        return False
-    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    model.train(was_training)
-    if hidden is None or hidden.shape[-1] != head.weight.shape[1] or hidden.dtype != head.weight.dtype:
-        return False
-    plain = head(hidden)
-    return plain.shape == logits.shape and torch.allclose(plain, logits.to(plain), rtol=1e-3, atol=1e-5)
+    from retrograd.lm.proof import form_of
+
+    return form_of(module).fused
 
 
 def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:

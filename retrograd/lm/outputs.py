@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd.core.optim import Params
-from retrograd.lm.layout import Layout, inner, layout_of
-from retrograd.lm.model import CausalLM, has_plain_head, trainable
+from retrograd.lm.layout import Layout
+from retrograd.lm.model import CausalLM, trainable
+from retrograd.lm.proof import form_of
+from retrograd.lm.spans import inner
 
 __all__ = ["Outputs", "decoder_blocks", "outputs_of"]
 
@@ -55,9 +57,8 @@ def outputs_of(lm: CausalLM, blocks: Sequence[int] = (), *, logits: bool = True)
             f"there is no block {absent[0]}: {type(inner(lm.module)).__name__} has {len(layers)}, numbered 0 to "
             f"{len(layers) - 1}"
         )
-    plain = has_plain_head(lm.module)
-    layout = layout_of(lm.module) if plain else Layout(lm.module, joins=False)
-    wrapped = _Watched(lm.module, {block: layers[block] for block in blocks}, plain, layout, logits)
+    layout = Layout(lm.module, form_of(lm.module))
+    wrapped = _Watched({block: layers[block] for block in blocks}, layout, logits)
     readers = trainable(lm.module)[1]
 
     def outputs(params: Params, inputs: dict[str, Tensor], adapters: bool = True) -> Outputs:
@@ -88,35 +89,35 @@ def decoder_blocks(module: nn.Module) -> list[nn.Module]:
 class _Watched(nn.Module):
     """Model, head and hooks as one module, so that parameters are substituted in all of it."""
 
-    def __init__(
-        self, module: nn.Module, blocks: dict[int, nn.Module], plain: bool, layout: Layout, logits: bool
-    ) -> None:
+    def __init__(self, blocks: dict[int, nn.Module], layout: Layout, logits: bool) -> None:
         super().__init__()
-        self.module, self.plain, self.layout, self.logits = module, plain, layout, logits
+        self.module, self.layout, self.logits = layout.module, layout, logits
         self.blocks = blocks  # a dict, so that they are not registered a second time
 
     def forward(self, inputs: dict[str, Tensor]) -> Outputs:
-        model, arguments = inner(self.module), self.layout.arguments(inputs)
+        model, calls = inner(self.module), self.layout.calls(inputs)
         place, (rows, columns), targets = self.layout.predicting(inputs)
+        found: Tensor | None
         with _recorded(self.blocks) as states:
-            if self.plain:
-                hidden = model.base_model(**arguments).last_hidden_state
+            if self.layout.form.fused:
+                hidden = torch.cat([model.base_model(**one).last_hidden_state for one in calls], 1)
                 found = model.get_output_embeddings()(hidden[place]) if self.logits else None
             else:
-                found = model(**arguments).logits[place]
+                found = torch.cat([model(**one).logits for one in calls], 1)[place]
         if found is not None:
             found = found.to(torch.promote_types(found.dtype, torch.float32))
-        return Outputs(found, {block: x[place] for block, x in states.items()}, rows, columns, targets)
+        each = {block: torch.cat(parts, 1)[place] for block, parts in states.items()}
+        return Outputs(found, each, rows, columns, targets)
 
 
 @contextmanager
-def _recorded(blocks: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """The outputs of blocks by number, filled in as the model is called."""
-    states: dict[int, Tensor] = {}
+def _recorded(blocks: dict[int, nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
+    """The outputs of blocks by number, one for each time that the model is called."""
+    states: dict[int, list[Tensor]] = {number: [] for number in blocks}
 
     def recorder(number: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(block: nn.Module, arguments: Any, output: Any) -> None:
-            states[number] = output if isinstance(output, Tensor) else output[0]
+            states[number].append(output if isinstance(output, Tensor) else output[0])
 
         return hook
 

@@ -129,7 +129,7 @@ class DataStream:
 
     def _tokens(self, chosen: np.ndarray) -> Batch:
         inputs = pad(self.rows, chosen)
-        mask, lengths = inputs["target_mask"], inputs.pop("lengths")
+        mask, lengths = inputs["target_mask"], inputs["lengths"]
         documents = inputs.pop("doc_ids")
         if self.per_token:
             lines = torch.from_numpy(chosen) if len(self.weights) == self.size else documents[:, 0]

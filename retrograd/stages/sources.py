@@ -17,6 +17,7 @@ from retrograd.lm.data import load_documents
 from retrograd.lm.model import CausalLM, bound_model
 from retrograd.lm.query import Column, Queries, batch_columns, contrast, function_column, load_function, query_columns
 from retrograd.lm.rows import Rows, build_rows
+from retrograd.lm.spans import text_config
 from retrograd.runs.config import QueryConfig
 from retrograd.runs.scores import EXCERPT
 
@@ -169,12 +170,12 @@ def load_rows(
 
 
 def context_length(model: CausalLM, asked: int | None, name: str) -> tuple[Any, int | None]:
-    """The model's settings and how many tokens a row may have: what was asked for, else what the model can read.
+    """The language model's settings, and how many tokens a row may have: as asked for, else what the model can read.
 
     Raises:
         ValueError: If more was asked for than the model can read.
     """
-    settings = getattr(model.module, "config")  # noqa: B009
+    settings = text_config(model.module)
     context = getattr(settings, "max_position_embeddings", None)
     if context and (asked or 0) > context:
         raise ValueError(f"--{name}: rows of {asked} tokens exceed the model's context of {context}")

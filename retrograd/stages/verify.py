@@ -4,6 +4,7 @@
     files       score files and states have the bits that were written
     replay      training again gives every state's digest
     query       value and gradient at the replayed final state are those on disk
+    objective   losses are those of the model's own plain forward pass, at its weights and at large values
     adjoint     ⟨τ, v⟩ = ⟨∇φ, θ̇_T⟩, the right side without a reverse sweep
     retraining  ⟨τ, v⟩ = dφ(w + hv)/dh, at the run's own precision
     float64     the same two for the first steps of the run in float64
@@ -25,6 +26,8 @@ from retrograd.core import check, tree
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, NonFiniteError, State, Stream, Training
 from retrograd.core.sweep import metagradient
+from retrograd.lm.model import CausalLM
+from retrograd.lm.proof import prove
 from retrograd.lm.query import Queries
 from retrograd.runs.certificate import Check, attempt, certified, compare, missing, record, table, told
 from retrograd.runs.commands import VerifyConfig
@@ -103,6 +106,7 @@ def _checks(config: VerifyConfig, settings: MagicConfig, manifest: Manifest) -> 
     if inputs.verdict == "failed":
         yield from _left_out("the inputs are not the run's")
         return
+    yield from attempt("objective", lambda: [_objective_check(run.loaded.model, run.loaded.rows.max_length)])
     scores = None
     try:
         scores = stored_scores(run)
@@ -118,8 +122,22 @@ def _checks(config: VerifyConfig, settings: MagicConfig, manifest: Manifest) -> 
 
 
 def _left_out(reason: str) -> Iterator[Check]:
-    for name in ("replay", "query", "adjoint", "retraining", "float64"):
+    for name in ("objective", "replay", "query", "adjoint", "retraining", "float64"):
         yield Check(name, "not checked", reason)
+
+
+def _objective_check(model: CausalLM, longest: int) -> Check:
+    """The proof of the objective, once more and with a text as long as the run's longest row."""
+    try:
+        proof = prove(model, longest=longest)
+    except ValueError as error:
+        return Check("objective", "failed", told(error))
+    words = (
+        f"losses of random texts of {proof.lengths[0]} to {proof.lengths[-1]} tokens, as rows and packed, letters, "
+        "answers and continuations are those of the model's own forward pass, one text at a time, also with weights "
+        f"scaled to logits of ±{proof.logits:.3g} before any cap; the largest difference in nats"
+    )
+    return Check("objective", "passed", words, proof.error, proof.tolerance)
 
 
 class _Ledger:
