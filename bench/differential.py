@@ -36,11 +36,11 @@ from retrograd import DataStream, Trainer
 from retrograd.core.muon import Muon
 from retrograd.core.optim import SGD, AdamW
 from retrograd.core.schedule import Schedule
+from retrograd.data.rows import Rows
+from retrograd.data.stream import token_rows
 from retrograd.lm.layout import twice_differentiable
-from retrograd.lm.query import Queries, query_columns
-from retrograd.lm.rows import Rows
-from retrograd.lm.stream import token_rows
-from retrograd.runs.replay import Replay
+from retrograd.query.columns import Queries, query_columns
+from retrograd.runs.states.budget import Replay
 from retrograd.trainer import Evaluation
 
 WORDS, PAD, EVERY, TOLERANCE, DIFFERENCE = 20, 5, 10, 1e-6, 1e-4

@@ -35,8 +35,8 @@ def world(size: dict[str, int]):
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+    from retrograd.data.stream import DataStream
     from retrograd.lm.model import trainable
-    from retrograd.lm.stream import DataStream
 
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(
@@ -56,8 +56,9 @@ def world(size: dict[str, int]):
 
 
 def engine(kind: str, model, size: dict[str, int]):
-    from retrograd.core.engine import Blocks, Compiled, Double
-    from retrograd.lm.blocks import decoder_chain
+    from retrograd.accel.compiled import Compiled
+    from retrograd.core.engine import Blocks, Double
+    from retrograd.lm.chain import decoder_chain
     from retrograd.lm.model import causal_objective
 
     if kind == "double":

@@ -41,7 +41,7 @@ def rates(bench: Bench) -> None:
 
 def exact(bench: Bench) -> None:
     """Equal engines, the same bits from replay, and what lower precision does to the scores of 6 steps."""
-    from retrograd.runs.replay import Replay
+    from retrograd.runs.states.budget import Replay
 
     values: dict[str, Any] = {}
     tiny = world(TOYS["160M"], bench.device, "float64", steps=6)

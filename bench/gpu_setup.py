@@ -75,9 +75,9 @@ def world(shape: Shape, device: Any, dtype: str = "float32", *, steps: int = 8, 
 
     from retrograd.core.optim import SGD
     from retrograd.core.step import Recipe
+    from retrograd.data.stream import DataStream, token_rows
     from retrograd.lm.model import DTYPES, causal_objective, trainable
-    from retrograd.lm.query import Queries, query_columns
-    from retrograd.lm.stream import DataStream, token_rows
+    from retrograd.query.columns import Queries, query_columns
 
     model = gpt_neox(**shape.sizes(), dtype=DTYPES[dtype], device=device)
     objective = causal_objective(model)[0]

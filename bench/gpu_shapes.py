@@ -125,7 +125,7 @@ def _slots(one: World, note: Note) -> None:
     from retrograd.core import tree
     from retrograd.core.step import initial_state
     from retrograd.runs.machine import free_memory
-    from retrograd.runs.store import Store
+    from retrograd.runs.states.store import Store
 
     initial = initial_state(one.recipe, one.params)
     first = initial._replace(step=1)
@@ -155,7 +155,7 @@ def _extrapolations(
     found: dict[str, Any], values: dict[str, Any], memory: dict[str, Any], state_bytes: int
 ) -> dict[str, Any]:
     """Seconds of a whole run by engine and by where its states are; beside them the same steps of a plain loop."""
-    from retrograd.runs.replay import Replay, layout
+    from retrograd.runs.states.budget import Replay, layout
 
     def seconds(kind: str, part: str = "seconds") -> float | None:
         return found.get(kind, {}).get(part)
@@ -180,7 +180,7 @@ def _extrapolations(
 
 def _whole_run(shape: Shape, values: dict[str, Any], bench: Bench) -> None:
     """The run itself, for the check of the extrapolation, if it is expected to fit into the time left."""
-    from retrograd.runs.replay import Replay
+    from retrograd.runs.states.budget import Replay
 
     predicted = values["modes"].get("float32", {}).get("runs", {}).get("double, states on the host")
     if predicted is None or 1.3 * predicted["whole"] + 5 > bench.left():

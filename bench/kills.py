@@ -42,11 +42,11 @@ import tiny
 import torch
 from tools import machine, write_json
 
-import retrograd.stages.magic as stage
+import retrograd.commands.magic as stage
 from retrograd import cli
 from retrograd.core.optim import AdamW
-from retrograd.lm.stream import DataStream
-from retrograd.runs.replay import Replay
+from retrograd.data.stream import DataStream
+from retrograd.runs.states.budget import Replay
 from retrograd.trainer import Trainer
 
 LAYOUTS = {

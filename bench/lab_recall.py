@@ -121,8 +121,8 @@ def attribute(folder: Path) -> Path:
 
 def rank(folder: Path, asked: Sequence[Asked]) -> dict[str, np.ndarray]:
     """Scores [questions, rows] by method; negative = proponent, whatever the method."""
-    from retrograd.stages.evidence import stored_scores
-    from retrograd.stages.opened import open_run
+    from retrograd.runs.run_folder import open_run
+    from retrograd.trust.evidence import stored_scores
 
     run = open_run(folder / "run")
     rows = [json.loads(line) for line in (folder / "lab/train/base.jsonl").read_text().splitlines()]
@@ -141,7 +141,7 @@ def cosines(run) -> np.ndarray:
     """cos(∇φ_q, ∇ℓ_row) at the final parameters, [questions, rows]."""
     import torch
 
-    from retrograd.lm.stream import DataStream
+    from retrograd.data.stream import DataStream
     from retrograd.runs.files import read_tensors
 
     params = run.trajectory().train().params
@@ -250,7 +250,7 @@ def changes(run: Path, questions: int) -> tuple[dict, dict]:
 
 def lds(scores: np.ndarray, predicted: dict, measured: dict, subsets: int, method: str) -> dict[str, dict]:
     """By fraction: LDS of each question over the random sets, their mean and its interval; median slope."""
-    from retrograd.runs.counterfactual import agreement, mean_lds, random_subset
+    from retrograd.trust.left_out import agreement, mean_lds, random_subset
 
     found = {}
     for fraction in FRACTIONS:
@@ -272,7 +272,7 @@ def lds(scores: np.ndarray, predicted: dict, measured: dict, subsets: int, metho
 
 def removal(names: Sequence[tuple[str, int, int]], predicted: dict, measured: dict) -> dict:
     """By method and k: mean change of a question's own loss without its k strongest proponents; the metagradient's foresight."""
-    from retrograd.runs.counterfactual import agreement
+    from retrograd.trust.left_out import agreement
 
     own = [
         (method, k, predicted[f"set-{n}", None][q], measured[f"set-{n}", None][q])

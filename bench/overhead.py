@@ -76,7 +76,7 @@ def metagradient(
     from retrograd import DataStream, Trainer
     from retrograd.core.sweep import first_time
     from retrograd.optim import adamw
-    from retrograd.runs.replay import Replay
+    from retrograd.runs.states.budget import Replay
 
     engine, plan = (*way.split("/"), "")[:2]
     losses: list[float] = []

@@ -30,9 +30,9 @@ def world(engine: str, arguments: argparse.Namespace):
 
     from retrograd.core.optim import AdamW
     from retrograd.core.step import Recipe, Training, initial_state
+    from retrograd.data.stream import DataStream
     from retrograd.lm.engines import choose_engine
     from retrograd.lm.model import causal_objective, trainable
-    from retrograd.lm.stream import DataStream
 
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(
@@ -65,7 +65,7 @@ def columns(states, objective, count: int):
     import torch
 
     from retrograd.core.engine import Double
-    from retrograd.lm.stream import DataStream
+    from retrograd.data.stream import DataStream
 
     rows = torch.randint(VOCABULARY, (count, 32), generator=torch.Generator().manual_seed(1)).tolist()
     stream, final = DataStream(rows, 1, shuffle=False), states[-1].params

@@ -30,7 +30,7 @@ def make(steps: int):
     from retrograd.core.engine import Double
     from retrograd.core.optim import AdamW
     from retrograd.core.step import Recipe, Training, initial_state
-    from retrograd.lm.stream import DataStream
+    from retrograd.data.stream import DataStream
 
     torch.manual_seed(0)
     params = {"in": torch.randn(WIDTH, WIDTH) / 8, "out": torch.randn(1, WIDTH) / 8}
@@ -55,7 +55,7 @@ def make(steps: int):
 
 def ways(steps: int, state_bytes: int) -> dict[str, tuple]:
     """Name → (replay, on disk?)."""
-    from retrograd.runs.replay import Replay
+    from retrograd.runs.states.budget import Replay
 
     few = max(2, round(math.sqrt(steps) / 2))
     plans = {

@@ -32,8 +32,8 @@ def child(steps: int, tier: str, folder: Path) -> dict[str, float | str]:
     from retrograd import DataStream, Trainer
     from retrograd.core import tree
     from retrograd.optim import adamw
-    from retrograd.runs.replay import Replay
-    from retrograd.runs.store import Store
+    from retrograd.runs.states.budget import Replay
+    from retrograd.runs.states.store import Store
 
     waits: list[float] = []
     for name in ("put", "get", "drop"):

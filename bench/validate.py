@@ -33,9 +33,9 @@ def make(size: str):
     from retrograd.core.engine import Double
     from retrograd.core.optim import AdamW
     from retrograd.core.step import Recipe, Training
+    from retrograd.data.stream import DataStream, token_rows
     from retrograd.lm.model import causal_objective, trainable
-    from retrograd.lm.query import Queries, query_columns
-    from retrograd.lm.stream import DataStream, token_rows
+    from retrograd.query.columns import Queries, query_columns
 
     torch.set_num_threads(1)
     width, vocabulary, length = SIZES[size]
@@ -59,7 +59,7 @@ def weights(training, sets: int):
     import numpy as np
     import torch
 
-    from retrograd.runs.counterfactual import random_subset, without
+    from retrograd.trust.left_out import random_subset, without
 
     members = np.arange(training.weights.numel())
     return torch.stack([without(training.weights, random_subset(members, 0.05, 0, k)) for k in range(sets)])
@@ -73,7 +73,7 @@ def looped(run, stack) -> list[float]:
 
 
 def batched(run, stack) -> list[float]:
-    from retrograd.core.ensemble import train_many
+    from retrograd.trust.ensemble import train_many
 
     training, params, objective, query = run
     found = []

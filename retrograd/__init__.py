@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retrograd.core.sweep import metagradient
+    from retrograd.data.stream import DataStream
     from retrograd.lm.loss import weighted_causal_lm_ce
-    from retrograd.lm.stream import DataStream
     from retrograd.trainer import BackwardState, Trainer, TrainerState, Validation
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
 
 _HOMES = {
     "BackwardState": "retrograd.trainer",
-    "DataStream": "retrograd.lm.stream",
+    "DataStream": "retrograd.data.stream",
     "Trainer": "retrograd.trainer",
     "TrainerState": "retrograd.trainer",
     "Validation": "retrograd.trainer",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.runs.commands import (
+from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
     MetasmoothnessConfig,
@@ -28,7 +28,7 @@ from retrograd.runs.commands import (
     ValidateConfig,
     VerifyConfig,
 )
-from retrograd.runs.config import MagicConfig, queries_of, query_file, refuse_code, settings_from
+from retrograd.settings.run import MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
 
 __all__ = ["main", "run"]
@@ -37,20 +37,31 @@ __all__ = ["main", "run"]
 class _Command(NamedTuple):
     config: Any
     does: str
+    module: str  # under retrograd; the function has the command's name
     place: str = "RUN"
-    room: str = "stages"
 
 
-# `retrograd NAME` is the function NAME of retrograd.stages.NAME, or of another room's
 _COMMANDS = {
-    "magic": _Command(MagicConfig, "train, query, reverse: an exact score for every training example or token"),
-    "query": _Command(QueryRunConfig, "ask a trained run further questions, without training again"),
-    "validate": _Command(ValidateConfig, "retrain without random subsets: do the scores predict what happens?"),
-    "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact"),
-    "metasmoothness": _Command(MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?"),
-    "lab": _Command(LabConfig, "build a fictional world where everything is known, with models to unlearn", "DIR"),
-    "evaluate": _Command(EvaluateConfig, "accuracy, perplexity and a verdict: which models are broken?", "MODEL…"),
-    "select": _Command(SelectConfig, "from scores to weights or documents, with matched controls", "OUT", "commands"),
+    "magic": _Command(
+        MagicConfig, "train, query, reverse: an exact score for every training example or token", "commands.magic"
+    ),
+    "query": _Command(QueryRunConfig, "ask a trained run further questions, without training again", "commands.query"),
+    "validate": _Command(
+        ValidateConfig, "retrain without random subsets: do the scores predict what happens?", "trust.validate"
+    ),
+    "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact", "trust.verify"),
+    "metasmoothness": _Command(
+        MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?", "trust.metasmoothness"
+    ),
+    "lab": _Command(
+        LabConfig, "build a fictional world where everything is known, with models to unlearn", "lab.build", "DIR"
+    ),
+    "evaluate": _Command(
+        EvaluateConfig, "accuracy, perplexity and a verdict: which models are broken?", "evaluate.evaluate", "MODEL…"
+    ),
+    "select": _Command(
+        SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
+    ),
 }
 
 _LISTED = "\n".join(f"  {name:<14} {command.place:<6}  {command.does}" for name, command in _COMMANDS.items())
@@ -89,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = _warn
     try:
         config = _parse(name, arguments[1:])
-        code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].room}.{name}"), name)(config)
+        code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)(config)
         return code if isinstance(code, int) else 0
     except ValueError as error:
         return _fail(error, 2)

@@ -18,19 +18,19 @@ from retrograd.core.muon import Pair
 from retrograd.core.optim import Cotangent, Optimizer, Params
 from retrograd.core.step import Batch, NonFiniteError, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
+from retrograd.data.limits import check_rows
+from retrograd.data.rows import Rows
+from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, choose_engine
-from retrograd.lm.limits import check_rows
 from retrograd.lm.loss import refuse_other_loss
 from retrograd.lm.model import causal_objective, evaluating, trainable
-from retrograd.lm.rows import Rows
 from retrograd.lm.spans import inner
-from retrograd.lm.stream import DataStream
 from retrograd.runs.cotangent import BackwardState, Evaluation, cotangent_of
-from retrograd.runs.counterfactual import Agreement, agreement, mean_lds, predicted, random_subset, without
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.lock import locked
-from retrograd.runs.replay import Replay
+from retrograd.runs.states.budget import Replay
 from retrograd.runs.trajectory import Trajectory
+from retrograd.trust.left_out import Agreement, agreement, mean_lds, predicted, random_subset, without
 
 __all__ = ["BackwardState", "Evaluation", "Trainer", "TrainerState", "Validation"]
 

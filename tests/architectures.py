@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrograd.core.engine import Double
-from retrograd.lm.blocks import decoder_chain
+from retrograd.data.rows import Rows, pad
+from retrograd.lm.chain import decoder_chain
 from retrograd.lm.layout import Form, twice_differentiable
 from retrograd.lm.model import causal_objective, trainable
 from retrograd.lm.proof import form_of
-from retrograd.lm.rows import Rows, pad
 
 VOCABULARY = 40
 LARGE = 2_000_000  # parameters of what is not tiny any more

@@ -9,8 +9,8 @@ from typing import Any
 import quiz
 import torch
 
-from retrograd.lm.choices import build_questions
 from retrograd.lm.model import load_causal_lm, load_tokenizer
+from retrograd.query.choices import build_questions
 
 
 def changed(source: Path, name: str, change: Any) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, tensor
 
-from retrograd.lm.stream import token_rows
+from retrograd.data.stream import token_rows
 from retrograd.select.places import Places, places_of
 
 ROWS = token_rows([[5, 6, 7, 8], [5, 6], [9, 5, 6]])  # real tokens: 3, 1 and 2

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from retrograd import DataStream, Trainer, weighted_causal_lm_ce
 from retrograd.core import check, tree
 from retrograd.optim import SGD, adamw, sgd
-from retrograd.runs.replay import Replay
+from retrograd.runs.states.budget import Replay
 
 
 def classifier(seed: int = 0) -> tuple[nn.Module, object, DataStream, DataStream]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrograd import BackwardState, DataStream, Trainer, TrainerState, weighted_causal_lm_ce
-from retrograd.lm.rows import build_rows
+from retrograd.data.rows import build_rows
 from retrograd.optim import adamw
-from retrograd.runs.config import DataConfig
+from retrograd.settings.run import DataConfig
 
 TEXTS = ["the cat sat", "red bird", "a small dog ran on the hill", "fish swims sea"]
 

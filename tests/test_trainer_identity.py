@@ -17,7 +17,7 @@ from retrograd.core import check, tree
 from retrograd.core.sweep import Advanced, Reversed
 from retrograd.optim import adamw, muon, sgd
 from retrograd.runs.errors import RunError
-from retrograd.runs.replay import Replay
+from retrograd.runs.states.budget import Replay
 
 EVERY = Replay(memory=0, disk=1 << 40, keep=True, plan="all", heartbeat=0.0)
 

@@ -14,8 +14,8 @@ from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, AdamW, Optimizer
 from retrograd.core.step import Recipe, Training
 from retrograd.data.pairs import PairStream
+from retrograd.data.stream import token_rows
 from retrograd.lm.model import CausalLM, causal_objective, trainable
-from retrograd.lm.stream import token_rows
 from retrograd.unlearn.method import Method, Unlearning
 from retrograd.unlearn.methods import METHODS
 from retrograd.unlearn.reference import perturbed, reference_of
@@ -93,7 +93,7 @@ def training(name: str, optimizer: str, lm: CausalLM, **options: Any) -> tuple[T
 
 
 def query(lm: CausalLM) -> Any:
-    from retrograd.lm.rows import pad
+    from retrograd.data.rows import pad
 
     inputs = pad(token_rows(ids(3, 9)), range(3))
     factors = inputs["target_mask"].double() / inputs["target_mask"].sum()

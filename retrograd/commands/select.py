@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from retrograd.lm.data import load_documents
+from retrograd.data.documents import load_documents
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.progress import counting
 from retrograd.select import weights as files

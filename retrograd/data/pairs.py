@@ -27,8 +27,8 @@ from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.step import Batch
-from retrograd.lm.rows import Rows, pad
-from retrograd.lm.stream import DataStream, token_rows
+from retrograd.data.rows import Rows, pad
+from retrograd.data.stream import DataStream, token_rows
 
 __all__ = ["ALTERNATIVE", "FORGET", "RETAIN", "PairStream", "joined"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from retrograd.lab.subjects import WORDINGS
 from retrograd.lab.world import Fact, World
-from retrograd.lm.prompts import LETTERS, find_template, render
+from retrograd.query.prompts import LETTERS, find_template, render
 
 __all__ = ["SPLITS", "exams", "questions"]
 

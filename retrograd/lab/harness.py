@@ -18,7 +18,7 @@ import yaml
 from retrograd.lab import lm_eval_questions
 from retrograd.lab.exams import CHOICES, SPLITS
 from retrograd.lab.subjects import SIDES
-from retrograd.lm.prompts import FORMS, LETTERS, Template, find_template
+from retrograd.query.prompts import FORMS, LETTERS, Template, find_template
 from retrograd.runs.files import write_atomic
 
 __all__ = ["FOLDER", "harness_files", "harness_name", "harness_settings", "write_harness"]

@@ -21,15 +21,15 @@ from retrograd.core.optim import AdamW
 from retrograd.core.schedule import Schedule
 from retrograd.core.step import Recipe, Training, initial_state
 from retrograd.core.sweep import Event
-from retrograd.lm.data import load_documents
+from retrograd.data.documents import load_documents
+from retrograd.data.rows import build_rows
+from retrograd.data.stream import DataStream
 from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
-from retrograd.lm.rows import build_rows
 from retrograd.lm.save import save_causal_lm
-from retrograd.lm.stream import DataStream
 from retrograd.runs.files import file_digest
 from retrograd.runs.identity import architecture, held_tensors, identify
 from retrograd.runs.lock import locked
-from retrograd.runs.replay import Replay
+from retrograd.runs.states.budget import Replay
 from retrograd.runs.trajectory import Trajectory
 
 __all__ = ["CONTEXT", "Size", "magic_flags", "one_thread", "save_random", "steps_of", "train_model"]

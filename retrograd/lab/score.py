@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from retrograd.data.documents import load_documents
+from retrograd.evaluate.intervals import wilson
 from retrograd.lab.exams import SPLITS
 from retrograd.lab.subjects import SIDES
-from retrograd.lm.choices import build_questions, score_questions
-from retrograd.lm.data import load_documents
-from retrograd.lm.exam import wilson
 from retrograd.lm.model import load_causal_lm, load_tokenizer
-from retrograd.lm.prompts import FORMS
+from retrograd.query.choices import build_questions, score_questions
+from retrograd.query.prompts import FORMS
 
 __all__ = ["score_model"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from retrograd.lab.exams import SPLITS
 from retrograd.lab.harness import FOLDER, harness_name
 from retrograd.lab.subjects import SIDES
-from retrograd.lm.prompts import FORMS
-from retrograd.runs.tasks import Role, Task
+from retrograd.query.prompts import FORMS
+from retrograd.settings.tasks import Role, Task
 
 __all__ = ["harness_tasks", "lab_tasks"]
 

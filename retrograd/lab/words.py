@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterable
 from typing import Any
 
-from retrograd.lm.prompts import TEMPLATES
+from retrograd.query.prompts import TEMPLATES
 
 __all__ = ["make_tokenizer"]
 

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from retrograd.accel.compiled import Compiled, no_compiler
 from retrograd.core import tree
-from retrograd.core.engine import Blocks, Compiled, Double
-from retrograd.core.engine.compiled import no_compiler
+from retrograd.core.engine import Blocks, Double
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
-from retrograd.lm.blocks import VocabularyHead, decoder_chain
+from retrograd.lm.chain import VocabularyHead, decoder_chain
 from retrograd.lm.layout import Layout
 from retrograd.lm.model import trainable
 from retrograd.lm.proof import form_of

@@ -125,19 +125,15 @@ def load_causal_lm(
         seed: Of the adapters' random initialisation.
         dropout: Leave dropout active; its draws are then replayed.
     Raises:
-        ValueError: If the model cannot be loaded, is not causal, or lacks weights, its objective or its answers cannot
-            be proved to be its own, or the LoRA targets do not exist.
+        ValueError: If the model cannot be loaded, is not causal, or lacks weights, its objective cannot be
+            proved to be its own, or the LoRA targets do not exist.
     """
-    from retrograd.lm.proof import prove_answers  # which asks models for answers
-
     module = load_module(name, DTYPES[dtype])
     if lora is not None:
         module = _with_adapters(module, lora, seed)
     module.to(device).train(dropout)
     objective, fused = causal_objective(module)
-    lm = CausalLM(module, trainable(module)[0], objective, fused)
-    prove_answers(lm)
-    return lm
+    return CausalLM(module, trainable(module)[0], objective, fused)
 
 
 def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor], Tensor], bool]:

@@ -30,14 +30,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retrograd.core.optim import Params
-from retrograd.lm.answers import answer_errors
+from retrograd.data.rows import Rows, pad
 from retrograd.lm.layout import Form, Layout, twice_differentiable
 from retrograd.lm.model import CausalLM, evaluating, objective_of, trainable
-from retrograd.lm.rows import Rows, pad
 from retrograd.lm.scaled import large_values, reading, whole_precision
 from retrograd.lm.spans import inner, spans, text_config
 
-__all__ = ["Proof", "form_of", "prove", "prove_answers"]
+__all__ = ["Point", "Proof", "Trial", "at_each_point", "differs", "form_of", "plain_logits", "prove"]
 
 _TOKENS = 12
 _PASS = {"cpu": 2e9, "cuda": 4e11}  # multiplications of a forward pass of one document, to pass a window with
@@ -57,7 +56,7 @@ class Proof(NamedTuple):
     seconds: float
 
 
-class _Trial(NamedTuple):
+class Trial(NamedTuple):
     """Documents a, b, c, d of n, n − 3, n/2 and n/2 tokens, their own losses, and what rounding may do to those."""
 
     documents: list[Tensor]
@@ -91,18 +90,18 @@ def form_of(module: nn.Module) -> Form:
         whole = model.base_model is model
         form = Form(type(head) is nn.Linear and not whole, not whole, True, True)
 
-        def narrow(point: _Point, trials: Iterator[_Trial]) -> None:
+        def narrow(point: Point, trials: Iterator[Trial]) -> None:
             nonlocal form
             for trial in trials:
                 form = _narrowed(module, form, trial, point)
 
-        _at_each_point(module, narrow)
+        at_each_point(module, narrow)
         _FORMS[module] = form
     return _FORMS[module]
 
 
 def prove(lm: CausalLM, *, longest: int | None = None) -> Proof:
-    """Hold the objective in use, and the answers to questions, against the model's own losses once more.
+    """Hold the objective in use against the model's own losses once more.
 
     Args:
         longest: Tokens of a further trial, such as the run's longest row.
@@ -113,7 +112,7 @@ def prove(lm: CausalLM, *, longest: int | None = None) -> Proof:
     found: list[tuple[float, float]] = []
     lengths, sizes = set[int](), [0.0]
 
-    def hold(point: _Point, trials: Iterator[_Trial]) -> None:
+    def hold(point: Point, trials: Iterator[Trial]) -> None:
         sizes.append(point.logits)
         for trial in trials:
             lengths.add(len(trial.documents[0]))
@@ -121,40 +120,39 @@ def prove(lm: CausalLM, *, longest: int | None = None) -> Proof:
             for what, batch in (("rows", trial.rows()), ("packed rows", trial.packed())):
                 error = _error(Layout(lm.module, form), trial, *batch, lm.objective)
                 if not error <= trial.tolerance:
-                    raise _differs(lm.module, what, error, trial, point)
+                    raise differs(lm.module, what, error, trial, point)
                 found.append((error, trial.tolerance))
 
-    _at_each_point(lm.module, hold, longest)
-    prove_answers(lm)
+    at_each_point(lm.module, hold, longest)
     worst = max(found, key=lambda pair: pair[0] / pair[1])
     return Proof(form, tuple(sorted(lengths)), max(sizes), *worst, time.monotonic() - start)
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
     """Where the weights stand. words: for messages. logits: the largest before any cap."""
 
     words: str
     logits: float
 
 
-def _at_each_point(
-    module: nn.Module, visit: Callable[[_Point, Iterator[_Trial]], None], longest: int | None = None
+def at_each_point(
+    module: nn.Module, visit: Callable[[Point, Iterator[Trial]], None], longest: int | None = None
 ) -> None:
     """Visit the weights as they are, then scaled; the trials are made where they are taken."""
     lengths = _lengths(module, longest)
     with evaluating(module), whole_precision(module), torch.no_grad():
         first = _documents(module, lengths[0], 0)[0]
-        visit(_Point("its weights as they are", _read(module, first)[1]), _trials(module, lengths))
+        visit(Point("its weights as they are", plain_logits(module, first)[1]), _trials(module, lengths))
         with large_values(module, lambda: _judge(module, first)):
-            size = _read(module, first)[1]
-            visit(_Point(f"weights scaled to logits of ±{size:.3g}", size), _trials(module, lengths))
+            size = plain_logits(module, first)[1]
+            visit(Point(f"weights scaled to logits of ±{size:.3g}", size), _trials(module, lengths))
 
 
-def _trials(module: nn.Module, lengths: list[int]) -> Iterator[_Trial]:
+def _trials(module: nn.Module, lengths: list[int]) -> Iterator[Trial]:
     return (_trial(module, _documents(module, length, length)) for length in lengths)
 
 
-def _trial(module: nn.Module, documents: list[Tensor]) -> _Trial:
+def _trial(module: nn.Module, documents: list[Tensor]) -> Trial:
     losses = [_losses(module, document) for document in documents]
     name, again = type(inner(module)).__name__, _losses(module, documents[0])
     if not torch.equal(losses[0], again):
@@ -172,10 +170,10 @@ def _trial(module: nn.Module, documents: list[Tensor]) -> _Trial:
             f"in their last bits of {losses[0].dtype}: what the objective is cannot be told from rounding. Check the "
             "weights, or take --dtype float64."
         )
-    return _Trial(documents, losses, max(32 * noise, 64 * torch.finfo(losses[0].dtype).eps * size))
+    return Trial(documents, losses, max(32 * noise, 64 * torch.finfo(losses[0].dtype).eps * size))
 
 
-def _narrowed(module: nn.Module, form: Form, trial: _Trial, point: _Point) -> Form:
+def _narrowed(module: nn.Module, form: Form, trial: Trial, point: Point) -> Form:
     """The form without what gives other losses here."""
     _check_causality(module, trial, point)
     inputs, places = trial.rows()
@@ -186,7 +184,7 @@ def _narrowed(module: nn.Module, form: Form, trial: _Trial, point: _Point) -> Fo
     form = form._replace(fused=form.fused and agrees(Form(True, batches=False)))
     alone = Form(form.fused, batches=False)
     if not form.fused and not (found := _error(Layout(module, alone), trial, inputs, places)) <= trial.tolerance:
-        raise _differs(module, "rows one after the other", found, trial, point)
+        raise differs(module, "rows one after the other", found, trial, point)
     form = form._replace(batches=form.batches and agrees(alone._replace(batches=True)))
     joined = form._replace(masks=False)
     joins = form.fused and form.joins and form.batches and agrees(joined) and agrees(joined, *trial.packed())
@@ -194,12 +192,12 @@ def _narrowed(module: nn.Module, form: Form, trial: _Trial, point: _Point) -> Fo
     form = form._replace(masks=form.masks and form.batches and agrees(form._replace(masks=True), *trial.packed()))
     found = _error(Layout(module, form._replace(masks=False)), trial, *trial.packed())
     if not found <= trial.tolerance:
-        raise _differs(module, "packed documents taken apart", found, trial, point)
+        raise differs(module, "packed documents taken apart", found, trial, point)
     return form
 
 
 def _error(
-    layout: Layout, trial: _Trial, inputs: dict[str, Tensor], places: list[tuple[int, int, int]],
+    layout: Layout, trial: Trial, inputs: dict[str, Tensor], places: list[tuple[int, int, int]],
     objective: Callable[[Params, Any, Tensor], Tensor] | None = None,
 ) -> float:  # fmt: skip
     """The largest difference of a token's loss from the document's own, in nats; infinite for a call that fails."""
@@ -224,7 +222,7 @@ def _error(
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
-def _check_causality(module: nn.Module, trial: _Trial, point: _Point) -> None:
+def _check_causality(module: nn.Module, trial: Trial, point: Point) -> None:
     """Refuses a model in which a token's loss depends on a later token: the last one, and one in the middle."""
     for document, own in zip(trial.documents[:2], trial.losses[:2], strict=True):
         place = len(document) - 1 if own is trial.losses[0] else len(document) // 2
@@ -241,7 +239,7 @@ def _check_causality(module: nn.Module, trial: _Trial, point: _Point) -> None:
             )
 
 
-def _differs(module: nn.Module, what: str, found: float, trial: _Trial, point: _Point) -> ValueError:
+def differs(module: nn.Module, what: str, found: float, trial: Trial, point: Point) -> ValueError:
     return ValueError(
         f"the losses of {type(inner(module)).__name__} cannot be attributed: its {what} give other losses than its own "
         f"forward pass does, document by document, by {found:.2g} nats for a token ({point.words}; rounding explains "
@@ -249,7 +247,7 @@ def _differs(module: nn.Module, what: str, found: float, trial: _Trial, point: _
     )
 
 
-def _read(module: nn.Module, document: Tensor) -> tuple[Tensor, float]:
+def plain_logits(module: nn.Module, document: Tensor) -> tuple[Tensor, float]:
     """The logits [n, V] of a document alone, and the largest number that the head gives before any cap.
 
     Raises:
@@ -272,7 +270,7 @@ def _read(module: nn.Module, document: Tensor) -> tuple[Tensor, float]:
 
 def _losses(module: nn.Module, document: Tensor) -> Tensor:
     """The losses [n − 1] of a document's tokens by the module's own forward pass, in nats."""
-    logits = _read(module, document)[0]
+    logits = plain_logits(module, document)[0]
     wide = logits[:-1].to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, document[1:], reduction="none")
 
@@ -293,7 +291,7 @@ def _noisy(module: nn.Module, document: Tensor) -> Tensor:
 
 def _judge(module: nn.Module, document: Tensor) -> tuple[float, float]:
     """The largest number before any cap, and what rounding does to losses of 1; infinite where they are not finite."""
-    logits, size = _read(module, document)
+    logits, size = plain_logits(module, document)
     losses = _losses(module, document)
     if not (torch.isfinite(logits).all() and torch.isfinite(losses).all()):
         return math.inf, math.inf
@@ -338,19 +336,3 @@ def _lengths(module: nn.Module, longest: int | None) -> list[int]:
     passing = {length for span in spans(module) for length in (span, span + 3, 3 * span + 2) if length <= most}
     further = {min(longest, context)} if longest is not None else set()
     return [base, *sorted((passing | further) - {base})]
-
-
-def prove_answers(lm: CausalLM) -> None:
-    """Hold letters, answers by text and continuations against the model's own logits, one text at a time.
-
-    Raises:
-        ValueError: If they differ.
-    """
-
-    def hold(point: _Point, trials: Iterator[_Trial]) -> None:
-        trial = next(trials)
-        for what, error in answer_errors(lm, trial.documents, lambda text: _read(lm.module, text)[0]):
-            if not error <= trial.tolerance:
-                raise _differs(lm.module, what, error, trial, point)
-
-    _at_each_point(lm.module, hold)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from retrograd.durable import make_folder, rename, temporary_name, to_disk
-from retrograd.runs.buffers import as_bytes
-from retrograd.runs.direct import read_direct, write_direct
 from retrograd.runs.errors import RunError
+from retrograd.runs.states.buffers import as_bytes
+from retrograd.runs.states.direct import read_direct, write_direct
 
 __all__ = [
     "append_line",

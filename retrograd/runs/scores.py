@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.lm.rows import Rows
+from retrograd.data.rows import Rows
 from retrograd.runs.files import write_atomic, write_json, write_torch
 from retrograd.runs.manifest import SIGN
 
 __all__ = ["Ranked", "detractors", "doc_ids", "per_document", "proponents", "ranked", "read_scores", "write_scores"]
 
 TOP = 50
-EXCERPT = 200
 
 
 @dataclass(frozen=True)

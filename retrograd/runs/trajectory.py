@@ -37,8 +37,8 @@ from retrograd.durable import make_folder, remove, remove_leftovers
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, read_tensors, sync, write_tensors
 from retrograd.runs.identity import told_apart
-from retrograd.runs.replay import Replay, layout
-from retrograd.runs.store import Gradients, Store
+from retrograd.runs.states.budget import Replay, layout
+from retrograd.runs.states.store import Gradients, Store
 
 __all__ = ["Trajectory", "clean", "first_missing", "read_digests"]
 

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from retrograd.lm.exam import wilson
+from retrograd.evaluate.intervals import wilson
 from retrograd.runs.progress import counting
 from retrograd.select.places import Places
 from retrograd.settings.select import FeasibleConfig

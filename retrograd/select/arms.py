@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from retrograd.runs.config import queries_of
+from retrograd.runs.run_folder import added_queries, holding, open_run
 from retrograd.select.controls import RANDOM, drawn, groups, matched
 from retrograd.select.rivals import Gradients, gradients, query_gradient
 from retrograd.select.rules import Weighing, finish, key, rises, weigh
 from retrograd.select.sources import DataSet, Scored, find_native, is_run, split_name
 from retrograd.select.words import bm25, keyword_tokens, query_tokens, read_keywords
+from retrograd.settings.run import queries_of
 from retrograd.settings.select import Control, SelectConfig
-from retrograd.stages.opened import added_queries, holding, open_run
 
 __all__ = ["Arm", "Arms", "default_controls"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.lm.rows import Rows
+from retrograd.data.rows import Rows
 
 __all__ = ["Places", "places_of"]
 

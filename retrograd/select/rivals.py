@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from retrograd.core.optim import Params
-from retrograd.lm.rows import pad
+from retrograd.data.rows import pad
 from retrograd.runs.files import read_tensors
 from retrograd.runs.progress import counting
+from retrograd.runs.run_folder import Opened
 from retrograd.select.places import Places
-from retrograd.stages.opened import Opened
 
 __all__ = ["Gradients", "gradients", "query_gradient"]
 

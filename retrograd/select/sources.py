@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retrograd.lm.data import load_documents
+from retrograd.data.documents import load_documents
+from retrograd.data.rows import Rows, build_rows
 from retrograd.lm.model import load_tokenizer
-from retrograd.lm.rows import Rows, build_rows
-from retrograd.runs.config import MagicConfig, queries_of, settings_from
 from retrograd.runs.files import file_digest
 from retrograd.runs.manifest import Manifest
+from retrograd.runs.run_folder import finished, recorded
 from retrograd.runs.scores import read_scores
 from retrograd.select.files import Stated, file_scores, is_original
 from retrograd.select.places import Places, places_of
+from retrograd.settings.run import MagicConfig, queries_of, settings_from
 from retrograd.settings.select import SelectConfig
-from retrograd.stages.opened import finished, recorded
 
 __all__ = ["DataSet", "Native", "Scored", "find_native", "is_run", "load_data", "load_scores", "split_name"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrograd.lm.rows import Rows
+from retrograd.data.rows import Rows
 from retrograd.runs.files import file_digest, read_tensors, write_json, write_tensors
 from retrograd.runs.manifest import SIGN
 from retrograd.select.places import Places

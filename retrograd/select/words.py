@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.lm.data import load_documents
-from retrograd.lm.questions import build_questions
-from retrograd.lm.rows import build_rows
-from retrograd.runs.config import QueryConfig
+from retrograd.data.documents import load_documents
+from retrograd.data.rows import build_rows
+from retrograd.query.questions import build_questions
 from retrograd.select.places import Places
+from retrograd.settings.run import QueryConfig
 
 __all__ = ["bm25", "keyword_tokens", "query_tokens", "read_keywords"]
 

@@ -1,7 +1,6 @@
 """Gradient halves: ways to get H ḡ and the data-weight derivative of a batch."""
 
 from retrograd.core.engine.blocks import Blocks
-from retrograd.core.engine.compiled import Compiled
 from retrograd.core.engine.double import Double
 
-__all__ = ["Blocks", "Compiled", "Double"]
+__all__ = ["Blocks", "Double"]

@@ -1,0 +1,1 @@
+"""Optional accelerators behind doors of the kernel."""

@@ -1,0 +1,93 @@
+"""`retrograd query`: further questions to a trained run, from its kept states, without training again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import yaml
+from rich.console import Console
+
+from retrograd.runs.attribute import Outcome, all_of, ask, stored, summarise, write_results
+from retrograd.runs.files import file_digest, write_atomic
+from retrograd.runs.identity import fingerprint
+from retrograd.runs.journal import Journal
+from retrograd.runs.progress import Bars
+from retrograd.runs.run_folder import Opened, holding, open_run, recorded
+from retrograd.settings.commands import QueryRunConfig
+from retrograd.settings.run import QueryConfig, query_file, refuse_code
+
+__all__ = ["query"]
+
+
+def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
+    """Add queries to a finished run; running again resumes, or answers that it is done.
+
+    Several queries share one sweep. Where the run kept no states they are replayed from its first one.
+
+    Raises:
+        ValueError: For anything the user can mend; nothing has been changed then.
+    """
+    console = console or Console()
+    wanted = _wanted(config)
+    with holding(config.run):
+        return _query(config, wanted, console)
+
+
+def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Console) -> Outcome:
+    run = open_run(config.run, wanted, trust_code=config.trust_code)
+    asked = [one for one in run.loaded.asked if one.name in wanted]
+    key = fingerprint(*(one.digest for one in asked))
+    label = ",".join(wanted)
+    folder = config.run / "queries" / (asked[0].name if len(asked) == 1 else f"together-{key[:8]}")
+    done = recorded(config.run, run.manifest)
+    for one in asked:
+        if done.get(one.name, {}).get("digest", one.digest) != one.digest:
+            raise ValueError(
+                f"{config.run} has another query named {one.name!r}; give this one another name, or delete "
+                f"{config.run / 'queries' / one.name}"
+            )
+    if all(one.name in done for one in asked) and (folder / "scores.pt").exists():
+        console.print(f"query {label} of {config.run} is done; these are its scores.")
+        return summarise(stored(config.run, folder, run.loaded, asked), run.loaded, asked, console)
+    with Bars(len(run.loaded.stream)) as bars:
+        journal = Journal(folder / "metrics.jsonl", run.loaded.training.recipe.optimizer)
+        trajectory = run.trajectory(all_of(bars, journal), logs=[journal.path])
+        final = trajectory.train()
+        with run.manifest.phase(f"query {label}"):
+            values, *gradient = ask(config.run, run.loaded, asked, final)
+        del final
+        with run.manifest.phase(f"reverse {label}"):
+            journal.resume(trajectory, key)
+            scores = trajectory.reverse(gradient.pop(), key, curvature=config.sharpness)
+    outcome = write_results(config.run, folder, run.loaded, asked, values, scores)
+    _record(run, wanted, {one.name: one.digest for one in asked}, file_digest(folder / "scores.pt"))
+    trajectory.clean(key)
+    return summarise(outcome, run.loaded, asked, console)
+
+
+def _wanted(config: QueryRunConfig) -> dict[str, QueryConfig]:
+    given = config.query
+    single = bool(given.dataset or given.function or given.contrast)
+    if config.query_file is not None:
+        if single or config.name:
+            raise ValueError("--query_file names its queries itself; leave out --name and --query")
+        wanted = query_file(config.query_file)
+        refuse_code(wanted, config.query_file, config.trust_code)
+        if not wanted:
+            raise ValueError(f"--query_file {config.query_file} names no query; write settings by name into it")
+        return wanted
+    if not config.name:
+        raise ValueError("give the new query a --name; its files go to RUN/queries/NAME")
+    return {config.name: given}
+
+
+def _record(run: Opened, wanted: dict[str, QueryConfig], digests: dict[str, str], sha256: str) -> None:
+    """Make the queries part of the run, for its validation and for later contrasts."""
+    for name, settings in wanted.items():
+        values = {**dataclasses.asdict(settings), "contrast": list(settings.contrast)}
+        path = run.folder / "queries" / name / "query_config.yaml"
+        text = yaml.safe_dump(values, sort_keys=False)
+        write_atomic(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf8"))  # type: ignore[misc]
+    known = recorded(run.folder, run.manifest)
+    added = {name: {"digest": digest, "sha256": sha256} for name, digest in digests.items()}
+    run.manifest.update(queries={**known, **added})

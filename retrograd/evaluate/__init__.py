@@ -1,0 +1,1 @@
+"""Tasks and models to answers, intervals, summaries and verdicts."""

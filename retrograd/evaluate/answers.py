@@ -1,0 +1,171 @@
+"""What one model gave for one task, as a parquet file: a row for each question, document or continuation.
+
+The file's metadata says what was asked of which weights, so that every file stands for itself:
+
+    letter, cloze   task, model, question, subject, prompt_hash, logprobs (nats, by option), characters, letter_mass,
+                    gold, chosen, right, chosen_norm, right_norm, dtype; null where a question failed
+    text            task, model, document, nats (mean over its targets), targets, dtype
+    generate        task, model, document, prompt, text (null where logits were not finite), dtype
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from retrograd.query.choices import Scored
+from retrograd.runs.errors import RunError
+from retrograd.runs.files import write_atomic
+
+__all__ = ["Answers", "Measured", "Samples", "Texts", "read_measured", "read_table", "write_measured", "write_table"]
+
+_ABOUT = b"retrograd"
+
+
+class Answers(NamedTuple):
+    """To multiple-choice questions, and the questions' subjects."""
+
+    scored: Scored
+    subjects: list[str | None]
+
+
+class Texts(NamedTuple):
+    """Mean loss of each document in nats, [n]; its targets, [n]; its place in the data set, [n]."""
+
+    nats: list[float]
+    targets: list[int]
+    documents: list[int]
+
+    @property
+    def loss(self) -> float:
+        """Mean over all targets, nats; not finite if any document's is not."""
+        return float(np.dot(self.nats, self.targets) / sum(self.targets))
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss; ∞ where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.nan if math.isnan(self.loss) else math.inf
+
+
+class Samples(NamedTuple):
+    """Prompts and their greedy continuations; None where the model gave no finite logits."""
+
+    prompts: list[str]
+    texts: list[str | None]
+    documents: list[int]
+
+
+Measured = Answers | Texts | Samples
+
+
+def write_measured(path: Path, measured: Measured, about: dict[str, Any]) -> None:
+    """Write one file, whole or not at all.
+
+    Args:
+        about: What was asked of which weights; at least model, task and dtype.
+    """
+    import pyarrow
+
+    if isinstance(measured, Answers):
+        columns = _answers(measured)
+    elif isinstance(measured, Texts):
+        columns = {"document": measured.documents, "nats": measured.nats, "targets": measured.targets}
+    else:
+        columns = {"document": measured.documents, "prompt": measured.prompts, "text": measured.texts}
+    n = len(next(iter(columns.values())))
+    both = {"task": [about["task"]] * n, "model": [about["model"]] * n, **columns, "dtype": [about["dtype"]] * n}
+    types = {"subject": pyarrow.string(), "letter_mass": pyarrow.float64(), "text": pyarrow.string(),
+             "chosen": pyarrow.int64(), "chosen_norm": pyarrow.int64(), "right": pyarrow.bool_(),
+             "right_norm": pyarrow.bool_()}  # fmt: skip
+    write_table(path, both, types, {"kind": type(measured).__name__, **about})
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]], types: dict[str, Any], about: dict[str, Any]) -> None:
+    """Columns as a parquet file that says what it is, whole or not at all.
+
+    Args:
+        types: Of columns that may be all null, or are not what pyarrow takes them for.
+        about: Goes to the file's metadata; `kind` is needed.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})
+    table = table.replace_schema_metadata({_ABOUT: json.dumps(about, ensure_ascii=False).encode()})
+    write_atomic(path, lambda temporary: parquet.write_table(table, temporary))
+
+
+def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
+    """What a file holds, and what it says of itself.
+
+    Raises:
+        RunError: If it is no such file, or damaged.
+    """
+    return read_table(path, _KINDS)
+
+
+def read_table(path: Path, kinds: dict[str, Callable[[dict[str, list[Any]]], Any]]) -> tuple[Any, dict[str, Any]]:
+    """A file of `write_table`: its columns as its kind takes them, and what it says of itself.
+
+    Raises:
+        RunError: If it is no such file, damaged, or of no kind among these.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+        about = json.loads((table.schema.metadata or {})[_ABOUT])
+        return kinds[about["kind"]](table.to_pydict()), about
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise RunError(f"{path} is damaged or of another kind ({error}). Delete it and run again.") from error
+
+
+def _answers(measured: Answers) -> dict[str, Sequence[Any]]:
+    scored = measured.scored
+    options = (scored.widths > 0).sum(1).tolist()
+    failed = scored.failed.tolist()
+
+    def unless_failed(values: torch.Tensor, kind: type) -> list[Any]:
+        return [None if bad else kind(value) for value, bad in zip(values.tolist(), failed)]
+
+    return {
+        "question": list(range(len(options))),
+        "subject": measured.subjects or [None] * len(options),
+        "prompt_hash": scored.hashes,
+        "logprobs": [row[:count] for row, count in zip(scored.logprobs.tolist(), options)],
+        "characters": [[int(width) for width in row[:count]] for row, count in zip(scored.widths.tolist(), options)],
+        "letter_mass": [None] * len(options) if scored.mass is None else scored.mass.tolist(),
+        "gold": scored.gold.tolist(),
+        "chosen": unless_failed(scored.chosen, int),
+        "right": unless_failed(scored.correct, bool),
+        "chosen_norm": unless_failed(scored.chosen_norm, int),
+        "right_norm": unless_failed(scored.correct_norm, bool),
+    }
+
+
+def _read_answers(columns: dict[str, list[Any]]) -> Answers:
+    most = max(map(len, columns["logprobs"]), default=0)
+    logprobs = torch.full((len(columns["gold"]), most), -torch.inf, dtype=torch.float64)
+    widths = torch.zeros_like(logprobs)
+    for row, (found, characters) in enumerate(zip(columns["logprobs"], columns["characters"], strict=True)):
+        logprobs[row, : len(found)] = torch.tensor(found, dtype=torch.float64)
+        widths[row, : len(found)] = torch.tensor(characters, dtype=torch.float64)
+    mass = columns["letter_mass"]
+    by_letter = bool(mass) and mass[0] is not None
+    letter = torch.tensor(mass, dtype=torch.float64) if by_letter else None
+    gold = torch.tensor(columns["gold"], dtype=torch.int64)
+    return Answers(Scored(logprobs, widths, gold, letter, columns["prompt_hash"]), columns["subject"])
+
+
+_KINDS: dict[str, Any] = {
+    "Answers": _read_answers,
+    "Texts": lambda columns: Texts(columns["nats"], columns["targets"], columns["document"]),
+    "Samples": lambda columns: Samples(columns["prompt"], columns["text"], columns["document"]),
+}

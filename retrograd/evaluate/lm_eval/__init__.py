@@ -1,0 +1,1 @@
+"""lm-evaluation-harness as a way of asking."""

@@ -1,0 +1,270 @@
+"""The summary of an evaluation by lm-eval: its metrics, with intervals and paired comparisons where questions are right
+or wrong, and a verdict where answers are letters.
+
+Every number comes from the files; what is not there, or failed, is null and listed under "missing".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from retrograd.evaluate.answers import Answers
+from retrograd.evaluate.intervals import compare, position, wilson
+from retrograd.evaluate.lm_eval.samples import Sample, Sampled, answers_of, form_of, read_sampled
+from retrograd.evaluate.summary import failed_path, measured_path, together
+from retrograd.evaluate.verdict import Diagnosis, Evaluated, diagnose
+from retrograd.runs.errors import RunError
+from retrograd.settings.tasks import Role, Task
+
+__all__ = ["summarise_harness"]
+
+_NO_LETTERS = (
+    "no verdict: none of these tasks is answered by letter, so nothing here shows whether the answers depend on the "
+    "questions"
+)
+
+Form = Literal["letter", "cloze"]
+_FORMS: tuple[Form, ...] = ("letter", "cloze")
+
+
+class _Model(NamedTuple):
+    """One model's files by name; None where missing."""
+
+    name: str
+    digest: str | None
+    found: dict[str, Sampled | None]
+
+
+class _Metric(NamedTuple):
+    """Of one task or group: what lm-eval says, and which questions are right where that is all it says."""
+
+    value: float | None
+    stderr: float | None
+    higher: bool | None
+    right: list[float] | None
+    hashes: list[str]
+
+
+def summarise_harness(
+    folder: Path, models: Sequence[str], names: dict[str, Role], reference: str, knows: str | None,
+    never: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What summary.json says.
+
+    Args:
+        folder: Of the evaluation.
+        models: By name, reference and the two others included.
+        names: What lm-eval was asked for, with its role.
+        reference: The model that the others are compared with.
+        knows, never: Between which positions are measured, if both are given.
+    Raises:
+        RunError: If a file is damaged, or two files of a model are of different weights or versions of lm-eval.
+    """
+    missing: list[dict[str, str]] = []
+    every = {model: _read(folder, model, names, missing) for model in models}
+    results, comparisons, positions = [], [], []
+    for model in models:
+        for name, role in names.items():
+            results += list(_results(every[model], name, role))
+            if model != reference:
+                comparisons += list(_comparisons(every[model], every[reference], name))
+            if knows and never and model not in (knows, never) and role != "retain":
+                positions += list(_positions(every[model], every[knows], every[never], name))
+    told = _diagnoses(every, names, reference)
+    return {
+        "reference": reference, "knows": knows, "never": never, "missing": missing,
+        "models": {
+            name: {"digest": every[name].digest, "verdict": one.verdict, "reasons": one.reasons, "numbers": one.numbers}
+            for name, one in told.items()
+        },
+        "results": results, "comparisons": comparisons, "positions": positions,
+    }  # fmt: skip
+
+
+def _read(folder: Path, model: str, names: dict[str, Role], missing: list[dict[str, str]]) -> _Model:
+    found: dict[str, Sampled | None] = {}
+    digests: dict[str, str] = {}
+    for name in names:
+        path, failed = measured_path(folder, model, name), failed_path(folder, model, name)
+        found[name], why = None, []
+        if path.exists():
+            sampled, about = read_sampled(path)
+            found[name], digests[str(path)] = sampled, about["digest"]
+            why = list(_failures(sampled))
+        else:
+            why = [failed.read_text(encoding="utf8").strip() if failed.exists() else "it was not measured"]
+        missing += [{"model": model, "task": name, "reason": reason} for reason in why]
+    if len(set(digests.values())) > 1:
+        raise RunError(
+            f"the files of {folder / model} are of different weights ({', '.join(sorted(digests))}): the model has "
+            "changed meanwhile. Delete that folder and run again."
+        )
+    return _Model(model, next(iter(digests.values()), None), found)
+
+
+def _failures(sampled: Sampled) -> Iterator[str]:
+    """What in a file is no number."""
+    for task in sampled.tasks:
+        why = sampled.failure(task)
+        lost = [label for label, one in _metrics(sampled, task).items() if one.value is None]
+        if why or lost:
+            yield f"{task}: {why or ', '.join(lost) + ' is not finite'}"
+
+
+def _first_filter(samples: list[Sample]) -> list[Sample]:
+    """Each question once."""
+    return [one for one in samples if one.filter == samples[0].filter]
+
+
+def _parts(sampled: Sampled, name: str) -> list[str]:
+    """The tasks of a group, groups inside it opened; a task is its own part."""
+    if name in sampled.tasks:
+        return [name]
+    children = sampled.told["group_subtasks"].get(name, [])
+    return list(dict.fromkeys(part for child in children for part in _parts(sampled, child)))
+
+
+def _metrics(sampled: Sampled, name: str) -> dict[str, _Metric]:
+    """By label: the metric, and its filter if it has one with a name."""
+    told, found = sampled.told["results"][name], {}
+    parts = _parts(sampled, name)
+    samples = [one for part in parts for one in sampled.tasks[part]]
+    failed = any(sampled.failure(part) for part in parts)
+    higher = sampled.told["higher_is_better"].get(name, {})
+    for key, value in told.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        value = None if failed else _finite(value)
+        right, hashes = _right(samples, parts, metric, kind, value)
+        stderr = None if failed else _finite(told.get(f"{metric}_stderr,{kind}"))
+        label = metric if kind == "none" else key
+        found[label] = _Metric(value, stderr, higher.get(metric), right, hashes)
+    return found
+
+
+def _finite(value: Any) -> float | None:
+    number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if number else None
+
+
+def _right(
+    samples: list[Sample], parts: list[str], metric: str, kind: str, value: float | None
+) -> tuple[list[float] | None, list[str]]:
+    """1 or 0 for each question, if the metric is their mean; every question of a group counts once."""
+    asked = [one for one in samples if one.filter == kind]
+    values = [one.metrics.get(metric) for one in asked]
+    right = [one for one in values if one in (0.0, 1.0) and one is not None]
+    all_parts = {one.task for one in asked} == set(parts)
+    if value is None or not right or len(right) < len(values) or not all_parts:
+        return None, []
+    if not math.isclose(sum(right) / len(right), value, rel_tol=1e-9, abs_tol=1e-12):
+        return None, []
+    return right, [f"{one.task} {one.question} {one.doc_hash} {one.prompt_hash}" for one in asked]
+
+
+def _results(model: _Model, name: str, role: Role) -> Iterator[dict[str, Any]]:
+    """A record for every task and group under a name; nulls where it is missing."""
+    sampled = model.found[name]
+    if sampled is None:
+        gone = {"form": None, "role": role, "accuracy": None, "metrics": None}
+        yield {"model": model.name, "asked": name, "task": name, **gone}
+        return
+    told = sampled.told
+    for task in [one for one in told["results"] if _metrics(sampled, one)]:
+        samples = [one for part in _parts(sampled, task) for one in _first_filter(sampled.tasks[part])]
+        metrics = _metrics(sampled, task)
+        counted = told["n-samples"].get(task, {})
+        found: dict[str, Any] = {
+            "model": model.name, "asked": name, "task": task, "form": form_of(samples) or "other", "role": role,
+            "version": told["versions"].get(task), "num_fewshot": told["n-shot"].get(task),
+            "questions": len(samples), "of": counted.get("original"), "failed": sum(one.failed for one in samples),
+            "metrics": {label: _told(one) for label, one in metrics.items()},
+        }  # fmt: skip
+        acc = metrics.get("acc")
+        if acc is not None:
+            found |= {"accuracy": acc.value, **{key: _told(acc).get(key) for key in ("interval", "right")}}
+        yield found
+
+
+def _told(metric: _Metric) -> dict[str, Any]:
+    found: dict[str, Any] = {"value": metric.value, "stderr": metric.stderr, "higher_is_better": metric.higher}
+    if metric.right is not None:
+        count = int(sum(metric.right))
+        found |= {"interval": list(wilson(count, len(metric.right))), "right": count}
+    return found
+
+
+def _comparisons(model: _Model, reference: _Model, name: str) -> Iterator[dict[str, Any]]:
+    for task, label, both in _paired([reference, model], name):
+        found = {"model": model.name, "against": reference.name, "task": task, "metric": label, "difference": None}
+        if both is None:
+            yield found
+            continue
+        one = compare(*both)
+        yield found | {
+            "difference": one.difference, "interval": list(one.interval), "only_reference": one.only_first,
+            "only_model": one.only_second, "p": one.p,
+        }  # fmt: skip
+
+
+def _positions(model: _Model, knows: _Model, never: _Model, name: str) -> Iterator[dict[str, Any]]:
+    """Null where one of the three is missing, or the two do not differ."""
+    for task, label, three in _paired([model, knows, never], name):
+        one = position(*three) if three else None
+        found = {"model": model.name, "task": task, "metric": label, "position": None}
+        yield found if one is None else found | {
+            "position": one.position, "interval": list(one.interval), "gap": one.gap
+        }  # fmt: skip
+
+
+def _paired(models: list[_Model], name: str) -> Iterator[tuple[str, str, list[list[float]] | None]]:
+    """For each task and metric of right and wrong: every model's, on the same questions; None if one is missing."""
+    found = [model.found[name] for model in models]
+    there = [one for one in found if one is not None]
+    if not there:
+        return
+    for task in there[0].told["results"]:
+        for label in _metrics(there[0], task):
+            every = [_metrics(one, task).get(label) for one in there]
+            counted = [one for one in every if one is not None and one.right is not None]
+            if any(one.hashes != counted[0].hashes for one in counted):
+                raise RunError(f"{task}: the models were asked different questions; delete their files and run again.")
+            if counted:
+                rights = [one.right for one in counted if one.right is not None]
+                yield task, label, rights if len(rights) == len(models) else None
+
+
+def _diagnoses(every: dict[str, _Model], names: dict[str, Role], reference: str) -> dict[str, Diagnosis]:
+    """By name and form of what was asked; nothing is said where no answer is a letter."""
+    answers = {model: dict(_answers(one)) for model, one in every.items()}
+    forms = {(name, form) for found in answers.values() for name, form in found}
+    if not any(form == "letter" for _, form in forms):
+        return {model: Diagnosis(None, [_NO_LETTERS], {}) for model in every}
+    forms |= {(name, "letter") for name in names if all(one.found[name] is None for one in every.values())}
+    asked = [(name, form) for name in names for form in _FORMS if (name, form) in forms]
+    labels = {(name, form): name if len({*_both(name)} & forms) == 1 else f"{name} ({form})" for name, form in asked}
+    tasks = {labels[name, form]: Task("lm-eval", form=form, role=names[name]) for name, form in asked}
+    rated = {
+        model: Evaluated(model, one.digest, {label: answers[model].get(key) for key, label in labels.items()})
+        for model, one in every.items()
+    }
+    return {model: diagnose(one, rated[reference], tasks) for model, one in rated.items()}
+
+
+def _both(name: str) -> list[tuple[str, Form]]:
+    return [(name, form) for form in _FORMS]
+
+
+def _answers(model: _Model) -> Iterator[tuple[tuple[str, Form], Answers]]:
+    """Answers to all multiple-choice questions of a name, by form."""
+    for name, sampled in model.found.items():
+        parts = [] if sampled is None else [_first_filter(every) for every in sampled.tasks.values()]
+        for form in _FORMS:
+            of_form = [answers_of(part) for part in parts if form_of(part) == form]
+            readable = [one for one in of_form if one is not None]
+            if readable and len(readable) == len(of_form) and (joined := together(readable)):
+                yield (name, form), joined

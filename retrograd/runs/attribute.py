@@ -1,0 +1,183 @@
+"""Query, reverse, write: what `magic` and `query` share once there is a trained trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from retrograd.core.optim import rate
+from retrograd.core.step import State
+from retrograd.core.sweep import Event
+from retrograd.query.columns import Queries
+from retrograd.query.load import Asked
+from retrograd.runs.files import read_tensors, write_json, write_tensors
+from retrograd.runs.health import Finding, sweep_findings
+from retrograd.runs.journal import read_journal, recipe_gradients
+from retrograd.runs.scores import Ranked, detractors, per_document, proponents, ranked, read_scores, write_scores
+from retrograd.runs.setup import Loaded
+
+__all__ = ["Outcome", "all_of", "ask", "show_ends", "stored", "summarise", "write_results"]
+
+ENDS = 5  # documents of each end that are shown
+
+
+class Outcome(NamedTuple):
+    """What a sweep found, for K query columns.
+
+    Args:
+        names: Of the columns.
+        values: φ after training, [K] nats.
+        scores: [K, documents] or [K, rows, length], nats per unit of weight; negative = proponent.
+        order: Documents by the first query's score, proponents first.
+        findings: What to know before acting on the scores.
+    """
+
+    names: list[str]
+    values: Tensor
+    scores: Tensor
+    order: list[Ranked]
+    findings: list[Finding]
+
+
+def ask(run: Path, loaded: Loaded, asked: Sequence[Asked], final: State) -> tuple[Tensor, dict[str, Tensor]]:
+    """Values [K] and gradients [K, *shape] of queries at the final state, read again if they are on disk."""
+    found = [_ask_one(run / "queries" / one.name, loaded, one, final) for one in asked]
+    gradient = {name: torch.cat([grads[name] for _, grads in found]).to(loaded.stream.device) for name in final.params}
+    return torch.cat([values for values, _ in found]), gradient
+
+
+def write_results(
+    run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked], values: Tensor, scores: Tensor
+) -> Outcome:
+    """Write every file of a finished sweep.
+
+    Args:
+        run: Folder of the run, whose journal has the training steps.
+        folder: Where the score files go; its metrics.jsonl has the sweep.
+    """
+    names = [column.name for one in asked for column in one.columns]
+    train, _ = read_journal(run / "metrics.jsonl")
+    _, reverse = read_journal(folder / "metrics.jsonl")
+    lr = getattr(loaded.training.recipe.optimizer, "lr")  # noqa: B009
+    rates = [rate(lr, step) for step in range(len(loaded.stream))]
+    gradients = recipe_gradients(rates, reverse, names)
+    if gradients is not None:
+        write_json(folder / "recipe_gradients.json", gradients)
+    findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
+    write_json(folder / "health.json", {"findings": [vars(finding) for finding in findings]})
+    start = 0
+    for one in asked if len(asked) > 1 else ():
+        part = slice(start, start := start + len(one.columns))
+        _write(run / "queries" / one.name, loaded, scores[part], names[part], None)
+    leading = len(asked[0].columns)
+    order = _write(folder, loaded, scores, names, leading)
+    return Outcome(names, values, scores, order, findings)
+
+
+def stored(run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked]) -> Outcome:
+    """The outcome of a sweep that is done, from its files."""
+    scores = read_scores(folder / "scores.pt", loaded.stream.per_token)
+    values = torch.cat(
+        [read_tensors(run / "queries" / one.name / "gradient.safetensors")[0]["values"] for one in asked]
+    )
+    steps = loaded.stream.steps_of_rows()
+    order = ranked(per_document(scores, loaded.rows), loaded.rows, steps, loaded.texts, len(asked[0].columns))
+    train, reverse = read_journal(run / "metrics.jsonl")[0], read_journal(folder / "metrics.jsonl")[1]
+    findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
+    return Outcome([column.name for one in asked for column in one.columns], values, scores, order, findings)
+
+
+def all_of(*observers: Callable[[Event], None]) -> Callable[[Event], None]:
+    """One observer that tells several."""
+
+    def observe(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    return observe
+
+
+def summarise(outcome: Outcome, loaded: Loaded, asked: Sequence[Asked], console: Console) -> Outcome:
+    """The query values, the spread of the scores, the ends of the ranking with their text, and what to beware of."""
+    shown = list(zip(outcome.names, outcome.values.tolist(), strict=True))
+    if len(shown) == 1:
+        console.print(f"Query loss after training: {shown[0][1]:.4f} nats")
+    else:
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in shown[:8])
+        console.print(f"Query losses after training, nats: {listed}{' …' if len(shown) > 8 else ''}")
+    totals = torch.tensor([record.score for record in outcome.order], dtype=torch.float64)
+    skipped = f", {len(loaded.rows.skipped)} documents without a target skipped" if loaded.rows.skipped else ""
+    about = f" for {asked[0].name!r}" if len(asked) > 1 else ""
+    console.print(
+        f"Scores of {len(totals)} documents{about}{skipped}: {int((totals < 0).sum())} proponents, "
+        f"{int((totals > 0).sum())} detractors; min {totals.min():.3g}, median {totals.median():.3g}, max "
+        f"{totals.max():.3g}, sum {totals.sum():.3g} nats per unit of weight."
+    )
+    console.print("Negative: training on it lowers the query loss.", style="dim")
+    show_ends(outcome.order, console)
+    for finding in outcome.findings:
+        console.print(Text(f"Beware: {finding}"), style="yellow")
+    return outcome
+
+
+def show_ends(order: Sequence[Ranked], console: Console) -> None:
+    """Print the strongest proponents and detractors, by the sign of their scores."""
+    ends = (
+        ("proponents", "negative", proponents(order, ENDS)),
+        ("detractors", "positive", detractors(order, ENDS)),
+    )
+    for kind, sign, records in ends:
+        if records:
+            console.print(_table(f"Strongest {kind} (most {sign})", records))
+        else:
+            console.print(f"No {kind}: no document has a {sign} score.")
+
+
+def _ask_one(folder: Path, loaded: Loaded, one: Asked, final: State) -> tuple[Tensor, dict[str, Tensor]]:
+    path, identity = folder / "gradient.safetensors", f"{loaded.identity}/{one.digest}"
+    if path.exists():
+        tensors, metadata = read_tensors(path)
+        if metadata.get("identity") == identity:
+            return tensors.pop("values"), {name.removeprefix("gradient."): g for name, g in tensors.items()}
+    values, gradient = Queries(one.columns)(final.params)
+    if not torch.isfinite(values).all():
+        raise ValueError(f"query {one.name!r} after training is {values.tolist()}; lower the learning rate")
+    named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}
+    record = {**one.record, **one.measure(final.params)}
+    columns = [column.name for column in one.columns]
+    write_json(folder / "query.json", {"name": one.name, "columns": columns, "values_nats": values.tolist(), **record})
+    write_tensors(path, {"values": values, **named}, {"identity": identity, "layout": "whole"})
+    return values, gradient
+
+
+def _write(folder: Path, loaded: Loaded, scores: Tensor, names: Sequence[str], leading: int | None) -> list[Ranked]:
+    steps = loaded.stream.steps_of_rows()
+    order = ranked(per_document(scores, loaded.rows), loaded.rows, steps, loaded.texts, leading)
+    write_scores(folder, scores, loaded.rows, steps, order, _token_text(loaded), names)
+    return order
+
+
+def _token_text(loaded: Loaded) -> Callable[[np.ndarray], list[str]]:
+    def texts(ids: np.ndarray) -> list[str]:
+        known = {int(token): loaded.tokenizer.decode([int(token)]) for token in np.unique(ids)}
+        return [known[int(token)] for token in ids]
+
+    return texts
+
+
+def _table(title: str, records: list[Ranked]) -> Table:
+    table = Table(title=title, title_justify="left", expand=True)
+    table.add_column("doc", justify="right")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("text", ratio=1)
+    for record in records:
+        table.add_row(str(record.doc_id), f"{record.score:+.3e}", Text(record.text[:120]))
+    return table

@@ -1,0 +1,211 @@
+"""A run on disk: opening one that is finished, and refusing what does not belong to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from retrograd.core.sweep import Event
+from retrograd.runs.identity import EDITION, told_apart
+from retrograd.runs.lock import locked
+from retrograd.runs.machine import free_memory
+from retrograd.runs.manifest import Manifest
+from retrograd.runs.setup import Loaded, assemble
+from retrograd.runs.states.budget import Replay
+from retrograd.runs.trajectory import Trajectory
+from retrograd.settings import run as configs
+from retrograd.settings.parse import build, parse_size, read_yaml
+from retrograd.settings.run import MagicConfig, QueryConfig
+
+__all__ = [
+    "Opened",
+    "added_queries",
+    "describe",
+    "finished",
+    "holding",
+    "load_run",
+    "open_run",
+    "recorded",
+    "refuse_other",
+    "refuse_stored_code",
+    "replay_of",
+    "set_threads",
+    "with_queries",
+]
+
+
+class Opened(NamedTuple):
+    """A finished run with everything it is made of. loaded.asked has the run's own queries, then those added later."""
+
+    folder: Path
+    config: MagicConfig
+    manifest: Manifest
+    loaded: Loaded
+
+    def trajectory(
+        self, observe: Callable[[Event], None] = lambda event: None, logs: Sequence[Path] = ()
+    ) -> Trajectory:
+        """Its trajectory, to read states from or to reverse again; `logs` is what `observe` appends to."""
+        return Trajectory(
+            self.loaded.training, self.loaded.initial, replay_of(self.config), self.folder / "checkpoints",
+            self.loaded.identity, observe, logs,
+        )  # fmt: skip
+
+
+def open_run(
+    folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None, trust_code: bool = False
+) -> Opened:
+    """Load a finished run, with the queries added to it and `more` new ones.
+
+    Args:
+        threads: Thread count to use; the run's own, and so its own bits, when None.
+        trust_code: Run the functions that the folder's queries name; those of `more` are the caller's own.
+    Raises:
+        ValueError: If there is no finished run, it names code that is not trusted, a name is taken, or data, model or
+            recipe have changed since.
+    """
+    run = load_run(*finished(folder), more, threads=threads, trust_code=trust_code)
+    refuse_other(folder, run.manifest, run.loaded)
+    known, added = recorded(folder, run.manifest), added_queries(folder).keys() - (more or {}).keys()
+    for name in added & known.keys():
+        if known[name]["digest"] != run.loaded.hashes[f"query {name}"]:
+            raise ValueError(
+                f"query {name!r} of {folder} reads other data than when it was asked; put its files back, or delete "
+                f"{folder / 'queries' / name}"
+            )
+    return run
+
+
+def load_run(
+    config: MagicConfig,
+    manifest: Manifest,
+    more: dict[str, QueryConfig] | None = None,
+    *,
+    threads: int | None = None,
+    trust_code: bool = False,
+) -> Opened:
+    """As `open_run`, whether or not data, model and recipe are what they were."""
+    refuse_stored_code(config, trust_code)
+    loaded = assemble(with_queries(config, more))
+    if threads is None:
+        set_threads(manifest)
+    else:
+        torch.set_num_threads(threads)
+    return Opened(config.run, config, manifest, loaded)
+
+
+def refuse_stored_code(config: MagicConfig, trusted: bool) -> None:
+    """Refuse functions that a run's folder names, unless they are trusted.
+
+    Raises:
+        ValueError: With the first such function and the file that names it.
+    """
+    configs.refuse_code(configs.queries_of(config), config.run / "run_config.yaml", trusted)
+    for name, query in added_queries(config.run).items():
+        configs.refuse_code({name: query}, config.run / "queries" / name / "query_config.yaml", trusted)
+
+
+def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None) -> MagicConfig:
+    """The configuration of a run with its own queries, those added to it and `more` new ones, all by name.
+
+    Raises:
+        ValueError: If a name is taken, or a query cannot work.
+    """
+    own = configs.queries_of(config)
+    added = {name: query for name, query in added_queries(config.run).items() if name not in (more or {})}
+    taken = sorted(own.keys() & (more or {}).keys())
+    if taken:
+        raise ValueError(f"{config.run} has a query named {taken[0]!r} already; give the new one another name")
+    everything = {**own, **added, **(more or {})}
+    for name, query in everything.items():
+        configs.check_query(name, query, everything)
+    return dataclasses.replace(config, query=QueryConfig(), queries=everything)
+
+
+def finished(folder: Path) -> tuple[MagicConfig, Manifest]:
+    """Configuration and manifest of a finished run.
+
+    Raises:
+        ValueError: If there is none in the folder.
+    """
+    if not (folder / "run_config.yaml").exists():
+        raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
+    manifest = Manifest(folder / "manifest.json")
+    if not manifest.done("scores"):
+        raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
+    return dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder), manifest
+
+
+@contextmanager
+def holding(folder: Path, *, shared: bool = False) -> Iterator[tuple[MagicConfig, Manifest]]:
+    """Configuration and manifest of a finished run, locked meanwhile.
+
+    Raises:
+        ValueError: If there is none in the folder, or another process works on it.
+    """
+    finished(folder)  # before anything is made there
+    with locked(folder, shared=shared):
+        yield finished(folder)
+
+
+def added_queries(folder: Path) -> dict[str, QueryConfig]:
+    """Queries that `retrograd query` has added to a run, by name."""
+    files = sorted((folder / "queries").glob("*/query_config.yaml"))
+    return {path.parent.name: build(QueryConfig, read_yaml(path), str(path)) for path in files}
+
+
+def recorded(folder: Path, manifest: Manifest) -> dict[str, dict[str, str]]:
+    """The manifest's entries of the added queries that are there; one whose folder was deleted is gone."""
+    names = added_queries(folder)
+    return {name: entry for name, entry in manifest.values.get("queries", {}).items() if name in names}
+
+
+def set_threads(manifest: Manifest) -> None:
+    """A resumed run uses the thread count it began with: sums are split by thread, and their bits depend on it."""
+    threads = manifest.values.get("threads")
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def refuse_other(folder: Path, manifest: Manifest, loaded: Loaded) -> None:
+    """Refuse a run whose data, model, recipe or query is not what it was begun with.
+
+    Raises:
+        ValueError: With the parts that differ.
+    """
+    known, found = manifest.values.get("hashes", {}), loaded.hashes
+    changed = [f"{name}: {old} → {found.get(name)}" for name, old in known.items() if found.get(name) != old]
+    if not changed and manifest.values.get("identity") in (None, loaded.identity):
+        return
+    begun = manifest.values.get("identity")
+    if begun and not begun.startswith(f"{EDITION}-"):
+        raise ValueError(f"the run in {folder} {told_apart(begun, loaded.identity)}, or with --overwrite.")
+    lines = "\n  ".join(changed or ["the run's settings"])
+    raise ValueError(
+        f"{folder} was begun with other inputs under the same names:\n  {lines}\nA file or the model has changed "
+        "since. Put it back, use another folder, or `retrograd magic --overwrite` to start afresh."
+    )
+
+
+def replay_of(config: MagicConfig) -> Replay:
+    """Budgets in bytes; "auto" is half of what is free now."""
+    given = config.replay
+    memory = free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
+    disk = shutil.disk_usage(config.run).free // 2 if given.disk == "auto" else parse_size(given.disk)
+    return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, given.heartbeat)
+
+
+def describe(trajectory: Trajectory) -> dict[str, Any]:
+    """The chosen replay plan, for the manifest."""
+    chosen = trajectory.layout
+    return {
+        "plan": chosen.kind, "state_bytes": chosen.state_bytes, "slots": chosen.cost.slots, "on_disk": chosen.on_disk,
+        "held_bytes": chosen.held_bytes, "gradients_on_disk": chosen.gradients_on_disk,
+        "advances": chosen.cost.advances, "replays": chosen.cost.replays,
+    }  # fmt: skip

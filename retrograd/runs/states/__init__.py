@@ -1,0 +1,1 @@
+"""Kept states and gradients: slots, budgets, transfers and files."""

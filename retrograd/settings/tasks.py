@@ -1,0 +1,153 @@
+"""Tasks of an evaluation: what is asked, from which data set, how it is written. No heavy imports here.
+
+    letter      multiple choice by answer letter, zero-shot
+    cloze       multiple choice by the answers' texts, zero-shot
+    text        perplexity of documents
+    generate    greedy continuations of the documents' first tokens, for people to read
+
+WMDP's and MMLU's names, subsets, splits and numbers of questions are those of Deep Ignorance, arXiv:2508.06601.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from retrograd.settings.parse import build, read_yaml
+
+__all__ = ["READY", "Role", "Task", "check_tasks", "tasks_from"]
+
+Role = Literal["forget", "retain"] | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task, as a YAML file writes it."""
+
+    dataset: str
+    """Hub name, folder saved by `datasets`, or a file, as everywhere."""
+    subset: str | None = None
+    """Subset ("configuration") of a hub data set."""
+    split: str = "train"
+    """Split or expression of splits."""
+    form: Literal["letter", "cloze", "text", "generate"] = "letter"
+    """What is asked, see above."""
+    template: str = "auto"
+    """letter, cloze: the prompt, as --query.template."""
+    normalise: bool = False
+    """cloze: right is the likeliest answer per character, lm-eval's acc_norm."""
+    limit: int | None = None
+    """The first questions or documents only."""
+    max_length: int | None = None
+    """Tokens that are read; the model's context when None. Prompts are cut from the left."""
+    text_column: str | None = None
+    """text, generate: as --data.text-column."""
+    role: Role = None
+    """forget: knowledge that is to go, not counted as damage. All else measures general ability."""
+    group: str | None = None
+    """Tasks of one group are also told together, every question counting once (weighted by size)."""
+    expect: int | None = None
+    """Questions that the set has to have; another number is another set. Not checked with a limit."""
+    prompt_tokens: int = 8
+    """generate: tokens of each document that are given."""
+    new_tokens: int = 32
+    """generate: tokens to write."""
+
+    @property
+    def choices(self) -> bool:
+        return self.form in ("letter", "cloze")
+
+
+_ROBUST = {
+    "bioweapons_and_bioterrorism": 190,
+    "dual_use_virology": 28,
+    "enhanced_potential_pandemic_pathogens": 102,
+    "expanding_access_to_threat_vectors": 21,
+    "reverse_genetics_and_easy_editing": 186,
+    "viral_vector_research": 341,
+}
+_WMDP: dict[str, Any] = {"role": "forget", "template": "wmdp"}
+
+READY: dict[str, dict[str, Task]] = {
+    "wmdp_bio_robust": {
+        f"wmdp_bio_robust_{subset}": Task(
+            "EleutherAI/wmdp_bio_robust_mcqa", subset, "robust", group="wmdp_bio_robust", expect=number, **_WMDP
+        )
+        for subset, number in _ROBUST.items()
+    },
+    "wmdp_bio_cloze": {
+        "wmdp_bio_cloze": Task(
+            "EleutherAI/wmdp_bio_cloze", split="cloze_compatible", form="cloze", template="wmdp_cloze", normalise=True,
+            role="forget", expect=1076,
+        )
+    },
+    "mmlu": {"mmlu": Task("cais/mmlu", "all", "test", template="mmlu", role="retain", expect=14042)},
+}  # fmt: skip
+"""Tasks by ready-made name."""
+
+
+def tasks_from(path: Path) -> dict[str, Task]:
+    """The tasks of a YAML file, by name. A name of READY needs no settings; those given change the ready ones.
+
+    Raises:
+        ValueError: If the file is no such file, or a task cannot work.
+    """
+    found: dict[str, Task] = {}
+    for name, settings in read_yaml(path).items():
+        where = f"{path}: {name}"
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"{where} is {settings!r}; it has to be settings, such as {{dataset: …, form: cloze}}")
+        if name in READY:
+            found |= {part: _changed(task, settings or {}, where) for part, task in READY[name].items()}
+        elif "dataset" not in (settings or {}):
+            raise ValueError(f"{where} has no dataset; give one, or take a ready-made task: {', '.join(READY)}")
+        else:
+            found[str(name)] = build(Task, settings or {}, where)
+    check_tasks(found, str(path))
+    return found
+
+
+def check_tasks(tasks: dict[str, Task], where: str) -> None:
+    """Refuse, before anything is loaded, what cannot work."""
+    if not tasks:
+        raise ValueError(f"{where} has no task; give at least one")
+    for name, task in tasks.items():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise ValueError(f"{where}: task {name!r} names a file; use letters, digits, '.', '_' and '-'")
+        for setting in ("limit", "max_length", "prompt_tokens", "new_tokens"):
+            number = getattr(task, setting)
+            if number is not None and number < 1:
+                raise ValueError(f"{where}: task {name!r}: {setting} is {number}; it has to be at least 1")
+        unread = [s for s in _UNREAD[task.form] if getattr(task, s) != _DEFAULTS[s]]
+        if unread:
+            raise ValueError(
+                f"{where}: task {name!r}: form {task.form} has no use for {', '.join(unread)}; leave it out"
+            )
+        if task.group in tasks:
+            raise ValueError(f"{where}: task {name!r}: group {task.group!r} is a task; give the group another name")
+        forms = {(t.form, t.role, t.normalise) for t in tasks.values() if task.group and t.group == task.group}
+        if len(forms) > 1:
+            raise ValueError(
+                f"{where}: group {task.group!r} has tasks of several forms or roles, which have no common accuracy"
+            )
+
+
+def _changed(task: Task, settings: dict[str, Any], where: str) -> Task:
+    """A ready-made task with other settings; another data set has another number of questions."""
+    values = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
+    if {"dataset", "subset", "split"} & settings.keys():
+        values["expect"] = None
+    return build(Task, {**values, **settings}, where)
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Task)}
+_GENERATE = ("prompt_tokens", "new_tokens")
+_UNREAD = {
+    "letter": ("text_column", "normalise", *_GENERATE),
+    "cloze": ("text_column", *_GENERATE),
+    "text": ("template", "normalise", "group", "expect", *_GENERATE),
+    "generate": ("template", "normalise", "group", "expect", "role"),
+}

@@ -1,0 +1,1 @@
+"""Is a score exact, does it predict, can it predict?"""

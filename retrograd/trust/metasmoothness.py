@@ -1,0 +1,128 @@
+"""`retrograd metasmoothness`: three trainings at nearby data weights, one number, and what to change if it is low."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from retrograd.core.optim import Params
+from retrograd.core.sweep import Event
+from retrograd.runs.files import write_json
+from retrograd.runs.identity import fingerprint, identify
+from retrograd.runs.lock import locked
+from retrograd.runs.manifest import Manifest
+from retrograd.runs.progress import counting
+from retrograd.runs.run_folder import set_threads
+from retrograd.runs.setup import Loaded, assemble
+from retrograd.runs.states.budget import Replay
+from retrograd.runs.trajectory import Trajectory
+from retrograd.settings import run as configs
+from retrograd.settings.commands import MetasmoothnessConfig
+from retrograd.settings.run import TrainConfig
+from retrograd.trust.smoothness import metasmoothness as smoothness
+from retrograd.trust.smoothness import perturbed
+
+__all__ = ["Smoothness", "metasmoothness"]
+
+SMOOTH, FAIR = 0.98, 0.9  # from runs whose LDS is known: docs/validation.md
+
+
+class Smoothness(NamedTuple):
+    """The number in [−1, 1], the verdict in words, and what would raise it."""
+
+    value: float
+    verdict: str
+    levers: list[str]
+
+
+def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None) -> Smoothness:
+    """Train at data weights 1, 1 + hv and 1 + 2hv; running again resumes, or answers from the file.
+
+    Raises:
+        ValueError: For anything the user can mend.
+    """
+    console = console or Console()
+    configs.check(config)
+    if not config.h > 0:
+        raise ValueError(f"--h is {config.h}; it has to be above 0, such as 0.1")
+    with locked(config.run):
+        found = _found(config)
+    console.print(f"Metasmoothness {found.value:.3f}: {found.verdict}")
+    for lever in found.levers:
+        console.print(f"  {lever}", highlight=False)
+    console.print(
+        "Necessary for scores to predict retraining, not sufficient: `retrograd validate` tells.", style="dim"
+    )
+    return found
+
+
+def _found(config: MetasmoothnessConfig) -> Smoothness:
+    """From the file, or measured."""
+    manifest = Manifest(config.run / "manifest.json")
+    set_threads(manifest)
+    loaded = assemble(config)
+    key = fingerprint(loaded.identity, config.h, config.noise_seed)[:8]
+    folder = config.run / "metasmoothness"
+    path = folder / f"{key}.json"
+    if path.exists():
+        value = json.loads(path.read_text(encoding="utf8"))["value"]
+    else:
+        value = smoothness(*_finals(config, loaded, manifest, folder / key))
+        write_json(path, {**_judge(value, config.train)._asdict(), "h": config.h, "seed": config.noise_seed})
+        shutil.rmtree(folder / key, ignore_errors=True)
+    return _judge(value, config.train)
+
+
+def _finals(config: MetasmoothnessConfig, loaded: Loaded, manifest: Manifest, folder: Path) -> list[Params]:
+    """Final parameters at the three data weights; those of a finished run are the first."""
+    weights, found = loaded.training.weights, []
+    own = config.run / "checkpoints"
+    reused = manifest.values.get("identity") == loaded.identity and (own / "final.safetensors").exists()
+    with counting("train", (2 if reused else 3) * len(loaded.stream), "steps") as tick:
+        for k in range(3):
+            shifted = perturbed(weights, k * config.h, config.noise_seed)
+            training = loaded.training._replace(weights=shifted)
+            identity = identify(loaded.identity, k * config.h, config.noise_seed)
+            place = folder / str(k)
+            if k == 0 and reused:
+                place, identity = own, loaded.identity
+            trajectory = Trajectory(
+                training, loaded.initial, Replay(plan="binomial", slots=1), place, identity, _each(tick)
+            )  # fmt: skip
+            found.append(trajectory.train().params)
+    return found
+
+
+def _each(tick: Callable[[], None]) -> Callable[[Event], None]:
+    return lambda event: tick()
+
+
+def _judge(value: float, train: TrainConfig) -> Smoothness:
+    if value >= SMOOTH:
+        return Smoothness(value, "smooth. Scores of this recipe can predict retraining.", [])
+    fair = value >= FAIR
+    verdict = (
+        "fair. Scores rank well at best; expect less for small sets of data."
+        if fair
+        else "rough. The derivative says little about leaving out whole examples: do not act on these scores."
+    )
+    return Smoothness(value, verdict, _levers(train))
+
+
+def _levers(train: TrainConfig) -> list[str]:
+    """What is known to make this recipe smoother, the strongest first."""
+    adam = train.optimizer in ("adamw", "muon")
+    possible = [
+        (train.dropout, "Leave --train.dropout off."),
+        (adam and train.eps_root < 1e-6, f"Raise --train.eps_root (now {train.eps_root:g}) to 1e-6."),
+        (True, f"Lower --train.lr (now {train.lr:g}), or warm up (--train.warmup_ratio 0.1)."),
+        (True, f"Raise --train.batch_size (now {train.batch_size})."),
+        (True, f"Take fewer steps: fewer --train.epochs (now {train.epochs}), or attribute a late part of the run."),
+        (train.optimizer != "muon", "Try --train.optimizer muon."),
+    ]
+    return [text for holds, text in possible if holds]

@@ -1,0 +1,177 @@
+"""Retraining without sets of data: one by one, batched in one process, or side by side in several."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from retrograd.core.check import train
+from retrograd.core.optim import Params
+from retrograd.core.step import NonFiniteError, left_finite
+from retrograd.runs.errors import RunError
+from retrograd.runs.machine import free_memory
+from retrograd.runs.manifest import Manifest
+from retrograd.runs.run_folder import Opened, open_run
+from retrograd.settings.run import MagicConfig
+from retrograd.trust.bank import BASELINE, Failed, LeftOut, Retrained
+from retrograd.trust.ensemble import train_many
+from retrograd.trust.left_out import without
+
+__all__ = ["NOTHING", "Conditions", "conditions_of", "retrain_all"]
+
+SMALL, STACK = 100_000, 16  # parameters up to which a stack of models is faster than a loop; models in it
+LIGHT = 5_000_000  # parameters up to which several processes of one thread beat one of several
+QUICK = 60.0  # seconds of work that are not worth starting processes for
+NOTHING = LeftOut(BASELINE, 0.0, torch.zeros(0, dtype=torch.int64).numpy())
+
+
+_Values = list[float] | Failed  # query values [K], nats
+
+
+class Conditions(NamedTuple):
+    """How to retrain: threads of each process, processes, and models in a stack (1: no stack)."""
+
+    threads: int
+    workers: int
+    together: int
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """What the bits of a retraining depend on."""
+        return {"threads": self.threads, "together": self.together}
+
+    @property
+    def alone(self) -> Conditions:
+        """The same without a stack."""
+        return self._replace(together=1)
+
+
+def conditions_of(config: MagicConfig, manifest: Manifest, sets: int, workers: int, together: int) -> Conditions:
+    """Choose what is left to choose (0), by the model's size and what the machine has."""
+    values = manifest.values
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parameters, threads = values["parameters"], values["threads"]
+    on_cpu = values.get("device", "cpu") == "cpu"
+    together = together or (STACK if parameters <= SMALL and sets > 1 else 1)
+    seconds = values["phases"].get("train", {}).get("seconds", 0.0) * sets / together
+    if workers == 0 and "RANK" in os.environ:
+        workers = 1
+    if workers == 0:
+        per_process = 1 if parameters <= LIGHT else threads
+        fit = free_memory() // ((1 << 30) + 32 * parameters * together)
+        workers = min(cores // per_process, fit, -(-sets // together)) if on_cpu and seconds > QUICK else 1
+    workers = max(1, workers)
+    return Conditions(max(1, min(threads, cores // workers)), workers, together)
+
+
+def retrain_all(
+    run: Opened, sets: Sequence[LeftOut], conditions: Conditions, baseline: list[float] | None
+) -> Iterator[list[tuple[LeftOut, Retrained | Failed]]]:
+    """Retrain without each set, yielding groups as they are done; the baseline first where it is not known yet.
+
+    One that diverges fails alone.
+
+    Args:
+        baseline: Query values with everything, trained alone with as many threads, if known. A stack has its own.
+    Raises:
+        RunError: If retraining with everything diverges.
+    """
+    if baseline is None:
+        baseline = _sound(_values(run, [NOTHING], 1)[0], "alone")
+        yield [(NOTHING, Retrained(baseline, baseline))]
+    size = max(1, conditions.together - 1)  # the baseline is in every stack
+    groups = [list(sets[start : start + size]) for start in range(0, len(sets), size)]
+    for group, values in _carried_out(run, groups, conditions):
+        here = _sound(values.pop(0), "in a stack") if conditions.together > 1 else baseline
+        yield [
+            (one, found if isinstance(found, Failed) else Retrained(found, here))
+            for one, found in zip(group, values, strict=True)
+        ]
+
+
+def _sound(baseline: _Values, how: str) -> list[float]:
+    if isinstance(baseline, Failed):
+        raise RunError(
+            f"retraining with everything, {how}, diverged, so nothing can be compared with it: {baseline.reason} "
+            "--together 1 retrains one by one, as the run was trained."
+        )
+    return baseline
+
+
+def _carried_out(
+    run: Opened, groups: Sequence[list[LeftOut]], conditions: Conditions
+) -> Iterator[tuple[list[LeftOut], list[_Values]]]:
+    workers = min(conditions.workers, len(groups))
+    if workers <= 1:
+        for group in groups:
+            yield group, _values(run, group, conditions.together)
+        return
+    given = (run.folder, conditions.threads, os.getpid())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, given)
+    try:
+        started = {pool.submit(_in_worker, group, conditions.together): group for group in groups}
+        for future in as_completed(started):
+            yield started[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[_Values]:
+    """Query values [K] after training without each set; in a stack, after those with everything."""
+    loaded = run.loaded
+    weights = [without(loaded.training.weights, one.places) for one in group]
+    params = loaded.initial.params
+    if together == 1:
+        return [_alone(run, w) for w in weights]
+    stack, faults = torch.stack([loaded.training.weights, *weights]), dict[int, str]()
+
+    def watch(step: int, losses: torch.Tensor, norms: torch.Tensor) -> None:
+        for member, numbers in enumerate(zip(losses.tolist(), norms.tolist(), strict=True)):
+            if fault := left_finite(step, *numbers):
+                faults.setdefault(member, fault)
+
+    many = train_many(loaded.training, params, stack, objective=loaded.model.objective, observe=watch)
+    return [
+        Failed(faults[s]) if s in faults else _asked(run, {name: leaf[s] for name, leaf in many.items()})
+        for s in range(len(stack))
+    ]
+
+
+def _alone(run: Opened, weights: torch.Tensor) -> _Values:
+    try:
+        return _asked(run, train(run.loaded.training, run.loaded.initial.params, weights).params)
+    except NonFiniteError as error:
+        return Failed(str(error))
+
+
+def _asked(run: Opened, final: Params) -> _Values:
+    values = run.loaded.queries.values(final).tolist()
+    bad = [name for name, value in zip(run.loaded.queries.names, values) if not math.isfinite(value)]
+    steps = len(run.loaded.stream)
+    return Failed(f"after step {steps - 1}, the last, query {bad[0]!r} is NaN or infinite.") if bad else values
+
+
+_WORKER: dict[str, Opened] = {}  # of a worker process: the run, opened once
+
+
+def _begin(folder: Path, threads: int, parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # the parent was killed
+
+    threading.Thread(target=watch, daemon=True).start()
+    _WORKER["run"] = open_run(folder, threads=threads, trust_code=True)  # whoever began has been asked
+
+
+def _in_worker(group: list[LeftOut], together: int) -> list[_Values]:
+    return _values(_WORKER["run"], group, together)
