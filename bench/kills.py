@@ -141,7 +141,7 @@ class Disk:
 
     def _die(self) -> None:
         for name, size in self.synced.items() if self.kill and self.kill.kind == "power" else ():
-            end = os.stat(name).st_size
+            end = os.stat(name).st_size if Path(name).exists() else 0
             if end > size:
                 os.truncate(name, random.Random(self.calls).randint(size, end))
         os.kill(os.getpid(), signal.SIGKILL)
