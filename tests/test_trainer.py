@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from retrograd import DataStream, Trainer, weighted_causal_lm_ce
 from retrograd.core import check, tree
+from retrograd.core.step import NonFiniteError
 from retrograd.optim import SGD, adamw, sgd
 from retrograd.runs.states.budget import Replay
 
@@ -129,6 +130,13 @@ def test_states_that_do_not_fit_are_refused_with_the_numbers() -> None:
     trainer, state = Trainer.initialize(model, SGD(0.1), loss)
     with pytest.raises(ValueError, match=r"plan 'all' holds 6 states of [\d,]+ bytes, and memory 10,000"):
         trainer.train(state, stream, replay=Replay(plan="all", memory=10_000))
+
+
+def test_a_retraining_that_diverges_is_refused_with_its_step() -> None:
+    model, loss, stream, query = classifier()
+    trainer, state = Trainer.initialize(model, SGD(1e308), loss)
+    with pytest.raises(NonFiniteError, match=r"retrained with everything: .*left the finite numbers"):
+        trainer.validate(state, stream, query, torch.zeros(10), subsets=2)
 
 
 def test_torchopt_optimizer_in_the_trainer() -> None:

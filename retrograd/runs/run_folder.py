@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ def load_run(
     trust_code: bool = False,
 ) -> Opened:
     """As `open_run`, whether or not data, model and recipe are what they were."""
-    refuse_stored_code(config, trust_code)
+    refuse_stored_code(config, trust_code, asked=more or {})
     loaded = assemble(with_queries(config, more))
     if threads is None:
         set_threads(manifest)
@@ -100,15 +100,19 @@ def load_run(
     return Opened(config.run, config, manifest, loaded)
 
 
-def refuse_stored_code(config: MagicConfig, trusted: bool) -> None:
+def refuse_stored_code(config: MagicConfig, trusted: bool, asked: Container[str] = ()) -> None:
     """Refuse functions that a run's folder names, unless they are trusted.
 
+    Args:
+        asked: Names of queries that come from the caller, whatever the folder has under them.
     Raises:
         ValueError: With the first such function and the file that names it.
     """
     configs.refuse_code(configs.queries_of(config), config.run / "run_config.yaml", trusted)
     for name, query in added_queries(config.run).items():
-        configs.refuse_code({name: query}, config.run / "queries" / name / "query_config.yaml", trusted)
+        if name not in asked:
+            file = config.run / "queries" / name / "query_config.yaml"
+            configs.refuse_code({name: query}, file, trusted)
 
 
 def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None) -> MagicConfig:

@@ -54,6 +54,9 @@ def save_quiz(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+TRUST = "--trust_code"  # for queries that come from a file and name a function
+
+
 def command(world: Path, run: Path, *more: str) -> list[str]:
     return [
         "magic", str(run), "--model", str(world / "model"), "--data.dataset", str(world / "train.jsonl"),
@@ -104,7 +107,9 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def together(world: Path) -> Path:
     """All queries of `settings` in one sweep."""
-    assert main(command(world, world / "all", "--query_file", save_queries(world / "q.yaml", settings(world)))) == 0
+    assert (
+        main(command(world, world / "all", "--query_file", save_queries(world / "q.yaml", settings(world)), TRUST)) == 0
+    )
     return world / "all"
 
 
@@ -213,15 +218,15 @@ def test_a_later_query_has_the_bits_of_an_original_one(
     before = (run / "scores.pt").read_bytes()
     for name in ("letters", "mine"):
         assert main(command(world, tmp_path / name, *flags(asked[name]))) == 0
-        assert main(["query", str(run), "--name", name, *flags(asked[name])]) == 0
+        assert main(["query", str(run), "--name", name, *flags(asked[name]), TRUST]) == 0
         assert (run / "queries" / name / "scores.pt").read_bytes() == (tmp_path / name / "scores.pt").read_bytes()
         assert record(run, name)["values_nats"] == record(tmp_path / name, "query")["values_nats"]
-    assert main(["query", str(run), "--name", "gap", "--query.contrast", "letters", "query"]) == 0
+    assert main(["query", str(run), "--name", "gap", "--query.contrast", "letters", "query", TRUST]) == 0
     torch.testing.assert_close(scores(run / "queries/gap"), scores(together)[:, 0], rtol=1e-9, atol=1e-15)
     together_now = {"first": asked["facts"], "second": {"contrast": ["letters", "first"]}}
     capsys.readouterr()
     for expected in ("2 more questions", "is done"):
-        assert main(["query", str(run), "--query_file", save_queries(tmp_path / "more.yaml", together_now)]) == 0
+        assert main(["query", str(run), "--query_file", save_queries(tmp_path / "more.yaml", together_now), TRUST]) == 0
         assert ("is done" in " ".join(capsys.readouterr().out.split())) == (expected == "is done")
     first, second = (scores(run / "queries" / name) for name in together_now)
     torch.testing.assert_close(first, scores(together)[:, 6:8], rtol=1e-9, atol=1e-15)
@@ -438,7 +443,7 @@ def test_recipe_gradients_of_every_query(together: Path, world: Path, tmp_path: 
         assert all(map(math.isfinite, [*gradient["lr_by_step"], gradient["peak_lr"], gradient["weight_decay"]]))
     h, values = 1e-7, []
     for sign in (1, -1):
-        more = ("--query_file", str(world / "q.yaml"), "--train.lr", str(1e-2 + sign * h))
+        more = ("--query_file", str(world / "q.yaml"), TRUST, "--train.lr", str(1e-2 + sign * h))
         assert main(command(world, tmp_path / f"run{sign}", *more)) == 0
         values.append({name: record(tmp_path / f"run{sign}", name)["values_nats"][0] for name in ("letters", "words")})
     for name in ("letters", "words"):
