@@ -138,11 +138,15 @@ class Point(NamedTuple):
 def at_each_point(
     module: nn.Module, visit: Callable[[Point, Iterator[Trial]], None], longest: int | None = None
 ) -> None:
-    """Visit the weights as they are, then scaled; the trials are made where they are taken."""
+    """Visit the weights as they are, then scaled; the trials are made where they are taken.
+
+    Losses of a diverged model, which are not finite, are equal to nothing: it is visited scaled alone.
+    """
     lengths = _lengths(module, longest)
     with evaluating(module), whole_precision(module), torch.no_grad():
         first = _documents(module, lengths[0], 0)[0]
-        visit(Point("its weights as they are", plain_logits(module, first)[1]), _trials(module, lengths))
+        if torch.isfinite(_losses(module, first)).all():
+            visit(Point("its weights as they are", plain_logits(module, first)[1]), _trials(module, lengths))
         with large_values(module, lambda: _judge(module, first)):
             size = plain_logits(module, first)[1]
             visit(Point(f"weights scaled to logits of ±{size:.3g}", size), _trials(module, lengths))

@@ -15,6 +15,7 @@ from retrograd.lm.spans import inner
 __all__ = ["large_values", "reading", "whole_precision"]
 
 LOGITS = 50.0  # beyond every cap that models have on their logits
+LARGEST = 1e6  # of a weight; what is scaled must stay finite
 _BODY = (8, 4, 2, 1)  # what matrices are multiplied by, the largest first that leaves losses finite and sure
 _ROUNDING = 1e-3  # of the losses; more hides too much
 
@@ -23,7 +24,8 @@ _ROUNDING = 1e-3  # of the losses; more hides too much
 def large_values(module: nn.Module, judge: Callable[[], tuple[float, float]]) -> Iterator[None]:
     """The module with its matrices scaled by powers of two, its head until its output reaches LOGITS.
 
-    Parameters that are zero throughout get random numbers. Both are undone exactly.
+    Parameters that are zero throughout get random numbers, and so do those of a diverged model, not finite or beyond
+    LARGEST. All of it is undone exactly.
 
     Args:
         judge: The largest output of the head, and what rounding does to the losses relative to them.
@@ -31,7 +33,8 @@ def large_values(module: nn.Module, judge: Callable[[], tuple[float, float]]) ->
     head = inner(module).get_output_embeddings()
     own = {p.untyped_storage().data_ptr() for p in head.parameters()} if head is not None else set()
     leaves = list({p.untyped_storage().data_ptr(): p for p in module.parameters() if p.is_floating_point()}.values())
-    zeros = [(p, torch.signbit(p)) for p in leaves if not p.count_nonzero()]  # −0.0 has a bit of its own
+    # a NaN is in no range
+    replaced = [(p, p.clone()) for p in leaves if p.numel() and not 0 < float(p.detach().abs().max()) <= LARGEST]
     matrices = [p for p in leaves if p.ndim > 1]
     last = [p for p in matrices if p.untyped_storage().data_ptr() in own]
     body = [p for p in matrices if p.untyped_storage().data_ptr() not in own]
@@ -43,7 +46,7 @@ def large_values(module: nn.Module, judge: Callable[[], tuple[float, float]]) ->
         factors[which] *= factor
 
     try:
-        _fill([p for p, _ in zeros])
+        _fill([p for p, _ in replaced])
         for factor in _BODY:
             scale(0, factor / factors[0])
             size, rounding = _grown(judge, lambda more: scale(1, more), bool(last))
@@ -54,8 +57,8 @@ def large_values(module: nn.Module, judge: Callable[[], tuple[float, float]]) ->
         with torch.no_grad():
             for which in (0, 1):
                 scale(which, 1 / factors[which])
-            for p, negative in zeros:
-                p.zero_().masked_fill_(negative, -0.0)
+            for p, kept in replaced:
+                p.copy_(kept)
 
 
 def _grown(judge: Callable[[], tuple[float, float]], more: Callable[[float], None], can: bool) -> tuple[float, float]:
@@ -69,9 +72,9 @@ def _grown(judge: Callable[[], tuple[float, float]], more: Callable[[float], Non
     return size, rounding
 
 
-def _fill(zeros: list[Tensor]) -> None:
+def _fill(leaves: list[Tensor]) -> None:
     draw = torch.Generator().manual_seed(0)
-    for p in zeros:
+    for p in leaves:
         spread = 0.1 if p.ndim < 2 else p.shape[-1] ** -0.5
         p.copy_(spread * torch.randn(p.shape, generator=draw))
 

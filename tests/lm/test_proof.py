@@ -115,6 +115,30 @@ def test_a_proof_leaves_every_bit(family: str, dtype: torch.dtype) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_a_diverged_model_is_proved_by_its_structure(value: float) -> None:
+    """It can be looked at; what it was made of stays as it is."""
+    module = build("llama-gqa")
+    with torch.no_grad():
+        module.model.layers[0].mlp.up_proj.weight.fill_(value)
+    assert form_of(module) == Form(True, True, True, True)
+    after = module.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(after.nan_to_num(7), torch.full_like(after, value).nan_to_num(7))
+    bidirectional = build("llama-gqa")
+    plain = bidirectional.model.forward
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        out = plain(*arguments, **options)
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(1, keepdim=True)
+        return out
+
+    bidirectional.model.forward = forward
+    with torch.no_grad():
+        bidirectional.model.layers[0].mlp.up_proj.weight.fill_(value)
+    with pytest.raises(ValueError, match="not a causal language model"):
+        form_of(bidirectional)
+
+
 class TestPacking:
     """Documents of a packed row do not see each other, or are taken apart."""
 
