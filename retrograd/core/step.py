@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from retrograd.core import rooms, tree
+from retrograd.core import memory, tree
 from retrograd.core.optim import Cotangent, Moments, Optimizer, Params, clip, clip_pullback
 
 __all__ = [
@@ -327,7 +327,7 @@ def pullback(
     del bars
     pulled, numbers, slope, metric = after
     params = {
-        name: torch.add(bar, curvature[name][:queries], out=rooms.empty_like(bar))
+        name: torch.add(bar, curvature[name][:queries], out=memory.empty_like(bar))
         for name, bar in pulled.params.items()
     }
     index = torch.cat([batch.index for batch in batches])

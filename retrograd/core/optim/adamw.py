@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrograd.core import rooms
+from retrograd.core import memory
 from retrograd.core.optim.elementwise import elementwise, is_traced
 from retrograd.core.optim.protocol import (
     Cotangent,
@@ -117,7 +117,7 @@ class AdamW:
             return None
         factor = 1 / (1 - self.beta1)
         return {
-            name: torch.lerp(m, after["m"][name], factor, out=rooms.empty_like(m)) for name, m in moments["m"].items()
+            name: torch.lerp(m, after["m"][name], factor, out=memory.empty_like(m)) for name, m in moments["m"].items()
         }
 
     def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params:

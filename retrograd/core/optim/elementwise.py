@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from retrograd.core import rooms
+from retrograd.core import memory
 from retrograd.core.optim.protocol import Params
 
 __all__ = ["Formula", "elementwise", "is_traced"]
@@ -98,7 +98,7 @@ def _in_pieces(
     piece = max(1, _PIECE // queries)
     if size <= piece or any(x.device.type != "cpu" or is_traced(x) for x in (*leaves, *wide)):
         return apply(leaves, wide)
-    outs = [rooms.empty_like(x) for x in like]
+    outs = [memory.empty_like(x) for x in like]
     flat, across = [x.reshape(-1) for x in leaves], [x.reshape(queries, -1) for x in wide]
     places = [x.view(queries, -1) if wide else x.view(-1) for x in outs]
     sums: list[Tensor] = []
