@@ -47,6 +47,7 @@ __all__ = [
     "refuse_nonfinite",
     "recovered",
     "step",
+    "updated",
 ]
 
 Objective = Callable[[Params, Any, Tensor], Tensor]
@@ -259,9 +260,13 @@ def refuse_nonfinite(final: State) -> None:
 @torch.no_grad()
 def again(recipe: Recipe, state: State, grads: Params) -> State:
     """s_{t+1} of s_t and the step's gradient: the update half alone, to the same bits."""
+    return State(state.step + 1, *updated(recipe, state.params, state.moments, grads, state.step))
+
+
+def updated(recipe: Recipe, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
+    """U_t∘clip: the update half, differentiable and under any transform of torch.func."""
     clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
-    params, moments = recipe.optimizer.update(state.params, state.moments, clipped, state.step)
-    return State(state.step + 1, params, moments)
+    return recipe.optimizer.update(params, moments, clipped, step)
 
 
 def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
