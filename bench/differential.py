@@ -33,9 +33,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd import DataStream, Trainer
-from retrograd.core.muon import Muon
-from retrograd.core.optim import SGD, AdamW
-from retrograd.core.schedule import Schedule
+from retrograd.core.optim import SGD, AdamW, Muon, Schedule
 from retrograd.data.rows import Rows
 from retrograd.data.stream import token_rows
 from retrograd.lm.layout import twice_differentiable

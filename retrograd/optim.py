@@ -4,9 +4,7 @@
 AdamW(lr=0.0001, beta1=0.9, beta2=0.999, eps=1e-08, eps_root=1e-08, weight_decay=0.0)
 """
 
-from retrograd.core.muon import Muon, Pair
-from retrograd.core.optim import SGD, AdamW
-from retrograd.core.schedule import Schedule
+from retrograd.core.optim import SGD, AdamW, Muon, Pair, Schedule
 
 __all__ = ["AdamW", "Muon", "Pair", "SGD", "Schedule", "adamw", "muon", "sgd"]
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retrograd.core import lookups, probe
-from retrograd.core.muon import Pair
-from retrograd.core.optim import Cotangent, Optimizer, Params
+from retrograd.core.optim import Cotangent, Optimizer, Pair, Params
 from retrograd.core.step import Batch, NonFiniteError, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
 from retrograd.data.limits import check_rows

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retrograd.core import lookups, tree
 from retrograd.core.engine.double import Double
-from retrograd.core.optim import Moments, Params, clip
+from retrograd.core.optim import Moments, Params
 from retrograd.core.step import (
     Batch,
     Objective,
@@ -33,6 +33,7 @@ from retrograd.core.step import (
     micro_batches_of,
     refuse_nonfinite,
     step,
+    updated,
 )
 from retrograd.core.sweep import Query
 
@@ -89,7 +90,7 @@ def unrolled(training: Training, params: Params, objective: Objective, query: Qu
         turns.append(passing)
         loss = sum(losses, start=torch.zeros(()))
         grads = torch.autograd.grad(loss, list(current.values()), create_graph=True, materialize_grads=True)
-        current, moments = _update(training, current, moments, dict(zip(current, grads)), t)
+        current, moments = updated(training.recipe, current, moments, dict(zip(current, grads)), t)
     values, gradient = query({name: theta.detach() for name, theta in current.items()})
     for passing in turns:
         passing.turn()
@@ -117,7 +118,7 @@ def forward_mode(
             def loss(params: Params) -> Tensor:
                 return torch.stack([objective(params, p.inputs, coefficients(p, weights)) for p in parts]).sum()
 
-            return _update(training, *values, torch.func.grad(loss)(values[0]), t)
+            return updated(training.recipe, *values, torch.func.grad(loss)(values[0]), t)
 
         values, tangents = torch.func.jvp(advance, (values, training.weights), (tangents, direction))[:2]
     phi, gradient = query(values[0])
@@ -254,12 +255,6 @@ def _parts(training: Training, t: int) -> list[Batch]:
     return micro_batches_of(training, t)[0]
 
 
-def _update(training: Training, params: Params, moments: Moments, grads: Params, t: int) -> tuple[Params, Moments]:
-    recipe = training.recipe
-    grads = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
-    return recipe.optimizer.update(params, moments, grads, t)
-
-
 def _tangent_step(
     training: Training, state: State, tangents: tuple[Params, Moments], directions: Tensor
 ) -> tuple[Params, Moments]:
@@ -296,7 +291,7 @@ def _update_tangent(
     def update(*floating: Tensor) -> list[Tensor]:
         leaves = iter(floating)
         placed = tree.map(lambda x: next(leaves) if x.is_floating_point() else x, given)
-        after.append(_update(training, *placed, state.step))
+        after.append(updated(training.recipe, *placed, state.step))
         return [leaf for leaf in tree.leaves(after[0]) if leaf.is_floating_point()]
 
     primals, seeds = zip(*((x, dx) for x, dx in slots if x.is_floating_point()))

@@ -24,8 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from retrograd.core import tree
-from retrograd.core.muon import Muon, Pair
-from retrograd.core.optim import SGD, AdamW, Cotangent, Moments, Optimizer, Params
+from retrograd.core.optim import SGD, AdamW, Cotangent, Moments, Muon, Optimizer, Pair, Params
 from retrograd.core.slopes import Slopes, randomly, scaled
 from retrograd.core.step import Batch, Engine, Objective, State, Training, coefficients, micro_batches_of, random_draws
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from retrograd.core import rooms, tree
+from retrograd.core import memory, tree
 from retrograd.core.optim import Cotangent, Moments, Optimizer, Params, clip, clip_pullback
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "refuse_nonfinite",
     "recovered",
     "step",
+    "updated",
 ]
 
 Objective = Callable[[Params, Any, Tensor], Tensor]
@@ -259,9 +260,13 @@ def refuse_nonfinite(final: State) -> None:
 @torch.no_grad()
 def again(recipe: Recipe, state: State, grads: Params) -> State:
     """s_{t+1} of s_t and the step's gradient: the update half alone, to the same bits."""
+    return State(state.step + 1, *updated(recipe, state.params, state.moments, grads, state.step))
+
+
+def updated(recipe: Recipe, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
+    """U_t∘clip: the update half, differentiable and under any transform of torch.func."""
     clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
-    params, moments = recipe.optimizer.update(state.params, state.moments, clipped, state.step)
-    return State(state.step + 1, params, moments)
+    return recipe.optimizer.update(params, moments, clipped, step)
 
 
 def recovered(recipe: Recipe, state: State, after: Moments) -> Params | None:
@@ -327,7 +332,7 @@ def pullback(
     del bars
     pulled, numbers, slope, metric = after
     params = {
-        name: torch.add(bar, curvature[name][:queries], out=rooms.empty_like(bar))
+        name: torch.add(bar, curvature[name][:queries], out=memory.empty_like(bar))
         for name, bar in pulled.params.items()
     }
     index = torch.cat([batch.index for batch in batches])

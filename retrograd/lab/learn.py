@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from retrograd.core.engine import Double
-from retrograd.core.optim import AdamW
-from retrograd.core.schedule import Schedule
+from retrograd.core.optim import AdamW, Schedule
 from retrograd.core.step import Recipe, Training, initial_state
 from retrograd.core.sweep import Event
 from retrograd.data.documents import load_documents

@@ -19,13 +19,12 @@ of a forward pass and where the moments give the gradient back,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from retrograd.accel.compiled import Compiled, no_compiler
 from retrograd.core import tree
 from retrograd.core.engine import Blocks, Double
 from retrograd.core.optim import Params
@@ -35,6 +34,9 @@ from retrograd.lm.layout import Layout
 from retrograd.lm.model import trainable
 from retrograd.lm.proof import form_of
 from retrograd.lm.spans import inner
+
+if TYPE_CHECKING:
+    from retrograd.accel.compiled import Compiled
 
 __all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
 
@@ -117,9 +119,16 @@ def compiled_engine(
         proofs: Batches whose gradient and pullback are computed, compiled and eager, and have to agree.
         packed: Whether the batches' rows are packed documents.
     Raises:
-        ValueError: If there is no compiler, the model is no chain of layers, no two of them are alike, or they cannot
-            be compiled to what they compute.
+        ValueError: If retrograd.accel is not installed, there is no compiler, the model is no chain of layers, no two
+            of them are alike, or they cannot be compiled to what they compute.
     """
+    try:
+        from retrograd.accel.compiled import Compiled, no_compiler
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--compile needs the compiled passes of retrograd.accel, and they are not installed ({error}). Install "
+            "the whole package, or leave --compile out."
+        ) from error
     reason = no_compiler(next(iter(trainable(module)[0].values())).device)
     if reason is not None:
         raise ValueError(f"--compile cannot be used here: {reason}. Leave --compile out.")

@@ -25,7 +25,7 @@ from torch._C._functorch import is_batchedtensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from retrograd.core import rooms
+from retrograd.core import memory
 
 __all__ = [
     "fused_ce",
@@ -381,7 +381,7 @@ def _dots(start: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
 
 def _room(h: Tensor, w: Tensor, chunk: int) -> Tensor:
     """Memory for two [chunk, V] buffers, the second right below the first."""
-    return rooms.empty((2 * min(chunk, len(h)) * len(w),), h)
+    return memory.empty((2 * min(chunk, len(h)) * len(w),), h)
 
 
 def _probabilities(h: Tensor, w: Tensor, b: Tensor | None, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -422,6 +422,6 @@ def _work(operands: _Operands) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
 def _accumulators(h: Tensor, w: Tensor, b: Tensor | None, wanted: Sequence[bool]) -> _Grads:
     return (
         torch.empty_like(h) if wanted[0] else None,
-        (rooms.empty_like(w) if len(h) else torch.zeros_like(w)) if wanted[1] else None,
+        (memory.empty_like(w) if len(h) else torch.zeros_like(w)) if wanted[1] else None,
         torch.zeros_like(b) if b is not None and wanted[2] else None,
     )

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retrograd.core.muon import Muon
-from retrograd.core.optim import SGD, AdamW
+from retrograd.core.optim import SGD, AdamW, Muon
 from retrograd.core.step import Recipe
 
 __all__ = ["Finding", "curvature_limit", "recipe_findings", "sweep_findings"]

@@ -10,9 +10,7 @@ import torch
 
 from retrograd.core import probe, tree
 from retrograd.core.engine import Double
-from retrograd.core.muon import Muon
-from retrograd.core.optim import SGD, AdamW, Optimizer
-from retrograd.core.schedule import Schedule
+from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, Schedule
 from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream

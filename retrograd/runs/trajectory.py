@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retrograd.core import memory, tree
 from retrograd.core import plan as plans
-from retrograd.core import rooms, tree
 from retrograd.core.optim import ELEMENTWISE, Cotangent, Moments
 from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
@@ -220,7 +220,7 @@ class Trajectory:
         idle = 1 << 62  # on the way forward: the way back takes more memory anyway
         if "cotangent" in given:
             idle = max(self.replay.memory, tree.nbytes(self.initial.params))
-        return rooms.reusing(sweep(actions, self.training, *kept, gradients=self.gradients, **given), idle)
+        return memory.reusing(sweep(actions, self.training, *kept, gradients=self.gradients, **given), idle)
 
     def _asked(self, actions: Iterable[plans.Action]) -> Iterator[int]:
         """The steps whose gradients a sweep asks for, if they are kept."""

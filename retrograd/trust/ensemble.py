@@ -13,13 +13,14 @@ the training state, and S times the activations of one micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from retrograd.core import tree
-from retrograd.core.optim import Moments, Params, clip
-from retrograd.core.step import Batch, Objective, Recipe, Training, coefficients, micro_batches, random_draws
+from retrograd.core.optim import Params
+from retrograd.core.step import Batch, Objective, Training, coefficients, micro_batches_of, random_draws, updated
 
 __all__ = ["check_objective", "train_many"]
 
@@ -70,9 +71,10 @@ def train_many(
     start = (single, recipe.optimizer.init(single))
     stacked, moments = tree.map(lambda x: x.expand(size, *x.shape).clone(), start)
     for t in range(steps):
-        parts, seed = _parts(training, t)
+        parts, seed = micro_batches_of(training, t)
         losses, grads = _gradient(objective, stacked, parts, chosen, seed)
-        stacked, moments = _update(recipe, stacked, moments, grads, t)
+        with torch.no_grad():
+            stacked, moments = torch.vmap(partial(updated, recipe, step=t))(stacked, moments, grads)
         if observe is not None:
             observe(t, losses[place], tree.norm(grads, batch_dims=1)[place])
     return stacked if size == len(weights) else {name: theta[place] for name, theta in stacked.items()}
@@ -86,7 +88,7 @@ def check_objective(training: Training, params: Params, objective: Objective) ->
     Raises:
         ValueError: If the objective does not run under `torch.vmap`, or has another value there.
     """
-    (batch, *_), seed = _parts(training, 0)
+    (batch, *_), seed = micro_batches_of(training, 0)
     factors = coefficients(batch, training.weights)
     with torch.no_grad(), random_draws(seed, 0):
         alone = objective(params, batch.inputs, factors)
@@ -135,23 +137,8 @@ def _losses(objective: Objective, params: Params, batch: Batch, factors: Tensor,
     return torch.vmap(loss, randomness="error" if seed is None else "same")(params, factors)
 
 
-def _update(recipe: Recipe, params: Params, moments: Moments, grads: Params, t: int) -> tuple[Params, Moments]:
-    def update(params: Params, moments: Moments, grads: Params) -> tuple[Params, Moments]:
-        clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
-        return recipe.optimizer.update(params, moments, clipped, t)
-
-    with torch.no_grad():
-        return torch.vmap(update)(params, moments, grads)
-
-
 def _distinct(weights: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows of the weights in their order, and which of them each member has, [S]."""
     first = [next(r for r in range(s + 1) if torch.equal(weights[r], weights[s])) for s in range(len(weights))]
     kept = sorted(set(first))
     return weights[kept], torch.tensor([kept.index(s) for s in first], device=weights.device)
-
-
-def _parts(training: Training, t: int) -> tuple[list[Batch], str | None]:
-    recipe = training.recipe
-    seed = f"{recipe.seed}/{t}" if recipe.stochastic else None
-    return micro_batches(training.stream[t], recipe.micro_batch_size), seed

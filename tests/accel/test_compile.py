@@ -24,7 +24,6 @@ from retrograd.cli import main
 from retrograd.core.engine import Blocks
 from retrograd.core.engine.passes import Eager, Link, X
 from retrograd.core.optim import Params
-from retrograd.lm import engines
 from retrograd.lm.chain import decoder_chain
 from retrograd.lm.engines import compiled_engine
 from retrograd.lm.model import trainable
@@ -339,7 +338,7 @@ def test_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             back, found = super().vjp_along(*arguments)
             return back, {name: x * 1.001 for name, x in found.items()}
 
-    monkeypatch.setattr(engines, "Compiled", Wrong)
+    monkeypatch.setattr(passes, "Compiled", Wrong)
     with pytest.raises(ValueError, match=r"changes the results of GPTNeoXForCausalLM beyond rounding: H ḡ by .* of "):
         compiled_engine(build("gpt-neox"), (5, 9), [stream()[0]], 2)
     monkeypatch.setattr(Wrong, "vjp_along", Eager.vjp_along)

@@ -14,10 +14,9 @@ from worlds import Tokens, objective, params, query, training
 
 from retrograd.core import check, tree
 from retrograd.core.engine import Double
-from retrograd.core.muon import Muon, Pair, autograd_pullback
-from retrograd.core.optim import SGD, AdamW, Cotangent
+from retrograd.core.optim import SCHEDULES, SGD, AdamW, Cotangent, Muon, Pair, Schedule
+from retrograd.core.optim.foreign import autograd_pullback
 from retrograd.core.plan import Advance, Turn, make
-from retrograd.core.schedule import SCHEDULES, Schedule
 from retrograd.core.step import Recipe, initial_state, pullback, recovered, step
 from retrograd.core.sweep import Leavings, Ledger, MemorySlots, metagradient, seed_cotangent, sweep
 
@@ -456,7 +455,7 @@ def test_large_leaves_are_updated_in_pieces_to_the_same_values(shape: tuple[int,
         return tree.leaves((optimizer.update(*given), optimizer.pullback(*given, cotangent)))
 
     whole = both()
-    monkeypatch.setattr("retrograd.core.optim._PIECE", 30)  # type: ignore[attr-defined]
+    monkeypatch.setattr("retrograd.core.optim.elementwise._PIECE", 30)  # type: ignore[attr-defined]
     for one, other in zip(both(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
 
@@ -477,8 +476,8 @@ def test_small_leaves_are_updated_together_to_the_same_values(bucket: int, monke
         return optimizer.update(*given), optimizer.pullback(*given, cotangent)
 
     alone = both()
-    monkeypatch.setattr("retrograd.core.optim._JOINED", {"cpu"})  # type: ignore[attr-defined]
-    monkeypatch.setattr("retrograd.core.optim._BUCKET", bucket)  # type: ignore[attr-defined]
+    monkeypatch.setattr("retrograd.core.optim.elementwise._JOINED", {"cpu"})  # type: ignore[attr-defined]
+    monkeypatch.setattr("retrograd.core.optim.elementwise._BUCKET", bucket)  # type: ignore[attr-defined]
     together = both()
     assert tree.named(together).keys() == tree.named(alone).keys()
     for one, other in zip(tree.leaves(together), tree.leaves(alone), strict=True):

@@ -11,8 +11,7 @@ from worlds import params, query, training
 
 from retrograd.core import check, step
 from retrograd.core.engine import Double
-from retrograd.core.muon import Pair
-from retrograd.core.optim import SGD, AdamW, rate
+from retrograd.core.optim import SGD, AdamW, Pair, rate
 from retrograd.core.plan import save_all
 from retrograd.core.step import Batch, Recipe, Training, initial_state
 from retrograd.core.sweep import Leavings, Ledger, MemorySlots, Reversed, metagradient, seed_cotangent, sweep

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from retrograd.core import check
 from retrograd.core.engine import Double
-from retrograd.core.muon import Muon
-from retrograd.core.optim import SGD, AdamW
+from retrograd.core.optim import SGD, AdamW, Muon
 from retrograd.core.step import Recipe, Training, coefficients
 from retrograd.core.sweep import metagradient
 from retrograd.data.rows import Rows, build_rows

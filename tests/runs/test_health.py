@@ -9,8 +9,7 @@ import pytest
 import tiny
 
 from retrograd.cli import main
-from retrograd.core.muon import Muon
-from retrograd.core.optim import SGD, AdamW
+from retrograd.core.optim import SGD, AdamW, Muon
 from retrograd.core.step import Recipe
 from retrograd.runs.health import curvature_limit, recipe_findings, sweep_findings
 

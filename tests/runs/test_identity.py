@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from retrograd.core.muon import Pair
+from retrograd.core.optim import Pair
 from retrograd.optim import SGD, AdamW, Schedule
 from retrograd.runs.identity import architecture, canonical, fingerprint, held_tensors, identify, told_apart
 
@@ -170,7 +170,7 @@ def test_the_hash_is_the_same_in_every_process() -> None:
     program = """
         import torch, torchopt
         from torch import nn
-        from retrograd.core.muon import Pair
+        from retrograd.core.optim import Pair
         from retrograd.runs.identity import fingerprint
         net = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
         torch.nn.init.ones_(net[0].weight), torch.nn.init.ones_(net[0].bias)

@@ -10,10 +10,8 @@ from worlds import objective, params, query, training
 
 from retrograd.core import check, tree
 from retrograd.core.engine import Double
-from retrograd.core.muon import Muon
-from retrograd.core.optim import SGD, AdamW
+from retrograd.core.optim import SGD, AdamW, Muon, Schedule
 from retrograd.core.plan import make
-from retrograd.core.schedule import Schedule
 from retrograd.core.step import Batch, Recipe, Training
 from retrograd.core.sweep import NonFiniteError, ReplayDriftError, metagradient
 

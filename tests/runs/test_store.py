@@ -18,7 +18,7 @@ import pytest
 import torch
 import worlds
 
-from retrograd.core import rooms, tree
+from retrograd.core import memory, tree
 from retrograd.core.optim import AdamW, Moments, Params, Updated
 from retrograd.core.step import Recipe, State, initial_state
 from retrograd.core.sweep import seed_cotangent
@@ -319,11 +319,11 @@ def _pulled(optimizer: AdamW, params: Params, moments: Moments, grads: Params, b
 def test_a_large_state_is_one_aligned_buffer() -> None:
     given = {"a": torch.randn(3), "b": torch.randn(1 << 20).requires_grad_(), "c": torch.randn(1000, 999).T}
     with torch.no_grad():
-        found = packed(given, torch.Tensor.copy_, rooms.fresh)
+        found = packed(given, torch.Tensor.copy_, memory.held)
     assert tree.digest(found) == tree.digest(given)
     assert len({leaf.untyped_storage().data_ptr() for leaf in found.values()}) == 1
     assert all(leaf.data_ptr() % 64 == 0 for leaf in found.values())
-    assert packed({}, copy_alone, rooms.fresh) == {}  # plain SGD has no moments
+    assert packed({}, copy_alone, memory.held) == {}  # plain SGD has no moments
 
 
 class Stream:
@@ -352,7 +352,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Stream:
         self.on_host, self.stream = False, stream
 
     monkeypatch.setattr(Copies, "__init__", begin)
-    monkeypatch.setattr(copies, "pinned", rooms.fresh)
+    monkeypatch.setattr(copies, "pinned", memory.held)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     return stream

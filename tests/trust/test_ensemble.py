@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from retrograd.core.check import train
 from retrograd.core.engine import Double
-from retrograd.core.muon import Muon
-from retrograd.core.optim import SGD, AdamW
+from retrograd.core.optim import SGD, AdamW, Muon
 from retrograd.core.step import Batch, NonFiniteError, Recipe, Training
 from retrograd.data.stream import DataStream
 from retrograd.lm.model import load_causal_lm

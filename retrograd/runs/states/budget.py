@@ -13,7 +13,7 @@ from retrograd.core import plan as plans
 
 __all__ = ["Layout", "Replay", "layout"]
 
-_REMADE = 0.25  # of a step's time, for a state made again; 0.28 by bench/overhead.py, 0.09 since there is core.rooms
+_REMADE = 0.25  # of a step's time, for a state made again; 0.28 by bench/overhead.py, 0.09 since there is accel.pool
 _WORTH = 2 / 3  # of the bytes that all states take: what else is kept has to be as small, for the time it takes
 
 

@@ -29,7 +29,7 @@ def packed(values: T, copy: Copy, room: Callable[[int], Tensor]) -> T:
     """A copy of a tree in host memory whose tensors are views of one buffer.
 
     Args:
-        room: Bytes → uint8 memory, aligned: `pinned`, or one of `core.rooms`.
+        room: Bytes → uint8 memory, aligned: `pinned`, or `core.memory.held`.
     """
     leaves = tree.leaves(values)
     sizes = [-(-leaf.numel() * leaf.element_size() // _ALIGNED) * _ALIGNED for leaf in leaves]

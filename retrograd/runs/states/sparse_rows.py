@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.core import rooms
+from retrograd.core import memory
 from retrograd.core.optim import Params
 from retrograd.runs.states.buffers import as_bytes
 
@@ -64,5 +64,5 @@ def _rows(leaf: Tensor) -> Tensor | Rows:
 
 
 def _filled(rows: Rows, like: Tensor) -> Tensor:
-    found = rooms.empty(like.shape, rows.values).zero_()
+    found = memory.empty(like.shape, rows.values).zero_()
     return found.index_copy_(0, rows.index, rows.values)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retrograd.core import rooms, tree
+from retrograd.core import memory, tree
 from retrograd.core.optim import Params
 from retrograd.core.step import State
 from retrograd.runs.errors import RunError
@@ -27,6 +27,13 @@ from retrograd.runs.identity import told_apart
 from retrograd.runs.states.buffers import copy_alone, packed
 from retrograd.runs.states.sparse_rows import thin_like, thinned, whole
 from retrograd.runs.states.transfers import Copies
+
+try:
+    from retrograd.accel import pool
+except ModuleNotFoundError:  # the folder may be deleted: memory comes from torch then, slower, and no bit is another
+    pass
+else:
+    memory.use(pool)
 
 __all__ = ["Gradients", "Store"]
 
@@ -213,7 +220,7 @@ class Store:
     def _read(self, step: int) -> State:
         if step in self.memory:
             return self._whole(self.memory[step])
-        tensors, metadata = read_tensors(self.path(step), _rooms)
+        tensors, metadata = read_tensors(self.path(step), _memory)
         if metadata.get("identity") != self.identity:
             raise RunError(f"snapshot {self.path(step)} {told_apart(metadata.get('identity'), self.identity)}.")
         like = self.initial
@@ -230,7 +237,7 @@ class Store:
     def _in_memory(self, state: State) -> State:
         """A copy in host memory, in two buffers: the sweep keeps a state's moments when it has done with the rest."""
         thin = self._thinned(state)
-        params, moments = (packed(part, copy_alone, rooms.fresh) for part in (thin.params, thin.moments))
+        params, moments = (packed(part, copy_alone, memory.held) for part in (thin.params, thin.moments))
         return State(state.step, params, moments)
 
     def _thinned(self, host: State) -> State:
@@ -283,6 +290,6 @@ class Gradients:
             self.store.drop(step + 1)
 
 
-def _rooms(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Memory for a state, leaf by leaf as a step makes one, so that the same rooms serve both."""
-    return {name: rooms.empty_like(leaf) for name, leaf in mapped.items()}
+def _memory(mapped: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Memory for a state, leaf by leaf as a step makes one, so that the same blocks serve both."""
+    return {name: memory.empty_like(leaf) for name, leaf in mapped.items()}

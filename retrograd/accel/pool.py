@@ -1,4 +1,4 @@
-"""Large blocks of host memory, used again instead of given back.
+"""Large blocks of host memory, used again instead of given back: an allocator behind `core.memory`.
 
 The kernel clears every page at its first touch, and a virtual machine's host may have to find it first: 2 to 3 s for a
 GiB were measured where memory already there costs 0.07. A state that a step makes takes the place of one that is gone.
@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["empty", "empty_like", "fresh", "reusing", "room"]
+__all__ = ["block", "empty", "held", "reusing"]
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ _idle = _Idle()
 
 
 def reusing(given: Iterable[T], limit: int) -> Iterator[T]:
-    """Its items; while they are made, large rooms that nobody uses any more are kept for the next ones of their size.
+    """Its items; while they are made, large blocks that nobody uses any more are kept for the next ones of their size.
 
     Args:
         limit: Bytes kept at most. They are never more than were in use at once; with 0 all is as elsewhere.
@@ -74,18 +74,18 @@ def reusing(given: Iterable[T], limit: int) -> Iterator[T]:
             _idle.drop()
 
 
-def room(size: int) -> Tensor:
+def block(size: int) -> Tensor:
     """[size] uint8 of host memory, not filled; used before if there is such a one."""
     if not (_large(size) and _idle.limit):
-        return fresh(size)
-    block = _idle.take(size) or _fresh(size)
-    view = memoryview(block)  # lives as long as any tensor that sees it
-    weakref.finalize(view, _idle.give, block).atexit = False
+        return held(size)
+    found = _idle.take(size) or _fresh(size)
+    view = memoryview(found)  # lives as long as any tensor that sees it
+    weakref.finalize(view, _idle.give, found).atexit = False
     return torch.frombuffer(view, dtype=torch.uint8)
 
 
-def fresh(size: int) -> Tensor:
-    """As `room`, for what is held long: never one used before, and given back to the machine."""
+def held(size: int) -> Tensor:
+    """As `block`, for what is held long: never one used before, and given back to the machine."""
     return torch.frombuffer(_fresh(size), dtype=torch.uint8) if _large(size) else torch.empty(size, dtype=torch.uint8)
 
 
@@ -97,16 +97,11 @@ def _fresh(size: int) -> mmap.mmap:
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A contiguous tensor of the dtype and device of `like`, not filled; on the host a `room` where it is large."""
+    """A contiguous tensor of the dtype and device of `like`, not filled; on the host a `block` where it is large."""
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or not (_large(size) and _idle.limit):
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    return room(size).view(like.dtype).view(shape)
-
-
-def empty_like(like: Tensor) -> Tensor:
-    """`empty` of its shape."""
-    return empty(like.shape, like)
+    return block(size).view(like.dtype).view(shape)
 
 
 def _large(size: int) -> bool:
