@@ -11,6 +11,7 @@ WMDP's and MMLU's names, subsets, splits and numbers of questions are those of D
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 from retrograd.settings.parse import build, read_yaml
 
-__all__ = ["READY", "Role", "Task", "check_tasks", "tasks_from"]
+__all__ = ["LAB_TASKS", "READY", "Role", "Task", "check_tasks", "tasks_from", "tasks_of_lab"]
+
+LAB_TASKS = "tasks.yaml"  # in the folder of a lab
 
 Role = Literal["forget", "retain"] | None
 
@@ -61,6 +64,7 @@ class Task:
         return self.form in ("letter", "cloze")
 
 
+_LAB = "lab.json"
 _ROBUST = {
     "bioweapons_and_bioterrorism": 190,
     "dual_use_virology": 28,
@@ -92,6 +96,8 @@ READY: dict[str, dict[str, Task]] = {
 def tasks_from(path: Path) -> dict[str, Task]:
     """The tasks of a YAML file, by name. A name of READY needs no settings; those given change the ready ones.
 
+    A data set that lies where the file lies is taken from there; any other is named as everywhere.
+
     Raises:
         ValueError: If the file is no such file, or a task cannot work.
     """
@@ -107,7 +113,23 @@ def tasks_from(path: Path) -> dict[str, Task]:
         else:
             found[str(name)] = build(Task, settings or {}, where)
     check_tasks(found, str(path))
-    return found
+    return {name: _beside(path, task) for name, task in found.items()}
+
+
+def tasks_of_lab(folder: Path) -> dict[str, Task]:
+    """The tasks that a lab has written: all its questions, held-out prose, and a few continuations of it.
+
+    Raises:
+        ValueError: If the folder is no finished lab, or of a version that wrote no such file.
+    """
+    path = folder / LAB_TASKS
+    if path.exists() and (folder / _LAB).exists():
+        return tasks_from(path)
+    if (folder / _LAB).exists() and "scores" in json.loads((folder / _LAB).read_text(encoding="utf8")):
+        raise ValueError(
+            f"--lab {folder} has no {LAB_TASKS}: an earlier version built it. Build the lab again in another folder"
+        )
+    raise ValueError(f"--lab {folder} is no finished lab; build it with `retrograd lab {folder}`")
 
 
 def check_tasks(tasks: dict[str, Task], where: str) -> None:
@@ -133,6 +155,11 @@ def check_tasks(tasks: dict[str, Task], where: str) -> None:
             raise ValueError(
                 f"{where}: group {task.group!r} has tasks of several forms or roles, which have no common accuracy"
             )
+
+
+def _beside(path: Path, task: Task) -> Task:
+    dataset = path.parent / task.dataset
+    return dataclasses.replace(task, dataset=str(dataset)) if dataset.exists() else task
 
 
 def _changed(task: Task, settings: dict[str, Any], where: str) -> Task:
