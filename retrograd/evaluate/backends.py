@@ -16,10 +16,10 @@ from retrograd.evaluate.lm_eval.model import Harness, ask_harness, find_harness,
 from retrograd.evaluate.lm_eval.samples import sampled_from, write_sampled
 from retrograd.evaluate.lm_eval.summary import summarise_harness
 from retrograd.evaluate.lm_eval.task_files import FOLDER, LOADER, described_tasks, loader_text
-from retrograd.evaluate.measure import measure
 from retrograd.evaluate.ownership import content, plain
 from retrograd.evaluate.summary import summarise
 from retrograd.lm.model import CausalLM
+from retrograd.query.prepare import prepare
 from retrograd.runs.progress import counting
 from retrograd.settings.commands import EvaluateConfig
 from retrograd.settings.tasks import Role, Task, tasks_from, tasks_of_lab
@@ -93,8 +93,9 @@ class _Own:
         return {"tasks": told}
 
     def measure(self, name: str, lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any]) -> None:
-        measured, asked = measure(self.tasks[name], lm, tokenizer, self.batch_size)
-        write_measured(path, measured, {**about, **asked, "settings": dataclasses.asdict(self.tasks[name])})
+        ready = prepare(self.tasks[name], lm, tokenizer, self.batch_size)
+        told = {**about, **ready.asked, "settings": dataclasses.asdict(self.tasks[name])}
+        write_measured(path, ready.measure(lm.params), told)
 
     def summarise(
         self, folder: Path, models: Sequence[str], reference: str, knows: str | None, never: str | None

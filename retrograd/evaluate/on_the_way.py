@@ -26,12 +26,11 @@ from rich.console import Console
 from retrograd.core import tree
 from retrograd.core.step import State
 from retrograd.core.sweep import Event, Remade, Reversed
-from retrograd.evaluate.answers import Measured
 from retrograd.evaluate.curve import BEST, draw_evaluations, show_evaluations
-from retrograd.evaluate.measure import Prepared, prepare
 from retrograd.evaluate.summary import described, failure, together
 from retrograd.lm.model import CausalLM
 from retrograd.lm.save import save_causal_lm
+from retrograd.query.prepare import Measured, Prepared, prepare
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_json
 from retrograd.runs.identity import fingerprint

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from retrograd.evaluate.measure import measure
 from retrograd.evaluate.summary import described, failure
 from retrograd.lab.exams import SPLITS
 from retrograd.lab.subjects import SIDES
 from retrograd.lm.model import load_causal_lm, load_tokenizer
+from retrograd.query.prepare import prepare
 from retrograd.query.prompts import FORMS, find_template
 from retrograd.runs.files import write_atomic
 from retrograd.settings.tasks import LAB_TASKS, Task, tasks_of_lab
@@ -64,7 +64,7 @@ def scores_of(folder: Path, name: str) -> list[dict[str, Any]]:
         for split in SPLITS:
             for form in FORMS:
                 task = tasks[_name(side, split, form)]
-                answers, _ = measure(task, lm, tokenizer, _BATCH)
+                answers = prepare(task, lm, tokenizer, _BATCH).measure(lm.params)
                 if why := failure(answers, task):
                     raise ValueError(f"{source}, {_name(side, split, form)}: {why}; build the lab with a lower --lr")
                 values = described(answers, task)

@@ -1,10 +1,5 @@
 """Tasks of an evaluation: what is asked, from which data set, how it is written. No heavy imports here.
 
-    letter      multiple choice by answer letter, zero-shot
-    cloze       multiple choice by the answers' texts, zero-shot
-    text        perplexity of documents
-    generate    greedy continuations of the documents' first tokens, for people to read
-
 WMDP's and MMLU's names, subsets, splits and numbers of questions are those of Deep Ignorance, arXiv:2508.06601.
 """
 
@@ -18,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrograd.settings.parse import build, read_yaml
+from retrograd.settings.question import Form, Question
 
 __all__ = ["LAB_TASKS", "READY", "Role", "Task", "check_tasks", "tasks_from", "tasks_of_lab"]
 
@@ -27,27 +23,13 @@ Role = Literal["forget", "retain"] | None
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Question):
     """One task, as a YAML file writes it."""
 
-    dataset: str
-    """Hub name, folder saved by `datasets`, or a file, as everywhere."""
-    subset: str | None = None
-    """Subset ("configuration") of a hub data set."""
-    split: str = "train"
-    """Split or expression of splits."""
-    form: Literal["letter", "cloze", "text", "generate"] = "letter"
-    """What is asked, see above."""
-    template: str = "auto"
-    """letter, cloze: the prompt, as --query.template."""
-    normalise: bool = False
-    """cloze: right is the likeliest answer per character, lm-eval's acc_norm."""
-    limit: int | None = None
-    """The first questions or documents only."""
-    max_length: int | None = None
-    """Tokens that are read; the model's context when None. Prompts are cut from the left."""
-    text_column: str | None = None
-    """text, generate: as --data.text-column."""
+    dataset: str = ""
+    """Hub name, folder saved by `datasets`, or a file, as everywhere; or what lies beside the YAML file."""
+    form: Form = "letter"
+    """What is asked: `settings.question`."""
     role: Role = None
     """forget: knowledge that is to go, not counted as damage. All else measures general ability."""
     group: str | None = None
@@ -58,10 +40,6 @@ class Task:
     """generate: tokens of each document that are given."""
     new_tokens: int = 32
     """generate: tokens to write."""
-
-    @property
-    def choices(self) -> bool:
-        return self.form in ("letter", "cloze")
 
 
 _LAB = "lab.json"

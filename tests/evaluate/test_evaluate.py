@@ -21,13 +21,14 @@ from pyarrow import parquet
 from rich.console import Console
 
 from retrograd.cli import main
-from retrograd.evaluate.answers import Answers, Samples, Texts, read_measured
+from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.evaluate import evaluate
 from retrograd.evaluate.intervals import position
 from retrograd.evaluate.letter_habits import letter_habits
 from retrograd.evaluate.verdict import Evaluated, diagnose
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.query.choices import Scored, build_questions, score_questions
+from retrograd.query.prepare import Answers, Samples, Texts
 from retrograd.runs.errors import RunError
 from retrograd.settings.commands import EvaluateConfig
 from retrograd.settings.tasks import READY, Task, tasks_from
@@ -90,7 +91,7 @@ NAMES = ["base", "copy", "nudged", "damaged", "constant", "nan", "cycle", "other
 @pytest.fixture(scope="module")
 def done(world: Path) -> tuple[int, dict[str, Any]]:
     """All models on all tasks; the marked one answers A B C D A B … whatever it is asked by letter."""
-    import retrograd.evaluate.measure as stage
+    import retrograd.query.prepare as stage
 
     def cycling(lm: Any, params: Any, questions: Any, *arguments: Any, **options: Any) -> Scored:
         found = score_questions(lm, params, questions, *arguments, **options)
