@@ -28,7 +28,6 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 KERNEL = sorted((PACKAGE / "core").rglob("*.py"))
 OUTSIDE = {"subprocess", "ctypes", "tempfile", "shutil", "mmap", "threading"}  # what no kernel needs
-NOT_YET = {("evaluate", "lab")}  # a lab's tasks are made by the lab
 
 
 def room_of(path: Path) -> str:
@@ -51,7 +50,7 @@ def test_imports_go_one_way(path: Path) -> None:
     for name in imports(path):
         if name.startswith("retrograd."):
             other = name.split(".")[1]
-            assert RANK[other] <= RANK[room] or (room, other) in NOT_YET, f"{path.name} imports {name}"
+            assert RANK[other] <= RANK[room], f"{path.name} imports {name}"
 
 
 @pytest.mark.parametrize("path", KERNEL, ids=lambda path: path.name)

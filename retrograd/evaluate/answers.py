@@ -11,57 +11,20 @@ The file's metadata says what was asked of which weights, so that every file sta
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from retrograd.query.choices import Scored
+from retrograd.query.prepare import Answers, Measured, Samples, Texts
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_atomic
 
-__all__ = ["Answers", "Measured", "Samples", "Texts", "read_measured", "read_table", "write_measured", "write_table"]
+__all__ = ["read_measured", "read_table", "write_measured", "write_table"]
 
 _ABOUT = b"retrograd"
-
-
-class Answers(NamedTuple):
-    """To multiple-choice questions, and the questions' subjects."""
-
-    scored: Scored
-    subjects: list[str | None]
-
-
-class Texts(NamedTuple):
-    """Mean loss of each document in nats, [n]; its targets, [n]; its place in the data set, [n]."""
-
-    nats: list[float]
-    targets: list[int]
-    documents: list[int]
-
-    @property
-    def loss(self) -> float:
-        """Mean over all targets, nats; not finite if any document's is not."""
-        return float(np.dot(self.nats, self.targets) / sum(self.targets))
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the loss; ∞ where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.nan if math.isnan(self.loss) else math.inf
-
-
-class Samples(NamedTuple):
-    """Prompts and their greedy continuations; None where the model gave no finite logits."""
-
-    prompts: list[str]
-    texts: list[str | None]
-    documents: list[int]
-
-
-Measured = Answers | Texts | Samples
 
 
 def write_measured(path: Path, measured: Measured, about: dict[str, Any]) -> None:

@@ -15,15 +15,14 @@ from retrograd.evaluate.answers import write_measured
 from retrograd.evaluate.lm_eval.model import Harness, ask_harness, find_harness, harness_version, refuse_task_code
 from retrograd.evaluate.lm_eval.samples import sampled_from, write_sampled
 from retrograd.evaluate.lm_eval.summary import summarise_harness
-from retrograd.evaluate.measure import measure
+from retrograd.evaluate.lm_eval.task_files import FOLDER, LOADER, described_tasks, loader_text
 from retrograd.evaluate.ownership import content, plain
 from retrograd.evaluate.summary import summarise
-from retrograd.lab.harness import FOLDER, harness_files
-from retrograd.lab.tasks import harness_tasks, lab_tasks
 from retrograd.lm.model import CausalLM
+from retrograd.query.prepare import prepare
 from retrograd.runs.progress import counting
 from retrograd.settings.commands import EvaluateConfig
-from retrograd.settings.tasks import Role, Task, tasks_from
+from retrograd.settings.tasks import Role, Task, tasks_from, tasks_of_lab
 
 __all__ = ["Backend", "find_backend"]
 
@@ -70,7 +69,7 @@ def find_backend(config: EvaluateConfig) -> Backend:
     foreign = [name for name in _HARNESS_ONLY if getattr(config, name) is not None]
     if foreign:
         raise ValueError(f"--{foreign[0]} is for --backend lm-eval; settings of tasks go into the file of --tasks")
-    tasks = lab_tasks(config.lab) if config.lab is not None else tasks_from(Path(str(config.tasks)))
+    tasks = tasks_of_lab(config.lab) if config.lab is not None else tasks_from(Path(str(config.tasks)))
     return _Own(tasks, config.batch_size)
 
 
@@ -94,8 +93,9 @@ class _Own:
         return {"tasks": told}
 
     def measure(self, name: str, lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any]) -> None:
-        measured, asked = measure(self.tasks[name], lm, tokenizer, self.batch_size)
-        write_measured(path, measured, {**about, **asked, "settings": dataclasses.asdict(self.tasks[name])})
+        ready = prepare(self.tasks[name], lm, tokenizer, self.batch_size)
+        told = {**about, **ready.asked, "settings": dataclasses.asdict(self.tasks[name])}
+        write_measured(path, ready.measure(lm.params), told)
 
     def summarise(
         self, folder: Path, models: Sequence[str], reference: str, knows: str | None, never: str | None
@@ -168,8 +168,8 @@ def _find_harness(config: EvaluateConfig) -> Backend:
     folder = config.include_path
     if config.lab is not None:
         roles, folder = _of_lab(config, config.lab)
-    ours = ("questions.load", harness_files()[f"{FOLDER}/questions.py"])
-    refuse_task_code([Path(name) for name in roles], folder, config.trust_code, ours if config.lab else None)
+    ours = (LOADER, loader_text()) if config.lab else None
+    refuse_task_code([Path(name) for name in roles], folder, config.trust_code, ours)
     harness = find_harness(list(roles), folder)
     forget = _listed(config.forget)
     unknown = [name for name in forget if name not in roles]
@@ -188,4 +188,4 @@ def _of_lab(config: EvaluateConfig, lab: Path) -> tuple[dict[str, Role], Path]:
     if config.include_path or config.forget:
         raise ValueError("--lab brings its own tasks and knows which are to be forgotten; leave out --include_path and "
                          "--forget, or give --tasks")  # fmt: skip
-    return harness_tasks(lab)
+    return described_tasks(lab, tasks_of_lab(lab)), lab / FOLDER

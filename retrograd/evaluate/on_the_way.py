@@ -26,13 +26,11 @@ from rich.console import Console
 from retrograd.core import tree
 from retrograd.core.step import State
 from retrograd.core.sweep import Event, Remade, Reversed
-from retrograd.evaluate.answers import Measured
 from retrograd.evaluate.curve import BEST, draw_evaluations, show_evaluations
-from retrograd.evaluate.measure import Prepared, prepare
 from retrograd.evaluate.summary import described, failure, together
-from retrograd.lab.tasks import lab_tasks
 from retrograd.lm.model import CausalLM
 from retrograd.lm.save import save_causal_lm
+from retrograd.query.prepare import Measured, Prepared, prepare
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_json
 from retrograd.runs.identity import fingerprint
@@ -40,7 +38,7 @@ from retrograd.runs.journal import Journal
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.settings.during import DuringConfig, Rule, best_of, evaluated_steps, parse_rule
-from retrograd.settings.tasks import Task, tasks_from
+from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
 
 __all__ = ["During", "PreparedTasks", "prepare_during"]
 
@@ -80,7 +78,7 @@ def prepare_during(config: DuringConfig, model: CausalLM, tokenizer: Any) -> Pre
     """
     if not config.wanted:
         return PreparedTasks(config, model, tokenizer, {}, {}, None)
-    tasks = tasks_from(config.tasks) if config.tasks is not None else lab_tasks(_lab(config))
+    tasks = tasks_from(config.tasks) if config.tasks is not None else tasks_of_lab(_lab(config))
     tasks = {name: _limited(task, config.limit) for name, task in tasks.items()}
     ready = {name: prepare(task, model, tokenizer, config.batch_size) for name, task in tasks.items()}
     rule = parse_rule(config.keep_best) if config.keep_best else None

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from retrograd.evaluate.answers import Answers, Measured, Samples, Texts, read_measured
+from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.intervals import compare, position, wilson
 from retrograd.evaluate.letter_habits import letter_habits
-from retrograd.evaluate.verdict import Evaluated, diagnose, rights
+from retrograd.evaluate.verdict import Evaluated, diagnose
 from retrograd.query.choices import Scored
+from retrograd.query.prepare import Answers, Measured, Samples, Texts
 from retrograd.runs.errors import RunError
 from retrograd.settings.tasks import Task
 
@@ -147,7 +148,7 @@ def described(measured: Measured | None, task: Task) -> dict[str, Any]:
 
 
 def _accuracy(answers: Answers, task: Task) -> dict[str, Any]:
-    scored, right = answers.scored, rights(answers, task)
+    scored, right = answers.scored, answers.rights(task)
     n, failed = len(right), int(scored.failed.sum())
     found: dict[str, Any] = {"questions": n, "failed": failed, "normalised": task.normalise, **_share(right)}
     if not failed:
@@ -202,5 +203,5 @@ def _paired(models: list[Evaluated], name: str, task: Task) -> list[torch.Tensor
         return None
     if any(one.scored.hashes != answers[0].scored.hashes for one in answers):
         raise RunError(f"{name}: the models were asked different questions; delete their files and run again.")
-    found = [rights(one, task) for one in answers]
+    found = [one.rights(task) for one in answers]
     return None if any(bool(right.isnan().any()) for right in found) else found

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retrograd.evaluate.answers import Answers, Measured, Texts
 from retrograd.evaluate.intervals import compare, wilson
 from retrograd.evaluate.letter_habits import Habits, letter_habits
 from retrograd.query.choices import Scored
+from retrograd.query.prepare import Answers, Measured, Texts
 from retrograd.settings.tasks import Task
 
-__all__ = ["VERDICTS", "Diagnosis", "Evaluated", "diagnose", "rights"]
+__all__ = ["VERDICTS", "Diagnosis", "Evaluated", "diagnose"]
 
 VERDICTS = ("untouched", "healthy", "damaged", "destroyed")
 
@@ -90,11 +90,6 @@ def diagnose(model: Evaluated, reference: Evaluated, tasks: dict[str, Task]) -> 
         why = "nothing here measures general ability where the reference has some: add a retain task or a text"
         return Diagnosis(None, [why], numbers)
     return Diagnosis("healthy", [f"no loss found in {', '.join(sorted(seen))}"], numbers)
-
-
-def rights(answers: Answers, task: Task) -> torch.Tensor:
-    """1, 0 or NaN (failed) for each question, as the task counts, [n]."""
-    return answers.scored.correct_norm if task.normalise else answers.scored.correct
 
 
 def _failures(model: Evaluated) -> Iterator[_Finding]:
@@ -166,7 +161,7 @@ def _abilities(
         here, there = model.results.get(name), reference.results.get(name)
         if not isinstance(here, Answers) or not isinstance(there, Answers):
             continue
-        a, b = rights(there, general[name]), rights(here, general[name])
+        a, b = there.rights(general[name]), here.rights(general[name])
         if a.isnan().any() or b.isnan().any():
             continue
         floor, had, has = _chance(there.scored), float(a.mean()), float(b.mean())

@@ -21,11 +21,12 @@ from rich.table import Table
 
 from retrograd.core.sweep import Event, Remade, Reversed, Turned
 from retrograd.durable import foreign
+from retrograd.evaluate.lm_eval.task_files import write_task_files
+from retrograd.lab.exams import CHOICES
 from retrograd.lab.files import MIXTURES, changed_files, describe_files, make_files, make_words, write_files
-from retrograd.lab.harness import write_harness
 from retrograd.lab.learn import Size, one_thread, save_random, steps_of, train_model
 from retrograd.lab.readme import readme
-from retrograd.lab.score import score_model
+from retrograd.lab.tasks import question_tasks, scores_of, write_tasks
 from retrograd.lab.world import make_world
 from retrograd.runs.files import file_digest, write_atomic, write_json
 from retrograd.runs.lock import locked
@@ -68,7 +69,8 @@ def _lab(config: LabConfig, console: Console) -> dict[str, Any]:
         _train(config)
     with manifest.phase("score"), one_thread():
         found["models"] = {name: _described(config, name) for name in ("random", *MIXTURES)}
-        found["scores"] = [entry for name in (*MIXTURES, "random") for entry in score_model(config.dir, name)]
+        found["tasks"] = write_tasks(config.dir)
+        found["scores"] = [entry for name in (*MIXTURES, "random") for entry in scores_of(config.dir, name)]
     write_atomic(config.dir / "README.md", lambda temporary: temporary.write_text(readme(found), encoding="utf8"))
     shutil.rmtree(config.dir / "training", ignore_errors=True)
     write_json(config.dir / "lab.json", found)
@@ -106,7 +108,8 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{folder} holds a lab of other settings:\n  {lines}\nUse another folder, or delete this one.")
     found["settings"] = settings
     models = {f"models/{name}/model.safetensors": entry for name, entry in found.get("models", {}).items()}
-    other = changed_files(folder, {**found.get("files", {}), **found.get("lm_eval", {}), **models})
+    written = {**found.get("files", {}), **found.get("lm_eval", {}), **found.get("tasks", {}), **models}
+    other = changed_files(folder, written)
     if other:
         raise ValueError(
             f"{folder}: {other[0]} is missing or has changed since it was written, and the rest would not fit it. "
@@ -122,7 +125,7 @@ def _begin(config: LabConfig, settings: dict[str, Any], manifest: Manifest) -> d
     with manifest.phase("world"):
         files = make_files(make_world(config.seed, config.facts))
         write_files(config.dir, files)
-        tasks = write_harness(config.dir)
+        tasks = write_task_files(config.dir, question_tasks(), CHOICES)
         save_random(config.dir / "models" / "random", make_words(files), _size(config))
     manifest.update(**environment(torch.device("cpu")))
     found = {"settings": settings, "files": describe_files(files), "lm_eval": tasks}

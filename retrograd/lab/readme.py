@@ -40,6 +40,7 @@ Splits of the questions:
 
 The same rows are asked by letter (`--query.form letter`) and by text (`--query.form cloze`).
 
+`tasks.yaml` names them all as tasks, for `retrograd evaluate MODEL --lab .` and for evaluation during a training.
 `lm_eval/` asks all of them in lm-evaluation-harness, with the same prompts:
 
 ```bash

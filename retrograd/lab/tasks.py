@@ -1,55 +1,85 @@
-"""The lab's questions and prose as tasks of an evaluation."""
+"""The lab's questions and prose as tasks of an evaluation, in a file that lies in the lab.
+
+`tasks.yaml` is the last file that a lab gets but for lab.json's scores: where it is, the lab is finished.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from retrograd.evaluate.summary import described, failure
 from retrograd.lab.exams import SPLITS
-from retrograd.lab.harness import FOLDER, harness_name
 from retrograd.lab.subjects import SIDES
-from retrograd.query.prompts import FORMS
-from retrograd.settings.tasks import Role, Task
+from retrograd.lm.model import load_causal_lm, load_tokenizer
+from retrograd.query.prepare import prepare
+from retrograd.query.prompts import FORMS, find_template
+from retrograd.runs.files import write_atomic
+from retrograd.settings.tasks import LAB_TASKS, Task, tasks_of_lab
 
-__all__ = ["harness_tasks", "lab_tasks"]
+__all__ = ["question_tasks", "scores_of", "write_tasks"]
+
+_BATCH = 64
+_PROSE = "corpora/prose_heldout.jsonl"
 
 
-def lab_tasks(folder: Path) -> dict[str, Task]:
-    """Every side, split and form, held-out prose, and a few continuations of it.
-
-    Raises:
-        ValueError: If the folder is no finished lab.
-    """
-    path = folder / "lab.json"
-    if not path.exists() or "scores" not in json.loads(path.read_text(encoding="utf8")):
-        raise ValueError(f"--lab {folder} is no finished lab; build it with `retrograd lab {folder}`")
-    prose = str(folder / "corpora" / "prose_heldout.jsonl")
+def question_tasks() -> dict[str, Task]:
+    """Every side, split and form; data sets are named from the lab's folder."""
     found = {}
     for side in SIDES:
         for form in FORMS:
-            asked: dict[str, Any] = {
-                "role": side,
-                "form": form,
-                "template": "plain" if form == "letter" else "plain_cloze",
-            }
+            asked: dict[str, Any] = {"form": form, "template": find_template(None, form).name, "role": side}
             for split in SPLITS:
-                questions = str(folder / "questions" / f"{side}_{split}.jsonl")
-                found[f"{side}_{split}_{form}"] = Task(questions, **asked)
-    return {**found, "prose_heldout": Task(prose, form="text"), "samples": Task(prose, form="generate", limit=4)}
+                found[_name(side, split, form)] = Task(f"questions/{side}_{split}.jsonl", **asked)
+    return found
 
 
-def harness_tasks(folder: Path) -> tuple[dict[str, Role], Path]:
-    """The same questions as tasks of lm-eval: names with their roles, and the folder of their files.
+def write_tasks(folder: Path) -> dict[str, dict[str, str]]:
+    """Write tasks.yaml: all questions, held-out prose, and a few continuations of it; by path, its SHA-256."""
+    prose = {"prose_heldout": Task(_PROSE, form="text"), "samples": Task(_PROSE, form="generate", limit=4)}
+    settings = {name: _settings(task) for name, task in {**question_tasks(), **prose}.items()}
+    text = "# Tasks of `retrograd evaluate`; data sets lie beside this file.\n"
+    text += yaml.safe_dump(settings, sort_keys=False)
+    write_atomic(folder / LAB_TASKS, partial(Path.write_bytes, data=text.encode()))
+    return {LAB_TASKS: {"sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}}
+
+
+def scores_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Accuracy of models/NAME on every side, split and form, with its 95 % interval.
+
+    Letter questions also tell the mean probability of the four letters together.
 
     Raises:
-        ValueError: If the folder is no finished lab, or of a version that wrote no such files.
+        ValueError: If the model does not answer every question.
     """
-    asked = {name: task for name, task in lab_tasks(folder).items() if task.choices}
-    missing = [name for name in asked if not (folder / FOLDER / f"{harness_name(name)}.yaml").exists()]
-    if missing:
-        raise ValueError(
-            f"--lab {folder} has no {FOLDER}/{harness_name(missing[0])}.yaml: an earlier version built it. Build the "
-            "lab again in another folder"
-        )
-    return {harness_name(name): task.role for name, task in asked.items()}, folder / FOLDER
+    source = str(folder / "models" / name)
+    lm, tokenizer, tasks = load_causal_lm(source), load_tokenizer(source), tasks_of_lab(folder)
+    found = []
+    for side in SIDES:
+        for split in SPLITS:
+            for form in FORMS:
+                task = tasks[_name(side, split, form)]
+                answers = prepare(task, lm, tokenizer, _BATCH).measure(lm.params)
+                if why := failure(answers, task):
+                    raise ValueError(f"{source}, {_name(side, split, form)}: {why}; build the lab with a lower --lr")
+                values = described(answers, task)
+                entry = {"model": name, "side": side, "split": split, "form": form}
+                entry |= {key: values[key] for key in ("questions", "accuracy", "interval")}
+                if "letters" in values:
+                    entry["letter_mass"] = values["letters"]["mass"]
+                found.append(entry)
+    return found
+
+
+def _name(side: str, split: str, form: str) -> str:
+    return f"{side}_{split}_{form}"
+
+
+def _settings(task: Task) -> dict[str, Any]:
+    """What differs from a task's defaults."""
+    return {f.name: value for f in dataclasses.fields(task) if (value := getattr(task, f.name)) != f.default}

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Objective
 from retrograd.lm.model import CausalLM, causal_logits
 from retrograd.query.questions import Questions, build_questions
+from retrograd.settings.question import ChoiceLoss
 
 __all__ = [
     "LOSSES",
@@ -39,7 +40,7 @@ __all__ = [
     "score_questions",
 ]
 
-LOSSES = ("four_way", "full")
+LOSSES: tuple[ChoiceLoss, ...] = get_args(ChoiceLoss)
 
 
 @dataclass(frozen=True, eq=False)

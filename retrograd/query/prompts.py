@@ -14,11 +14,13 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+
+from retrograd.settings.question import ChoiceForm
 
 __all__ = ["FORMS", "LETTERS", "TEMPLATES", "Prompt", "Template", "find_template", "render"]
 
-FORMS = ("letter", "cloze")
+FORMS: tuple[ChoiceForm, ...] = get_args(ChoiceForm)
 LETTERS = string.ascii_uppercase
 
 

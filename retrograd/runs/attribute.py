@@ -17,7 +17,7 @@ from retrograd.core.optim import rate
 from retrograd.core.step import State
 from retrograd.core.sweep import Event
 from retrograd.query.columns import Queries
-from retrograd.query.load import Asked
+from retrograd.query.named import Asked
 from retrograd.runs.files import read_tensors, write_json, write_tensors
 from retrograd.runs.health import Finding, sweep_findings
 from retrograd.runs.journal import read_journal, recipe_gradients

@@ -17,7 +17,8 @@ from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
 from retrograd.query.columns import Queries
-from retrograd.query.load import Asked, load_queries, load_rows
+from retrograd.query.load import load_rows
+from retrograd.query.named import Asked, load_queries
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.machine import deterministic, free_memory
@@ -64,7 +65,8 @@ def assemble(config: MagicConfig) -> Loaded:
     device, train = find_device(config.device), config.train
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     model = _load_model(config, device)
-    rows, texts = load_rows(config.data, tokenizer, model, config.data.chunk_length, config.data.min_chars, "data")
+    data = config.data
+    rows, texts = load_rows(data, tokenizer, model, "data", chunk_length=data.chunk_length, min_chars=data.min_chars)
     stream = DataStream(
         rows,
         train.batch_size,

@@ -13,6 +13,7 @@ import tyro
 
 from retrograd.settings.during import DuringConfig, check_during
 from retrograd.settings.parse import build, parse_size, read_yaml
+from retrograd.settings.question import ChoiceLoss, Question, Source
 
 __all__ = [
     "DataConfig", "LoraConfig", "MagicConfig", "QueryConfig", "ReplayConfig", "TrainConfig",
@@ -25,26 +26,16 @@ C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Source):
     """What the model is trained on."""
 
     dataset: str = tyro.MISSING
     """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file."""
-    subset: str | None = None
-    """Subset ("configuration") of a hub data set."""
-    split: str = "train"
-    """Split or expression of splits, such as train[:8]."""
-    text_column: str | None = None
-    """Column of text; found by itself when None (input_ids, messages, prompt and completion, or text)."""
-    max_length: int | None = None
-    """Cut documents to this many tokens; the model's context length when None."""
     chunk_length: int | None = None
     """Pack documents into chunks of this many tokens instead; attention stays inside each document. 0, as None: one row
     a document."""
     min_chars: int = 0
     """Skip documents with fewer characters."""
-    limit: int | None = None
-    """Use the first documents only."""
     shuffle: bool = True
     """Visit rows in a new random order each epoch (true), or in file order (false)."""
 
@@ -54,35 +45,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class QueryConfig:
+class QueryConfig(Question):
     """What is asked of the trained model, in nats: its loss on documents or on questions, or a function of yours."""
 
-    dataset: str | None = None
-    """As --data.dataset."""
-    subset: str | None = None
-    """As --data.subset."""
-    split: str = "train"
-    """As --data.split."""
-    text_column: str | None = None
-    """As --data.text-column."""
-    max_length: int | None = None
-    """As --data.max-length; questions are cut from the left."""
-    limit: int | None = None
-    """Use the first documents or questions only."""
-    reduction: Literal["mean", "none"] = "mean"
-    """One score for the whole set (mean), or one score column for each document or question (none)."""
     form: Literal["text", "letter", "cloze"] = "text"
     """text: mean token loss. letter, cloze: multiple choice by answer letter, or by the answers' own texts; the data
     set then needs question, choices and answer."""
-    template: str = "auto"
-    """Prompt of a question: plain, mmlu, wmdp, wmdp_chem, wmdp_cyber or legacy (letter); plain_cloze or wmdp_cloze
-    (cloze); or a text with {question} and, for letter, {choices}. auto: plain_cloze for cloze; for letter, mmlu where
-    every question has a subject, and else plain."""
-    loss: Literal["four_way", "full"] = "four_way"
+    reduction: Literal["mean", "none"] = "mean"
+    """One score for the whole set (mean), or one score column for each document or question (none)."""
+    loss: ChoiceLoss = "four_way"
     """four_way: −log of the right answer's share among the question's choices, what accuracy measures; full: −log p of
     the right answer, which also falls when all answers become more likely."""
-    normalise: bool = False
-    """cloze: divide an answer's log-likelihood by its length in characters."""
     function: str | None = None
     """A Python function instead, module:name or file.py:name, called with (model, tokenizer); returns a scalar."""
     contrast: tuple[str, ...] = ()

@@ -1,50 +1,35 @@
 """Tasks of an evaluation: what is asked, from which data set, how it is written. No heavy imports here.
 
-    letter      multiple choice by answer letter, zero-shot
-    cloze       multiple choice by the answers' texts, zero-shot
-    text        perplexity of documents
-    generate    greedy continuations of the documents' first tokens, for people to read
-
 WMDP's and MMLU's names, subsets, splits and numbers of questions are those of Deep Ignorance, arXiv:2508.06601.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from retrograd.settings.parse import build, read_yaml
+from retrograd.settings.question import Form, Question
 
-__all__ = ["READY", "Role", "Task", "check_tasks", "tasks_from"]
+__all__ = ["LAB_TASKS", "READY", "Role", "Task", "check_tasks", "tasks_from", "tasks_of_lab"]
+
+LAB_TASKS = "tasks.yaml"  # in the folder of a lab
 
 Role = Literal["forget", "retain"] | None
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Question):
     """One task, as a YAML file writes it."""
 
-    dataset: str
-    """Hub name, folder saved by `datasets`, or a file, as everywhere."""
-    subset: str | None = None
-    """Subset ("configuration") of a hub data set."""
-    split: str = "train"
-    """Split or expression of splits."""
-    form: Literal["letter", "cloze", "text", "generate"] = "letter"
-    """What is asked, see above."""
-    template: str = "auto"
-    """letter, cloze: the prompt, as --query.template."""
-    normalise: bool = False
-    """cloze: right is the likeliest answer per character, lm-eval's acc_norm."""
-    limit: int | None = None
-    """The first questions or documents only."""
-    max_length: int | None = None
-    """Tokens that are read; the model's context when None. Prompts are cut from the left."""
-    text_column: str | None = None
-    """text, generate: as --data.text-column."""
+    dataset: str = ""
+    """Hub name, folder saved by `datasets`, or a file, as everywhere; or what lies beside the YAML file."""
+    form: Form = "letter"
+    """What is asked: `settings.question`."""
     role: Role = None
     """forget: knowledge that is to go, not counted as damage. All else measures general ability."""
     group: str | None = None
@@ -56,11 +41,8 @@ class Task:
     new_tokens: int = 32
     """generate: tokens to write."""
 
-    @property
-    def choices(self) -> bool:
-        return self.form in ("letter", "cloze")
 
-
+_LAB = "lab.json"
 _ROBUST = {
     "bioweapons_and_bioterrorism": 190,
     "dual_use_virology": 28,
@@ -92,6 +74,8 @@ READY: dict[str, dict[str, Task]] = {
 def tasks_from(path: Path) -> dict[str, Task]:
     """The tasks of a YAML file, by name. A name of READY needs no settings; those given change the ready ones.
 
+    A data set that lies where the file lies is taken from there; any other is named as everywhere.
+
     Raises:
         ValueError: If the file is no such file, or a task cannot work.
     """
@@ -107,7 +91,23 @@ def tasks_from(path: Path) -> dict[str, Task]:
         else:
             found[str(name)] = build(Task, settings or {}, where)
     check_tasks(found, str(path))
-    return found
+    return {name: _beside(path, task) for name, task in found.items()}
+
+
+def tasks_of_lab(folder: Path) -> dict[str, Task]:
+    """The tasks that a lab has written: all its questions, held-out prose, and a few continuations of it.
+
+    Raises:
+        ValueError: If the folder is no finished lab, or of a version that wrote no such file.
+    """
+    path = folder / LAB_TASKS
+    if path.exists() and (folder / _LAB).exists():
+        return tasks_from(path)
+    if (folder / _LAB).exists() and "scores" in json.loads((folder / _LAB).read_text(encoding="utf8")):
+        raise ValueError(
+            f"--lab {folder} has no {LAB_TASKS}: an earlier version built it. Build the lab again in another folder"
+        )
+    raise ValueError(f"--lab {folder} is no finished lab; build it with `retrograd lab {folder}`")
 
 
 def check_tasks(tasks: dict[str, Task], where: str) -> None:
@@ -133,6 +133,11 @@ def check_tasks(tasks: dict[str, Task], where: str) -> None:
             raise ValueError(
                 f"{where}: group {task.group!r} has tasks of several forms or roles, which have no common accuracy"
             )
+
+
+def _beside(path: Path, task: Task) -> Task:
+    dataset = path.parent / task.dataset
+    return dataclasses.replace(task, dataset=str(dataset)) if dataset.exists() else task
 
 
 def _changed(task: Task, settings: dict[str, Any], where: str) -> Task:

@@ -28,8 +28,8 @@ from retrograd.core.step import Batch, NonFiniteError, State, Stream, Training
 from retrograd.core.sweep import metagradient
 from retrograd.lm.model import CausalLM
 from retrograd.lm.proof import prove
-from retrograd.query.answers import prove_answers
 from retrograd.query.columns import Queries
+from retrograd.query.proof import prove_answers
 from retrograd.runs.files import write_json
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars

@@ -24,10 +24,10 @@ from retrograd.core.optim import SGD
 from retrograd.core.step import State
 from retrograd.evaluate import on_the_way as stage
 from retrograd.evaluate.curve import show_evaluations
-from retrograd.evaluate.measure import measure
 from retrograd.lm import save
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.lm.save import save_causal_lm
+from retrograd.query.prepare import prepare
 from retrograd.runs import loggers
 from retrograd.runs.files import read_tensors
 from retrograd.runs.journal import Journal, read_evaluations
@@ -194,10 +194,13 @@ def test_the_lines_say_what_the_exams_say(world: Path, done: Path) -> None:
     tasks, last = tasks_from(world / "tasks.yaml"), found[10]["tasks"]
     start = load_causal_lm(str(world / "model"))
     tokenizer = load_tokenizer(str(world / "model"))
-    answers = measure(tasks["letters"], start, tokenizer, 16)[0]
+    answers = prepare(tasks["letters"], start, tokenizer, 16).measure(start.params)
     assert found[0]["tasks"]["letters"]["accuracy"] == answers.scored.accuracy
     assert found[0]["tasks"]["letters"]["questions"] == 6
-    assert found[0]["tasks"]["prose"]["nats_per_token"] == measure(tasks["prose"], start, tokenizer, 16)[0].loss
+    assert (
+        found[0]["tasks"]["prose"]["nats_per_token"]
+        == prepare(tasks["prose"], start, tokenizer, 16).measure(start.params).loss
+    )
     assert last["prose"]["nats_per_token"] < found[0]["tasks"]["prose"]["nats_per_token"] - 0.3
     assert last["both"]["right"] == last["one"]["right"] + last["two"]["right"]
     assert last["both"]["questions"] == 5
@@ -215,8 +218,8 @@ def test_the_best_model_is_a_folder_that_loads_with_its_numbers(world: Path, don
     assert about["rule"] == RULE
     best = load_causal_lm(str(done / "best"))
     assert tree.digest(dict(sorted(best.params.items()))) == about["digest"]
-    tokenizer = load_tokenizer(str(done / "best"))
-    assert measure(tasks_from(world / "tasks.yaml")["prose"], best, tokenizer, 16)[0].loss == about["value"]
+    tokenizer, prose = load_tokenizer(str(done / "best")), tasks_from(world / "tasks.yaml")["prose"]
+    assert prepare(prose, best, tokenizer, 16).measure(best.params).loss == about["value"]
     assert not list(done.glob(".best*"))
 
 
@@ -246,7 +249,8 @@ def test_adapters_are_merged_into_the_best_model(world: Path, tmp_path: Path) ->
     assert main(command(world, tmp_path / "run", *more, *asking(world))) == 0
     about = json.loads((tmp_path / "run/best/best.json").read_text())
     best = load_causal_lm(str(tmp_path / "run/best"))
-    found = measure(tasks_from(world / "tasks.yaml")["prose"], best, load_tokenizer(str(tmp_path / "run/best")), 16)[0]
+    tokenizer, prose = load_tokenizer(str(tmp_path / "run/best")), tasks_from(world / "tasks.yaml")["prose"]
+    found = prepare(prose, best, tokenizer, 16).measure(best.params)
     start = read_evaluations(tmp_path / "run/metrics.jsonl")[0]["tasks"]["prose"]["nats_per_token"]
     assert found.loss == pytest.approx(about["value"], abs=1e-5)
     assert abs(start - about["value"]) > 1e-3

@@ -21,13 +21,14 @@ from pyarrow import parquet
 from rich.console import Console
 
 from retrograd.cli import main
-from retrograd.evaluate.answers import Answers, Samples, Texts, read_measured
+from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.evaluate import evaluate
 from retrograd.evaluate.intervals import position
 from retrograd.evaluate.letter_habits import letter_habits
 from retrograd.evaluate.verdict import Evaluated, diagnose
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.query.choices import Scored, build_questions, score_questions
+from retrograd.query.prepare import Answers, Samples, Texts
 from retrograd.runs.errors import RunError
 from retrograd.settings.commands import EvaluateConfig
 from retrograd.settings.tasks import READY, Task, tasks_from
@@ -90,7 +91,7 @@ NAMES = ["base", "copy", "nudged", "damaged", "constant", "nan", "cycle", "other
 @pytest.fixture(scope="module")
 def done(world: Path) -> tuple[int, dict[str, Any]]:
     """All models on all tasks; the marked one answers A B C D A B … whatever it is asked by letter."""
-    import retrograd.evaluate.measure as stage
+    import retrograd.query.prepare as stage
 
     def cycling(lm: Any, params: Any, questions: Any, *arguments: Any, **options: Any) -> Scored:
         found = score_questions(lm, params, questions, *arguments, **options)
@@ -465,6 +466,21 @@ def test_the_tasks_of_the_page_are_tasks(tmp_path: Path) -> None:
     assert len(tasks_from(tmp_path / "tasks.yaml")) == 12
 
 
+def test_data_sets_beside_the_file_of_tasks_are_taken_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in ("a/both.txt", "b/both.txt", "b/here.txt"):
+        (tmp_path / name).write_text("x\n")
+    datasets = {"one": "both.txt", "two": "here.txt", "hub": "some/set", "full": str(tmp_path / "b/both.txt")}
+    lines = [f"{name}: {{dataset: {dataset}, form: text}}\n" for name, dataset in datasets.items()]
+    (tmp_path / "a/tasks.yaml").write_text("".join(lines))
+    monkeypatch.chdir(tmp_path / "b")
+    found = {name: task.dataset for name, task in tasks_from(tmp_path / "a/tasks.yaml").items()}
+    assert found == {**datasets, "one": str(tmp_path / "a/both.txt")}
+
+
 def test_command_line_refusals(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, output = str(world / "base"), ["--output", str(tmp_path / "x")]
     tasks = ["--tasks", str(world / "tasks.yaml")]
@@ -487,6 +503,7 @@ def test_the_lab_is_a_set_of_tasks(tmp_path: Path) -> None:
     )
     code, summary = run(tmp_path / "out", [tmp_path / "lab/models/random"], lab=tmp_path / "lab", batch_size=64)
     assert code == 0
+    assert (tmp_path / "lab/tasks.yaml").exists()
     assert (summary["reference"], summary["knows"], summary["never"]) == ("base", "base", "filtered")
     for entry in found["scores"]:
         here = result(summary, entry["model"], f"{entry['side']}_{entry['split']}_{entry['form']}")

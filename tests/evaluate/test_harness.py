@@ -16,8 +16,10 @@ from retrograd.cli import main
 from retrograd.evaluate.intervals import compare, wilson
 from retrograd.evaluate.lm_eval.samples import answers_of, form_of, read_sampled, sampled_from, write_sampled
 from retrograd.evaluate.lm_eval.summary import summarise_harness
+from retrograd.evaluate.lm_eval.task_files import described_tasks, task_files, task_settings
 from retrograd.evaluate.summary import failed_path, measured_path
-from retrograd.lab.harness import harness_files, harness_settings
+from retrograd.lab.exams import CHOICES
+from retrograd.lab.tasks import question_tasks
 from retrograd.query.prompts import TEMPLATES
 from retrograd.runs.errors import RunError
 from retrograd.settings.tasks import Role
@@ -298,7 +300,7 @@ def test_other_questions_and_other_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_lab_writes_a_task_for_every_side_split_and_form() -> None:
-    files = harness_files()
+    files = task_files(question_tasks(), CHOICES)
     group = yaml.safe_load(files["lm_eval/lab.yaml"])
     assert group["group"] == "lab"
     assert {f"lm_eval/{name}.yaml" for name in group["task"]} | {"lm_eval/lab.yaml", "lm_eval/questions.py"} == set(
@@ -311,13 +313,13 @@ def test_the_lab_writes_a_task_for_every_side_split_and_form() -> None:
 
 
 def test_a_template_in_the_words_of_lm_eval() -> None:
-    letter = harness_settings(TEMPLATES["mmlu"], 3)
+    letter = task_settings(TEMPLATES["mmlu"], 3)
     assert letter["doc_to_text"] == (
         "The following are multiple choice questions (with answers) about {{subject.strip().replace('_', ' ')}}.\n\n"
         "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nAnswer:"
     )
     assert letter["doc_to_choice"] == ["A", "B", "C"]
-    cloze = harness_settings(TEMPLATES["plain_cloze"], 4)
+    cloze = task_settings(TEMPLATES["plain_cloze"], 4)
     assert cloze["doc_to_text"] == "Question: {{question.strip()}}\nAnswer:"
     assert [one["metric"] for one in cloze["metric_list"]] == ["acc", "acc_norm"]
 
@@ -343,8 +345,16 @@ def test_refusals(
     assert not (tmp_path / "x").exists()
 
 
-def test_a_lab_of_an_earlier_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("backend", ["retrograd", "lm-eval"])
+def test_a_lab_of_an_earlier_version_is_refused(
+    tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "lab.json").write_text('{"scores": []}')
-    flags = ["--lab", str(tmp_path), "--backend", "lm-eval", "--output", str(tmp_path / "x")]
+    flags = ["--lab", str(tmp_path), "--backend", backend, "--output", str(tmp_path / "x")]
     assert main(["evaluate", "model", *flags]) == 2
-    assert "lm_eval/lab_forget_taught_letter.yaml: an earlier version built it" in capsys.readouterr().err
+    assert "has no tasks.yaml: an earlier version built it" in capsys.readouterr().err
+
+
+def test_a_lab_that_lost_a_file_of_lm_eval_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no lm_eval/lab_forget_taught_letter.yaml; put it back"):
+        described_tasks(tmp_path, question_tasks())

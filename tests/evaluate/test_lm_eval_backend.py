@@ -26,7 +26,7 @@ from retrograd.data.documents import load_documents
 from retrograd.evaluate.evaluate import evaluate
 from retrograd.evaluate.intervals import wilson
 from retrograd.evaluate.lm_eval.model import _as_begun, ask_harness, find_harness
-from retrograd.lab.harness import harness_settings
+from retrograd.evaluate.lm_eval.task_files import task_settings
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.query.choices import build_questions, score_questions
 from retrograd.query.prompts import TEMPLATES
@@ -58,9 +58,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("one", 1), ("two", 2)):
         rows = quiz.questions(QUESTIONS if name == "one" else QUESTIONS // 2, seed)
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        letters = {**harness_settings(TEMPLATES["mmlu"], 4), "num_fewshot": None, "metadata": {"version": 3.0}}
+        letters = {**task_settings(TEMPLATES["mmlu"], 4), "num_fewshot": None, "metadata": {"version": 3.0}}
         write(tasks, f"letters_{name}", folder / f"{name}.jsonl", tag="letters", **letters)
-    write(tasks, "texts", folder / "one.jsonl", **harness_settings(TEMPLATES["plain_cloze"], 4))
+    write(tasks, "texts", folder / "one.jsonl", **task_settings(TEMPLATES["plain_cloze"], 4))
     group = {"group": "both", "task": ["letters_one", "letters_two"], "metadata": {"version": 1.0},
              "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}  # fmt: skip
     (tasks / "both.yaml").write_text(yaml.safe_dump(group))
@@ -72,7 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(tasks, "written", folder / "two.jsonl", output_type="generate_until", doc_to_text="Q: {{question}}",
           doc_to_target="{{choices[answer]}}", metric_list=exact,
           generation_kwargs={"until": ["\n"], "max_gen_toks": 4, "do_sample": False})  # fmt: skip
-    write(tasks, "absent", folder / "absent.jsonl", **harness_settings(TEMPLATES["plain"], 4))
+    write(tasks, "absent", folder / "absent.jsonl", **task_settings(TEMPLATES["plain"], 4))
     return folder
 
 

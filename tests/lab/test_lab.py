@@ -250,6 +250,7 @@ def test_other_settings_and_other_files_are_refused(built: Path, tmp_path: Path)
         built / "corpora" / "prose.jsonl",
         built / "models" / "base" / "model.safetensors",
         built / "lm_eval" / "lab.yaml",
+        built / "tasks.yaml",
     ):
         kept = path.read_bytes()
         path.write_bytes(kept + b"\n")

@@ -24,7 +24,7 @@ from retrograd.lm.layout import Form, Layout, twice_differentiable
 from retrograd.lm.model import CausalLM, causal_objective, load_causal_lm, objective_of, trainable
 from retrograd.lm.proof import form_of, prove
 from retrograd.optim import sgd
-from retrograd.query.answers import prove_answers
+from retrograd.query.proof import prove_answers
 
 COMMON = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
           "num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 0,

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from retrograd.evaluate.answers import Answers, read_table, write_table
+from retrograd.evaluate.answers import read_table, write_table
 from retrograd.query.choices import Scored
+from retrograd.query.prepare import Answers
 from retrograd.query.prompts import LETTERS
 
 __all__ = ["Sample", "Sampled", "answers_of", "form_of", "read_sampled", "sampled_from", "write_sampled"]

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from retrograd.evaluate.answers import Answers
 from retrograd.evaluate.intervals import compare, position, wilson
 from retrograd.evaluate.lm_eval.samples import Sample, Sampled, answers_of, form_of, read_sampled
 from retrograd.evaluate.summary import failed_path, measured_path, together
 from retrograd.evaluate.verdict import Diagnosis, Evaluated, diagnose
+from retrograd.query.prepare import Answers
 from retrograd.runs.errors import RunError
 from retrograd.settings.tasks import Role, Task
 

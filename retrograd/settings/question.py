@@ -1,0 +1,57 @@
+"""What can be asked of a model, said once for queries and for tasks of an evaluation. No heavy imports here.
+
+    letter      multiple choice by answer letter, zero-shot
+    cloze       multiple choice by the answers' texts, zero-shot
+    text        the loss of documents
+    generate    greedy continuations of the documents' first tokens, for people to read: no query
+
+A choice loss, in nats, is four_way (among the question's options) or full (of the right one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["ChoiceForm", "ChoiceLoss", "Form", "Question", "Source"]
+
+ChoiceForm = Literal["letter", "cloze"]
+Form = Literal["letter", "cloze", "text", "generate"]
+ChoiceLoss = Literal["four_way", "full"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set, and how much of it is read."""
+
+    dataset: str | None = None
+    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file."""
+    subset: str | None = None
+    """Subset ("configuration") of a hub data set."""
+    split: str = "train"
+    """Split or expression of splits, such as train[:8]."""
+    text_column: str | None = None
+    """Column of text; found by itself when None (input_ids, messages, prompt and completion, or text)."""
+    max_length: int | None = None
+    """Cut documents to this many tokens, questions from the left; the model's context length when None."""
+    limit: int | None = None
+    """Use the first documents or questions only."""
+
+
+@dataclass(frozen=True)
+class Question(Source):
+    """A data set, and how a model is asked about it."""
+
+    form: Form = "text"
+    """text: mean token loss. letter, cloze: multiple choice by answer letter, or by the answers' own texts; the data
+    set then needs question, choices and answer."""
+    template: str = "auto"
+    """Prompt of a question: plain, mmlu, wmdp, wmdp_chem, wmdp_cyber or legacy (letter); plain_cloze or wmdp_cloze
+    (cloze); or a text with {question} and, for letter, {choices}. auto: plain_cloze for cloze; for letter, mmlu where
+    every question has a subject, and else plain."""
+    normalise: bool = False
+    """cloze: divide an answer's log-likelihood by its length in characters."""
+
+    @property
+    def choices(self) -> bool:
+        return self.form in ("letter", "cloze")
