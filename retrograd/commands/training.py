@@ -86,13 +86,14 @@ def _carry_out(
         with manifest.phase("model"):
             _export(config.run, setup, final)
     session.trajectory.clean()
+    manifest.update(finished=True)
     session.show(console)
     console.print(f"{config.run}: {len(setup.stream)} steps{_where(config)}.")
 
 
 def _done(config: ExportConfig) -> bool:
-    manifest = Manifest(config.run / "manifest.json")
-    return manifest.done("train") and (not config.export or (config.run / MODEL).exists())
+    finished = Manifest(config.run / "manifest.json").values.get("finished", False)
+    return finished and (not config.export or (config.run / MODEL).exists())
 
 
 def _where(config: ExportConfig) -> str:
