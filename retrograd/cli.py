@@ -30,6 +30,8 @@ from retrograd.settings.commands import (
 )
 from retrograd.settings.run import MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
+from retrograd.settings.train import RunConfig, TrainRunConfig
+from retrograd.settings.unlearn import UnlearnConfig, with_objective
 
 __all__ = ["main", "run"]
 
@@ -42,6 +44,7 @@ class _Command(NamedTuple):
 
 
 _COMMANDS = {
+    "train": _Command(TrainRunConfig, "a recipe without attribution; leaves a Hugging Face folder", "commands.train"),
     "magic": _Command(
         MagicConfig, "train, query, reverse: an exact score for every training example or token", "commands.magic"
     ),
@@ -61,6 +64,9 @@ _COMMANDS = {
     ),
     "select": _Command(
         SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
+    ),
+    "unlearn": _Command(
+        UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
     ),
 }
 
@@ -114,10 +120,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(name: str, arguments: list[str]) -> Any:
     """Flags over the defaults of --config."""
     kind = _COMMANDS[name].config
+    if name == "unlearn":
+        return _parse_unlearn(arguments)
     arguments = _spell_out_switches(arguments, kind)
     options: dict[str, Any] = {}
     file: str | None = None
-    if issubclass(kind, MagicConfig):
+    if issubclass(kind, RunConfig):
         file = _value_of("--config", arguments)
         if name == "metasmoothness" and not file and arguments and (Path(arguments[0]) / "run_config.yaml").exists():
             file = str(Path(arguments[0]) / "run_config.yaml")
@@ -137,6 +145,24 @@ def _parse(name: str, arguments: list[str]) -> Any:
                 named.pop("query", None)
             refuse_code(named, Path(file), trusted)
     return config
+
+
+def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:
+    """METHOD comes first: its settings are flags of their own."""
+    flags: Any = {"config": (tyro.conf.FlagConversionOff,)}
+    if not arguments or arguments[0].startswith("-"):
+        if not {"-h", "--help"} & set(arguments):
+            raise ValueError("retrograd unlearn begins with a METHOD, then the folder of the run; --help lists them")
+        return tyro.cli(UnlearnConfig, prog="retrograd unlearn METHOD", args=["--help"], **flags)
+    from retrograd.unlearn.methods import find_method
+
+    method, *arguments = arguments
+    kind = with_objective(find_method(method).defaults)
+    arguments = _spell_out_switches(arguments, kind)
+    if file := _value_of("--config", arguments):
+        flags["default"] = settings_from(kind, Path(file))
+    config = tyro.cli(kind, prog=f"retrograd unlearn {method}", args=arguments, **flags)
+    return dataclasses.replace(config, method=method)
 
 
 def _spell_out_switches(arguments: list[str], kind: Any) -> list[str]:

@@ -7,12 +7,11 @@ import dataclasses
 import yaml
 from rich.console import Console
 
-from retrograd.runs.attribute import Outcome, all_of, ask, stored, summarise, write_results
+from retrograd.runs.attribute import Outcome, ask, stored, summarise, write_results
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.identity import fingerprint
-from retrograd.runs.journal import Journal
-from retrograd.runs.progress import Bars
-from retrograd.runs.run_folder import Opened, holding, open_run, recorded
+from retrograd.runs.run_folder import Opened, holding, open_run, recorded, replay_of
+from retrograd.runs.session import open_session
 from retrograd.settings.commands import QueryRunConfig
 from retrograd.settings.run import QueryConfig, query_file, refuse_code
 
@@ -49,15 +48,13 @@ def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Cons
     if all(one.name in done for one in asked) and (folder / "scores.pt").exists():
         console.print(f"query {label} of {config.run} is done; these are its scores.")
         return summarise(stored(config.run, folder, run.loaded, asked), run.loaded, asked, console)
-    with Bars(len(run.loaded.stream)) as bars:
-        journal = Journal(folder / "metrics.jsonl", run.loaded.training.recipe.optimizer)
-        trajectory = run.trajectory(all_of(bars, journal), logs=[journal.path])
-        final = trajectory.train()
+    replay = replay_of(run.config)
+    with open_session(run.loaded, config.run, run.manifest, replay, journal=folder / "metrics.jsonl") as session:
+        final = session.trajectory.train()
         with run.manifest.phase(f"query {label}"):
             values, *gradient = ask(config.run, run.loaded, asked, final)
         del final
-        with run.manifest.phase(f"reverse {label}"):
-            journal.resume(trajectory, key)
+        with session.reversing(key, f"reverse {label}") as trajectory:
             scores = trajectory.reverse(gradient.pop(), key, curvature=config.sharpness)
     outcome = write_results(config.run, folder, run.loaded, asked, values, scores)
     _record(run, wanted, {one.name: one.digest for one in asked}, file_digest(folder / "scores.pt"))

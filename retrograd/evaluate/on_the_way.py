@@ -1,11 +1,9 @@
 """Evaluation during a trajectory: ask at chosen steps, write what was found, keep the best step's model.
 
-Another stage takes part in four lines:
+A session of training takes it as its watcher:
 
     prepared = prepare_during(config.evaluate, lm, tokenizer)        # refuses before anything is written
-    during = During(prepared, steps, config.run, journal, manifest, bars)
-    trajectory = Trajectory(…, all_of(bars, journal, during))
-    with during: …                                                   # its training; then during.show(console)
+    with open_session(…, watch=watching(prepared)) as session: …     # session.train(); then session.show(console)
 
 Nothing here touches the trajectory: its parameters are read, random numbers are put back, dropout is off meanwhile.
 A step is evaluated before its state can become durable, so a run that was killed comes by it again if its line is
@@ -16,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -34,13 +33,15 @@ from retrograd.query.prepare import Measured, Prepared, prepare
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_json
 from retrograd.runs.identity import fingerprint
-from retrograd.runs.journal import Journal
+from retrograd.runs.journal import Journal, mirror, read_evaluations
+from retrograd.runs.loggers import open_loggers
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
+from retrograd.runs.session import Session
 from retrograd.settings.during import DuringConfig, Rule, best_of, evaluated_steps, parse_rule
 from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
 
-__all__ = ["During", "PreparedTasks", "prepare_during"]
+__all__ = ["During", "PreparedTasks", "prepare_during", "show_again", "watching"]
 
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # the model, the data, the memory
 
@@ -196,6 +197,24 @@ class During:
             write_json(place / BEST, about)
 
         save_causal_lm(folder, model.module, self.prepared.tokenizer, state.params, more)
+
+
+def watching(prepared: PreparedTasks) -> Callable[[Session], During]:
+    """What a session takes to be evaluated on its way."""
+    return lambda on: During(prepared, on.steps, on.run, on.journal, on.manifest, on.bars)
+
+
+def show_again(run: Path, log: Sequence[str], config: DuringConfig, console: Console) -> None:
+    """What a finished run's journal holds: in the viewers asked for, and of its evaluations as a table."""
+    path = run / "metrics.jsonl"
+    if log:
+        with open_loggers(log, run) as loggers:
+            mirror(path, loggers)
+    evaluations = read_evaluations(path)
+    if evaluations:
+        show_evaluations(run, evaluations, console)
+    elif config.wanted:
+        console.print("It was not evaluated on its way; `retrograd evaluate` asks models that are there.")
 
 
 def _line(measured: Measured | None, task: Task, why: str | None) -> dict[str, Any]:

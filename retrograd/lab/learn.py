@@ -7,7 +7,6 @@ whatever the machine has, so that its bits do not depend on the cores. They are 
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,20 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from retrograd.core.engine import Double
-from retrograd.core.optim import AdamW, Schedule
-from retrograd.core.step import Recipe, Training, initial_state
 from retrograd.core.sweep import Event
 from retrograd.data.documents import load_documents
 from retrograd.data.rows import build_rows
 from retrograd.data.stream import DataStream
-from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
+from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.lm.save import save_causal_lm
-from retrograd.runs.files import file_digest
-from retrograd.runs.identity import architecture, held_tensors, identify
 from retrograd.runs.lock import locked
+from retrograd.runs.session import train
+from retrograd.runs.setup import Differentiated, set_up
 from retrograd.runs.states.budget import Replay
-from retrograd.runs.trajectory import Trajectory
+from retrograd.settings.train import TrainConfig
 
 __all__ = ["CONTEXT", "Size", "magic_flags", "one_thread", "save_random", "steps_of", "train_model"]
 
@@ -55,6 +51,14 @@ def magic_flags(size: Size) -> str:
         f"--train.eps_root {size.eps_root} --train.seed {size.seed} --train.lr_schedule linear "
         "--train.warmup_ratio 0.05 --train.beta2 0.99 --train.max_grad_norm 1"
     )
+
+
+def _recipe(size: Size) -> TrainConfig:
+    """The same as settings."""
+    return TrainConfig(
+        lr=size.lr, lr_schedule="linear", warmup_ratio=0.05, beta2=0.99, eps_root=size.eps_root, max_grad_norm=1.0,
+        batch_size=size.batch_size, epochs=size.epochs, seed=size.seed,
+    )  # fmt: skip
 
 
 def save_random(folder: Path, tokenizer: Any, size: Size) -> None:
@@ -97,12 +101,10 @@ def train_model(
         source = str(folder / "models" / "random")
         lm, tokenizer = load_causal_lm(source), load_tokenizer(source)
         mixture = folder / "train" / f"{name}.jsonl"
-        training = _training(mixture, lm, tokenizer, size)
-        initial = initial_state(training.recipe, lm.params)
-        made = (lm.params, held_tensors(lm.module), architecture(lm.module))
-        identity = identify(training.recipe, *made, file_digest(mixture), size)
-        replay = Replay(plan="binomial", slots=1, heartbeat=heartbeat)
-        final = Trajectory(training, initial, replay, place, identity, observe).train()
+        rows = build_rows(load_documents(str(mixture)), tokenizer, max_length=CONTEXT, vocab_size=len(tokenizer))
+        stream = DataStream(rows, size.batch_size, epochs=size.epochs, seed=size.seed)
+        setup = set_up(lm, tokenizer, stream, _recipe(size), Differentiated("double"), visited=(size,))
+        final = train(setup, place, Replay(plan="binomial", slots=1, heartbeat=heartbeat), observe)
         save_causal_lm(folder / "models" / name, lm.module, tokenizer, final.params)
         shutil.rmtree(place)
 
@@ -116,12 +118,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _training(mixture: Path, lm: CausalLM, tokenizer: Any, size: Size) -> Training:
-    rows = build_rows(load_documents(str(mixture)), tokenizer, max_length=CONTEXT, vocab_size=len(tokenizer))
-    stream = DataStream(rows, size.batch_size, epochs=size.epochs, seed=size.seed)
-    steps = len(stream)
-    warmup = min(steps - 1, math.ceil(0.05 * steps))
-    optimizer = AdamW(Schedule("linear", size.lr, steps, warmup), beta2=0.99, eps_root=size.eps_root)
-    return Training(Recipe(optimizer, max_grad_norm=1.0, seed=size.seed), Double(lm.objective), stream, stream.weights)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from retrograd.core.optim import rate
 from retrograd.core.step import State
-from retrograd.core.sweep import Event
 from retrograd.query.columns import Queries
 from retrograd.query.named import Asked
 from retrograd.runs.files import read_tensors, write_json, write_tensors
@@ -24,7 +23,7 @@ from retrograd.runs.journal import read_journal, recipe_gradients
 from retrograd.runs.scores import Ranked, detractors, per_document, proponents, ranked, read_scores, write_scores
 from retrograd.runs.setup import Loaded
 
-__all__ = ["Outcome", "all_of", "ask", "show_ends", "stored", "summarise", "write_results"]
+__all__ = ["Outcome", "ask", "show_ends", "stored", "summarise", "write_results"]
 
 ENDS = 5  # documents of each end that are shown
 
@@ -93,16 +92,6 @@ def stored(run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked]) -> O
     train, reverse = read_journal(run / "metrics.jsonl")[0], read_journal(folder / "metrics.jsonl")[1]
     findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
     return Outcome([column.name for one in asked for column in one.columns], values, scores, order, findings)
-
-
-def all_of(*observers: Callable[[Event], None]) -> Callable[[Event], None]:
-    """One observer that tells several."""
-
-    def observe(event: Event) -> None:
-        for observer in observers:
-            observer(event)
-
-    return observe
 
 
 def summarise(outcome: Outcome, loaded: Loaded, asked: Sequence[Asked], console: Console) -> Outcome:

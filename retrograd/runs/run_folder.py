@@ -16,7 +16,7 @@ from retrograd.runs.identity import EDITION, told_apart
 from retrograd.runs.lock import locked
 from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
-from retrograd.runs.setup import Loaded, assemble
+from retrograd.runs.setup import Loaded, Setup, assemble
 from retrograd.runs.states.budget import Replay
 from retrograd.runs.trajectory import Trajectory
 from retrograd.settings import run as configs
@@ -52,10 +52,7 @@ class Opened(NamedTuple):
         self, observe: Callable[[Event], None] = lambda event: None, logs: Sequence[Path] = ()
     ) -> Trajectory:
         """Its trajectory, to read states from or to reverse again; `logs` is what `observe` appends to."""
-        return Trajectory(
-            self.loaded.training, self.loaded.initial, replay_of(self.config), self.folder / "checkpoints",
-            self.loaded.identity, observe, logs,
-        )  # fmt: skip
+        return self.loaded.trajectory(replay_of(self.config), self.folder / "checkpoints", observe, logs)
 
 
 def open_run(
@@ -141,6 +138,11 @@ def finished(folder: Path) -> tuple[MagicConfig, Manifest]:
     if not (folder / "run_config.yaml").exists():
         raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
     manifest = Manifest(folder / "manifest.json")
+    if (command := manifest.values.get("command", "magic")) != "magic":
+        raise ValueError(
+            f"{folder} is a run of `retrograd {command}`, which has no scores; give the folder of a finished "
+            "`retrograd magic`"
+        )
     if not manifest.done("scores"):
         raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
     return dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder), manifest
@@ -177,7 +179,7 @@ def set_threads(manifest: Manifest) -> None:
         torch.set_num_threads(threads)
 
 
-def refuse_other(folder: Path, manifest: Manifest, loaded: Loaded) -> None:
+def refuse_other(folder: Path, manifest: Manifest, loaded: Setup) -> None:
     """Refuse a run whose data, model, recipe or query is not what it was begun with.
 
     Raises:
@@ -193,7 +195,7 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Loaded) -> None:
     lines = "\n  ".join(changed or ["the run's settings"])
     raise ValueError(
         f"{folder} was begun with other inputs under the same names:\n  {lines}\nA file or the model has changed "
-        "since. Put it back, use another folder, or `retrograd magic --overwrite` to start afresh."
+        "since. Put it back, use another folder, or --overwrite to start afresh."
     )
 
 

@@ -1,17 +1,25 @@
-"""From a configuration to everything a run is made of: rows, model, stream, recipe, query."""
+"""From settings to everything a training is made of: model, rows, stream, recipe, objective, and what is asked of it.
+
+`Setup` is a training ready for its first step, the one place that makes a `Trajectory` of a model; `set_up` proves it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from retrograd.core import probe, tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, Schedule
-from retrograd.core.step import Batch, Recipe, State, Training, initial_state, micro_batches
+from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, Params, Schedule
+from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
+from retrograd.core.sweep import Event
+from retrograd.data.pairs import PairStream
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
@@ -23,32 +31,69 @@ from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.machine import deterministic, free_memory
 from retrograd.runs.manifest import Manifest
-from retrograd.settings.run import MagicConfig, TrainConfig, queries_of
+from retrograd.runs.states.budget import Replay
+from retrograd.runs.trajectory import Trajectory
+from retrograd.settings.run import MagicConfig, queries_of
+from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig
 
-__all__ = ["Loaded", "assemble", "find_device", "optimizer"]
+__all__ = [
+    "Differentiated", "Loaded", "Setup", "assemble", "begun_with", "find_device", "load_model", "load_recipe",
+    "optimizer", "set_up", "set_up_recipe",
+]  # fmt: skip
 
 
-class Loaded(NamedTuple):
-    """Everything a run is made of, loaded and checked before the first step.
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A training, loaded and checked before its first step.
 
     engine: which engine differentiates the steps, and why.
-    findings: what the recipe alone gives away.
+    findings: what the recipe alone gives away of scores.
     hashes: what the run is made of, part by part.
     identity: hash of the training: all of them but the queries', and how the rows are visited.
     """
 
-    rows: Rows
-    texts: list[str]
     model: CausalLM
     tokenizer: Any
-    stream: DataStream
+    stream: DataStream | PairStream
     training: Training
     initial: State
-    asked: list[Asked]
     engine: Choice
     findings: list[Finding]
     hashes: dict[str, str]
     identity: str
+
+    def trajectory(
+        self,
+        replay: Replay,
+        folder: Path | None = None,
+        observe: Callable[[Event], None] = lambda event: None,
+        logs: Sequence[Path] = (),
+        *,
+        weights: Tensor | None = None,
+        identity: str | None = None,
+    ) -> Trajectory:
+        """Its trajectory, to train it, to read states from or to reverse it.
+
+        Args:
+            replay, folder, observe, logs: As for `Trajectory`.
+            weights: Other data weights than the run's own; `identity` then tells that run from this one.
+        """
+        training = self.training if weights is None else self.training._replace(weights=weights)
+        return Trajectory(training, self.initial, replay, folder, identity or self.identity, observe, logs)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded(Setup):
+    """Everything an attributed run is made of: a training on rows, and what is asked of it.
+
+    texts: an excerpt of each document.
+    asked: the queries by name.
+    """
+
+    stream: DataStream
+    rows: Rows
+    texts: list[str]
+    asked: list[Asked]
 
     @property
     def queries(self) -> Queries:
@@ -56,53 +101,122 @@ class Loaded(NamedTuple):
         return Queries([column for asked in self.asked for column in asked.columns])
 
 
+class Differentiated(NamedTuple):
+    """How steps are differentiated: what was asked for, or what a run that was begun took.
+
+    Args:
+        engine: "auto", "double" or "blocks".
+        compile: Compile the passes of `blocks`.
+        queries: Cotangents that the way back carries at once; 0 for a training that is not attributed.
+        run: Folder of the run, for what is said of it.
+        begun: What the manifest of a run that was begun records of its engine: its replay takes no other.
+    """
+
+    engine: Literal["auto", "double", "blocks"] = "auto"
+    compile: bool = False
+    queries: int = 0
+    run: Path | None = None
+    begun: dict[str, Any] | None = None
+
+
 def assemble(config: MagicConfig) -> Loaded:
-    """Load and check everything a run is made of.
+    """Load and check everything an attributed run is made of.
 
     Raises:
         ValueError: For whatever cannot work, before anything is computed or written.
     """
-    device, train = find_device(config.device), config.train
+    model, tokenizer, stream, texts = load_recipe(config, per_token=config.attribute == "tokens")
+    size = config.train.micro_batch_size or config.train.batch_size
+    asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
+    queries = sum(len(one.columns) for one in asked) + config.sharpness
+    how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config))
+    visited = visits(stream, config.attribute, config.dtype)
+    setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
+    parts = {field.name: getattr(setup, field.name) for field in fields(Setup)}
+    parts["hashes"] = setup.hashes | {f"query {one.name}": one.digest for one in asked}
+    return Loaded(**parts, rows=stream.rows, texts=texts, asked=asked)
+
+
+def set_up_recipe(config: RecipeConfig) -> Setup:
+    """Load and check a training on rows, without a query.
+
+    Raises:
+        ValueError: As `assemble`.
+    """
+    model, tokenizer, stream, _ = load_recipe(config)
+    how = Differentiated(config.engine, config.compile, 0, config.run, _begun(config))
+    return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
+
+
+def load_recipe(config: RecipeConfig, *, per_token: bool = False) -> tuple[CausalLM, Any, DataStream, list[str]]:
+    """Model, tokenizer, stream and an excerpt of each document."""
+    device, train, data = find_device(config.device), config.train, config.data
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = _load_model(config, device)
-    data = config.data
+    model = load_model(config.model, config.dtype, device, config.lora, train)
     rows, texts = load_rows(data, tokenizer, model, "data", chunk_length=data.chunk_length, min_chars=data.min_chars)
     stream = DataStream(
         rows,
         train.batch_size,
         epochs=train.epochs,
-        shuffle=config.data.shuffle,
+        shuffle=data.shuffle,
         seed=train.seed,
-        weight_shape=(len(rows), rows.max_length) if config.attribute == "tokens" else None,
+        weight_shape=(len(rows), rows.max_length) if per_token else None,
         dtype=torch.promote_types(DTYPES[config.dtype], torch.float32),
         device=device,
     )
-    size = train.micro_batch_size or train.batch_size
-    asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
+    return model, tokenizer, stream, texts
+
+
+def visits(stream: DataStream, attribute: str, dtype: str) -> tuple[Any, ...]:
+    """How the rows of a run are visited and weighted, for its identity."""
+    return (stream.shuffle, stream.seed, stream.batch_size, stream.epochs, attribute, dtype)
+
+
+def set_up(
+    model: CausalLM,
+    tokenizer: Any,
+    stream: DataStream | PairStream,
+    train: TrainConfig,
+    how: Differentiated = Differentiated(),
+    *,
+    visited: tuple[Any, ...],
+    objective: Objective | None = None,
+    start: Params | None = None,
+) -> Setup:
+    """A training of a model on a stream by a recipe, its first step tried.
+
+    Args:
+        how: How steps are differentiated.
+        visited: For the identity: how rows are visited, and what else the training is made of besides recipe, rows,
+            model and engine.
+        objective: (params, inputs, coefficients) → scalar; the weighted next-token cross-entropy when None.
+        start: Parameters to start from; the model's own when None.
+    Raises:
+        ValueError: If the engine cannot work, the first step is no function or, where a query is to come, it is not
+            differentiated right.
+    """
+    size = train.micro_batch_size or stream.batch_size
     recipe = Recipe(
         optimizer(train, len(stream), _embeddings(model)), train.max_grad_norm, train.micro_batch_size, train.seed,
         train.dropout,
     )  # fmt: skip
-    findings = recipe_findings(recipe, train.batch_size, len(rows), config.dtype)
-    initial = initial_state(recipe, model.params)
-    queries = sum(len(found.columns) for found in asked) + config.sharpness
-    shape = (min(size, len(rows)), rows.max_length)
-    begun = _begun(config)
-    engine = _engine(config, begun, model, shape, queries, recipe, initial, stream)
+    dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
+    findings = recipe_findings(recipe, stream.batch_size, len(stream.rows), dtype) if how.queries else []
+    initial = initial_state(recipe, model.params if start is None else start)
+    shape = (min(size, len(stream.rows)), stream.rows.max_length)
+    engine = _engine(how, model, objective or model.objective, shape, train, initial, stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
-    if begun is None:
-        probe.prove(training._replace(engine=Double(model.objective)), initial, model.module, rows=2)
+    if how.begun is None:
+        _prove(training, initial, model, objective, attributed=how.queries > 0)
     hashes = {
         "recipe": fingerprint(recipe),
-        "rows": rows.digest()[:16],
+        "rows": stream.rows.digest()[:16],
         "model": fingerprint(initial.params),
         "frozen weights and buffers": fingerprint(held_tensors(model.module)),
         "the model's configuration and code": architecture(model.module),
     }
-    visited = (stream.shuffle, stream.seed, stream.batch_size, stream.epochs, config.attribute, config.dtype)
     identity = identify(hashes, *visited, *_unless_double(engine))
-    hashes |= {f"query {one.name}": one.digest for one in asked}
-    return Loaded(rows, texts, model, tokenizer, stream, training, initial, asked, engine, findings, hashes, identity)
+    return Setup(model, tokenizer, stream, training, initial, engine, findings, hashes, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:
@@ -121,43 +235,52 @@ def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> 
     raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
 
 
-def _begun(config: MagicConfig) -> dict[str, Any] | None:
-    """What a run that was begun records of its engine."""
-    nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
-    begun = {} if nowhere else Manifest(config.run / "manifest.json").values
+def begun_with(run: Path) -> dict[str, Any] | None:
+    """What a run that was begun records of its engine.
+
+    Raises:
+        ValueError: If it was begun with an engine that is gone.
+    """
+    begun = Manifest(run / "manifest.json").values
     if "identity" not in begun:
         return None
     recorded = begun.get("engine", {"used": "double", "why": "asked for"})
     if recorded.get("matmul", "torch") != "torch":
         raise ValueError(
-            f"{config.run} was begun by an earlier version with --matmul {recorded['matmul']}, which is gone: matrices "
+            f"{run} was begun by an earlier version with --matmul {recorded['matmul']}, which is gone: matrices "
             "are multiplied by torch's library alone, whose bits differ, so it cannot be replayed. Use another folder, "
             "or --overwrite to start afresh."
         )
     return recorded
 
 
+def _begun(config: RecipeConfig) -> dict[str, Any] | None:
+    nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
+    return None if nowhere else begun_with(config.run)
+
+
 def _engine(
-    config: MagicConfig, recorded: dict[str, Any] | None, model: CausalLM, batch: tuple[int, int], queries: int,
-    recipe: Recipe, initial: State, stream: DataStream,
+    how: Differentiated, model: CausalLM, objective: Objective, batch: tuple[int, int], train: TrainConfig,
+    initial: State, stream: DataStream | PairStream,
 ) -> Choice:  # fmt: skip
     """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
-    if recorded and config.engine not in ("auto", recorded["used"]):
+    recorded = how.begun
+    if recorded and how.engine not in ("auto", recorded["used"]):
         raise ValueError(
-            f"{config.run} was begun with --engine {recorded['used']}, now it is {config.engine}: replay has to take "
+            f"{how.run} was begun with --engine {recorded['used']}, now it is {how.engine}: replay has to take "
             "the engine that training took. Leave --engine out, use another folder, or --overwrite to start afresh."
         )
-    if recorded and recorded.get("compiled", False) != config.compile:
+    if recorded and recorded.get("compiled", False) != how.compile:
         raise ValueError(
-            f"{config.run} was begun with{'' if recorded.get('compiled') else 'out'} --compile: replay has to take "
+            f"{how.run} was begun with{'' if recorded.get('compiled') else 'out'} --compile: replay has to take "
             "what training took. Ask for the same, use another folder, or --overwrite to start afresh."
         )
-    if config.compile:
-        proofs = [] if recorded else _proofs(stream, config.train.micro_batch_size)
-        choice = compiled_engine(model.module, batch, proofs, queries, stream.rows.packed)
+    if how.compile:
+        proofs = [] if recorded else _proofs(stream, train.micro_batch_size)
+        choice = compiled_engine(model.module, batch, proofs, how.queries, stream.rows.packed)
         return choice._replace(why=recorded["why"]) if recorded else choice
-    asked = recorded["used"] if recorded else config.engine
-    if config.train.dropout:
+    asked = recorded["used"] if recorded else how.engine
+    if train.dropout:
         if asked == "blocks":
             raise ValueError(
                 "--engine blocks draws dropout layer by layer, retraining draws it model by model: with "
@@ -165,13 +288,29 @@ def _engine(
             )
         asked = "double"
     # g, and of each query ḡ, Hḡ, λ and the next λ
-    owed = tree.nbytes(model.params) * (1 + 2 * queries) + 2 * queries * tree.nbytes(initial)
-    load = Load(*batch, queries, _free(next(iter(model.params.values())).device) - owed)
-    choice = choose_engine(asked, model.module, model.objective, load)
+    owed = tree.nbytes(model.params) * (1 + 2 * how.queries) + 2 * how.queries * tree.nbytes(initial)
+    load = Load(*batch, how.queries, _free(next(iter(model.params.values())).device) - owed)
+    choice = choose_engine(asked, model.module, objective, load)
     return choice._replace(why=recorded["why"]) if recorded else choice
 
 
-def _proofs(stream: DataStream, size: int | None) -> list[Batch]:
+def _prove(
+    training: Training, initial: State, model: CausalLM, objective: Objective | None, *, attributed: bool
+) -> None:
+    """The first step is a function; of an attributed run, that its pullback is that function's derivative too."""
+    module = model.module
+    if attributed:
+        # the model's own loss takes each row by itself; of another one that is not known
+        rows = 2 if objective is None else None
+        double = Double(model.objective if objective is None else objective)
+        probe.prove(training._replace(engine=double), initial, module, objective, rows=rows)
+        return
+    if objective is not None:
+        probe.prove_reached(training, initial, objective, module)
+    probe.prove_pure(training, initial, module)
+
+
+def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
     """The run's first and last micro-batch: what is compiled is compared with eager on them."""
     return [micro_batches(stream[0], size)[0], micro_batches(stream[len(stream) - 1], size)[-1]]
 
@@ -187,19 +326,24 @@ def _unless_double(engine: Choice) -> tuple[str, ...]:
     return () if engine.name == "double" else (engine.name, *compiled)
 
 
-def _load_model(config: MagicConfig, device: torch.device) -> CausalLM:
-    adapters = None
-    if config.lora.rank:
-        from peft import LoraConfig
+def load_model(
+    model: str, dtype: Literal["float32", "float64", "bfloat16"], device: torch.device, lora: LoraConfig,
+    train: TrainConfig,
+) -> CausalLM:  # fmt: skip
+    """A causal language model, with adapters if their rank is above 0.
 
-        adapters = LoraConfig(
-            r=config.lora.rank, lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
-            target_modules=list(config.lora.target_modules) or None, task_type="CAUSAL_LM",
+    Raises:
+        ValueError: If it cannot be loaded, or adapted.
+    """
+    adapters = None
+    if lora.rank:
+        from peft import LoraConfig as Adapters
+
+        adapters = Adapters(
+            r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            target_modules=list(lora.target_modules) or None, task_type="CAUSAL_LM",
         )  # fmt: skip
-    return load_causal_lm(
-        config.model, dtype=config.dtype, device=device, lora=adapters, seed=config.train.seed,
-        dropout=config.train.dropout,
-    )  # fmt: skip
+    return load_causal_lm(model, dtype=dtype, device=device, lora=adapters, seed=train.seed, dropout=train.dropout)
 
 
 def _embeddings(model: CausalLM) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(options[0], value, where)
     if origin is tuple:
-        return tuple(value)
+        return (value,) if isinstance(value, str) else tuple(value)
     if origin is dict:
         return {str(name): _convert(options[1], inner, f"{where}: {name}") for name, inner in (value or {}).items()}
     try:

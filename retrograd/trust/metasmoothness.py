@@ -18,9 +18,9 @@ from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
 from retrograd.runs.run_folder import set_threads
+from retrograd.runs.session import train
 from retrograd.runs.setup import Loaded, assemble
 from retrograd.runs.states.budget import Replay
-from retrograd.runs.trajectory import Trajectory
 from retrograd.settings import run as configs
 from retrograd.settings.commands import MetasmoothnessConfig
 from retrograd.settings.run import TrainConfig
@@ -86,15 +86,12 @@ def _finals(config: MetasmoothnessConfig, loaded: Loaded, manifest: Manifest, fo
     with counting("train", (2 if reused else 3) * len(loaded.stream), "steps") as tick:
         for k in range(3):
             shifted = perturbed(weights, k * config.h, config.noise_seed)
-            training = loaded.training._replace(weights=shifted)
             identity = identify(loaded.identity, k * config.h, config.noise_seed)
             place = folder / str(k)
             if k == 0 and reused:
                 place, identity = own, loaded.identity
-            trajectory = Trajectory(
-                training, loaded.initial, Replay(plan="binomial", slots=1), place, identity, _each(tick)
-            )  # fmt: skip
-            found.append(trajectory.train().params)
+            replay = Replay(plan="binomial", slots=1)
+            found.append(train(loaded, place, replay, _each(tick), weights=shifted, identity=identity).params)
     return found
 
 

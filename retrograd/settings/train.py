@@ -1,0 +1,277 @@
+"""The recipe of a training and the configuration of `retrograd train`: what every command that trains has in common.
+
+No heavy imports here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from retrograd.settings.during import DuringConfig, check_during
+from retrograd.settings.question import Source
+
+__all__ = [
+    "GONE", "DataConfig", "ExportConfig", "LoraConfig", "RecipeConfig", "ReplayConfig", "RunConfig", "TrainConfig",
+    "TrainRunConfig",
+    "at_least_1", "check_recipe", "check_train", "check_training", "difference", "finite", "to_dict",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig(Source):
+    """What the model is trained on."""
+
+    dataset: str = tyro.MISSING
+    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file."""
+    chunk_length: int | None = None
+    """Pack documents into chunks of this many tokens instead; attention stays inside each document. 0, as None: one row
+    a document."""
+    min_chars: int = 0
+    """Skip documents with fewer characters."""
+    shuffle: bool = True
+    """Visit rows in a new random order each epoch (true), or in file order (false)."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_length == 0:
+            object.__setattr__(self, "chunk_length", None)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe."""
+
+    optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
+    """Optimizer; muon acts on hidden matrices and AdamW on the rest."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine", "polynomial", "one-cycle"] = "constant"
+    """How the learning rate moves over the run."""
+    warmup_ratio: float | None = None
+    """Share of the steps in which the learning rate rises; 0 when None (0.3 for one-cycle)."""
+    momentum: float = 0.0
+    """Momentum of sgd; muon uses 0.95 when this is 0."""
+    nesterov: bool = False
+    """Nesterov's form of sgd's momentum."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient mean."""
+    beta2: float = 0.999
+    """AdamW's decay of the squared-gradient mean."""
+    eps: float = 1e-8
+    """AdamW's ε outside the root."""
+    eps_root: float = 1e-8
+    """AdamW's ε inside the root; larger values make scores smoother."""
+    weight_decay: float = 0.0
+    """Decoupled for adamw and muon, added to the gradient for sgd."""
+    max_grad_norm: float | None = None
+    """Clip the global gradient norm."""
+    batch_size: int = 8
+    """Rows in a step."""
+    micro_batch_size: int | None = None
+    """Rows a forward pass takes at once; the result is the same."""
+    epochs: int = 1
+    """Passes over the data."""
+    seed: int = 0
+    """Of the order of rows (epoch e uses seed + e), adapters' initialisation and dropout."""
+    dropout: bool = False
+    """Leave the model's dropout active. Scores then predict retraining badly unless its draws are replayed too."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What is kept of the training for the way back."""
+
+    plan: Literal["auto", "all", "gradients", "interval", "sqrt", "log", "binomial"] = "auto"
+    """auto keeps the gradients of all steps and few states where that takes two thirds of the room of all states or
+    less (AdamW, SGD with momentum), else all states; on a GPU all states first; where neither fits, the binomial plan
+    over the states that do."""
+    memory: str = "auto"
+    """Host memory for states and gradients, such as 8GiB; auto takes half of what is free. Those on disk take up to two
+    states more, and so does what a step has done with, which is used again; at 0 little of it is kept."""
+    disk: str = "auto"
+    """Disk for states and gradients; auto takes half of what is free."""
+    interval: int | None = None
+    """Distance between held states, for the interval plan."""
+    slots: int | None = None
+    """States held at once, for the binomial and gradients plans; when None as many as fit, or as are of use."""
+    keep: bool = False
+    """Leave what the forward run kept on disk, for further queries."""
+    heartbeat: float = 60.0
+    """Seconds between durable resume points; 0 makes one at every step."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train low-rank adapters only (off while rank is 0)."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the whole model."""
+    alpha: float = 16.0
+    """Scale: adapters are multiplied by alpha/rank."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the layers to adapt; peft's choice for the architecture when empty."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run in a folder has in common, whatever it is trained on."""
+
+    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder of the run. Running again continues, or answers that it is done."""
+    model: str = tyro.MISSING
+    """Causal language model: hub name or local folder."""
+    tokenizer: str | None = None
+    """Tokenizer, if not the model's."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of parameters and arithmetic. Scores in bfloat16 are mostly noise."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    evaluate: DuringConfig = field(default_factory=DuringConfig)
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also show the numbers of metrics.jsonl in tensorboard, wandb (offline) or trackio (local); several may be given.
+    Each needs its extra: pip install "retrograd[tensorboard]"."""
+    config: Path | None = None
+    """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
+    overwrite: bool = False
+    """Start afresh where the folder holds another run."""
+
+
+@dataclass(frozen=True)
+class ExportConfig(RunConfig):
+    """A run that is trained and leaves its model."""
+
+    heartbeat: float = 60.0
+    """Seconds between durable resume points; 0 makes one at every step."""
+    export: bool = True
+    """Leave the final model in RUN/model, as `from_pretrained` reads it; adapters are merged."""
+
+
+@dataclass(frozen=True)
+class RecipeConfig(RunConfig):
+    """A model, the documents it is trained on, and how."""
+
+    engine: Literal["auto", "double", "blocks"] = "auto"
+    """How a step is differentiated twice: double is faster and holds the whole graph; blocks holds one layer's. auto
+    takes double where it fits in memory. Results are equal to rounding."""
+    compile: bool = False
+    """Compile the passes over a layer, once for all layers and lengths: takes minutes before the first step. Takes the
+    engine blocks, and for its way back keeps more than blocks does alone."""
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class TrainRunConfig(RecipeConfig, ExportConfig):
+    """Train a model by a recipe, without attribution, and leave it as a Hugging Face folder."""
+
+
+# Where a run is and how it is carried out do not change what it computes.
+# The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
+_NOT_THE_RUN = (
+    "run", "config", "overwrite", "trust_code", "replay", "heartbeat", "sharpness", "engine", "compile", "evaluate",
+    "log", "export",
+)  # fmt: skip
+_NOT_STORED = {"run", "config", "overwrite", "query_file", "trust_code"}
+GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration of a run as plain values, without the folder and the flags about it."""
+    values = _plain(dataclasses.asdict(config))
+    return {name: value for name, value in values.items() if name not in _NOT_STORED}
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines "name: old → new" for all that makes two configurations different runs."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
+    return [
+        f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
+        for name in names
+        if flat_old.get(name) != flat_new.get(name)
+    ]
+
+
+def check_train(config: TrainRunConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
+    check_recipe(config)
+    finite({"heartbeat": config.heartbeat})
+
+
+def check_recipe(config: RecipeConfig) -> None:
+    """As `check_train`, for what all commands that train on rows have in common.
+
+    Raises:
+        ValueError: As `check_train`.
+    """
+    data = config.data
+    check_training(config.train, config.lora)
+    at_least_1({"data.limit": data.limit, "data.max_length": data.max_length, "data.chunk_length": data.chunk_length})
+    if config.compile and config.engine == "double":
+        raise ValueError(
+            "--compile with --engine double cannot work: a compiled function has no double backward. Leave --engine "
+            "out, or take blocks"
+        )
+    if config.compile and config.train.dropout:
+        raise ValueError("--compile takes --engine blocks, which --train.dropout excludes; leave one of the two out")
+    if data.max_length is not None and data.chunk_length is not None:
+        raise ValueError("--data.max_length and --data.chunk_length exclude each other: cut documents, or pack them")
+    check_during(config.evaluate)
+
+
+def check_training(train: TrainConfig, lora: LoraConfig) -> None:
+    """As `check_train`, for a recipe and its adapters.
+
+    Raises:
+        ValueError: As `check_train`.
+    """
+    at_least_1({"train.batch_size": train.batch_size, "train.epochs": train.epochs,
+                "train.micro_batch_size": train.micro_batch_size})  # fmt: skip
+    finite({"train.lr": train.lr})
+    if train.warmup_ratio is not None and not 0 <= train.warmup_ratio < 1:
+        raise ValueError(f"--train.warmup_ratio is {train.warmup_ratio}; it has to be at least 0 and below 1")
+    if train.max_grad_norm is not None and not train.max_grad_norm > 0:
+        raise ValueError(f"--train.max_grad_norm is {train.max_grad_norm}; it has to be above 0")
+    if lora.rank < 0:
+        raise ValueError(f"--lora.rank is {lora.rank}; it has to be at least 1, or 0 for no adapters")
+
+
+def at_least_1(numbers: Mapping[str, int | None]) -> None:
+    """Refuse settings, by flag, that are below 1."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} is {number}; it has to be at least 1")
+
+
+def finite(numbers: Mapping[str, float]) -> None:
+    """Refuse settings, by flag, that are negative or no number."""
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"--{name} is {value}; it has to be a finite number, 0 or more")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and paths as text, as YAML has them."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

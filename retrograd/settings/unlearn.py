@@ -1,0 +1,123 @@
+"""The configuration of `retrograd unlearn`. No heavy imports here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from retrograd.settings.during import check_during
+from retrograd.settings.parse import build
+from retrograd.settings.train import DataConfig, ExportConfig, TrainConfig, at_least_1, check_training, finite
+
+__all__ = ["ONES", "UnlearnConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source", "with_objective"]
+
+ONES = "ones"
+_SOURCE = ("subset", "split", "text_column", "limit")
+
+
+@dataclass(frozen=True)
+class UnlearnTrainConfig(TrainConfig):
+    """The recipe, on forget and retain rows."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    lr_schedule: Any = "linear"
+    """How the learning rate moves over the run: constant, linear, cosine, polynomial or one-cycle."""
+    weight_decay: float = 0.01
+    """Decoupled for adamw and muon, added to the gradient for sgd."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm."""
+    batch_size: int = 16
+    """Forget rows in a step."""
+    retain_batch_size: int | None = None
+    """Retain rows in a step; as many as forget rows when None."""
+    micro_batch_size: int | None = None
+    """Rows of all sides that a forward pass takes at once; it takes no pair of forget and retain rows apart."""
+    epochs: int = 1
+    """Passes over the longer side; the shorter one starts over."""
+
+
+@dataclass(frozen=True)
+class UnlearnConfig(ExportConfig):
+    """Make a model forget some documents and keep others, by a method of unlearning.
+
+    The methods: grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy,
+    weighted_sft, orth_circuit_breakers, or a Python file with a METHOD. Each has settings of its own, --objective.*:
+    `retrograd unlearn METHOD --help` shows them.
+
+    A data set is a hub name or a file, and may be followed by what to read of it, as in
+    `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`.
+    """
+
+    method: tyro.conf.Suppress[str] = ""
+    forget: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Data set to forget; may be given several times."""
+    retain: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Data set to keep; may be given several times."""
+    alternative: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """dpo: data set of what is to be said instead, a document for each one to forget, in the same order."""
+    weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Folder of `retrograd select` with token weights of a forget data set, or "ones"; one for each --forget, in the
+    same order. Ones everywhere when none is given."""
+    max_length: int | None = None
+    """Cut documents to this many tokens; the model's context length when None."""
+    min_chars: int = 0
+    """Skip documents with fewer characters."""
+    shuffle: bool = True
+    """Visit rows in a new random order in each pass, or in file order."""
+    horizon: int | None = None
+    """Steps until the progress of the ramps is 1; those of the run when None."""
+    train: UnlearnTrainConfig = field(default_factory=UnlearnTrainConfig)
+
+
+def with_objective(defaults: Any) -> type[UnlearnConfig]:
+    """The configuration with the settings of a method, by its defaults, as `objective`."""
+    own = [("objective", type(defaults), field(default=defaults))]
+    kind: Any = dataclasses.make_dataclass("UnlearnConfig", own, bases=(UnlearnConfig,), frozen=True)
+    kind.__doc__ = UnlearnConfig.__doc__
+    return kind
+
+
+def parse_source(text: str, config: UnlearnConfig) -> DataConfig:
+    """A data set with what to read of it.
+
+    Raises:
+        ValueError: If a setting is not understood.
+
+    >>> parse_source("x.jsonl,limit=3,split=train[:9]", UnlearnConfig()).limit
+    3
+    """
+    if Path(text).exists():
+        return DataConfig(text, max_length=config.max_length, min_chars=config.min_chars)
+    name, *settings = re.split(rf",(?=(?:{'|'.join(_SOURCE)})=)", text)
+    values = dict(setting.split("=", 1) for setting in settings)
+    found = {"dataset": name, "max_length": config.max_length, "min_chars": config.min_chars, **values}
+    return build(DataConfig, found, f"data set {text!r}")
+
+
+def check_unlearn(config: UnlearnConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
+    check_training(config.train, config.lora)
+    check_during(config.evaluate)
+    at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,
+                "horizon": config.horizon})  # fmt: skip
+    finite({"heartbeat": config.heartbeat})
+    if not config.forget:
+        raise ValueError("nothing to forget: give --forget, a data set; several may be given")
+    for source in (*config.forget, *config.retain, *config.alternative):
+        limit = parse_source(source, config).limit
+        at_least_1({f"forget/retain {source}: limit": limit})
+    if config.weights and len(config.weights) != len(config.forget):
+        raise ValueError(
+            f"{len(config.weights)} --weights for {len(config.forget)} --forget: give one for each, in the same order, "
+            f"and --weights {ONES} for a data set whose tokens all count alike"
+        )

@@ -1,0 +1,126 @@
+"""`retrograd train`: the bits of the training that `magic` does, a model that loads, resume after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import quiz
+import tiny
+import torch
+
+from retrograd.cli import main
+from retrograd.lm.model import load_causal_lm
+from retrograd.runs.files import read_tensors
+
+RECIPE = ["--train.lr", "1e-2", "--train.epochs", "2", "--train.batch_size", "4", "--train.eps_root", "1e-6"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    quiz.save(folder / "model", positions=128)
+    tiny.save_jsonl(folder / "train.jsonl", tiny.sentences(20))
+    tiny.save_jsonl(folder / "query.jsonl", tiny.sentences(2, seed=1))
+    (folder / "tasks.yaml").write_text(f"prose: {{dataset: {folder}/query.jsonl, form: text}}\n")
+    return folder
+
+
+def command(world: Path, run: Path, *more: str) -> list[str]:
+    data = str(world / "train.jsonl")
+    return ["train", str(run), "--model", str(world / "model"), "--data.dataset", data, *RECIPE, *more]
+
+
+@pytest.fixture(scope="module")
+def done(world: Path) -> Path:
+    assert main(command(world, world / "done")) == 0
+    return world / "done"
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(run / "checkpoints/final.safetensors")[0]
+
+
+def test_it_is_the_training_of_magic(done: Path, world: Path, tmp_path: Path) -> None:
+    magic = ["magic", *command(world, tmp_path / "run")[1:], "--query.dataset", str(world / "query.jsonl")]
+    assert main(magic) == 0
+    ours, theirs = final(done), final(tmp_path / "run")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert main(["train", str(tmp_path / "again"), "--config", str(tmp_path / "run/run_config.yaml")]) == 0
+    assert all(torch.equal(x, ours[name]) for name, x in final(tmp_path / "again").items())
+
+
+def test_the_model_is_the_final_state(done: Path) -> None:
+    lm = load_causal_lm(str(done / "model"))
+    params = {name.removeprefix("params."): x for name, x in final(done).items() if name.startswith("params.")}
+    assert params.keys() == lm.params.keys()
+    assert all(torch.equal(x, lm.params[name]) for name, x in params.items())
+    assert set(json.loads((done / "manifest.json").read_text())["phases"]) == {"train", "model"}
+
+
+def test_a_finished_one_says_so(done: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(world, done)) == 0
+    assert "is done" in capsys.readouterr().out
+    assert main(command(world, done, "--train.lr", "1e-3")) == 2
+    assert "train.lr: 0.01 → 0.001" in capsys.readouterr().err
+
+
+def test_other_commands_refuse_its_folder(done: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    magic = ["magic", *command(world, done)[1:], "--query.dataset", str(world / "query.jsonl")]
+    assert main(magic) == 2
+    assert "holds a run of `retrograd train`" in capsys.readouterr().err
+    assert main(["verify", str(done)]) == 2
+    assert "which has no scores" in capsys.readouterr().err
+
+
+def test_evaluation_on_the_way_leaves_the_bits(done: Path, world: Path, tmp_path: Path) -> None:
+    asked = [
+        "--evaluate.tasks",
+        str(world / "tasks.yaml"),
+        "--evaluate.every",
+        "4",
+        "--evaluate.keep_best",
+        "min:prose",
+    ]
+    assert main(command(world, tmp_path / "run", "--export", "false", *asked)) == 0
+    assert not (tmp_path / "run/model").exists()
+    assert (tmp_path / "run/best/best.json").exists()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["phase"] == "evaluate"] == [0, 4, 8, 10]
+    ours = final(tmp_path / "run")
+    assert all(torch.equal(x, ours[name]) for name, x in final(done).items())
+
+
+def test_a_killed_one_goes_on_to_the_same_bits(done: Path, world: Path, tmp_path: Path) -> None:
+    arguments = command(world, tmp_path / "run", "--heartbeat", "0")
+    _kill_after(arguments, tmp_path / "run", 5)
+    assert not (tmp_path / "run/model").exists()
+    assert main(arguments) == 0
+    ours = final(tmp_path / "run")
+    assert all(torch.equal(x, ours[name]) for name, x in final(done).items())
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10))
+
+
+def _kill_after(arguments: list[str], run: Path, step: int) -> None:
+    """Start the real command and kill -9 it once its journal shows this step."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retrograd", *arguments], env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wanted, deadline = f'"phase": "train", "step": {step},', time.monotonic() + 120
+    journal = run / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if journal.exists() and wanted in journal.read_text():
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()

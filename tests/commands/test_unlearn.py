@@ -1,0 +1,167 @@
+"""`retrograd unlearn`: every method from the command to a model that loads, resume after a kill, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import quiz
+import tiny
+import torch
+from test_train import _kill_after, final
+
+from retrograd.cli import main
+from retrograd.data.rows import Rows, build_rows
+from retrograd.lm.model import load_causal_lm, load_tokenizer
+from retrograd.select import weights as weights_file
+from retrograd.select.places import places_of
+from retrograd.settings.unlearn import UnlearnConfig, parse_source
+from retrograd.unlearn.methods import METHODS
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    quiz.save(folder / "model", positions=128)
+    for name, count, seed in (("forget", 6, 3), ("more", 3, 5), ("retain", 7, 4), ("other", 6, 6), ("query", 2, 1)):
+        tiny.save_jsonl(folder / f"{name}.jsonl", tiny.sentences(count, seed=seed))
+    rows = quiz.questions(9, 1)
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks.yaml").write_text(
+        f"asked: {{dataset: {folder}/asked.jsonl, role: forget}}\nprose: {{dataset: {folder}/query.jsonl, form: text}}\n"
+    )
+    weigh(folder, "signed", torch.tensor([1.0, -1.0]), "descent")
+    weigh(folder, "shares", torch.tensor([2.0, 0.0]), "removal")
+    weigh(folder, "nothing", torch.tensor([0.0, 0.0]), "removal")
+    weigh(folder, "ones", torch.tensor([1.0, 1.0]), "removal")
+    return folder
+
+
+def rows_of(world: Path) -> Rows:
+    documents = [json.loads(line) for line in (world / "forget.jsonl").read_text().splitlines()]
+    import datasets
+
+    tokenizer = load_tokenizer(str(world / "model"))
+    return build_rows(datasets.Dataset.from_list(documents), tokenizer, max_length=128, vocab_size=len(tokenizer))
+
+
+def weigh(world: Path, name: str, alternating: torch.Tensor, use: str) -> None:
+    places = places_of(rows_of(world))
+    weights = alternating.repeat(len(places))[: len(places)]
+    weights_file.write(world / name, weights, None, places, {"use": use, "rule": "made here"})
+
+
+def command(world: Path, run: Path, method: str, *more: str) -> list[str]:
+    return [
+        "unlearn", method, str(run), "--model", str(world / "model"), "--forget", str(world / "forget.jsonl"),
+        "--retain", str(world / "retain.jsonl"), "--train.batch_size", "4", "--train.epochs", "2", "--train.lr", "1e-2",
+        *more,
+    ]  # fmt: skip
+
+
+def alternatives(world: Path, method: str) -> list[str]:
+    return ["--alternative", str(world / "other.jsonl")] if METHODS[method].alternatives else []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_a_changed_model(method: str, world: Path, tmp_path: Path) -> None:
+    assert main(command(world, tmp_path / "run", method, *alternatives(world, method))) == 0
+    before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "run/model"))
+    state = final(tmp_path / "run")
+    assert all(torch.equal(x, state[f"params.{name}"]) for name, x in after.params.items())
+    assert not any(torch.equal(x, after.params[name]) for name, x in before.params.items())
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["method"] == method
+    assert manifest["pairs"]["forget"] == 6
+
+
+def test_it_is_evaluated_on_its_way_and_judged(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "--evaluate.tasks",
+        str(world / "tasks.yaml"),
+        "--evaluate.every",
+        "2",
+        "--evaluate.keep_best",
+        "min:prose",
+    ]
+    more = ["--forget", str(world / "more.jsonl"), "--objective.forget", "0.5", *asked]
+    arguments = command(world, tmp_path / "run", "grad_diff", *more)
+    assert main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["phase"] == "evaluate"] == [0, 2, 4, 5]
+    assert (tmp_path / "run/best/best.json").exists()
+    summary = json.loads((tmp_path / "run/evaluation/summary.json").read_text())
+    assert {"run-model"} <= set(summary["sources"])
+    capsys.readouterr()
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "is done" in told
+    assert "run-model: " in told  # its verdict
+
+
+def test_a_killed_one_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> None:
+    more = ["--heartbeat", "0", "--train.epochs", "6"]
+    arguments = command(world, tmp_path / "run", "npo", *more)
+    _kill_after(arguments, tmp_path / "run", 4)
+    assert not (tmp_path / "run/model").exists()
+    assert main(arguments) == 0
+    assert main(command(world, tmp_path / "whole", "npo", *more)) == 0
+    ours, whole = final(tmp_path / "run"), final(tmp_path / "whole")
+    assert all(torch.equal(x, whole[name]) for name, x in ours.items())
+
+
+def test_weights_of_one_are_no_weights_and_others_are_not(world: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, more in (("none", []), ("ones", ["--weights", str(world / "ones")]), ("word", ["--weights", "ones"]),
+                       ("shares", ["--weights", str(world / "shares")])):  # fmt: skip
+        assert main(command(world, tmp_path / name, "wga", "--export", "false", *more)) == 0
+        found[name] = final(tmp_path / name)
+    assert all(torch.equal(x, found["ones"][name]) for name, x in found["none"].items())
+    assert all(torch.equal(x, found["word"][name]) for name, x in found["none"].items())
+    assert not all(torch.equal(x, found["shares"][name]) for name, x in found["none"].items())
+
+
+def test_adapters_are_merged(world: Path, tmp_path: Path) -> None:
+    more = ["--lora.rank", "2", "--objective.retain_term", "kl"]
+    assert main(command(world, tmp_path / "run", "npo", *more)) == 0
+    before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "run/model"))
+    assert before.params.keys() == after.params.keys()
+
+
+@pytest.mark.parametrize("method,more,told", [
+    ("npo", ["--weights", "{0}/signed"], "and this method takes none"),
+    ("npo", ["--weights", "{0}/nothing"], "the forget set is empty"),
+    ("npo", ["--weights", "{0}/ones", "--max_length", "3"], "weighs another data set"),
+    ("npo", ["--weights", "{0}/ones", "--weights", "ones"], "2 --weights for 1 --forget"),
+    ("npo", ["--lora.rank", "2", "--lora.target_modules", "absent"], "absent"),
+    ("npo", ["--train.micro_batch_size", "3"], "takes pairs apart"),
+    ("npo", ["--objective.forget", "-1"], "a coefficient is at least 0"),
+    ("npo", ["--train.batch_size", "0"], "train.batch_size is 0"),
+    ("npo", ["--forget", "{0}/more.jsonl,limit=x"], "limit"),
+    ("dpo", [], "needs an alternative row"),
+    ("dpo", ["--alternative", "{0}/more.jsonl"], "do not pair"),
+    ("npo", ["--alternative", "{0}/other.jsonl"], "takes no alternative rows"),
+    ("orth_circuit_breakers", ["--train.micro_batch_size", "2"], "needs at least 2"),
+    ("orth_circuit_breakers", ["--objective.blocks", "9"], "there is no block 9"),
+    ("unheard", [], "unknown method"),
+])  # fmt: skip
+def test_bad_input_is_refused_in_words_and_nothing_is_left(
+    method: str, more: list[str], told: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(world, tmp_path / "run", method, *(word.format(world) for word in more))) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_method_is_another_run(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(world, tmp_path / "run", "simnpo", "--export", "false")) == 0
+    assert main(command(world, tmp_path / "run", "wga", "--export", "false")) == 2
+    assert "method: 'simnpo' → 'wga'" in capsys.readouterr().err
+
+
+def test_help_names_every_method_and_a_source_may_be_narrowed() -> None:
+    assert all(name in str(UnlearnConfig.__doc__) for name in METHODS)
+    source = parse_source("hub/name,subset=a,split=train[:8],text_column=page,limit=3", UnlearnConfig(max_length=9))
+    assert (source.dataset, source.subset, source.split) == ("hub/name", "a", "train[:8]")
+    assert (source.text_column, source.limit, source.max_length) == ("page", 3, 9)
