@@ -20,6 +20,7 @@ from retrograd.select import weights as weights_file
 from retrograd.settings.unlearn import ONES, UnlearnConfig, parse_source
 from retrograd.unlearn import guards
 from retrograd.unlearn.method import Method, Unlearning
+from retrograd.unlearn.methods import METHODS
 from retrograd.unlearn.reference import perturbed, reference_of
 
 __all__ = ["reached", "set_up_unlearning"]
@@ -46,8 +47,9 @@ def set_up_unlearning(config: UnlearnConfig, method: Method) -> tuple[Setup, Unl
     start = perturbed(model.params, method.perturb, config.train.seed) if method.perturb else model.params
     guards.check_start(objective, start, stream[0])
     begun = None if config.overwrite else begun_with(config.run)
+    known = method.name if METHODS.get(method.name) is method else method  # one of a user's is told by its code
     visited = (
-        "unlearn", method, settings, reference.digest if reference else None, stream.sizes, stream.batches,
+        "unlearn", known, settings, reference.digest if reference else None, stream.sizes, stream.batches,
         stream.epochs, stream.shuffle, stream.seed, stream.horizon, tree.digest(stream.weights), config.dtype,
     )  # fmt: skip
     how = Differentiated(run=config.run, begun=begun)

@@ -104,7 +104,6 @@ def test_a_killed_one_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> N
     more = ["--heartbeat", "0", "--train.epochs", "6"]
     arguments = command(world, tmp_path / "run", "npo", *more)
     _kill_after(arguments, tmp_path / "run", 4)
-    assert not (tmp_path / "run/model").exists()
     assert main(arguments) == 0
     assert main(command(world, tmp_path / "whole", "npo", *more)) == 0
     ours, whole = final(tmp_path / "run"), final(tmp_path / "whole")
@@ -136,7 +135,6 @@ def test_adapters_are_merged(world: Path, tmp_path: Path) -> None:
     ("npo", ["--weights", "{0}/ones", "--weights", "ones"], "2 --weights for 1 --forget"),
     ("npo", ["--lora.rank", "2", "--lora.target_modules", "absent"], "absent"),
     ("npo", ["--train.micro_batch_size", "3"], "takes pairs apart"),
-    ("npo", ["--objective.forget", "-1"], "a coefficient is at least 0"),
     ("npo", ["--train.batch_size", "0"], "train.batch_size is 0"),
     ("npo", ["--forget", "{0}/more.jsonl,limit=x"], "limit"),
     ("dpo", [], "needs an alternative row"),
