@@ -83,8 +83,12 @@ class Measured:
         """(H ḡ, scores), and the CPU seconds they took."""
         chosen, batches = self.engines[kind], [batch or self.batch]
         start = time.process_time()
-        left = chosen.gradient(self.params, batches, self.weights, None)[2] if self.step else None
-        found = chosen.pullback(self.params, batches, self.weights, None, self.known or self.update_half, left)
+        place = (self.params, batches, self.weights, None)
+        if self.known:
+            found = chosen.pullback(*place, self.known, chosen.gradient(*place)[2])
+        else:
+            grads, pull = chosen.linearize(*place)
+            found = pull(self.update_half(grads))
         return found, time.process_time() - start
 
     def assert_equal(self) -> float:

@@ -6,14 +6,34 @@ Without one, memory comes from torch. No bit depends on where a result lies.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Allocator", "empty", "empty_like", "held", "reusing", "use"]
+__all__ = ["Allocator", "Owned", "empty", "empty_like", "held", "reusing", "use"]
 
 T = TypeVar("T")
+
+
+class Owned(Generic[T]):
+    """A value that one place holds and hands over: in `f(x.take())` nobody but `f` holds it, and `f` may let go of it.
+
+    >>> Owned(1).take()
+    1
+    """
+
+    def __init__(self, *value: T) -> None:
+        self._held = list(value)
+
+    def put(self, value: T) -> None:
+        """Hold this one from now on."""
+        self._held = [value]
+
+    def take(self) -> T:
+        """Hand it over."""
+        assert self._held, "there is something to be taken, and nobody has taken it"
+        return self._held.pop()
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -23,11 +24,11 @@ from retrograd.core import memory, tree
 from retrograd.core.optim import Cotangent, Moments, Optimizer, Params, clip, clip_pullback
 
 __all__ = [
-    "Bars",
     "Batch",
     "Engine",
     "NonFiniteError",
     "Objective",
+    "Pull",
     "Pulled",
     "Recipe",
     "State",
@@ -57,8 +58,8 @@ Objective = Callable[[Params, Any, Tensor], Tensor]
 log-ratio inside a sigmoid, and nothing may be inferred from linearity.
 """
 
-Bars = Params | Callable[[Params], Params]
-"""The cotangents of a gradient, [K, *shape]; or the function that makes them of the gradient."""
+Pull = Callable[[Params], tuple[Params, Tensor]]
+"""Cotangents ḡ of a gradient, [K, *shape] → (H ḡ [K, *shape], ∂⟨g, ḡ⟩/∂c_j·scale_j [K, *index.shape])."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -180,22 +181,27 @@ class Engine(Protocol):
         if there is nothing.
         """
 
+    def linearize(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
+    ) -> tuple[Params, Pull]:
+        """The gradient, and its pullback, to be called once: for a ḡ that is a function of the gradient."""
+
     def pullback(
         self,
         params: Params,
         batches: Sequence[Batch],
         weights: Tensor,
         seed: str | None,
-        bars: Bars,
+        bars: Params,
         left: Any = None,
     ) -> tuple[Params, Tensor]:
-        """(H ḡ, ∂⟨g, ḡ⟩/∂c_j·scale_j), each [K, …]; the gradient g is computed only where ḡ is a function of it.
+        """What `linearize` pulls, without the gradient: for a ḡ that is known.
 
         `left` is what `gradient` left, if it is at hand.
         """
 
     def repeats(self, batches: Sequence[Batch]) -> bool:
-        """Whether a gradient that the pullback computes has the bits of `gradient`'s: a kept one can take its place."""
+        """Whether the gradient of `linearize` has the bits of `gradient`'s: a kept one can take its place."""
 
 
 class Training(NamedTuple):
@@ -310,44 +316,57 @@ def pullback(
         left: What the gradient left, if it is at hand; no result depends on it.
     """
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
-    queries = len(next(iter(cotangent.params.values())))
-    after: list[Any] = []
-
-    def update_half(grads: Params | None) -> Params:
-        limit, grads = recipe.max_grad_norm, grads and _in_order(grads)
-        with torch.no_grad():
-            clipped = clip(grads, limit) if limit and grads else grads
-            given = (state.params, state.moments, clipped, state.step)
-            pulled, bars, numbers, slope = recipe.optimizer.pullback(*given, cotangent)
-            metric = recipe.optimizer.preconditioner(state.moments, clipped, state.step) if probe and clipped else None
-        after.extend((pulled, numbers, slope, metric))
-        bars = clip_pullback(grads, limit, bars) if limit and grads else bars
-        return bars if probe is None else {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
-
-    bars: Bars = update_half
-    if grads is not None or not needs_gradient(training, state.step):
-        bars = update_half(grads)
-        del cotangent, grads  # their memory is the engine's now, if the caller has let go of them too
-    curvature, scores = training.engine.pullback(state.params, batches, training.weights, seed, bars, left)
-    del bars
-    pulled, numbers, slope, metric = after
+    queries, place = len(next(iter(cotangent.params.values()))), (state.params, batches, training.weights, seed)
+    if grads is None and needs_gradient(training, state.step):
+        grads, pull = training.engine.linearize(*place)
+    else:
+        pull = partial(training.engine.pullback, *place, left=left)
+    half = _pull_update(recipe, state, grads, cotangent, probe)
+    del cotangent, grads  # their memory is the engine's now, if the caller has let go of them too
+    curvature, scores = pull(half.bars.take())
     params = {
         name: torch.add(bar, curvature[name][:queries], out=memory.empty_like(bar))
-        for name, bar in pulled.params.items()
+        for name, bar in half.cotangent.params.items()
     }
-    index = torch.cat([batch.index for batch in batches])
-    if slope:  # only where the loss is linear in the weights: ⟨g, ḡ⟩ = Σ_j w_j·scores_j
+    index, numbers = torch.cat([batch.index for batch in batches]), half.numbers
+    if half.slope:  # only where the loss is linear in the weights: ⟨g, ḡ⟩ = Σ_j w_j·scores_j
         assert training.engine.linear, "a gradient is left out only where scores give its product with ḡ"
         weights = training.weights.flatten()[index.to(training.weights.device)].double()
         along = (scores[:queries].double() * weights.to(scores.device)).flatten(1).sum(1)
-        numbers = {**numbers, "lr": numbers["lr"] + slope * along}
-    found = Pulled(Cotangent(params, pulled.moments), index, scores[:queries], numbers)
+        numbers = {**numbers, "lr": numbers["lr"] + half.slope * along}
+    found = Pulled(Cotangent(params, half.cotangent.moments), index, scores[:queries], numbers)
     if probe is None:
         return found
-    product = {name: bar[queries] for name, bar in curvature.items()}
+    product, metric = {name: bar[queries] for name, bar in curvature.items()}, half.metric
     scaled = product if metric is None else {name: metric[name] * x for name, x in product.items()}
     weighed = probe if metric is None else {name: x / metric[name] for name, x in probe.items()}
     return found._replace(probe=scaled, sharpness=float(tree.dot(probe, product) / tree.dot(probe, weighed)))
+
+
+class _Half(NamedTuple):
+    """A step's update half, pulled back: what λ_t has so far, and what the engine gets, a probe last."""
+
+    cotangent: Cotangent
+    bars: memory.Owned[Params]
+    numbers: dict[str, Tensor]
+    slope: float
+    metric: Params | None
+
+
+@torch.no_grad()
+def _pull_update(
+    recipe: Recipe, state: State, grads: Params | None, cotangent: Cotangent, probe: Params | None
+) -> _Half:
+    """The pullback of `updated`."""
+    limit, grads = recipe.max_grad_norm, grads and _in_order(grads)
+    clipped = clip(grads, limit) if limit and grads else grads
+    optimizer = recipe.optimizer
+    pulled, bars, numbers, slope = optimizer.pullback(state.params, state.moments, clipped, state.step, cotangent)
+    metric = optimizer.preconditioner(state.moments, clipped, state.step) if probe and clipped else None
+    bars = clip_pullback(grads, limit, bars) if limit and grads else bars
+    if probe is not None:
+        bars = {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
+    return _Half(pulled, memory.Owned(bars), numbers, slope, metric)
 
 
 def coefficients(batch: Batch, weights: Tensor) -> Tensor:

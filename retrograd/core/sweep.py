@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
+from retrograd.core import memory, tree
 from retrograd.core import plan as plans
-from retrograd.core import tree
 from retrograd.core.optim import Cotangent, Moments, Params
 from retrograd.core.step import (
     NonFiniteError,
@@ -232,7 +232,8 @@ def sweep(
     """
     probe = _random_probe(cotangent.params) if curvature and cotangent is not None else None
     reached = (after.step, after.moments) if after is not None else None
-    del after
+    carried = memory.Owned(cotangent) if cotangent is not None else memory.Owned[Cotangent]()
+    del after, cotangent
     take = _Steps(training, ledger, left, gradients)
     for action in actions:
         match action:
@@ -258,15 +259,15 @@ def sweep(
                 slots.drop(t)
             case plans.Reverse(t):
                 assert state is not None, "a Reverse needs a working state"
-                assert cotangent is not None, "a Reverse needs a cotangent"
                 assert state.step == t, "the plan was checked"
                 if reached is None or reached[0] != t + 1:
                     reached = (t + 1, take.moments(state))
                 # handed over, so that what the update half has used up is free before the engine begins
-                grads, bars = [take.gradient(state, reached[1])], [cotangent]
-                cotangent, reached = None, (t, state.moments)
-                pulled = pullback(training, state, bars.pop(), probe, grads.pop(), left.take(t))
-                cotangent, probe = pulled.cotangent, _unit(pulled.probe)
+                grads = memory.Owned(take.gradient(state, reached[1]))
+                reached = (t, state.moments)
+                pulled = pullback(training, state, carried.take(), probe, grads.take(), left.take(t))
+                carried.put(pulled.cotangent)
+                probe = _unit(pulled.probe)
                 if gradients is not None:
                     gradients.drop(t)
                 yield _reversed(t, pulled)

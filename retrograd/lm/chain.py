@@ -23,7 +23,7 @@ from retrograd.core.engine.blocks import Blocks, Chain, Found, PlainHead
 from retrograd.core.engine.double import Double
 from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch
+from retrograd.core.step import Batch, Engine
 from retrograd.lm.layout import Layout
 from retrograd.lm.loss import head_first, head_second
 from retrograd.lm.model import causal_objective, trainable
@@ -343,11 +343,11 @@ def _prove(module: nn.Module, chain: Chain) -> None:
     params, batch = trainable(module)[0], _trial_batch(module)
     weights = torch.linspace(0.5, 1.5, 12).to(batch.scale)
 
-    def along(grads: Params) -> Params:
-        return {name: g.unsqueeze(0) for name, g in grads.items()}
+    def second(engine: Engine) -> tuple[Params, Tensor]:
+        grads, pull = engine.linearize(params, [batch], weights, None)
+        return pull({name: g.unsqueeze(0) for name, g in grads.items()})
 
-    curvature, slopes = Blocks(chain).pullback(params, [batch], weights, None, along)
-    products, expected = Double(causal_objective(module)[0]).pullback(params, [batch], weights, None, along)
+    (curvature, slopes), (products, expected) = second(Blocks(chain)), second(Double(causal_objective(module)[0]))
     pairs = {"data weights": (slopes, expected), **{name: (curvature[name], products[name]) for name in params}}
     whole = max(float(expected.norm()), float(tree.norm(products)))
     tolerance = _TOLERANCE.get(next(iter(params.values())).dtype, 0.2)

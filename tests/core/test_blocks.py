@@ -78,9 +78,16 @@ def along(queries: int) -> Callable[[Params], Params]:
     return update_half
 
 
+def pulled(
+    engine: Any, params: Params, batches: list[Batch], weights: Tensor, update_half: Callable[[Params], Params]
+) -> tuple[Params, Tensor]:
+    grads, pull = engine.linearize(params, batches, weights, None)
+    return pull(update_half(grads))
+
+
 def results(engine: Any, params: Params, batches: list[Batch], weights: Tensor, queries: int) -> dict[str, Tensor]:
     loss, grads, _ = engine.gradient(params, batches, weights, None)
-    products, slopes = engine.pullback(params, batches, weights, None, along(queries))
+    products, slopes = pulled(engine, params, batches, weights, along(queries))
     named = {"loss": loss, "scores": slopes}
     return named | {f"g {n}": x for n, x in grads.items()} | {f"H {n}": x for n, x in products.items()}
 
@@ -179,9 +186,9 @@ def _without_leaf(chain: Any, part: str, leaf: str) -> Any:
 def test_many_queries_are_each_alone(queries: int) -> None:
     data, module = stream(), build("gpt-neox")
     params, engine = trainable(module)[0], Blocks(decoder_chain(module))
-    together, slopes = engine.pullback(params, [data[0]], data.weights, None, along(queries))
+    together, slopes = pulled(engine, params, [data[0]], data.weights, along(queries))
     for k in range(queries):
-        one = engine.pullback(params, [data[0]], data.weights, None, lambda g, k=k: _query(along(queries)(g), k))
+        one = pulled(engine, params, [data[0]], data.weights, lambda g, k=k: _query(along(queries)(g), k))
         expected = {"scores": slopes[k : k + 1], **{f"H {n}": x[k : k + 1] for n, x in together.items()}}
         assert error({"scores": one[1], **{f"H {n}": x for n, x in one[0].items()}}, expected) < 1e-12
 
@@ -202,7 +209,7 @@ def test_leaves_that_are_views_of_one_buffer_cost_no_more() -> None:
     largest = []
     for leaves in (params, views):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            engine.pullback(leaves, [data[0]], data.weights, None, along(1))
+            pulled(engine, leaves, [data[0]], data.weights, along(1))
         largest.append(max(event.self_cpu_memory_usage for event in seen.events()))
     assert 0 < largest[1] <= largest[0] < buffer.nbytes
 
@@ -240,7 +247,7 @@ def test_dropout_has_the_same_draws_in_every_pass(family: str) -> None:
     assert any(not torch.equal(before[n], g) for n, g in gradient(params, "0/8").items())
     h, bars = 1e-6, along(3)(before)
     for bar in (bars, _query(bars, 2)):
-        products = engine.pullback(params, batches, data.weights, "0/7", lambda g, bar=bar: bar)[0]
+        products = engine.pullback(params, batches, data.weights, "0/7", bar)[0]
         ahead, behind = (gradient({n: x + s * bar[n][-1] for n, x in params.items()}) for s in (h, -h))
         measured = {f"H {n}": (ahead[n] - behind[n]) / (2 * h) for n in params}
         assert error({f"H {n}": x[-1] for n, x in products.items()}, measured) < 1e-5

@@ -95,8 +95,14 @@ def test_a_wrong_pullback_does_not_agree_with_retraining(fault: str) -> None:
 class Mutated(Double):
     fault: str = ""
 
-    def pullback(self, *given: Any) -> Any:
-        curvature, scores = super().pullback(*given)
+    def pullback(self, *given: Any, left: Any = None) -> Any:
+        return self._wrong(*super().pullback(*given))
+
+    def linearize(self, *given: Any) -> Any:
+        grads, pull = super().linearize(*given)
+        return grads, lambda bars: self._wrong(*pull(bars))
+
+    def _wrong(self, curvature: Any, scores: Any) -> Any:
         if self.fault == "slopes":
             return curvature, 1.001 * scores
         return {name: 1.001 * product for name, product in curvature.items()}, scores

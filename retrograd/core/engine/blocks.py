@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -28,7 +29,7 @@ from torch.autograd import grad
 from retrograd.core import tree
 from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, live, pullbacks, vjp, vjp_along, without
 from retrograd.core.optim import Params
-from retrograd.core.step import Bars, Batch, Left, coefficients, random_draws
+from retrograd.core.step import Batch, Left, Pull, coefficients, random_draws
 
 __all__ = ["Blocks", "Chain", "Found", "Head", "PlainHead"]
 
@@ -132,27 +133,23 @@ class Blocks:
         grads = {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
         return loss, grads, left
 
+    def linearize(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
+    ) -> tuple[Params, Pull]:
+        """The gradient, and its pullback."""
+        _, grads, left = self.gradient(params, batches, weights, seed)
+        return grads, partial(self.pullback, params, batches, weights, seed, left=left)
+
     def pullback(
         self,
         params: Params,
         batches: Sequence[Batch],
         weights: Tensor,
         seed: str | None,
-        bars: Bars,
+        bars: Params,
         left: Sequence[Left | None] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
-        if callable(bars) and len(batches) == 1:
-            found = self._first(params, batches[0], coefficients(batches[0], weights), _Draws(seed, 0))
-            left, grads = [Left.of(found.x, found.kept)], found.grads
-            grads = {n: grads[n] if n in grads else torch.zeros_like(theta) for n, theta in params.items()}
-            del found
-            bars = bars(grads)
-            del grads
-        elif callable(bars):
-            _, grads, left = self.gradient(params, batches, weights, seed)
-            bars = bars(grads)
-            del grads
         curvature: Params = {}
         scores = []
         for part, batch in enumerate(batches):

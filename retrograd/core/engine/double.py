@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.autograd import grad
 
 from retrograd.core import lookups, tree
 from retrograd.core.optim import Params
-from retrograd.core.step import Bars, Batch, Objective, coefficients, is_linear, random_draws
+from retrograd.core.step import Batch, Objective, Pull, coefficients, is_linear, random_draws
 
 __all__ = ["Double", "Leaving"]
 
@@ -71,38 +72,35 @@ class Double:
         assert total is not None, "a step needs at least one batch"
         return total, dict(zip(names, sums)), left
 
+    def linearize(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
+    ) -> tuple[Params, Pull]:
+        """The gradient, and its pullback: of one micro-batch over the graph that gave it, which is held until then."""
+        if len(batches) > 1:
+            _, grads, left = self.gradient(params, batches, weights, seed)
+            return grads, partial(self.pullback, params, batches, weights, seed, left=left)
+        graph = _Graph.of(self.objective, params, batches[0], weights, seed, 0)
+        return {name: g.detach() for name, g in zip(graph.leaves, graph.grads)}, graph.pull
+
     def pullback(
         self,
         params: Params,
         batches: Sequence[Batch],
         weights: Tensor,
         seed: str | None,
-        bars: Bars,
+        bars: Params,
         left: Sequence[Any] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
-        if callable(bars) and len(batches) > 1:
-            _, sums, left = self.gradient(params, batches, weights, seed)
-            bars = bars(sums)
-            del sums
         curvature: Params = {}
         scores = []
         for part, batch in enumerate(batches):
-            leaves = _live(params)
-            factors = coefficients(batch, weights).requires_grad_()
-            with torch.enable_grad(), random_draws(seed, part), lookups.twice() as passing:
-                if isinstance(self.objective, Leaving) and not callable(bars):
-                    here = None if left is None else left[part]
-                    loss = self.objective.again(leaves, batch.inputs, factors, here)
-                else:
-                    loss = self.objective(leaves, batch.inputs, factors)
-                grads = grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-            if callable(bars):
-                bars = bars({name: g.detach() for name, g in zip(leaves, grads)})
-            passing.turn()
-            products, slopes = _second(leaves, factors, grads, bars)
+            objective = self.objective
+            if isinstance(objective, Leaving):
+                objective = partial(objective.again, left=None if left is None else left[part])
+            products, slopes = _Graph.of(objective, params, batch, weights, seed, part).pull(bars)
             curvature = {n: curvature[n] + products[n] for n in products} if curvature else products
-            scores.append(slopes * batch.scale)
+            scores.append(slopes)
         return curvature, torch.cat(scores, dim=1)
 
     def tangent(
@@ -132,14 +130,35 @@ def _live(params: Params) -> Params:
     return {name: theta.detach().requires_grad_() for name, theta in params.items()}
 
 
-def _second(leaves: Params, factors: Tensor, grads: Sequence[Tensor], bars: Params) -> tuple[Params, Tensor]:
-    """The second backward, once for each query over the one graph."""
-    live = [(g, bars[name]) for name, g in zip(leaves, grads) if g.requires_grad]
-    queries = next(iter(bars.values())).shape[0]
-    found = []
-    for k in range(queries):
-        outputs, seeds = [g for g, _ in live], [bar[k] for _, bar in live]
-        wanted = [*leaves.values(), factors]
-        found.append(grad(outputs, wanted, seeds, retain_graph=k + 1 < queries, materialize_grads=True))
-    *products, slopes = [tree.stacked(group) for group in zip(*found)]
-    return dict(zip(leaves, products)), slopes
+class _Graph(NamedTuple):
+    """A micro-batch's gradient with its graph."""
+
+    leaves: Params
+    factors: Tensor
+    grads: Sequence[Tensor]
+    scale: Tensor
+    passing: lookups.Passing
+
+    @classmethod
+    def of(
+        cls, objective: Objective, params: Params, batch: Batch, weights: Tensor, seed: str | None, part: int
+    ) -> _Graph:
+        leaves = _live(params)
+        factors = coefficients(batch, weights).requires_grad_()
+        with torch.enable_grad(), random_draws(seed, part), lookups.twice() as passing:
+            loss = objective(leaves, batch.inputs, factors)
+            grads = grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+        return cls(leaves, factors, grads, batch.scale, passing)
+
+    def pull(self, bars: Params) -> tuple[Params, Tensor]:
+        """The second backward, once for each query over the one graph, which is gone then."""
+        self.passing.turn()
+        live = [(g, bars[name]) for name, g in zip(self.leaves, self.grads) if g.requires_grad]
+        queries = next(iter(bars.values())).shape[0]
+        found = []
+        for k in range(queries):
+            outputs, seeds = [g for g, _ in live], [bar[k] for _, bar in live]
+            wanted = [*self.leaves.values(), self.factors]
+            found.append(grad(outputs, wanted, seeds, retain_graph=k + 1 < queries, materialize_grads=True))
+        *products, slopes = [tree.stacked(group) for group in zip(*found)]
+        return dict(zip(self.leaves, products)), slopes * self.scale
