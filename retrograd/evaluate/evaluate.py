@@ -22,7 +22,7 @@ from retrograd.durable import LOCK
 from retrograd.evaluate.backends import Backend, find_backend
 from retrograd.evaluate.ownership import claim, content, plain
 from retrograd.evaluate.show import show
-from retrograd.evaluate.summary import failed_path, measured_path
+from retrograd.evaluate.tell import failed_path, measured_path
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_atomic, write_json

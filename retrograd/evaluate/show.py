@@ -43,7 +43,7 @@ def _differences(summary: dict[str, Any], models: list[str], console: Console) -
     table = Table("task", *others, title=f"Points above {summary['reference']}, paired: 95 % interval, McNemar's p")
     rows: dict[str, dict[str, str]] = {}
     for entry in summary["comparisons"]:
-        rows.setdefault(_label(entry), {})[entry["model"]] = _difference(entry)
+        rows.setdefault(_label(summary, entry), {})[entry["model"]] = _difference(entry)
     for label, by_model in rows.items():
         table.add_row(label, *(by_model.get(model, "missing") for model in others))
     console.print(table)
@@ -51,8 +51,8 @@ def _differences(summary: dict[str, Any], models: list[str], console: Console) -
         if entry["position"] is not None:
             low, high = entry["interval"]
             console.print(
-                f"{entry['model']}, {_label(entry)}: at {entry['position']:.2f} ({low:.2f} to {high:.2f}) between "
-                f"{summary['never']} (0) and {summary['knows']} (1)", markup=False,
+                f"{entry['model']}, {_label(summary, entry)}: at {entry['position']:.2f} ({low:.2f} to {high:.2f}) "
+                f"between {summary['never']} (0) and {summary['knows']} (1)", markup=False,
             )  # fmt: skip
 
 
@@ -60,8 +60,9 @@ def _other(summary: dict[str, Any]) -> str:
     return "a metric of lm-eval ± its standard error" if summary.get("backend") == "lm-eval" else "perplexity"
 
 
-def _label(entry: dict[str, Any]) -> str:
-    return f"{entry['task']} {entry['metric']}" if "metric" in entry else entry["task"]
+def _label(summary: dict[str, Any], entry: dict[str, Any]) -> str:
+    """Tasks of lm-eval have several metrics."""
+    return f"{entry['task']} {entry['metric']}" if summary.get("backend") == "lm-eval" else entry["task"]
 
 
 def _cells(entry: dict[str, Any]) -> dict[str, str]:

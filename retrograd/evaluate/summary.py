@@ -1,7 +1,4 @@
-"""The summary of an evaluation: from the files of single models and tasks to accuracies, comparisons and verdicts.
-
-Every number comes from the files; what is not there, or failed, is null and listed under "missing".
-"""
+"""The summary of an evaluation by this package: files of single models and tasks to accuracies and verdicts."""
 
 from __future__ import annotations
 
@@ -13,85 +10,63 @@ from typing import Any
 import torch
 
 from retrograd.evaluate.answers import read_measured
-from retrograd.evaluate.intervals import compare, position, wilson
+from retrograd.evaluate.intervals import wilson
 from retrograd.evaluate.letter_habits import letter_habits
+from retrograd.evaluate.tell import Counted, Examined, Outcome, read_files, tell
 from retrograd.evaluate.verdict import Evaluated, diagnose
 from retrograd.query.choices import Scored
 from retrograd.query.prepare import Answers, Measured, Samples, Texts
-from retrograd.runs.errors import RunError
 from retrograd.settings.tasks import Task
 
-__all__ = ["described", "failed_path", "failure", "measured_path", "summarise", "together"]
-
-
-def measured_path(folder: Path, model: str, task: str) -> Path:
-    return folder / model / f"{task}.parquet"
-
-
-def failed_path(folder: Path, model: str, task: str) -> Path:
-    """Why a task could not be measured; gone when it is tried again."""
-    return folder / model / f"{task}.failed.txt"
+__all__ = ["described", "failure", "summarise", "together"]
 
 
 def summarise(
     folder: Path, models: Sequence[str], tasks: dict[str, Task], reference: str, knows: str | None, never: str | None
 ) -> dict[str, Any]:
-    """What summary.json says.
+    """What summary.json says: `tell`.
 
     Args:
         folder: Of the evaluation.
         models: By name, reference and the two others included.
-        reference: The model that the others are compared with.
-        knows, never: Between which positions are measured, if both are given.
     Raises:
         RunError: If a file is damaged, or two files of a model are of different weights.
     """
     missing: list[dict[str, str]] = []
-    found = {name: _evaluated(folder, name, tasks, missing) for name in models}
     every = {**tasks, **{task.group: task for task in tasks.values() if task.group}}
-    base, asked = found[reference], [name for name, task in every.items() if task.choices]
     whole = {name: task for name, task in every.items() if not task.group or name not in tasks}
-    told = {name: diagnose(found[name], base, whole) for name in models}
-    return {
-        "reference": reference, "knows": knows, "never": never, "missing": missing,
-        "models": {
-            name: {"digest": found[name].digest, "verdict": one.verdict, "reasons": one.reasons, "numbers": one.numbers}
-            for name, one in told.items()
-        },
-        "results": [_result(found[name], task, every[task]) for name in models for task in found[name].results],
-        "comparisons": [
-            _comparison(found[name], base, task, every[task]) for name in models if name != reference for task in asked
-        ],
-        "positions": [
-            _position(found[name], found[knows], found[never], task, every[task])
-            for name in models if knows and never and name not in (knows, never)
-            for task in asked if every[task].role != "retain"
-        ],
-    }  # fmt: skip
+    rated = {model: _evaluated(folder, model, tasks, missing) for model in models}
+    told = {model: diagnose(rated[model], rated[reference], whole) for model in models}
+    examined = {model: Examined(one.digest, _outcomes(one, every)) for model, one in rated.items()}
+    return tell(examined, told, missing, reference, knows, never)
 
 
 def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[dict[str, str]]) -> Evaluated:
-    results: dict[str, Measured | None] = {}
-    digests: dict[str, str] = {}
-    for name, task in tasks.items():
-        path, failed = measured_path(folder, model, name), failed_path(folder, model, name)
-        results[name], why = None, None
-        if path.exists():
-            results[name], about = read_measured(path)
-            digests[str(path)] = about["digest"]
-            why = failure(results[name], task)
-        else:
-            why = failed.read_text(encoding="utf8").strip() if failed.exists() else "it was not measured"
-        if why:
-            missing.append({"model": model, "task": name, "reason": why})
-    if len(set(digests.values())) > 1:
-        raise RunError(
-            f"the files of {folder / model} are of different weights ({', '.join(sorted(digests))}): the model has "
-            "changed meanwhile. Delete that folder and run again."
-        )
+    def failures(name: str, measured: Measured) -> list[str]:
+        why = failure(measured, tasks[name])
+        return [why] if why else []
+
+    digest, results = read_files(folder, model, tasks, read_measured, failures, missing)
     for group in dict.fromkeys(task.group for task in tasks.values() if task.group):
         results[group] = together([results[name] for name, task in tasks.items() if task.group == group])
-    return Evaluated(model, next(iter(digests.values()), None), results)
+    return Evaluated(model, digest, results)
+
+
+def _outcomes(model: Evaluated, tasks: dict[str, Task]) -> dict[str, Outcome]:
+    return {
+        name: Outcome(tasks[name].role, described(measured, tasks[name]), _counted(measured, tasks[name]))
+        for name, measured in model.results.items()
+    }
+
+
+def _counted(measured: Measured | None, task: Task) -> dict[str, Counted]:
+    if not task.choices:
+        return {}
+    metric = "acc_norm" if task.normalise else "acc"
+    if not isinstance(measured, Answers):
+        return {metric: Counted(None, [])}
+    right = measured.rights(task)
+    return {metric: Counted(None if right.isnan().any() else right, measured.scored.hashes)}
 
 
 def failure(measured: Measured | None, task: Task) -> str | None:
@@ -123,10 +98,6 @@ def together(parts: Sequence[Measured | None]) -> Answers | None:
         [text for one in scored for text in one.hashes],
     )  # fmt: skip
     return Answers(both, [subject for one in answers for subject in one.subjects])
-
-
-def _result(model: Evaluated, name: str, task: Task) -> dict[str, Any]:
-    return {"model": model.name, "task": name, **described(model.results[name], task)}
 
 
 def described(measured: Measured | None, task: Task) -> dict[str, Any]:
@@ -171,37 +142,3 @@ def _share(right: torch.Tensor) -> dict[str, Any]:
         return {"accuracy": None, "interval": None, "right": None}
     count = int(right.sum())
     return {"accuracy": float(right.mean()), "interval": list(wilson(count, len(right))), "right": count}
-
-
-def _comparison(model: Evaluated, reference: Evaluated, name: str, task: Task) -> dict[str, Any]:
-    found: dict[str, Any] = {"model": model.name, "against": reference.name, "task": name, "difference": None}
-    pair = _paired([reference, model], name, task)
-    if pair is None:
-        return found
-    one = compare(*pair)
-    return found | {
-        "difference": one.difference, "interval": list(one.interval), "only_reference": one.only_first,
-        "only_model": one.only_second, "p": one.p,
-    }  # fmt: skip
-
-
-def _position(model: Evaluated, knows: Evaluated, never: Evaluated, name: str, task: Task) -> dict[str, Any]:
-    """Null where one of the three is missing, or the two do not differ."""
-    found: dict[str, Any] = {"model": model.name, "task": name, "position": None}
-    three = _paired([model, knows, never], name, task)
-    one = position(*three) if three else None
-    return found if one is None else found | {
-        "position": one.position, "interval": list(one.interval), "gap": one.gap
-    }  # fmt: skip
-
-
-def _paired(models: list[Evaluated], name: str, task: Task) -> list[torch.Tensor] | None:
-    """Right or wrong on the same questions, for each model; None if anything is missing."""
-    results = [model.results[name] for model in models]
-    answers = [one for one in results if isinstance(one, Answers)]
-    if len(answers) < len(models):
-        return None
-    if any(one.scored.hashes != answers[0].scored.hashes for one in answers):
-        raise RunError(f"{name}: the models were asked different questions; delete their files and run again.")
-    found = [one.rights(task) for one in answers]
-    return None if any(bool(right.isnan().any()) for right in found) else found

@@ -17,7 +17,7 @@ from retrograd.evaluate.intervals import compare, wilson
 from retrograd.evaluate.lm_eval.samples import answers_of, form_of, read_sampled, sampled_from, write_sampled
 from retrograd.evaluate.lm_eval.summary import summarise_harness
 from retrograd.evaluate.lm_eval.task_files import described_tasks, task_files, task_settings
-from retrograd.evaluate.summary import failed_path, measured_path
+from retrograd.evaluate.tell import failed_path, measured_path
 from retrograd.lab.exams import CHOICES
 from retrograd.lab.tasks import question_tasks
 from retrograd.query.prompts import TEMPLATES

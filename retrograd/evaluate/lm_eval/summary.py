@@ -1,7 +1,5 @@
 """The summary of an evaluation by lm-eval: its metrics, with intervals and paired comparisons where questions are right
 or wrong, and a verdict where answers are letters.
-
-Every number comes from the files; what is not there, or failed, is null and listed under "missing".
 """
 
 from __future__ import annotations
@@ -11,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from retrograd.evaluate.intervals import compare, position, wilson
+import torch
+
+from retrograd.evaluate.intervals import wilson
 from retrograd.evaluate.lm_eval.samples import Sample, Sampled, answers_of, form_of, read_sampled
-from retrograd.evaluate.summary import failed_path, measured_path, together
+from retrograd.evaluate.summary import together
+from retrograd.evaluate.tell import Counted, Examined, Outcome, read_files, tell
 from retrograd.evaluate.verdict import Diagnosis, Evaluated, diagnose
 from retrograd.query.prepare import Answers
-from retrograd.runs.errors import RunError
 from retrograd.settings.tasks import Role, Task
 
 __all__ = ["summarise_harness"]
@@ -65,44 +65,13 @@ def summarise_harness(
     """
     missing: list[dict[str, str]] = []
     every = {model: _read(folder, model, names, missing) for model in models}
-    results, comparisons, positions = [], [], []
-    for model in models:
-        for name, role in names.items():
-            results += list(_results(every[model], name, role))
-            if model != reference:
-                comparisons += list(_comparisons(every[model], every[reference], name))
-            if knows and never and model not in (knows, never) and role != "retain":
-                positions += list(_positions(every[model], every[knows], every[never], name))
-    told = _diagnoses(every, names, reference)
-    return {
-        "reference": reference, "knows": knows, "never": never, "missing": missing,
-        "models": {
-            name: {"digest": every[name].digest, "verdict": one.verdict, "reasons": one.reasons, "numbers": one.numbers}
-            for name, one in told.items()
-        },
-        "results": results, "comparisons": comparisons, "positions": positions,
-    }  # fmt: skip
+    examined = {model: Examined(one.digest, _outcomes(one, names)) for model, one in every.items()}
+    return tell(examined, _diagnoses(every, names, reference), missing, reference, knows, never)
 
 
 def _read(folder: Path, model: str, names: dict[str, Role], missing: list[dict[str, str]]) -> _Model:
-    found: dict[str, Sampled | None] = {}
-    digests: dict[str, str] = {}
-    for name in names:
-        path, failed = measured_path(folder, model, name), failed_path(folder, model, name)
-        found[name], why = None, []
-        if path.exists():
-            sampled, about = read_sampled(path)
-            found[name], digests[str(path)] = sampled, about["digest"]
-            why = list(_failures(sampled))
-        else:
-            why = [failed.read_text(encoding="utf8").strip() if failed.exists() else "it was not measured"]
-        missing += [{"model": model, "task": name, "reason": reason} for reason in why]
-    if len(set(digests.values())) > 1:
-        raise RunError(
-            f"the files of {folder / model} are of different weights ({', '.join(sorted(digests))}): the model has "
-            "changed meanwhile. Delete that folder and run again."
-        )
-    return _Model(model, next(iter(digests.values()), None), found)
+    digest, contents = read_files(folder, model, names, read_sampled, lambda _, sampled: _failures(sampled), missing)
+    return _Model(model, digest, contents)
 
 
 def _failures(sampled: Sampled) -> Iterator[str]:
@@ -166,28 +135,41 @@ def _right(
     return right, [f"{one.task} {one.question} {one.doc_hash} {one.prompt_hash}" for one in asked]
 
 
-def _results(model: _Model, name: str, role: Role) -> Iterator[dict[str, Any]]:
-    """A record for every task and group under a name; nulls where it is missing."""
-    sampled = model.found[name]
-    if sampled is None:
-        gone = {"form": None, "role": role, "accuracy": None, "metrics": None}
-        yield {"model": model.name, "asked": name, "task": name, **gone}
-        return
+def _outcomes(model: _Model, names: dict[str, Role]) -> dict[str, Outcome]:
+    """Of every task and group under the names; nulls where a name is missing."""
+    found: dict[str, Outcome] = {}
+    for name, role in names.items():
+        sampled = model.found[name]
+        if sampled is None:
+            gone = {"asked": name, "form": None, "role": role, "accuracy": None, "metrics": None}
+            found[name] = Outcome(role, gone, {})
+            continue
+        for task in sampled.told["results"]:
+            if metrics := _metrics(sampled, task):
+                found[task] = Outcome(role, _values(sampled, name, task, role, metrics), _counted(metrics))
+    return found
+
+
+def _counted(metrics: dict[str, _Metric]) -> dict[str, Counted]:
+    return {
+        label: Counted(torch.tensor(one.right, dtype=torch.float64), one.hashes)
+        for label, one in metrics.items()
+        if one.right is not None
+    }
+
+
+def _values(sampled: Sampled, name: str, task: str, role: Role, metrics: dict[str, _Metric]) -> dict[str, Any]:
+    samples = [one for part in _parts(sampled, task) for one in _first_filter(sampled.tasks[part])]
     told = sampled.told
-    for task in [one for one in told["results"] if _metrics(sampled, one)]:
-        samples = [one for part in _parts(sampled, task) for one in _first_filter(sampled.tasks[part])]
-        metrics = _metrics(sampled, task)
-        counted = told["n-samples"].get(task, {})
-        found: dict[str, Any] = {
-            "model": model.name, "asked": name, "task": task, "form": form_of(samples) or "other", "role": role,
-            "version": told["versions"].get(task), "num_fewshot": told["n-shot"].get(task),
-            "questions": len(samples), "of": counted.get("original"), "failed": sum(one.failed for one in samples),
-            "metrics": {label: _told(one) for label, one in metrics.items()},
-        }  # fmt: skip
-        acc = metrics.get("acc")
-        if acc is not None:
-            found |= {"accuracy": acc.value, **{key: _told(acc).get(key) for key in ("interval", "right")}}
-        yield found
+    values: dict[str, Any] = {
+        "asked": name, "form": form_of(samples) or "other", "role": role, "version": told["versions"].get(task),
+        "num_fewshot": told["n-shot"].get(task), "questions": len(samples),
+        "of": told["n-samples"].get(task, {}).get("original"), "failed": sum(one.failed for one in samples),
+        "metrics": {label: _told(one) for label, one in metrics.items()},
+    }  # fmt: skip
+    if (acc := metrics.get("acc")) is not None:
+        values |= {"accuracy": acc.value, **{key: _told(acc).get(key) for key in ("interval", "right")}}
+    return values
 
 
 def _told(metric: _Metric) -> dict[str, Any]:
@@ -196,46 +178,6 @@ def _told(metric: _Metric) -> dict[str, Any]:
         count = int(sum(metric.right))
         found |= {"interval": list(wilson(count, len(metric.right))), "right": count}
     return found
-
-
-def _comparisons(model: _Model, reference: _Model, name: str) -> Iterator[dict[str, Any]]:
-    for task, label, both in _paired([reference, model], name):
-        found = {"model": model.name, "against": reference.name, "task": task, "metric": label, "difference": None}
-        if both is None:
-            yield found
-            continue
-        one = compare(*both)
-        yield found | {
-            "difference": one.difference, "interval": list(one.interval), "only_reference": one.only_first,
-            "only_model": one.only_second, "p": one.p,
-        }  # fmt: skip
-
-
-def _positions(model: _Model, knows: _Model, never: _Model, name: str) -> Iterator[dict[str, Any]]:
-    """Null where one of the three is missing, or the two do not differ."""
-    for task, label, three in _paired([model, knows, never], name):
-        one = position(*three) if three else None
-        found = {"model": model.name, "task": task, "metric": label, "position": None}
-        yield found if one is None else found | {
-            "position": one.position, "interval": list(one.interval), "gap": one.gap
-        }  # fmt: skip
-
-
-def _paired(models: list[_Model], name: str) -> Iterator[tuple[str, str, list[list[float]] | None]]:
-    """For each task and metric of right and wrong: every model's, on the same questions; None if one is missing."""
-    found = [model.found[name] for model in models]
-    there = [one for one in found if one is not None]
-    if not there:
-        return
-    for task in there[0].told["results"]:
-        for label in _metrics(there[0], task):
-            every = [_metrics(one, task).get(label) for one in there]
-            counted = [one for one in every if one is not None and one.right is not None]
-            if any(one.hashes != counted[0].hashes for one in counted):
-                raise RunError(f"{task}: the models were asked different questions; delete their files and run again.")
-            if counted:
-                rights = [one.right for one in counted if one.right is not None]
-                yield task, label, rights if len(rights) == len(models) else None
 
 
 def _diagnoses(every: dict[str, _Model], names: dict[str, Role], reference: str) -> dict[str, Diagnosis]:
