@@ -25,6 +25,7 @@ __all__ = ["described", "failed_path", "failure", "measured_path", "summarise", 
 
 
 def measured_path(folder: Path, model: str, task: str) -> Path:
+    """Where the answers of a model to a task lie in the folder of an evaluation."""
     return folder / model / f"{task}.parquet"
 
 
