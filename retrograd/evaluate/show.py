@@ -69,7 +69,7 @@ def _cells(entry: dict[str, Any]) -> dict[str, str]:
     """What the table says of an entry, by row."""
     if entry["form"] == "generate":
         return {}
-    if "metrics" not in entry:
+    if "asked" not in entry:  # asked by this package: a task has one metric
         return {entry["task"]: _cell(entry)}
     metrics = entry["metrics"] or {}
     return {f"{entry['task']} {label}": _metric(one) for label, one in metrics.items()}

@@ -53,20 +53,35 @@ def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[d
 
 
 def _outcomes(model: Evaluated, tasks: dict[str, Task]) -> dict[str, Outcome]:
-    return {
-        name: Outcome(tasks[name].role, described(measured, tasks[name]), _counted(measured, tasks[name]))
-        for name, measured in model.results.items()
-    }
+    found = {}
+    for name, measured in model.results.items():
+        values = described(measured, tasks[name])
+        values["metrics"] = None if measured is None else _metrics(values, tasks[name])
+        found[name] = Outcome(tasks[name].role, values, _counted(measured, tasks[name]))
+    return found
+
+
+def _metrics(values: dict[str, Any], task: Task) -> dict[str, dict[str, Any]]:
+    """The value that a task is told by, as lm-eval's metrics are."""
+    if task.form == "generate":
+        return {}
+    if not task.choices:
+        return {"perplexity": {"value": values["perplexity"], "stderr": None, "higher_is_better": False}}
+    told = {"value": values["accuracy"], "stderr": None, "higher_is_better": True}
+    return {_metric(task): told | {key: values[key] for key in ("interval", "right")}}
+
+
+def _metric(task: Task) -> str:
+    return "acc_norm" if task.normalise else "acc"
 
 
 def _counted(measured: Measured | None, task: Task) -> dict[str, Counted]:
     if not task.choices:
         return {}
-    metric = "acc_norm" if task.normalise else "acc"
     if not isinstance(measured, Answers):
-        return {metric: Counted(None, [])}
+        return {_metric(task): Counted(None, [])}
     right = measured.rights(task)
-    return {metric: Counted(None if right.isnan().any() else right, measured.scored.hashes)}
+    return {_metric(task): Counted(None if right.isnan().any() else right, measured.scored.hashes)}
 
 
 def failure(measured: Measured | None, task: Task) -> str | None:

@@ -281,6 +281,18 @@ def test_groups_weigh_every_question_the_same(done: tuple[int, dict[str, Any]]) 
     assert both["accuracy"] == both["right"] / 32
 
 
+def test_results_have_metrics_as_those_of_lm_eval(done: tuple[int, dict[str, Any]]) -> None:
+    for entry in done[1]["results"]:
+        metrics = {name: one["value"] for name, one in (entry["metrics"] or {}).items()}
+        if entry["form"] == "text":
+            assert metrics == {"perplexity": entry["perplexity"]}
+        elif entry["form"] == "generate":
+            assert metrics == {}
+        else:
+            assert metrics == {"acc_norm" if entry["normalised"] else "acc": entry["accuracy"]}
+    assert {entry["metric"] for entry in done[1]["comparisons"]} == {"acc", "acc_norm"}
+
+
 def test_comparisons_and_positions(done: tuple[int, dict[str, Any]]) -> None:
     there = {(entry["model"], entry["task"]): entry for entry in done[1]["comparisons"]}
     assert there["copy", "general"]["difference"] == 0
