@@ -21,7 +21,7 @@ test: setup
 	$(TESTS) -m "not slow" $(PYTEST)
 
 test-all: setup
-	$(TESTS) $(PYTEST)
+	RETROGRAD_CHECK_TYPES=1 $(TESTS) $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

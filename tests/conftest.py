@@ -1,4 +1,4 @@
-"""Shared test set-up: shapes checked at run time, no network, quiet progress."""
+"""Shared test set-up: no network, one thread, and, where asked for, annotations checked at run time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from jaxtyping import install_import_hook
 
-install_import_hook("retrograd", "beartype.beartype")
+if os.environ.get("RETROGRAD_CHECK_TYPES") == "1":  # `make test-all`: every call of these rooms against its annotations
+    from beartype import BeartypeConf
+    from beartype.claw import beartype_packages
+
+    beartype_packages(
+        ("retrograd.core", "retrograd.query", "retrograd.settings"), conf=BeartypeConf(claw_is_pep526=False)
+    )
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs would fight over the cores

@@ -244,6 +244,7 @@ def _check_causality(module: nn.Module, trial: Trial, point: Point) -> None:
 
 
 def differs(module: nn.Module, what: str, found: float, trial: Trial, point: Point) -> ValueError:
+    """The error of a model whose losses here are not those of its own forward pass."""
     return ValueError(
         f"the losses of {type(inner(module)).__name__} cannot be attributed: its {what} give other losses than its own "
         f"forward pass does, document by document, by {found:.2g} nats for a token ({point.words}; rounding explains "

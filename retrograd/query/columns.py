@@ -16,7 +16,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -197,7 +197,7 @@ def load_function(path: str) -> Callable[..., Tensor]:
         inspect.signature(function).bind(None, None)
     except TypeError as error:
         raise ValueError(f"--query.function {path!r} has to take (model, tokenizer): {error}") from error
-    return function
+    return cast(Callable[..., Tensor], function)
 
 
 def _negated(part: Part) -> Part:

@@ -45,6 +45,11 @@ def parse_size(text: str) -> int:
 
 
 def build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    """A settings dataclass from the values of a YAML file.
+
+    Raises:
+        ValueError: If a name is no setting, or a value is not of its setting's type.
+    """
     hints = typing.get_type_hints(kind)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:

@@ -83,7 +83,8 @@ def settings_from(kind: type[C], path: Path) -> C:
     # a recipe may come from an attributed run: what it asks and keeps is no part of it
     skipped = {f.name for f in dataclasses.fields(MagicConfig)} if kind is TrainRunConfig else set()
     skipped -= {f.name for f in dataclasses.fields(TrainRunConfig)}
-    return build(kind, {name: v for name, v in values.items() if name not in {*GONE, *skipped}}, str(path))
+    found: C = build(kind, {name: v for name, v in values.items() if name not in {*GONE, *skipped}}, str(path))
+    return found
 
 
 def from_yaml(path: Path) -> MagicConfig:

@@ -145,7 +145,8 @@ def _changed(task: Task, settings: dict[str, Any], where: str) -> Task:
     values = {f.name: getattr(task, f.name) for f in dataclasses.fields(task)}
     if {"dataset", "subset", "split"} & settings.keys():
         values["expect"] = None
-    return build(Task, {**values, **settings}, where)
+    changed: Task = build(Task, {**values, **settings}, where)
+    return changed
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Task)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -291,7 +292,9 @@ assert choice.compiled.fixed == 0, choice.compiled.told
 def test_compiled_layers_equal_eager_ones(family: str, dtype: str, queries: int, lora: bool, packed: bool) -> None:
     """One compilation for three layers and, but for single rows, all batches. A process of its own for each."""
     code = _AGREES.format(family=family, dtype=dtype, queries=queries, lora=lora, packed=packed)
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Replay plans: laws over every plan, optimality, an oracle, and a run of each plan on real values."""
 
-import doctest
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrograd.core import plan as plans
 from retrograd.core.plan import (
     Advance,
     Cost,
@@ -466,9 +464,3 @@ def test_builders_refuse_numbers_below_one():
         binomial_advances(5, 0)
     with pytest.raises(ValueError, match=r"steps is 0"):
         binomial_advances(0, 5)
-
-
-def test_examples_in_the_docstrings():
-    result = doctest.testmod(plans)
-    assert result.attempted > 8
-    assert result.failed == 0
