@@ -1,4 +1,4 @@
-"""The commands of docs/queries.md, run in order as they stand, but on a tiny model from disk."""
+"""The commands of docs/queries.md, run as they stand on a tiny model; and files and links that pages name are there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import quiz
 
 from retrograd.cli import main
 
-PAGE = Path(__file__).parent.parent / "docs" / "queries.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "queries.md"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 FILE = re.compile(r"^`([\w.]+)`:.*?^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = 'retrograd() { printf "%s\\0" "$@"; printf "\\036"; }\n'
@@ -46,3 +48,22 @@ def _the_tables_are_true(text: str, runs: Path) -> None:
     assert own["prompt"] == "{question}\n{choices}\nThe answer is"
     assert letter["template"] == "mmlu"
     assert (runs / "several/queries/bees_or_rivers/scores.pt").exists()
+
+
+def heading_links(page: Path) -> set[str]:
+    """What `page.md#…` may name, by GitHub's rule."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_links_of_a_page_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf8")
+    for name in re.findall(r"`((?:[\w.]+/)+[\w.]+\.(?:py|sh|md|toml))`", text):
+        first = name.split("/")[0]
+        homes = [home for home in (ROOT, ROOT / "retrograd") if (home / first).is_dir()]  # none: a user's own file
+        assert not homes or any((home / name).exists() for home in homes), f"{page.name} names {name}"
+    for link, part in re.findall(r"\]\(([^):#\s]*)(?:#([^)\s]*))?\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not part or part in heading_links(target), f"{page.name} links to {link}#{part}"

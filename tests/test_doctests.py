@@ -15,7 +15,7 @@ WITH_EXAMPLES = [path for path in sorted((ROOT / "retrograd").rglob("*.py")) if 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_in_docstrings(path: Path) -> None:
     module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    found = doctest.testmod(module)
+    found = doctest.testmod(module, extraglobs={"__name__": "__main__"})  # typed by a user, not part of the module
     assert found.attempted > 0
     assert found.failed == 0
 
