@@ -68,9 +68,9 @@ def test_forward_mode_identity(recipe: Recipe) -> None:
     assert check.relative_error(1.001 * scores @ v, slope) > 1e-12
 
 
-def test_the_tangent_identity_by_hessian_vector_products(recipe: Recipe, stream: Tokens) -> None:
+def test_the_tangent_identity_by_hessian_vector_products(recipe: Recipe) -> None:
     """⟨τ, v⟩ = ⟨∇φ, θ̇_T⟩ for two directions at once, and the states on the way are training's own."""
-    run, seen = training(recipe, stream), []
+    run, seen = training(recipe, Tokens(per_token=True)), []
     _, scores = metagradient(run, params(), query)
     v = torch.stack([direction(run.weights.shape), direction(run.weights.shape).flip(0)])
     final, tangents = check.forward_tangent(run, params(), v, lambda state: seen.append(state.step))
@@ -175,10 +175,15 @@ def test_right_slopes_of_rough_functions_are_not_condemned_and_wrong_ones_of_smo
         assert [verdict(smooth, x * right) for x in (1, 1.1, 0.5, -1)] == ["passed", "failed", "failed", "failed"]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied_embeddings"])
-def test_retraining_agrees(recipe: Recipe, tied: bool) -> None:
+TIED = ("sgd-nesterov-decay", "adamw-decay", "muon", "accumulation")
+
+
+@pytest.mark.parametrize(
+    ("ingredient", "tied"), [*((name, False) for name in INGREDIENTS), *((name, True) for name in TIED)]
+)
+def test_retraining_agrees(ingredient: str, tied: bool) -> None:
     """Central differences and the Taylor rate; a score made 0.1 % wrong fails both."""
-    run = training(recipe)
+    run = training(INGREDIENTS[ingredient])
     _, scores = metagradient(run, params(tied=tied), query)
     v = direction(run.weights.shape)
     slope = scores @ v

@@ -332,6 +332,7 @@ def _is(run: Path, done: Path) -> None:
         assert (run / "best" / name).read_bytes() == (done / "best" / name).read_bytes()
 
 
+@pytest.mark.slow  # every place of a cut is above, within one process
 def test_a_run_killed_for_real(world: Path, done: Path, tmp_path: Path) -> None:
     arguments = command(world, tmp_path / "run", *asking(world), "--replay.heartbeat", "0")
     _kill_after(arguments, tmp_path / "run", "evaluate", 4)
