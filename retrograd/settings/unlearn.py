@@ -78,7 +78,7 @@ class UnlearnConfig(ExportConfig):
 def with_objective(defaults: Any) -> type[UnlearnConfig]:
     """The configuration with the settings of a method, by its defaults, as `objective`."""
     own = [("objective", type(defaults), field(default=defaults))]
-    kind: Any = dataclasses.make_dataclass("UnlearnConfig", own, bases=(UnlearnConfig,), frozen=True)
+    kind: type[UnlearnConfig] = dataclasses.make_dataclass("UnlearnConfig", own, bases=(UnlearnConfig,), frozen=True)
     kind.__doc__ = UnlearnConfig.__doc__
     return kind
 
@@ -97,7 +97,8 @@ def parse_source(text: str, config: UnlearnConfig) -> DataConfig:
     name, *settings = re.split(rf",(?=(?:{'|'.join(_SOURCE)})=)", text)
     values = dict(setting.split("=", 1) for setting in settings)
     found = {"dataset": name, "max_length": config.max_length, "min_chars": config.min_chars, **values}
-    return build(DataConfig, found, f"data set {text!r}")
+    source: DataConfig = build(DataConfig, found, f"data set {text!r}")
+    return source
 
 
 def check_unlearn(config: UnlearnConfig) -> None:

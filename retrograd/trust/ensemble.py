@@ -50,6 +50,7 @@ def train_many(
             there, as where random draws depend on the parameters.
 
     >>> from retrograd.core.optim import SGD
+    >>> from retrograd.core.step import Recipe
     >>> batch = Batch({"x": torch.tensor([1.0, 3.0])}, torch.tensor([0, 1]), torch.full((2,), 0.5))
     >>> run = Training(Recipe(SGD(0.5)), None, [batch], torch.ones(2))
     >>> loss = lambda p, inputs, c: torch.sum(c * (p["theta"] - inputs["x"]) ** 2)

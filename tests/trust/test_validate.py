@@ -150,6 +150,7 @@ def test_processes_give_the_same_bits(done: Path, tmp_path: Path) -> None:
     assert validate(one, *options, "--workers", "1") == validate(two, *options, "--workers", "2")
 
 
+@pytest.mark.slow  # slices, of which ranks are two, are above
 def test_ranks_share_the_work(run: Path) -> None:
     code = "import sys, retrograd.cli; sys.exit(retrograd.cli.main(sys.argv[1:]))"
     command = [
