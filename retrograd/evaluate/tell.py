@@ -43,6 +43,7 @@ class Examined(NamedTuple):
 
 
 def measured_path(folder: Path, model: str, task: str) -> Path:
+    """What a model gave for a task."""
     return folder / model / f"{task}.parquet"
 
 
