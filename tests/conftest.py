@@ -15,12 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 if os.environ.get("RETROGRAD_CHECK_TYPES") == "1":  # `make test-all`: every call of these rooms against its annotations
-    from beartype import BeartypeConf
-    from beartype.claw import beartype_packages
+    from jaxtyping import install_import_hook
 
-    beartype_packages(
-        ("retrograd.core", "retrograd.query", "retrograd.settings"), conf=BeartypeConf(claw_is_pep526=False)
-    )
+    install_import_hook(["retrograd.core", "retrograd.query", "retrograd.settings"], "beartype.beartype")
 
 from torch import nn
 
