@@ -43,7 +43,7 @@ class Examined(NamedTuple):
 
 
 def measured_path(folder: Path, model: str, task: str) -> Path:
-    """What a model gave for a task."""
+    """Where the answers of a model to a task lie in the folder of an evaluation."""
     return folder / model / f"{task}.parquet"
 
 

@@ -409,6 +409,7 @@ def test_another_evaluation_is_refused(small: dict[str, Any], world: Path, tmp_p
         run(**{**small, "output": tmp_path})
 
 
+@pytest.mark.slow  # two processes that load everything
 def test_two_ranks_share_the_work(small: dict[str, Any], tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
