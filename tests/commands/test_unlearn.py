@@ -64,7 +64,11 @@ def alternatives(world: Path, method: str) -> list[str]:
     return ["--alternative", str(world / "other.jsonl")] if METHODS[method].alternatives else []
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("grad_diff", "npo", "dpo", "orth_circuit_breakers")  # one of each kind
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_every_method_leaves_a_changed_model(method: str, world: Path, tmp_path: Path) -> None:
     assert main(command(world, tmp_path / "run", method, *alternatives(world, method))) == 0
     before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "run/model"))
