@@ -102,10 +102,11 @@ class AdamW:
             return g_bar, m_bar * self.beta1, v_bar * self.beta2, moved
 
         bars = (cotangent.params, cotangent.moments["m"], cotangent.moments["v"])
-        (gs, ms, vs), (moved,) = elementwise(formula, (params, moments["m"], moments["v"], grads), bars, bars)
+        (gs, ms, vs), sums = elementwise(formula, (params, moments["m"], moments["v"], grads), bars, bars)
         kept = 1 - lr * self.weight_decay
         thetas = {name: bar * kept if self.weight_decay else bar for name, bar in cotangent.params.items()}
         decayed = inner(cotangent.params, params)
+        (moved,) = sums or [decayed]  # 0 where Muon leaves it no parameters
         recipe = {"lr": -moved / correction1 - self.weight_decay * decayed, "weight_decay": -lr * decayed}
         return Updated(Cotangent(thetas, {"m": ms, "v": vs}), gs, recipe)
 
