@@ -99,7 +99,7 @@ def test_it_is_evaluated_on_its_way_and_judged(world: Path, tmp_path: Path, caps
     assert {"run-model"} <= set(summary["sources"])
     capsys.readouterr()
     assert main(arguments) == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "is done" in told
     assert "run-model: " in told  # its verdict
 

@@ -196,7 +196,7 @@ def test_a_run_that_is_started_afresh_is_never_half_done(
         with monkeypatch.context() as patch, pytest.raises(Died):
             real, many = durable.remove, number
             patch.setattr(
-                sys.modules["retrograd.commands.magic"],
+                sys.modules["retrograd.runs.begin"],
                 "remove",
                 dying(real, lambda path: not removed.append(path) and len(removed) == many, after=True),
             )
