@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ class Trajectory:
 
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
+        with self._quiet_after():
+            return self._train()
+
+    def _train(self) -> State:
         self._refuse_other()
         if self.folder and self._final_path.exists():
             self._keep(self.store.durable() if self.replay.keep else ())
@@ -160,17 +165,18 @@ class Trajectory:
         if left == self.start:
             reached(cotangent)
         del gradient, moments, cotangent, state  # the sweep's alone: it lets go of each as soon as it can
-        for event in events:
-            if isinstance(event, Reversed):
-                accumulate(scores, event)
-                if event.step == self.start:
-                    reached(event.cotangent)
-            elif isinstance(event, Advanced) and not event.replayed:
-                self._record(event.outcome.state)  # its line was lost
-            self.observe(event)
-            if isinstance(event, Reversed):
-                self._reverse_heartbeat(event, scores, key)
-            del event  # or its cotangent would outlast the next step
+        with self._quiet_after():
+            for event in events:
+                if isinstance(event, Reversed):
+                    accumulate(scores, event)
+                    if event.step == self.start:
+                        reached(event.cotangent)
+                elif isinstance(event, Advanced) and not event.replayed:
+                    self._record(event.outcome.state)  # its line was lost
+                self.observe(event)
+                if isinstance(event, Reversed):
+                    self._reverse_heartbeat(event, scores, key)
+                del event  # or its cotangent would outlast the next step
         return scores
 
     def reverse_steps_left(self, key: str = "") -> int:
@@ -207,6 +213,16 @@ class Trajectory:
         path = self._reverse_path(key)
         if path is not None:
             path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _quiet_after(self) -> Iterator[None]:
+        """A computation that an error ends writes nothing any more: the next may be in this process."""
+        try:
+            yield
+        except BaseException:
+            for store in (self.store, self.gradients.store):
+                store.stop()
+            raise
 
     def _keep(self, states: Iterable[int]) -> None:
         """Let the files of these states outlive their slots, and those of all gradients if any state's does."""

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -21,7 +22,7 @@ import worlds
 from retrograd.core import memory, tree
 from retrograd.core.optim import AdamW, Moments, Params, Updated
 from retrograd.core.step import Recipe, State, initial_state
-from retrograd.core.sweep import seed_cotangent
+from retrograd.core.sweep import Event, seed_cotangent
 from retrograd.runs import trajectory
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -419,6 +420,30 @@ def run(folder: Path | None, replay: Replay) -> torch.Tensor:
     scores = whole.reverse(worlds.query(final.params)[1])
     whole.clean()
     return scores
+
+
+def test_after_an_error_nothing_is_written_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = store.write_tensors, list[Path]()
+
+    def slowly(path: Path, *given: Any) -> None:
+        time.sleep(0.2)
+        real(path, *given)
+        done.append(path)
+
+    def fail(event: Event) -> None:
+        if event.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "write_tensors", slowly)
+    training = worlds.training(Recipe(AdamW(1e-2, eps_root=1e-6)))
+    replay = Replay("binomial", slots=2, memory=0, disk=1 << 30, heartbeat=0.0)
+    whole = Trajectory(training, initial_state(training.recipe, worlds.params()), replay, tmp_path, "run", fail)
+    with pytest.raises(KeyboardInterrupt):
+        whole.train()
+    before = list(done)
+    time.sleep(0.5)
+    assert done == before
+    assert [path.name for path in before] == [f"state-00000{step}.safetensors" for step in (1, 2, 3)]
 
 
 ALL_ON_DISK = Replay("all", memory=0, disk=1 << 30)

@@ -163,6 +163,11 @@ class Store:
             self._last.result()
             self._last = None
 
+    def stop(self) -> None:
+        """Wait until nothing is written or read any more."""
+        self._thread.shutdown()
+        self._thread = ThreadPoolExecutor(1, "states")
+
     def durable(self) -> list[int]:
         """Steps of the states on disk."""
         if self.folder is None:
