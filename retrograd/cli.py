@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
@@ -67,6 +68,9 @@ _COMMANDS = {
     ),
     "unlearn": _Command(
         UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
+    ),
+    "attack": _Command(
+        AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
     ),
 }
 
