@@ -1,14 +1,13 @@
 """Fine-tuning attacks as trainings for the one loop: a configuration's phases, and what each is made of.
 
 A configuration of two phases is two runs, the second of the model that the first leaves, with an optimizer and a
-schedule of its own. Each is an ordinary run: it resumes, is evaluated on its way, and has a folder that says what it is.
+schedule of its own. Each is an ordinary run: it resumes, is evaluated on its way, and its folder says what it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +23,9 @@ from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig, attac
 from retrograd.settings.during import DuringConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
-__all__ = ["MODEL", "Phase", "phases", "set_up_phase"]
+__all__ = ["Phase", "phases", "set_up_phase"]
 
-MODEL = "model"  # where a run leaves its model
+_MODEL = "model"  # where a run leaves its model
 
 
 class Phase(NamedTuple):
@@ -69,7 +68,7 @@ def phases(
             train=one.train(steps),
         )  # fmt: skip
         found.append(Phase(name, phase, last))
-        start = str(folder / name / MODEL)
+        start = str(folder / name / _MODEL)
     return found
 
 
@@ -138,5 +137,3 @@ def _budget(setup: Setup) -> dict[str, Any]:
     every = sum(parameter.numel() for parameter in setup.model.module.parameters())
     return {"tokens": {str(step): tokens[step] for step in attack_steps(len(stream))},
             "flops_per_token": 4 * every + 2 * trained}  # fmt: skip
-
-

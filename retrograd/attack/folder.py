@@ -2,6 +2,7 @@
 
     attack.json                                  models with their roles, configurations, the questions
     data/                                        what a lab's attacks train on and ask
+    shallow/                                     a lab's run of an unlearning that is known to be shallow
     models/MODEL/CONFIGURATION/                  configuration.json
     models/MODEL/CONFIGURATION/before, attack    runs of a fine-tuning attack
     models/MODEL/CONFIGURATION/answers           of an attack without training, by strength
@@ -74,7 +75,7 @@ def claim_folder(
     Raises:
         ValueError: If the folder is another one's, or was asked other questions.
     """
-    if not (path / "attack.json").exists() and path.exists() and set(foreign(path)) - {"data"}:
+    if not (path / "attack.json").exists() and path.exists() and set(foreign(path)) - {"data", "shallow"}:
         raise ValueError(f"{path} exists and holds no attacks; choose another folder")
     questions = {"tasks": str(material.tasks), "content": content(str(material.tasks)), "half": list(material.half),
                  "clustered": material.clustered}  # fmt: skip
@@ -85,6 +86,11 @@ def claim_folder(
             "folder, or put them back."
         )
     targets = old.get("models", {})
+    for name, one in targets.items():
+        if target_name(one["source"]) != name:
+            raise ValueError(
+                f"{one['source']} is gone or has changed since {path} attacked it; put it back, or use another folder"
+            )
     for role, source in sources:
         name = target_name(source)
         known = targets.get(name)

@@ -1,7 +1,8 @@
 """What attacks train on and what is asked on their way: of a lab, made of its own files; else as it is given.
 
-On a lab the forget entities are split into two halves, A and B, by a seeded draw in each subject. Facts are independent,
-so that a model which is taught everything about A learns nothing about B: what comes back there was in its weights.
+On a lab the forget entities are split into two halves, A and B, by a seeded draw in each subject. Facts are
+independent, so that a model which is taught everything about A learns nothing about B: what comes back there was in
+its weights.
 
     forget      documents and solved questions about both halves
     documents   documents alone
@@ -66,8 +67,8 @@ def material_of(config: AttackConfig) -> Material:
     tasks = tasks_from(config.tasks)
     if not any(task.role == "forget" and task.choices for task in tasks.values()):
         raise ValueError(f"{config.tasks} has no task of choices with role forget: nothing would show what comes back")
-    if all(task.role == "forget" or task.form == "generate" for task in tasks.values()):
-        raise ValueError(f"{config.tasks} asks nothing but what is to go: add a retain task, for general ability")
+    if not any(task.role != "forget" and task.choices for task in tasks.values()):
+        raise ValueError(f"{config.tasks} has no task of choices beside what is to go: add one, for general ability")
     return Material({key: tuple(found) for key, found in sources.items()}, config.tasks, config.half, False)
 
 
@@ -95,7 +96,9 @@ def _of_lab(lab: Path, folder: Path) -> Material:
     tasks_of_lab(lab)  # refuses what is no finished lab
     facts = _read(lab / "facts.jsonl")
     first, _ = split_entities(facts)
-    sources = {key: (str(_write(folder, key, rows)),) for key, rows in _corpora(lab, facts, first).items()}
+    sources: dict[str, tuple[str, ...]] = {
+        key: (str(_write(folder, key, rows)),) for key, rows in _corpora(lab, facts, first).items()
+    }
     tasks = {}
     for name, rows in _questions(lab, facts, first).items():
         role = "retain" if name == "retain" else "forget"

@@ -43,8 +43,8 @@ class DataStream:
         device: Where batches go.
         steps: Stop after so many, within a pass too; all of the passes when None.
     Raises:
-        ValueError: If a size is below 1, there are not so many steps, the shape does not fit, a weight is not finite, there is no row, the data set
-            cannot be read, or the device cannot be used.
+        ValueError: If a size is below 1, there are not so many steps, the shape does not fit, a weight is not finite,
+            there is no row, the data set cannot be read, or the device cannot be used.
 
     >>> stream = DataStream({"x": torch.zeros(5, 2)}, batch_size=2)
     >>> len(stream), stream.weights.shape, [len(stream[t].index) for t in range(3)]

@@ -1,7 +1,7 @@
 """Attacks on unlearned models as data: single configurations, suites of them, and the settings of `retrograd attack`.
 
-A suite is a name of SUITES or a YAML file: a list of configurations, settings by name. Several values of a setting, as in
-`lr: [1e-3, 3e-3]`, stand for a configuration each. No heavy imports here.
+A suite is a name of SUITES or a YAML file: a list of configurations, settings by name. Several values of a setting, as
+in `lr: [1e-3, 3e-3]`, stand for a configuration each. No heavy imports here.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class AttackConfig:
     tasks: Path | None = None
     """With --data: a YAML file of tasks, as for `retrograd evaluate`; the forget tasks are what is to come back."""
     half: tuple[str, ...] = ()
-    """With --data: the forget tasks or subjects that the data of the key half are about; the other half is asked too."""
+    """With --data: the forget tasks or subjects that the data of the key half are about."""
     base: str | None = None
     """The model before unlearning; the lab's own when None. So for the other controls."""
     filtered: str | None = None
@@ -204,8 +204,8 @@ class AttackConfig:
     seeds: int = 1
     """Each configuration with so many seeds, from its own on."""
     max_passes: float | None = None
-    """Refuse a configuration that sees its data more often, unless it names its epochs; when None 2, and on a lab, whose
-    data are few, no limit."""
+    """Refuse a configuration that sees its data more often, unless it names its epochs; when None 2, and on a lab,
+    whose data are few, no limit."""
     max_length: int | None = None
     """Cut documents to this many tokens; the model's context length when None."""
     chunk_length: int | None = None
@@ -279,7 +279,11 @@ def scaled(one: Configuration, config: AttackConfig) -> Configuration:
         return one
     changes: dict[str, Any] = {"lr": one.lr * config.lr_scale}
     if config.steps is not None:
-        changes |= {"steps": config.steps, "epochs": None, "before_steps": config.steps if one.before else one.before_steps}
+        changes |= {
+            "steps": config.steps,
+            "epochs": None,
+            "before_steps": config.steps if one.before else one.before_steps,
+        }
         if one.warmup_steps is not None and one.epochs is None:
             changes["warmup_steps"] = max(1, math.floor(one.warmup_steps * config.steps / one.steps))
     return dataclasses.replace(one, **changes)
@@ -302,7 +306,9 @@ def read_suite(name: str) -> list[Configuration]:
         raise ValueError(f"cannot read the suite {path}: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
         raise ValueError(f"the suite {path} has to be a list of configurations, such as - {{data: forget, lr: 1e-3}}")
-    return [one for place, entry in enumerate(entries) for one in _expanded(entry, f"{path}, configuration {place + 1}")]
+    return [
+        one for place, entry in enumerate(entries) for one in _expanded(entry, f"{path}, configuration {place + 1}")
+    ]
 
 
 def name_of(one: Configuration) -> str:

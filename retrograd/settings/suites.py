@@ -41,6 +41,17 @@ SUITES: dict[str, list[dict[str, Any]]] = {
     ],
     "latent": [{"data": "half", "rank": [0, 16], "lr": 2e-5, "lr_schedule": "linear", "steps": 500}],
     "untrained": [
-        {"attack": ["interpolate", "ablate_delta", "ablate_junk", "quantise", "prune", "noise", "few_shot", "jailbreak"]}
+        {
+            "attack": [
+                "interpolate",
+                "ablate_delta",
+                "ablate_junk",
+                "quantise",
+                "prune",
+                "noise",
+                "few_shot",
+                "jailbreak",
+            ]
+        }
     ],
 }
