@@ -14,10 +14,10 @@ from retrograd.runs.files import file_digest
 from retrograd.runs.lock import locked
 from retrograd.runs.loggers import check_loggers
 from retrograd.runs.manifest import SIGN, Manifest
+from retrograd.runs.resume import clean
 from retrograd.runs.run_folder import refuse_other, replay_of, set_threads
 from retrograd.runs.session import open_session
 from retrograd.runs.setup import assemble
-from retrograd.runs.trajectory import clean
 from retrograd.settings import run as configs
 from retrograd.settings.during import DuringConfig
 from retrograd.settings.run import MagicConfig
