@@ -33,7 +33,6 @@ __all__ = ["QUANTILES", "findings", "unseen"]
 
 QUANTILES = (0.5, 0.9)
 _HALF, _NOTHING = "half", ("retain", "benign", "prose")  # keys of data about A, and of data about neither half
-_TOLD_BY_BASE = ("interpolate", "few_shot")  # attacks without training that show what is asked
 
 
 def findings(folder: Folder, utility: tuple[float, ...]) -> dict[str, Any]:
@@ -80,7 +79,11 @@ def unseen(one: Configuration, first: np.ndarray) -> np.ndarray | None:
             mask = ~first if _HALF in keys else np.ones_like(first)
             return mask if mask.any() else None
         return None
-    return None if one.attack in _TOLD_BY_BASE else np.ones_like(first)
+    if one.attack in ("interpolate", "ablate_delta"):  # they take what the base model knows
+        return None
+    if one.attack == "few_shot":
+        return ~first if first.any() else None
+    return np.ones_like(first)
 
 
 def _meeting(
