@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig
+from retrograd.settings.attack import AttackConfig, CompareConfig
 from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
@@ -71,6 +71,9 @@ _COMMANDS = {
     ),
     "attack": _Command(
         AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
+    ),
+    "compare": _Command(
+        CompareConfig, "models under attack side by side: table, pairs, fronts, ranks", "commands.compare", "PATH…"
     ),
 }
 
