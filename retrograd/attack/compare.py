@@ -84,7 +84,7 @@ def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
                     meeting.get("latent"), meeting["valid"]["valid"], one.probe,
                 ))  # fmt: skip
     if len(asked) > 1:
-        raise ValueError("these folders were asked different questions, which cannot be compared: use one folder")
+        raise ValueError("these folders were asked different questions: attack all models in one folder")
     if not any(one.role == "model" for one in found):
         raise ValueError(f"{', '.join(map(str, folders))}: no model has met an attack yet; run `retrograd attack`")
     return found
@@ -187,7 +187,7 @@ def _ranks(faced: Sequence[Faced], after: dict[tuple[str, str], _After | None]) 
     """Mean rank by method (of models without one, by model) over the attacks that all of them met."""
     lost = {one.model for one in faced if after[one.model, one.attack] is None}
     models = [model for model in dict.fromkeys(one.model for one in faced) if model not in lost]
-    method = {one.model: one.method or one.model for one in faced}
+    method = {one.model: one.method or one.model for one in faced if one.model in models}
     ranked = []
     for attack in dict.fromkeys(one.attack for one in faced):
         ends = [after.get((model, attack)) for model in models]
