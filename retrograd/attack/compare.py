@@ -80,7 +80,7 @@ def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
                 asked.add(_questions(path))
                 meeting = of[target.name, name]
                 found.append(Faced(
-                    target.name, _method(target), target.role, name, course, float(reference.retain[0].mean()) - utility,
+                    target.name, _method(target), target.role, name, course, means(reference.retain)[0] - utility,
                     meeting.get("latent"), meeting["valid"]["valid"], one.probe,
                 ))  # fmt: skip
     if len(asked) > 1:
