@@ -64,6 +64,8 @@ class AttributedConfig(RunConfig):
     query_file: Path | None = None
     """YAML file of several queries for one sweep, settings by name: {a: {dataset: …}, gap: {contrast: [a, b]}}."""
     queries: tyro.conf.Suppress[dict[str, QueryConfig]] = field(default_factory=dict)
+    attribute: Literal["examples", "tokens"] | None = None
+    """One score per document, or one per training token; none when None."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     sharpness: bool = False
     """Estimate lr·λ_max of the Hessian by step; costs one more Hessian-vector product a step."""

@@ -80,7 +80,7 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     horizon: int | None = None
     """Steps until the progress of the ramps is 1; those of the run when None."""
     train: UnlearnTrainConfig = field(default_factory=UnlearnTrainConfig)
-    attribute: Literal["tokens", "examples"] | None = None
+    attribute: Literal["examples", "tokens"] | None = None
     """Also pull the query loss of the unlearned model back through every step: one score per token of the forget and
     retain rows, or one per document."""
 
