@@ -117,11 +117,12 @@ class DataStream:
         epoch, part = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[part * self.batch_size : (part + 1) * self.batch_size]
 
-    def steps_of_rows(self) -> np.ndarray:
-        """The step at which each row is trained on, [epochs, rows]."""
-        steps = np.empty((self.epochs, self.size), dtype=np.int64)
+    def steps_of_rows(self) -> list[list[int]]:
+        """The steps at which each row is trained on, in order: one in each epoch."""
+        steps: list[list[int]] = [[] for _ in range(self.size)]
         for t in range(len(self)):
-            steps[t // self.steps_per_epoch, self.rows_at(t)] = t
+            for row in self.rows_at(t).tolist():
+                steps[row].append(t)
         return steps
 
     def _permutation(self, epoch: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, Params, Schedule
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.core.sweep import Event
-from retrograd.data.pairs import PairStream
+from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
@@ -37,8 +37,8 @@ from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "assemble", "begun_with", "find_device", "load_model", "load_recipe",
-    "optimizer", "set_up", "set_up_recipe",
+    "Differentiated", "Loaded", "Setup", "assemble", "attributed", "begun_with", "find_device", "load_model",
+    "load_recipe", "optimizer", "set_up", "set_up_recipe",
 ]  # fmt: skip
 
 
@@ -46,6 +46,7 @@ __all__ = [
 class Setup:
     """A training, loaded and checked before its first step.
 
+    objective: (params, inputs, coefficients) → scalar, what every step descends.
     engine: which engine differentiates the steps, and why.
     findings: what the recipe alone gives away of scores.
     hashes: what the run is made of, part by part.
@@ -55,12 +56,19 @@ class Setup:
     model: CausalLM
     tokenizer: Any
     stream: DataStream | PairStream
+    objective: Objective
     training: Training
     initial: State
     engine: Choice
     findings: list[Finding]
     hashes: dict[str, str]
     identity: str
+
+    @property
+    def rows(self) -> Rows:
+        """What is trained on, of all sides."""
+        rows: Rows = self.stream.rows
+        return rows
 
     def trajectory(
         self,
@@ -88,12 +96,12 @@ class Loaded(Setup):
 
     texts: an excerpt of each document.
     asked: the queries by name.
+    parts: the data sets that the rows are from, where there are several sides.
     """
 
-    stream: DataStream
-    rows: Rows
     texts: list[str]
     asked: list[Asked]
+    parts: Sequence[Part] = ()
 
     @property
     def queries(self) -> Queries:
@@ -132,9 +140,14 @@ def assemble(config: MagicConfig) -> Loaded:
     how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config))
     visited = visits(stream, config.attribute, config.dtype)
     setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
-    parts = {field.name: getattr(setup, field.name) for field in fields(Setup)}
-    parts["hashes"] = setup.hashes | {f"query {one.name}": one.digest for one in asked}
-    return Loaded(**parts, rows=stream.rows, texts=texts, asked=asked)
+    return attributed(setup, texts, asked)
+
+
+def attributed(setup: Setup, texts: list[str], asked: list[Asked], parts: Sequence[Part] = ()) -> Loaded:
+    """A training with what is asked of it, the last three as `Loaded` has them."""
+    given = {field.name: getattr(setup, field.name) for field in fields(Setup)}
+    given["hashes"] = setup.hashes | {f"query {one.name}": one.digest for one in asked}
+    return Loaded(**given, texts=texts, asked=asked, parts=parts)
 
 
 def set_up_recipe(config: RecipeConfig) -> Setup:
@@ -204,7 +217,8 @@ def set_up(
     findings = recipe_findings(recipe, stream.batch_size, len(stream.rows), dtype) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
     shape = (min(size, len(stream.rows)), stream.rows.max_length)
-    engine = _engine(how, model, objective or model.objective, shape, train, initial, stream)
+    loss: Objective = model.objective if objective is None else objective
+    engine = _engine(how, model, loss, shape, train, initial, stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
@@ -216,7 +230,7 @@ def set_up(
         "the model's configuration and code": architecture(model.module),
     }
     identity = identify(hashes, *visited, *_unless_double(engine))
-    return Setup(model, tokenizer, stream, training, initial, engine, findings, hashes, identity)
+    return Setup(model, tokenizer, stream, loss, training, initial, engine, findings, hashes, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:

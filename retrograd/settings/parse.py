@@ -60,6 +60,8 @@ def build(kind: Any, values: dict[str, Any], where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return build(hint, value or {}, where)
+    if hint is Any:
+        return value
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _convert(options[0], value, where)
