@@ -29,6 +29,7 @@ from retrograd.settings.commands import (
     VerifyConfig,
     perturbed,
 )
+from retrograd.settings.experiment import ExperimentConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
@@ -68,6 +69,9 @@ _COMMANDS = {
     ),
     "unlearn": _Command(
         UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
+    ),
+    "experiment": _Command(
+        ExperimentConfig, "OUT: methods × weightings × seeds at one utility, by workers", "commands.experiment", "FILE"
     ),
 }
 
