@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
@@ -72,6 +73,9 @@ _COMMANDS = {
     ),
     "experiment": _Command(
         ExperimentConfig, "OUT: methods × weightings × seeds at one utility, by workers", "commands.experiment", "FILE"
+    ),
+    "attack": _Command(
+        AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
     ),
 }
 
