@@ -123,11 +123,12 @@ class DataStream:
         epoch, part = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[part * self.batch_size : (part + 1) * self.batch_size]
 
-    def steps_of_rows(self) -> np.ndarray:
-        """The step at which each row is trained on, [epochs, rows]; −1 where the stream stops before it."""
-        steps = np.full((self.epochs, self.size), -1, dtype=np.int64)
+    def steps_of_rows(self) -> list[list[int]]:
+        """The steps at which each row is trained on, in order: one in each epoch, unless the stream stops before."""
+        steps: list[list[int]] = [[] for _ in range(self.size)]
         for t in range(len(self)):
-            steps[t // self.steps_per_epoch, self.rows_at(t)] = t
+            for row in self.rows_at(t).tolist():
+                steps[row].append(t)
         return steps
 
     def _permutation(self, epoch: int) -> np.ndarray:
