@@ -22,7 +22,15 @@ import yaml
 
 from retrograd.settings.parse import build
 from retrograd.settings.suites import SUITES
-from retrograd.settings.train import ExportConfig, LoraConfig, TrainConfig, at_least_1, check_training, finite
+from retrograd.settings.train import (
+    ExportConfig,
+    LoraConfig,
+    ReplayConfig,
+    TrainConfig,
+    at_least_1,
+    check_training,
+    finite,
+)
 
 __all__ = [
     "CONTROLS", "AttackConfig", "CompareConfig", "Configuration", "Finetune", "PhaseConfig", "Untrained",
@@ -95,15 +103,13 @@ class Finetune:
         dtype = "" if self.dtype == "float32" else f"-{self.dtype}"
         return f"{size}-{before}{self.data}-{self.lr:g}-{self.lr_schedule}-{length}{dtype}-s{self.seed}"
 
-    def train(self, steps: int) -> TrainConfig:
-        """The recipe of a phase of so many steps."""
-        warmup = self.warmup_ratio
-        if self.warmup_steps:  # rounding must not make it one step more: the recipe takes the ceiling
-            warmup = max(0.0, (self.warmup_steps - 0.5) / steps)
+    def train(self) -> TrainConfig:
+        """The recipe of a phase."""
+        ratio = None if self.warmup_steps is not None else self.warmup_ratio
         return TrainConfig(
-            optimizer=self.optimizer, lr=self.lr, lr_schedule=self.lr_schedule, warmup_ratio=warmup,
-            weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm, batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size, seed=self.seed,
+            optimizer=self.optimizer, lr=self.lr, lr_schedule=self.lr_schedule, warmup_ratio=ratio,
+            warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
+            batch_size=self.batch_size, micro_batch_size=self.micro_batch_size, seed=self.seed,
         )  # fmt: skip
 
     @property
@@ -121,7 +127,7 @@ class Finetune:
         finite({"lr": self.lr, "weight_decay": self.weight_decay})
         if self.warmup_steps is not None and self.epochs is None and self.warmup_steps >= self.steps:
             raise ValueError(f"{self.warmup_steps} warm-up steps leave none of {self.steps}; give fewer")
-        check_training(self.train(self.steps), self.lora)
+        check_training(self.train(), self.lora)
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,11 @@ class AttackConfig:
     """Seconds between durable resume points."""
     export: bool = False
     """Keep every attacked model too, in the folder of its run."""
+    attribute: bool = False
+    """Also pull the forget loss after each fine-tuning attack back through attack and unlearning: a score for every
+    forget and retain token of the run of `retrograd unlearn` that left --model. Trains both again, full, in float32 or
+    float64."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,10 @@ def test_rates_steps_and_seeds_are_scaled() -> None:
     assert len(once) == 1
 
 
-def test_warm_up_steps_are_exact() -> None:
-    for steps, warmup in ((3000, 100), (3000, 30), (7, 3), (10622, 107)):
-        ratio = Finetune(warmup_steps=warmup, steps=steps).train(steps).warmup_ratio
-        assert ratio is not None
-        assert -(-ratio * steps // 1) == warmup
+def test_warm_up_is_by_share_or_by_steps() -> None:
+    by_steps, by_share = Finetune(warmup_steps=30).train(), Finetune(warmup_ratio=0.1).train()
+    assert (by_steps.warmup_steps, by_steps.warmup_ratio) == (30, None)
+    assert (by_share.warmup_steps, by_share.warmup_ratio) == (None, 0.1)
 
 
 def test_a_file_of_configurations_is_a_suite(tmp_path: Path) -> None:
