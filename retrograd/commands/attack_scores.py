@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from retrograd.attack.chain import Link, check_chain, forget_queries, pulled_back, unlearning_of
+from retrograd.attack.chain_validation import validate_chain
 from retrograd.attack.finetune import After, phases, set_up_phase
 from retrograd.attack.folder import Attacked, Folder
 from retrograd.attack.material import Material
@@ -19,9 +20,10 @@ from retrograd.commands.training import open_folder
 from retrograd.core.optim import Params
 from retrograd.core.step import State
 from retrograd.durable import remove
-from retrograd.runs.attribute import ask, stored, summarise, write_results
+from retrograd.runs.attribute import Outcome, ask, stored, summarise, write_results
 from retrograd.runs.files import file_digest, read_tensors, write_tensors
 from retrograd.runs.manifest import SIGN, Manifest
+from retrograd.runs.progress import counting
 from retrograd.runs.run_folder import replay_of
 from retrograd.runs.session import Session, open_session
 from retrograd.runs.setup import Loaded, Setup
@@ -74,7 +76,9 @@ def attribute(
     with open_folder(unlearning, "attack", begun, done, console) as opened:
         loaded, manifest = opened.setup, opened.manifest
         if opened.done:
-            summarise(stored(chained[-1].run, unlearning.run, loaded, loaded.asked), loaded, loaded.asked, console)
+            outcome = stored(unlearning.run, unlearning.run, loaded, loaded.asked)
+            summarise(outcome, loaded, loaded.asked, console)
+            _validate(config, unlearning, loaded, chained, outcome, console)
             return
         with open_session(loaded, unlearning.run, manifest, replay_of(unlearning)) as session:
             final = session.train()
@@ -89,6 +93,23 @@ def attribute(
         session.trajectory.clean()
         remove(unlearning.run / _COTANGENT)
         summarise(outcome, loaded, loaded.asked, console)
+        _validate(config, unlearning, loaded, chained, outcome, console)
+
+
+def _validate(
+    config: AttackConfig, unlearning: UnlearnConfig, loaded: Loaded, runs: list[PhaseConfig], outcome: Outcome,
+    console: Console,
+) -> None:  # fmt: skip
+    if not config.subsets:
+        return
+    with counting("retrain", config.subsets) as tick:
+        found = validate_chain(
+            loaded, runs, outcome.scores, outcome.values, config.subsets, config.fraction, unlearning.run,
+            lambda number: tick(1),
+        )  # fmt: skip
+    low, high = found["interval"]
+    console.print(f"LDS over {found['sets']} sets of {found['fraction']:.0%} of the forget tokens: {found['lds']:.3f} "
+                  f"({low:.3f} to {high:.3f})")  # fmt: skip
 
 
 def _unlearning(config: AttackConfig, run: Path, source: str, tasks: Path) -> UnlearnConfig:
@@ -118,7 +139,7 @@ def _through(
     links = [Link(partial(_set_up, run, loaded, queries), partial(_open, run, unlearning, console)) for run in runs]
 
     def asked(setup: Setup, state: State) -> tuple[Tensor, Params]:
-        return ask(runs[-1].run, setup, loaded.asked, state)
+        return ask(unlearning.run, setup, loaded.asked, state)
 
     values, gradient = pulled_back(links, final.params, asked)
     named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import quiz
 import tiny
@@ -21,6 +22,7 @@ from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import Task
 from retrograd.settings.train import LoraConfig, TrainConfig
 from retrograd.settings.unlearn import UnlearnConfig
+from retrograd.trust.left_out import random_subset, without
 from retrograd.unlearn.setup import assemble
 
 PLAN = Replay(plan="all", memory=1 << 30, disk=0)
@@ -58,7 +60,7 @@ def unlearned(world: Path, run: Path, method: str = "npo", *more: str) -> Path:
 def command(world: Path, out: Path, run: Path) -> list[str]:
     data = [flag for key in ("benign", "attack") for flag in ("--data", f"{key}={world}/{key}.jsonl")]
     return ["attack", str(out), "--model", str(run / "model"), "--base", str(world / "model"), *data, "--tasks",
-            str(world / "tasks.yaml"), "--suite", str(world / "suite.yaml"), "--attribute"]  # fmt: skip
+            str(world / "tasks.yaml"), "--suite", str(world / "suite.yaml"), "--attribute", "--subsets", "3", "--fraction", "0.2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def value(world: Path, run: Path, weights: Tensor | None = None, direct: bool = 
 def test_scores_are_what_retraining_both_measures(attacked: Path, world: Path, tmp_path: Path) -> None:
     run = place_of(attacked) / "unlearn"
     scores = torch.load(run / "scores.pt", weights_only=True).double()
-    told = json.loads((place_of(attacked) / "attack/queries/asked/query.json").read_text())
+    told = json.loads((place_of(attacked) / "unlearn/queries/asked/query.json").read_text())
     assert float(value(world, tmp_path / "x")) == pytest.approx(told["values_nats"][0], rel=1e-12)
     draw = torch.Generator().manual_seed(0)
     ones = torch.ones_like(scores)
@@ -117,6 +119,23 @@ def test_scores_are_what_retraining_both_measures(attacked: Path, world: Path, t
         # the attack counts: without it the derivative is another
         a, b = (value(world, tmp_path / "x", ones + sign * h * v, direct=True) for sign in (1, -1))
         assert abs(float((a - b) / (2 * h)) / measured - 1) > 1e-3
+
+
+def test_sets_left_out_are_retrained_and_held_against_the_scores(attacked: Path, world: Path, tmp_path: Path) -> None:
+    run = place_of(attacked) / "unlearn"
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
+    assert [line["set"] for line in lines] == [0, 1, 2]
+    scores = torch.load(run / "scores.pt", weights_only=True)
+    forget = [place for place in range(scores.numel()) if place < 4 * scores.shape[1] and scores.flatten()[place] != 0]
+    left_out = random_subset(np.array(forget), 0.2, 0, 1)
+    assert lines[1]["tokens"] == len(left_out)
+    assert lines[1]["predicted"][0] == pytest.approx(-float(scores.flatten()[left_out].sum()), rel=1e-9)
+    weights = without(torch.ones_like(scores), left_out)
+    change = float(value(world, tmp_path / "x", weights) - value(world, tmp_path / "x"))
+    assert lines[1]["measured"][0] == pytest.approx(change, rel=1e-6)
+    told = json.loads((run / "validation.json").read_text())
+    assert told["sets"] == 3
+    assert told["interval"][0] <= told["lds"] <= told["interval"][1]
 
 
 @pytest.mark.slow
