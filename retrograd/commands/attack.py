@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
-from retrograd.attack.folder import Attacked, Folder, claim_folder
+from retrograd.attack.folder import Attacked, Folder, claim_folder, refuse_foreign
 from retrograd.attack.material import Material, material_of
 from retrograd.attack.tell import show_findings, write_findings
 from retrograd.attack.untrained.attacks import find_untraining
@@ -35,12 +36,14 @@ from retrograd.settings.unlearn import UnlearnConfig, UnlearnTrainConfig
 __all__ = ["attack"]
 
 
-def attack(config: AttackConfig, console: Console | None = None) -> None:
+def attack(config: AttackConfig, console: Console | None = None) -> dict[str, Any]:
     """Attack what is not attacked yet, then write and show what came back.
 
     Args:
         config: The resolved configuration.
         console: Where the summary goes; standard output when None.
+    Returns:
+        What recovery.json says.
     Raises:
         ValueError: For anything the user can mend.
         RunError: For a failure of the machine; the same call resumes.
@@ -52,7 +55,9 @@ def attack(config: AttackConfig, console: Console | None = None) -> None:
             find_untraining(one)
         elif config.attribute:
             check_attribution(config, one)
+    refuse_foreign(config.out)
     with locked(config.out):
+        refuse_foreign(config.out)
         material = material_of(config)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, _sources(config, shallow), configurations(config), material)
@@ -62,6 +67,7 @@ def attack(config: AttackConfig, console: Console | None = None) -> None:
         show_findings(found, config.out, console)
         if config.attribute:
             _attribute(config, folder, material, console)
+    return found
 
 
 def _shallow(config: AttackConfig, lab: Path) -> str:
