@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from retrograd.core import probe, tree
+from retrograd.core import tree
 from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, Params, Schedule
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
@@ -24,6 +24,7 @@ from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
+from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
@@ -303,11 +304,11 @@ def _prove(
         # the model's own loss takes each row by itself; of another one that is not known
         rows = 2 if objective is None else None
         double = Double(model.objective if objective is None else objective)
-        probe.prove(training._replace(engine=double), initial, module, objective, rows=rows)
+        first_step.prove(training._replace(engine=double), initial, module, objective, rows=rows)
         return
     if objective is not None:
-        probe.prove_reached(training, initial, objective, module)
-    probe.prove_pure(training, initial, module)
+        first_step.prove_reached(training, initial, objective, module)
+    first_step.prove_pure(training, initial, module)
 
 
 def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
