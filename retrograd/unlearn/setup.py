@@ -16,12 +16,12 @@ from retrograd.data.rows import Rows
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
 from retrograd.query.named import load_queries
+from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import (
     Differentiated,
     Loaded,
     Setup,
     attributed,
-    begun_with,
     find_device,
     load_model,
     set_up,
