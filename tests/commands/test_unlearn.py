@@ -114,6 +114,31 @@ def test_a_killed_one_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> N
     assert all(torch.equal(x, whole[name]) for name, x in ours.items())
 
 
+def lines_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return sorted((line for line in lines if line["phase"] == "train"), key=lambda line: line["step"])
+
+
+def test_the_journal_tells_terms_apart_however_it_was_cut_and_killed(world: Path, tmp_path: Path) -> None:
+    """Σ coefficient·value is the loss, in one batch, in micro-batches, and after a kill that replays steps."""
+    more = ["--heartbeat", "0", "--train.epochs", "6", "--objective.forget", "0.5", "--objective.retain", "0.25"]
+    assert main(command(world, tmp_path / "whole", "grad_diff", *more)) == 0
+    expected = lines_of(tmp_path / "whole")
+    assert len(expected) == 11
+    for line in expected:
+        assert line["terms"].keys() == {"forget", "retain"}
+        total = 0.5 * line["terms"]["forget"] + 0.25 * line["terms"]["retain"]
+        assert total == pytest.approx(line["loss"], rel=1e-5)
+    assert len({line["terms"]["forget"] for line in expected}) == 11
+    assert main(command(world, tmp_path / "cut", "grad_diff", *more, "--train.micro_batch_size", "2")) == 0
+    for line, other in zip(lines_of(tmp_path / "cut"), expected, strict=True):
+        assert line["terms"] == pytest.approx(other["terms"], rel=1e-3)
+    arguments = command(world, tmp_path / "run", "grad_diff", *more)
+    _kill_after(arguments, tmp_path / "run", 4)
+    assert main(arguments) == 0
+    assert [line["terms"] for line in lines_of(tmp_path / "run")] == [line["terms"] for line in expected]
+
+
 def test_weights_of_one_are_no_weights_and_others_are_not(world: Path, tmp_path: Path) -> None:
     found = {}
     for name, more in (("none", []), ("ones", ["--weights", str(world / "ones")]), ("word", ["--weights", "ones"]),
