@@ -157,7 +157,8 @@ def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:
     from retrograd.unlearn.methods import find_method
 
     method, *arguments = arguments
-    kind = with_objective(find_method(method).defaults)
+    found = find_method(method)
+    kind = with_objective(found.defaults, adapters=found.adapters)
     arguments = _spell_out_switches(arguments, kind)
     if file := _value_of("--config", arguments):
         flags["default"] = settings_from(kind, Path(file))

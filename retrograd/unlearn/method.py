@@ -51,6 +51,7 @@ class Method:
         alternatives: Whether each forget row needs an alternative one.
         perturb: Size of the noise that the parameters start with, as `reference.perturbed` takes it; above 0 where F
             has no slope at the reference.
+        adapters: Whether its source trains adapters, so that it does unless --lora.rank says otherwise.
         rank: Rank of adapters as a share of the model's width, see `adapter_rank`.
         fault: What `as_run` permits, in a sentence; empty where there is nothing.
         pullback: Whether each update is a gradient of the objective, so that a run can be attributed. Where not,
@@ -73,6 +74,7 @@ class Method:
     least_rows: int = 1
     alternatives: bool = False
     perturb: float = 0.0
+    adapters: bool = False
     rank: float = 1 / 64
     fault: str = ""
     pullback: bool = True

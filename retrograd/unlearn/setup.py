@@ -13,10 +13,12 @@ from retrograd.core import tree
 from retrograd.core.step import coefficients, micro_batches
 from retrograd.data.pairs import PairStream, joined
 from retrograd.data.rows import Rows
+from retrograd.lm.checkpoint import model_width
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
 from retrograd.runs.setup import Differentiated, Setup, begun_with, find_device, load_model, set_up
 from retrograd.select import weights as weights_file
+from retrograd.settings.train import LoraConfig
 from retrograd.settings.unlearn import ONES, UnlearnConfig, parse_source
 from retrograd.unlearn import guards
 from retrograd.unlearn.method import Method, Unlearning
@@ -37,7 +39,7 @@ def set_up_unlearning(config: UnlearnConfig, method: Method) -> tuple[Setup, Unl
     """
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, config.lora, config.train)
+    model = load_model(config.model, config.dtype, device, _adapters(config, method), config.train)
     stream = _pairs(config, method, model, tokenizer, device)
     settings = getattr(config, "objective", method.defaults)
     reference = reference_of(model) if method.needs_reference(settings) else None
@@ -67,6 +69,14 @@ def reached(setup: Setup, objective: Unlearning) -> list[str]:
         slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         found |= {name for name, slope in zip(leaves, slopes) if slope is not None}
     return [name for name in leaves if name in found]
+
+
+def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
+    """The adapters asked for; where no rank is named, the method's for the width of the model."""
+    rank, alpha = config.lora.rank, config.lora.alpha
+    if rank is None:
+        rank = method.adapter_rank(model_width(config.model))
+    return LoraConfig(rank, float(rank) if alpha is None else alpha, config.lora.target_modules)
 
 
 def _pairs(config: UnlearnConfig, method: Method, model: CausalLM, tokenizer: Any, device: torch.device) -> PairStream:

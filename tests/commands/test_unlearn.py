@@ -70,7 +70,8 @@ EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method_leaves_a_changed_model(method: str, world: Path, tmp_path: Path) -> None:
-    assert main(command(world, tmp_path / "run", method, *alternatives(world, method))) == 0
+    more = ["--lora.rank", "0"] if METHODS[method].adapters else []
+    assert main(command(world, tmp_path / "run", method, *alternatives(world, method), *more)) == 0
     before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "run/model"))
     state = final(tmp_path / "run")
     assert all(torch.equal(x, state[f"params.{name}"]) for name, x in after.params.items())
@@ -155,6 +156,39 @@ def test_adapters_are_merged(world: Path, tmp_path: Path) -> None:
     assert main(command(world, tmp_path / "run", "npo", *more)) == 0
     before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "run/model"))
     assert before.params.keys() == after.params.keys()
+
+
+def test_a_method_whose_source_trains_adapters_does(world: Path, tmp_path: Path) -> None:
+    """Rank and scale are its own for the model's width; those that are named, and 0, are taken instead."""
+    found = {}
+    for name, more in (("own", []), ("named", ["--lora.rank", "2", "--lora.alpha", "2"]),
+                       ("four", ["--lora.rank", "4"])):  # fmt: skip
+        assert (
+            main(command(world, tmp_path / name, "orth_circuit_breakers", "--export", str(name == "own"), *more)) == 0
+        )
+        found[name] = final(tmp_path / name)
+    adapters = {name: x for name, x in found["own"].items() if name.startswith("params.") and ".lora_A." in name}
+    assert len(adapters) == 2
+    assert {min(x.shape) for x in adapters.values()} == {2}  # a 64th of a width of 16, and at least 2
+    assert all(torch.equal(x, found["named"][name]) for name, x in found["own"].items())
+    assert {min(x.shape) for name, x in found["four"].items() if ".lora_A." in name} == {4}
+    before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "own/model"))
+    changed = {name for name, x in before.params.items() if not torch.equal(x, after.params[name])}
+    assert changed == {f"gpt_neox.layers.{layer}.attention.query_key_value.weight" for layer in (0, 1)}
+
+
+def test_a_model_whose_modules_to_adapt_are_unknown_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save_model(tmp_path / "model", "olmo2")  # peft has no choice for it
+    arguments = command(world, tmp_path / "run", "orth_circuit_breakers", "--model", str(tmp_path / "model"))
+    assert main(arguments) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "LoRA cannot be added" in told
+    assert "Linear layers of this model: down_proj, gate_proj" in told
+    assert "--lora.target_modules, or train the whole model with --lora.rank 0" in told
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "--lora.target_modules", "q_proj", "--export", "False"]) == 0
 
 
 @pytest.mark.parametrize("method,more,told", [
