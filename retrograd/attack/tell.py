@@ -82,8 +82,8 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 def _markdown(found: dict[str, Any]) -> str:
     text = "# Attacks\n\n" + markdown_table(*cells(found)) + "\n"
     text += (
-        "forget: accuracy before the attack; most: the highest on its way, and where; N_q: the step at which the share q "
-        "of the gap to the base model is back, (a, b] after the last evaluation that failed and up to the first that "
+        "forget: accuracy before the attack; most: the highest on its way, and where; N_q: the step at which the share "
+        "q of the gap to the base model is back, (a, b] after the last evaluation that failed and up to the first that "
         "passed; area: of the recovered share over log(1 + step); latent: the rise on what the attack never showed "
         "beyond that of the model that never knew it, at the last step, with its 95 % interval.\n\n"
     )
