@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
@@ -29,6 +30,7 @@ from retrograd.settings.commands import (
     VerifyConfig,
     perturbed,
 )
+from retrograd.settings.experiment import ExperimentConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
@@ -68,6 +70,12 @@ _COMMANDS = {
     ),
     "unlearn": _Command(
         UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
+    ),
+    "experiment": _Command(
+        ExperimentConfig, "OUT: methods × weightings × seeds at one utility, by workers", "commands.experiment", "FILE"
+    ),
+    "attack": _Command(
+        AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
     ),
 }
 

@@ -12,10 +12,10 @@ from retrograd.core.step import State
 from retrograd.runs.attribute import Outcome, ask, stored, summarise, write_results
 from retrograd.runs.files import file_digest
 from retrograd.runs.manifest import SIGN, Manifest
+from retrograd.runs.resume import clean
 from retrograd.runs.run_folder import replay_of
 from retrograd.runs.session import open_session
 from retrograd.runs.setup import Loaded
-from retrograd.runs.trajectory import clean
 from retrograd.settings.run import AttributedConfig
 
 __all__ = ["carry_out_attributed"]

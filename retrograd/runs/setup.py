@@ -16,14 +16,14 @@ from torch import Tensor
 
 from retrograd.core import probe, tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, Params, Schedule
+from retrograd.core.optim import SGD, Adam, AdamW, Muon, Optimizer, Params, Schedule
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.core.sweep import Event
 from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
-from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
+from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
@@ -210,8 +210,8 @@ def set_up(
     """
     size = train.micro_batch_size or stream.batch_size
     recipe = Recipe(
-        optimizer(train, len(stream), _embeddings(model)), train.max_grad_norm, train.micro_batch_size, train.seed,
-        train.dropout,
+        optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
+        train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout,
     )  # fmt: skip
     dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
     findings = recipe_findings(recipe, stream.batch_size, len(stream.rows), dtype) if how.queries else []
@@ -233,20 +233,34 @@ def set_up(
     return Setup(model, tokenizer, stream, loss, training, initial, engine, findings, hashes, identity)
 
 
-def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:
-    """The optimizer of a configuration; `exclude` names the matrices that Muon leaves to AdamW."""
-    ratio = train.warmup_ratio if train.warmup_ratio is not None else 0.3 if train.lr_schedule == "one-cycle" else 0.0
-    warmup = min(steps - 1, math.ceil(ratio * steps))
-    lr = Schedule(train.lr_schedule, train.lr, steps, warmup)
+def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:
+    """The optimizer of a configuration.
+
+    Args:
+        exclude: The matrices that Muon leaves to AdamW.
+        spared: The parameters that do not decay.
+    """
+    lr = _schedule(train, steps)
     adam = (train.beta1, train.beta2, train.eps, train.eps_root)
     match train.optimizer:
         case "sgd":
-            return SGD(lr, train.momentum, train.nesterov, train.weight_decay)
+            return SGD(lr, train.momentum, train.nesterov, train.weight_decay, spared)
+        case "adam":
+            return Adam(lr, *adam, train.weight_decay, spared)
         case "adamw":
-            return AdamW(lr, *adam, train.weight_decay)
+            return AdamW(lr, *adam, train.weight_decay, spared)
         case "muon":
-            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude)
-    raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
+            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude, spared)
+    raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adam, adamw, muon")
+
+
+def _schedule(train: TrainConfig, steps: int) -> Schedule:
+    ratio = train.warmup_ratio
+    if ratio is None:
+        ratio = 0.3 if train.lr_schedule.startswith("one-cycle") else 0.0
+    warmup = min(steps - 1, math.ceil(ratio * steps)) if train.warmup_steps is None else train.warmup_steps
+    power = 2.0 if train.lr_power is None else train.lr_power
+    return Schedule(train.lr_schedule, train.lr, steps, warmup, power, train.lr_start, train.lr_end)
 
 
 def begun_with(run: Path) -> dict[str, Any] | None:

@@ -30,9 +30,10 @@ class UnlearnTrainConfig(TrainConfig):
     lr: float = 2e-4
     """Peak learning rate."""
     lr_schedule: Any = "linear"
-    """How the learning rate moves over the run: constant, linear, cosine, polynomial or one-cycle."""
+    """How the learning rate moves over the run: constant, linear, cosine, polynomial, one-cycle or
+    one-cycle-linear."""
     weight_decay: float = 0.01
-    """Decoupled for adamw and muon, added to the gradient for sgd."""
+    """Decoupled for adamw and muon, added to the gradient for sgd and adam."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm."""
     batch_size: int = 16

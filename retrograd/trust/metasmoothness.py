@@ -113,7 +113,7 @@ def _judge(value: float, train: TrainConfig) -> Smoothness:
 
 def _levers(train: TrainConfig) -> list[str]:
     """What is known to make this recipe smoother, the strongest first."""
-    adam = train.optimizer in ("adamw", "muon")
+    adam = train.optimizer in ("adam", "adamw", "muon")
     possible = [
         (train.dropout, "Leave --train.dropout off."),
         (adam and train.eps_root < 1e-6, f"Raise --train.eps_root (now {train.eps_root:g}) to 1e-6."),
