@@ -38,7 +38,7 @@ from retrograd.unlearn.methods import METHODS, find_method
 from retrograd.unlearn.reference import perturbed, reference_of
 from retrograd.unlearn.settings import Settings
 
-__all__ = ["assemble", "reached", "set_up_unlearning"]
+__all__ = ["assemble", "reached"]
 
 
 class _Read(NamedTuple):
@@ -51,25 +51,15 @@ class _Read(NamedTuple):
     parts: list[Part]
 
 
-def set_up_unlearning(config: UnlearnConfig) -> Setup:
-    """A training that unlearns, without a query. Its `objective` is an `Unlearning`.
-
-    The order of the guards matters: the reference is made of the model as it is, compared with it, and only then do
-    parameters move beside it.
-
-    Raises:
-        ValueError: For whatever cannot work, before anything is computed or written.
-    """
-    method = find_method(config.method)
-    return _set_up(config, method, _read(config, method))
-
-
 def assemble(config: UnlearnConfig) -> Loaded:
-    """The same with what is asked of the unlearned model: everything an attributed run is made of.
+    """Everything an unlearning run is made of, with what is asked of the unlearned model, if anything is.
+
+    Its `objective` is an `Unlearning`. The order of the guards matters: the reference is made of the model as it is,
+    compared with it, and only then do parameters move beside it.
 
     Raises:
-        ValueError: As `set_up_unlearning`; and if the method's updates are no gradients, or are not differentiated
-            right.
+        ValueError: For whatever cannot work, before anything is computed or written: a run is to be attributed whose
+            updates are no gradients, or are not differentiated right, too.
     """
     method = find_method(config.method)
     if config.attribute is not None:
@@ -81,7 +71,7 @@ def assemble(config: UnlearnConfig) -> Loaded:
     return attributed(_set_up(config, method, read, queries), read.texts, asked, read.parts)
 
 
-def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int = 0) -> Setup:
+def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) -> Setup:
     model, stream, train = read.model, read.stream, config.train
     settings = _settings(config, method)
     reference = reference_of(model) if method.needs_reference(settings) else None
