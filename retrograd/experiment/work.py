@@ -13,10 +13,11 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -104,7 +105,7 @@ def _carried(task: Task, lease: Lease, queue: Queue, runners: Runners, show: Cal
 
     settled = False
     try:
-        with (folder / "log.txt").open("a", encoding="utf8") as log, progress_goes_to(tell):
+        with (folder / "log.txt").open("a", encoding="utf8") as log, _warnings_to(log), progress_goes_to(tell):
             try:
                 tell("begins")
                 outcome = carry_out(task, folder, done, runners, Console(file=log, width=120))
@@ -122,6 +123,18 @@ def _carried(task: Task, lease: Lease, queue: Queue, runners: Runners, show: Cal
     finally:
         if not settled:
             queue.give_back(lease)
+
+
+@contextmanager
+def _warnings_to(log: TextIO) -> Iterator[None]:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        log.write(f"warning: {message}\n")
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 class _Telling:
