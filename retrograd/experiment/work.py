@@ -29,9 +29,10 @@ from retrograd.experiment.tasks import Maker, Task
 from retrograd.runs.errors import RunError
 from retrograd.runs.progress import progress_goes_to
 
-__all__ = ["Stop", "StoppedError", "stoppable", "work"]
+__all__ = ["STARTED_BY", "Stop", "StoppedError", "stoppable", "work"]
 
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)
+STARTED_BY = "RETROGRAD_STARTED_BY"  # in a worker's environment: the process that it ends with
 _GRACE = 20.0  # seconds that a training gets to come to a durable point
 
 
@@ -40,9 +41,18 @@ class StoppedError(BaseException):
 
 
 class Stop:
-    """When the process was asked to end, in the file system's seconds; None so far."""
+    """When the process was asked to end, by a signal or by the end of whoever started it; None so far."""
 
-    asked: float | None = None
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.parent = os.environ.get(STARTED_BY)
+
+    @property
+    def asked(self) -> float | None:
+        """In the file system's seconds."""
+        if self.since is None and self.parent is not None and os.getppid() != int(self.parent):
+            self.since = time.time()
+        return self.since
 
 
 def work(maker: Maker, queue: Queue, runners: Runners, show: Callable[[Plan, str], None], stop: Stop) -> Plan:
@@ -81,9 +91,9 @@ def stoppable() -> Iterator[Stop]:
     stop = Stop()
 
     def ask(number: int, frame: Any) -> None:
-        if stop.asked is not None:
+        if stop.since is not None:
             raise StoppedError
-        stop.asked = time.time()
+        stop.since = time.time()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -150,15 +160,15 @@ class _Telling:
             self.queue.beat(self.lease)
             self.beaten = now
             self.show(f"{self.task.name}: {text}")
-        if self.stop.asked is not None and (self._durable() or time.time() - self.stop.asked > _GRACE):
+        asked = self.stop.asked
+        if asked is not None and (self._durable(asked) or time.time() - asked > _GRACE):
             raise StoppedError
 
-    def _durable(self) -> bool:
+    def _durable(self, asked: float) -> bool:
         """Whether something durable is younger than the wish to end; what is no training has no such points."""
         if self.task.kind not in ("scores", "train"):
             return True
         points = (self.queue.place(self.lease) / "run" / "checkpoints").glob("*.safetensors")
-        asked = self.stop.asked or 0.0
         for path in points:
             try:
                 if os.stat(path).st_mtime >= asked:
