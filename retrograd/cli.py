@@ -28,6 +28,7 @@ from retrograd.settings.commands import (
     ValidateConfig,
     VerifyConfig,
 )
+from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
@@ -67,6 +68,9 @@ _COMMANDS = {
     ),
     "unlearn": _Command(
         UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
+    ),
+    "report": _Command(
+        ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
     ),
 }
 
