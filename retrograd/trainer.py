@@ -244,7 +244,7 @@ class Trainer:
             if folder:
                 trajectory.train()
             scores = trajectory.reverse(given.gradient, key, moments=given.moments, reached=reached.append)
-            trajectory.clean_reverse(key)
+            trajectory.durable.clean_reverse(key)
         return given.answered(reached.pop(), scores)
 
     def validate(

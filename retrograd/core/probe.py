@@ -24,13 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from retrograd.core import tree
-from retrograd.core.optim import SGD, AdamW, Cotangent, Moments, Muon, Optimizer, Pair, Params
+from retrograd.core.optim import SGD, Adam, AdamW, Cotangent, Moments, Muon, Optimizer, Pair, Params
 from retrograd.core.slopes import Slopes, randomly, scaled
 from retrograd.core.step import Batch, Engine, Objective, State, Training, coefficients, micro_batches_of, random_draws
 
 __all__ = ["prove", "prove_gradient", "prove_pure", "prove_reached", "prove_update"]
 
-_OWN = (SGD, AdamW, Muon)  # their pullbacks are proved by tests
+_OWN = (SGD, Adam, AdamW, Muon)  # their pullbacks are proved by tests
 _DIRECTIONS = 2
 _FULL = 1 << 26  # parameters, frozen ones too, up to which a float64 copy is made
 

@@ -362,7 +362,7 @@ def _pull_update(
     clipped = clip(grads, limit) if limit and grads else grads
     optimizer = recipe.optimizer
     pulled, bars, numbers, slope = optimizer.pullback(state.params, state.moments, clipped, state.step, cotangent)
-    metric = optimizer.preconditioner(state.moments, clipped, state.step) if probe and clipped else None
+    metric = optimizer.preconditioner(state.params, state.moments, clipped, state.step) if probe and clipped else None
     bars = clip_pullback(grads, limit, bars) if limit and grads else bars
     if probe is not None:
         bars = {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}

@@ -8,6 +8,7 @@ objective is given out that has not been held against the model's own logits (`p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "evaluating",
     "load_causal_lm",
     "load_tokenizer",
+    "norms_and_biases",
     "objective_of",
     "trainable",
 ]
@@ -89,6 +91,22 @@ def trainable(module: nn.Module) -> tuple[Params, dict[str, str]]:
     if not leaves:
         raise ValueError("the model has no trainable parameter: every requires_grad is False")
     return leaves, readers
+
+
+def norms_and_biases(module: nn.Module) -> tuple[str, ...]:
+    """The leaves that transformers' Trainer leaves without weight decay: norms and biases, of `trainable`'s.
+
+    They are the parameters inside an `nn.LayerNorm`, and those whose name has "bias", "layernorm" or "rmsnorm" in it, a
+    part "norm", or a part that ends in "_norm".
+    """
+    inside = {place for place, part in module.named_modules() if isinstance(part, nn.LayerNorm)}
+
+    def spared(name: str) -> bool:
+        parts = name.split(".")
+        above = any(".".join(parts[:n]) in inside for n in range(1, len(parts)))
+        return above or bool(re.search(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)", name.lower()))
+
+    return tuple(name for name in trainable(module)[0] if spared(name))
 
 
 def load_tokenizer(name: str) -> Any:

@@ -133,7 +133,9 @@ class _Writer:
         if _is_library(type(value)) and callable(getattr(value, "to_dict", None)):
             return self._config(value)
         if dataclasses.is_dataclass(value):
-            return self._named(type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+            return self._named(
+                type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if _told(f, value)}
+            )
         if callable(value) and not hasattr(value, "__dict__"):
             return f"{_name(type(value))} {_name(value)}"
         if _is_library(type(value)):
@@ -236,6 +238,11 @@ _KINDS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
     (Set, _Writer._set),
     (torch.Generator, lambda writer, value: f"generator {value.initial_seed()}"),
 ]
+
+
+def _told(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field says something: one that came `later` does not at its default, for earlier runs had none."""
+    return not field.metadata.get("later") or getattr(value, field.name) != field.default
 
 
 def _is_plain(value: Any) -> bool:

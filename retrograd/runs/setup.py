@@ -16,14 +16,14 @@ from torch import Tensor
 
 from retrograd.core import probe, tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, AdamW, Muon, Optimizer, Params, Schedule
+from retrograd.core.optim import SGD, Adam, AdamW, Muon, Optimizer, Params, Schedule
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.core.sweep import Event
-from retrograd.data.pairs import PairStream
+from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
-from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer
+from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
@@ -37,8 +37,8 @@ from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "assemble", "begun_with", "find_device", "load_model", "load_recipe",
-    "optimizer", "set_up", "set_up_recipe",
+    "Differentiated", "Loaded", "Setup", "assemble", "attributed", "begun_with", "find_device", "load_model",
+    "load_recipe", "optimizer", "set_up", "set_up_recipe",
 ]  # fmt: skip
 
 
@@ -46,6 +46,7 @@ __all__ = [
 class Setup:
     """A training, loaded and checked before its first step.
 
+    objective: (params, inputs, coefficients) → scalar, what every step descends.
     engine: which engine differentiates the steps, and why.
     findings: what the recipe alone gives away of scores.
     hashes: what the run is made of, part by part.
@@ -55,12 +56,19 @@ class Setup:
     model: CausalLM
     tokenizer: Any
     stream: DataStream | PairStream
+    objective: Objective
     training: Training
     initial: State
     engine: Choice
     findings: list[Finding]
     hashes: dict[str, str]
     identity: str
+
+    @property
+    def rows(self) -> Rows:
+        """What is trained on, of all sides."""
+        rows: Rows = self.stream.rows
+        return rows
 
     def trajectory(
         self,
@@ -88,12 +96,12 @@ class Loaded(Setup):
 
     texts: an excerpt of each document.
     asked: the queries by name.
+    parts: the data sets that the rows are from, where there are several sides.
     """
 
-    stream: DataStream
-    rows: Rows
     texts: list[str]
     asked: list[Asked]
+    parts: Sequence[Part] = ()
 
     @property
     def queries(self) -> Queries:
@@ -132,9 +140,14 @@ def assemble(config: MagicConfig) -> Loaded:
     how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config))
     visited = visits(stream, config.attribute, config.dtype)
     setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
-    parts = {field.name: getattr(setup, field.name) for field in fields(Setup)}
-    parts["hashes"] = setup.hashes | {f"query {one.name}": one.digest for one in asked}
-    return Loaded(**parts, rows=stream.rows, texts=texts, asked=asked)
+    return attributed(setup, texts, asked)
+
+
+def attributed(setup: Setup, texts: list[str], asked: list[Asked], parts: Sequence[Part] = ()) -> Loaded:
+    """A training with what is asked of it, the last three as `Loaded` has them."""
+    given = {field.name: getattr(setup, field.name) for field in fields(Setup)}
+    given["hashes"] = setup.hashes | {f"query {one.name}": one.digest for one in asked}
+    return Loaded(**given, texts=texts, asked=asked, parts=parts)
 
 
 def set_up_recipe(config: RecipeConfig) -> Setup:
@@ -197,14 +210,15 @@ def set_up(
     """
     size = train.micro_batch_size or stream.batch_size
     recipe = Recipe(
-        optimizer(train, len(stream), _embeddings(model)), train.max_grad_norm, train.micro_batch_size, train.seed,
-        train.dropout,
+        optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
+        train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout,
     )  # fmt: skip
     dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
     findings = recipe_findings(recipe, stream.batch_size, len(stream.rows), dtype) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
     shape = (min(size, len(stream.rows)), stream.rows.max_length)
-    engine = _engine(how, model, objective or model.objective, shape, train, initial, stream)
+    loss: Objective = model.objective if objective is None else objective
+    engine = _engine(how, model, loss, shape, train, initial, stream)
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
@@ -216,23 +230,37 @@ def set_up(
         "the model's configuration and code": architecture(model.module),
     }
     identity = identify(hashes, *visited, *_unless_double(engine))
-    return Setup(model, tokenizer, stream, training, initial, engine, findings, hashes, identity)
+    return Setup(model, tokenizer, stream, loss, training, initial, engine, findings, hashes, identity)
 
 
-def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = ()) -> Optimizer:
-    """The optimizer of a configuration; `exclude` names the matrices that Muon leaves to AdamW."""
-    ratio = train.warmup_ratio if train.warmup_ratio is not None else 0.3 if train.lr_schedule == "one-cycle" else 0.0
-    warmup = min(steps - 1, math.ceil(ratio * steps))
-    lr = Schedule(train.lr_schedule, train.lr, steps, warmup)
+def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:
+    """The optimizer of a configuration.
+
+    Args:
+        exclude: The matrices that Muon leaves to AdamW.
+        spared: The parameters that do not decay.
+    """
+    lr = _schedule(train, steps)
     adam = (train.beta1, train.beta2, train.eps, train.eps_root)
     match train.optimizer:
         case "sgd":
-            return SGD(lr, train.momentum, train.nesterov, train.weight_decay)
+            return SGD(lr, train.momentum, train.nesterov, train.weight_decay, spared)
+        case "adam":
+            return Adam(lr, *adam, train.weight_decay, spared)
         case "adamw":
-            return AdamW(lr, *adam, train.weight_decay)
+            return AdamW(lr, *adam, train.weight_decay, spared)
         case "muon":
-            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude)
-    raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adamw, muon")
+            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude, spared)
+    raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adam, adamw, muon")
+
+
+def _schedule(train: TrainConfig, steps: int) -> Schedule:
+    ratio = train.warmup_ratio
+    if ratio is None:
+        ratio = 0.3 if train.lr_schedule.startswith("one-cycle") else 0.0
+    warmup = min(steps - 1, math.ceil(ratio * steps)) if train.warmup_steps is None else train.warmup_steps
+    power = 2.0 if train.lr_power is None else train.lr_power
+    return Schedule(train.lr_schedule, train.lr, steps, warmup, power, train.lr_start, train.lr_end)
 
 
 def begun_with(run: Path) -> dict[str, Any] | None:

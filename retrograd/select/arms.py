@@ -14,7 +14,7 @@ from retrograd.select.rivals import Gradients, gradients, query_gradient
 from retrograd.select.rules import Weighing, finish, key, rises, weigh
 from retrograd.select.sources import DataSet, Scored, find_native, is_run, split_name
 from retrograd.select.words import bm25, keyword_tokens, query_tokens, read_keywords
-from retrograd.settings.run import queries_of
+from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.select import Control, SelectConfig
 
 __all__ = ["Arm", "Arms", "default_controls"]
@@ -120,6 +120,11 @@ class Arms:
         source = self.config.scores[0]
         self._refuse_file(source, "gradient_norm and gradient_cosine need a trained model")
         native = find_native(source)
+        if not isinstance(native.config, MagicConfig):
+            raise ValueError(
+                f"controls gradient_norm and gradient_cosine take gradients of the cross-entropy that a run trains by, "
+                f"and {source} unlearns: put a run of `retrograd magic` first in --scores, or leave them out"
+            )
         with holding(native.folder, shared=True):
             run = open_run(native.folder, trust_code=self.config.trust_code)
             direction = query_gradient(run, native.query, native.columns)

@@ -31,12 +31,13 @@ from retrograd.lm.proof import prove
 from retrograd.query.columns import Queries
 from retrograd.query.proof import prove_answers
 from retrograd.runs.files import write_json
+from retrograd.runs.kinds import assemble
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.run_folder import Opened, holding, load_run, refuse_stored_code, with_queries
-from retrograd.runs.setup import Loaded, assemble
+from retrograd.runs.setup import Loaded
 from retrograd.settings.commands import VerifyConfig
-from retrograd.settings.run import MagicConfig
+from retrograd.settings.run import AttributedConfig
 from retrograd.trust.certificate import Check, attempt, certified, compare, missing, record, table, told
 from retrograd.trust.evidence import (
     digests,
@@ -72,7 +73,9 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
         return _verify(config, *run, console, start)
 
 
-def _verify(config: VerifyConfig, settings: MagicConfig, manifest: Manifest, console: Console, start: float) -> int:
+def _verify(
+    config: VerifyConfig, settings: AttributedConfig, manifest: Manifest, console: Console, start: float
+) -> int:
     refuse_stored_code(settings, config.trust_code)
     checks = list(_checks(config, settings, manifest))
     verdict, absent = certified(checks), missing(checks)
@@ -92,7 +95,7 @@ def _verify(config: VerifyConfig, settings: MagicConfig, manifest: Manifest, con
     return 1 if failed else 3 if absent and config.strict else 0
 
 
-def _checks(config: VerifyConfig, settings: MagicConfig, manifest: Manifest) -> Iterator[Check]:
+def _checks(config: VerifyConfig, settings: AttributedConfig, manifest: Manifest) -> Iterator[Check]:
     """All checks, in the order of their cost."""
     yield from attempt("scores file", lambda: score_checks(config.run, manifest))
     try:

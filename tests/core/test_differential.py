@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from retrograd.core import lookups, probe
+from retrograd.core.optim import SCHEDULES
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import differential
@@ -29,7 +30,10 @@ def test_every_ingredient_is_drawn() -> None:
     drawn = [differential.configuration(seed) for seed in range(500)]
     assert {one.family for one in drawn} == set(differential.FAMILIES)
     assert {one.engine for one in drawn} == {"double", "blocks"}
-    assert {one.optimizer["name"] for one in drawn} == {"sgd", "momentum", "nesterov", "adamw", "muon"}
+    assert {one.optimizer["name"] for one in drawn} == {"sgd", "momentum", "nesterov", "adam", "adamw", "muon"}
+    assert {one.schedule for one in drawn} == set(SCHEDULES)
+    assert {one.optimizer["spare"] for one in drawn} == {True, False}
+    assert {None in one.ends for one in drawn} == {True, False}
     assert {one.plan["plan"] for one in drawn} == {"all", "sqrt", "binomial", "interval", "auto", "gradients"}
     for kind in ("lora", "frozen", "per_token", "shuffle", "durable", "interrupted", "max_grad_norm"):
         assert {bool(getattr(one, kind)) for one in drawn} == {True, False}, kind

@@ -118,6 +118,6 @@ def test_the_probe_finds_the_sharpest_direction(optimizer: SGD | AdamW) -> None:
         expected = 5.0
     else:
         grads = {"x": a @ start["x"]}
-        metric = optimizer.preconditioner(initial_state(run.recipe, start).moments, grads, 0)["x"]
+        metric = optimizer.preconditioner(start, initial_state(run.recipe, start).moments, grads, 0)["x"]
         expected = float(torch.linalg.eigvals(metric[:, None] * a).real.max())
     assert last.sharpness == pytest.approx(expected, rel=0.05)

@@ -23,7 +23,7 @@ from retrograd.core import memory, tree
 from retrograd.core.optim import AdamW, Moments, Params, Updated
 from retrograd.core.step import Recipe, State, initial_state
 from retrograd.core.sweep import Event, seed_cotangent
-from retrograd.runs import trajectory
+from retrograd.runs import resume
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
 from retrograd.runs.states import store
@@ -467,7 +467,7 @@ def test_the_same_bits_from_every_tier(
 
 
 def test_the_final_state_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = trajectory.write_tensors, []
+    real, seen = resume.write_tensors, []
     slow = store.write_tensors
     monkeypatch.setattr(store, "write_tensors", lambda *given: (time.sleep(0.02), slow(*given)))
 
@@ -475,7 +475,7 @@ def test_the_final_state_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         seen.extend(files(path.parent))
         real(path, *given)
 
-    monkeypatch.setattr(trajectory, "write_tensors", write)
+    monkeypatch.setattr(resume, "write_tensors", write)
     run(tmp_path, ALL_ON_DISK)
     assert seen == ["digests.txt", *(f"state-{step:06d}.safetensors" for step in range(1, 6))]
 

@@ -32,7 +32,7 @@ def _listed(run: Attribution, query: dict[str, Any], mask: Mask) -> dict[str, An
     texts, why = texts_of(_settings(run, query["name"]), len(query["answers"]), mask)
     entries = []
     for number, answer in enumerate(query["answers"][:MOST]):
-        unknown = {"question": f"prompt {answer['prompt']}", "choices": None, "subject": None}
+        unknown: dict[str, Any] = {"question": f"prompt {answer['prompt']}", "choices": None, "subject": None}
         shown = texts[number] if texts else unknown
         values, right = _values(answer["logprobs"], shown["choices"], query["normalised"]), answer["right"]
         loss = option_losses(values, query["loss"])[right] if values else None
