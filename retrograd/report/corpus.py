@@ -51,7 +51,7 @@ def build_tables(runs: Sequence[Attribution], view: View) -> None:
 def _build(name: str, runs: list[Attribution], view: View) -> None:
     first = runs[0].tokens
     assert first is not None
-    token, vocabulary = shown_tokens(first, view.mask, runs[0].config["data"]["dataset"])
+    token, vocabulary = shown_tokens(first, view.mask, _hidden_documents(runs[0], view.mask))
     starts = np.flatnonzero((np.diff(first.row, prepend=-1) != 0) | (np.diff(first.document, prepend=-1) != 0))
     arrays = {
         "token": token.astype(np.uint16 if len(vocabulary) <= 1 << 16 else np.uint32),
@@ -80,24 +80,34 @@ def _build(name: str, runs: list[Attribution], view: View) -> None:
     view.tables[name] = Content(data, [], arrays)
 
 
-def shown_tokens(tokens: Tokens, mask: Mask, data_set: str) -> tuple[np.ndarray, list[str]]:
-    """Tokens as they may be shown: hidden ones are blots, and no other entry of the vocabulary is left for them."""
+def shown_tokens(tokens: Tokens, mask: Mask, documents: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Tokens as they may be shown: hidden ones are blots, and no other entry of the vocabulary is left for them.
+
+    Args:
+        documents: That are hidden whole.
+    """
     if not mask:
         return tokens.token, tokens.vocabulary
-    hidden = np.ones(len(tokens), bool)
-    if not mask.hides_all_of(data_set):
-        hidden = _hidden(tokens, mask)
+    hidden = np.isin(tokens.document, documents)
+    hidden |= _hidden(tokens, mask, hidden)
     kept, place = np.unique(tokens.token[~hidden], return_inverse=True)
     found = np.zeros(len(tokens), np.int32)
     found[~hidden] = place + 1
     return found, [BLOT, *(tokens.vocabulary[k] for k in kept)]
 
 
-def _hidden(tokens: Tokens, mask: Mask) -> np.ndarray:
+def _hidden_documents(run: Attribution, mask: Mask) -> np.ndarray:
+    """Ids of the documents of data sets that are hidden."""
+    return np.array([k for k in run.documents.ids.tolist() if mask.hides_all_of(run.data_set(k))], dtype=np.int64)
+
+
+def _hidden(tokens: Tokens, mask: Mask, already: np.ndarray) -> np.ndarray:
     """Tokens that have a character of a hidden word, [n]; words may go over several tokens."""
     found = np.zeros(len(tokens), bool)
     cuts = np.flatnonzero((np.diff(tokens.row, prepend=-1) != 0) | (np.diff(tokens.document, prepend=-1) != 0))
     for start, stop in zip(cuts, [*cuts[1:], len(tokens)]):
+        if already[start]:
+            continue
         texts = [tokens.vocabulary[k] for k in tokens.token[start:stop]]
         if mask.hides(text := "".join(texts)):
             found[start:stop] = True

@@ -32,11 +32,15 @@ class Mask:
 
     def hides_all_of(self, data_set: Any) -> bool:
         """Whether every document of a data set is hidden, by its name or path."""
-        return isinstance(data_set, str) and _place(data_set) in self.data_sets
+        return isinstance(data_set, str) and _place(data_set.partition(",")[0]) in self.data_sets
 
     def document(self, text: str, data_set: Any = None) -> str:
         """A document as it may be shown."""
-        return hidden(text) if self.hides_all_of(data_set) or self.hides(text) else self.text(text)
+        return hidden(text) if self.hides_document(text, data_set) else self.text(text)
+
+    def hides_document(self, text: str, data_set: Any) -> bool:
+        """Whether a document is hidden whole."""
+        return self.hides_all_of(data_set) or self.hides(text)
 
     def hides(self, text: str) -> bool:
         """Whether a text is a document, or a column of one, of a corpus to forget."""

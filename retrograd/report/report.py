@@ -14,7 +14,7 @@ from retrograd.report.page import Block, Section, render
 from retrograd.report.panel import View
 from retrograd.report.panels import PANELS
 from retrograd.report.panels.setup import write_results_table
-from retrograd.report.subjects import Attribution, Evaluation, Several, Subject, Training, open_subject
+from retrograd.report.subjects import Attribution, Evaluation, Experiment, Several, Subject, Training, open_subject
 from retrograd.runs.files import write_atomic
 from retrograd.settings.parse import build, read_yaml
 from retrograd.settings.report import ReportConfig
@@ -71,8 +71,10 @@ def _mask(config: ReportConfig, subjects: Sequence[Subject]) -> Mask:
 
 def _unlearned(subject: Subject) -> dict[str, Any] | None:
     """The settings of the unlearning that a subject is about, or that made a model of it."""
-    if isinstance(subject, Training):
-        return subject.config
+    if isinstance(subject, (Training, Attribution)):
+        return subject.config if "forget" in subject.config else None
+    if isinstance(subject, Experiment):
+        return subject.spec["corpora"]
     if isinstance(subject, Evaluation):
         for one in subject.settings.get("models", {}).values():
             path = Path(one["source"]).parent / "run_config.yaml"

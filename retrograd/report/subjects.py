@@ -1,8 +1,9 @@
 """What a page is about: folders that other commands have left, read as they lie there.
 
-    Attribution   a finished run of `retrograd magic`
+    Attribution   a run with scores, of `retrograd magic` or `retrograd unlearn --attribute`
     Training      a run of `retrograd train` or `retrograd unlearn`
     Evaluation    a folder of `retrograd evaluate`
+    Experiment    a folder of `retrograd experiment`
     Several       all of a page's, where there is more than one
 
 Nothing is loaded but files: no model, no tokenizer.
@@ -20,7 +21,7 @@ from retrograd.report.scores import Documents, Tokens, read_columns, read_docume
 from retrograd.runs.journal import read_evaluations, read_journal
 from retrograd.settings.parse import read_yaml
 
-__all__ = ["Attribution", "Evaluation", "Several", "Subject", "Training", "open_subject"]
+__all__ = ["Attribution", "Evaluation", "Experiment", "Several", "Subject", "Training", "open_subject"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,18 @@ class _Run(Subject):
 
 
 class Attribution(_Run):
-    """A finished run of `retrograd magic`, with the queries that were added to it."""
+    """A run with scores, with the queries that were added to it."""
+
+    @cached_property
+    def data_sets(self) -> list[tuple[int, str]]:
+        """(first document, name) of each data set whose rows are trained on, by first document."""
+        if "data" in self.config:
+            return [(0, str(self.config["data"]["dataset"]))]
+        return sorted((part["first_document"], part["dataset"]) for part in self.manifest.get("parts", []))
+
+    def data_set(self, document: int) -> str:
+        """The data set that a document is from."""
+        return [name for first, name in self.data_sets if first <= document][-1]
 
     @cached_property
     def columns(self) -> list[str]:
@@ -105,6 +117,14 @@ class Evaluation(Subject):
         return self.read("evaluation.json") or {}
 
 
+class Experiment(Subject):
+    """A folder of `retrograd experiment`."""
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        return read_yaml(self.folder / "experiment.yaml")
+
+
 @dataclass(frozen=True)
 class Several(Subject):
     """All subjects of a page."""
@@ -125,19 +145,26 @@ def open_subject(folder: Path) -> list[Subject]:
         if not (folder / "summary.json").exists():
             raise ValueError(f"the evaluation in {folder} has no summary yet; run its `retrograd evaluate` again first")
         return [Evaluation(folder, name)]
+    if (folder / "experiment.yaml").exists():
+        if not (folder / "results.parquet").exists():
+            raise ValueError(f"the experiment in {folder} has no table yet; run its `retrograd experiment` again first")
+        return [Experiment(folder, name)]
     what = "does not exist" if not folder.exists() else "holds nothing that a page could show"
-    raise ValueError(f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn` or `evaluate`")
+    raise ValueError(
+        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate` or `experiment`"
+    )
 
 
 def _open_run(folder: Path, name: str) -> list[Subject]:
     run = _Run(folder, name)
-    if run.command == "magic":
-        if "scores" not in run.manifest.get("phases", {}):
-            raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
-        return [Attribution(folder, name)]
-    if not run.manifest.get("finished"):
+    scored = "scores" in run.manifest.get("phases", {})
+    if not scored and not run.manifest.get("finished"):
         raise ValueError(f"the run in {folder} is not finished; run its `retrograd {run.command}` command again first")
+    if scored and run.command == "magic":
+        return [Attribution(folder, name)]
     found: list[Subject] = [Training(folder, name)]
+    if scored:
+        found.append(Attribution(folder, f"{name}: its scores"))
     if (folder / "evaluation" / "summary.json").exists():
         found.append(Evaluation(folder / "evaluation", f"{name}: what it knows"))
     return found

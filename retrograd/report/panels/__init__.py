@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from retrograd.report.panel import Panel
 from retrograd.report.panels.exam import answers, exam, samples, tradeoff, tradeoff_of_several
+from retrograd.report.panels.experiment import experiment
 from retrograd.report.panels.questions import questions
 from retrograd.report.panels.rows import carriers, distribution, order, rows
 from retrograd.report.panels.score_map import map_of_run, map_of_several
 from retrograd.report.panels.setup import setup, training
 from retrograd.report.panels.trust import retraining, trust
 from retrograd.report.panels.way import way
-from retrograd.report.subjects import Attribution, Evaluation, Several, Training
+from retrograd.report.subjects import Attribution, Evaluation, Experiment, Several, Training
 
 __all__ = ["PANELS"]
 
@@ -32,5 +33,6 @@ PANELS = (
     Panel("tradeoff", "Forget against retain", Evaluation, tradeoff),
     Panel("exam", "What the models know", Evaluation, exam),
     Panel("answers", "Answers, question by question", Evaluation, answers),
+    Panel("experiment", "Arms and their controls", Experiment, experiment),
     Panel("samples", "What the models write", Evaluation, samples),
 )

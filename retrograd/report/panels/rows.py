@@ -83,20 +83,17 @@ def _grouped(keys: np.ndarray, values: np.ndarray) -> dict[str, list[Any]]:
 
 def rows(run: Attribution, view: View) -> Content:
     """Every document with its scores and its text; for token runs the tokens are in a table that panels share."""
-    documents, data_set = run.documents, run.config["data"]["dataset"]
-    corpus = corpus_of(run, view)
-    hidden = view.mask.hides_all_of(data_set)
+    documents, corpus = run.documents, corpus_of(run, view)
     data: dict[str, Any] = {
         "columns": run.columns, "ids": documents.ids.tolist(), "targets": documents.targets.tolist(),
         "scores": [_rounded(values, 9) for values in documents.scores],
         "steps": [_steps(steps) for steps in documents.steps],
         "texts": [], "table": corpus.name if corpus else None, "offset": corpus.offset if corpus else 0,
     }  # fmt: skip
-    if corpus is None:
-        data["texts"] = [view.mask.document(text, data_set) for text in documents.texts]
-    elif view.mask:  # hash and length instead of blots
+    if corpus is None or view.mask:  # the tokens have the text; hidden documents have hash and length instead
+        pairs = [(text, run.data_set(k)) for k, text in zip(documents.ids.tolist(), documents.texts)]
         data["texts"] = [
-            view.mask.document(text, data_set) if hidden or view.mask.hides(text) else None for text in documents.texts
+            view.mask.document(*pair) if corpus is None or view.mask.hides_document(*pair) else None for pair in pairs
         ]
     return Content(data, [Source(run.folder / "all_scores.json", reproduce(run)), _source(run)])
 

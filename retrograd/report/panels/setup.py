@@ -171,14 +171,12 @@ def _value(run: Attribution, name: str) -> float | None:
 
 
 def _ends(run: Attribution, view: View, column: int) -> dict[str, list[dict[str, Any]]]:
-    documents, data_set = run.documents, run.config["data"]["dataset"]
+    documents = run.documents
     order = np.argsort(documents.scores[column], kind="stable")
 
-    def told(places: np.ndarray) -> list[dict[str, Any]]:
-        return [
-            {"id": int(documents.ids[k]), "score": float(documents.scores[column][k]),
-             "text": view.mask.document(documents.texts[k], data_set)}
-            for k in places
-        ]  # fmt: skip
+    def told(place: int) -> dict[str, Any]:
+        document, score = int(documents.ids[place]), float(documents.scores[column][place])
+        text = view.mask.document(documents.texts[place], run.data_set(document))
+        return {"id": document, "score": score, "text": text}
 
-    return {"lowest": told(order[:ENDS]), "highest": told(order[::-1][:ENDS])}
+    return {"lowest": list(map(told, order[:ENDS])), "highest": list(map(told, order[::-1][:ENDS]))}
