@@ -31,6 +31,7 @@ from retrograd.settings.commands import (
     perturbed,
 )
 from retrograd.settings.experiment import ExperimentConfig
+from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
@@ -76,6 +77,9 @@ _COMMANDS = {
     ),
     "attack": _Command(
         AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
+    ),
+    "report": _Command(
+        ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
     ),
 }
 

@@ -13,6 +13,7 @@ from retrograd.select.controls import RANDOM, drawn, groups, matched
 from retrograd.select.files import original_gradient
 from retrograd.select.rivals import Gradients, gradients, query_gradient
 from retrograd.select.rules import Weighing, finish, key, rises, weigh
+from retrograd.select.selection import read_selection
 from retrograd.select.sources import DataSet, Scored, find_native, is_run, split_name
 from retrograd.select.words import bm25, keyword_tokens, query_tokens, read_keywords
 from retrograd.settings.run import MagicConfig, queries_of
@@ -62,7 +63,8 @@ class Arms:
         self.config, self.data, self.forget = config, data, forget.values
         self.retain = None if retain is None else retain.values
         self.weighing = Weighing(
-            config.rule, config.use, config.alpha, config.soft, config.clip, config.q, config.k
+            config.rule, config.use, config.alpha, config.soft, config.clip, config.q, config.k,
+            read_selection(config.selection, data.places) if config.selection else None,
         )  # fmt: skip
         self.weights = weigh(self.weighing, data.places, self.forget, self.retain)
         self.by_document = config.rule == "documents" or not forget.per_token
