@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig
+from retrograd.settings.attack import AttackConfig, CompareConfig
 from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
@@ -80,6 +80,9 @@ _COMMANDS = {
     ),
     "report": _Command(
         ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
+    ),
+    "compare": _Command(
+        CompareConfig, "models under attack side by side: table, pairs, fronts, ranks", "commands.compare", "PATH…"
     ),
 }
 
