@@ -26,7 +26,7 @@ from retrograd.runs.states.budget import Replay
 from retrograd.settings.attack import PhaseConfig
 from retrograd.trust.left_out import agreement, mean_lds, predicted, random_subset, without
 
-__all__ = ["forget_places", "retrained", "validate_chain"]
+__all__ = ["attacked", "forget_places", "retrained", "validate_chain"]
 
 _LEAST = Replay(plan="binomial", slots=1)  # nothing is reversed
 
@@ -41,7 +41,11 @@ def forget_places(stream: PairStream) -> np.ndarray:
 
 def retrained(loaded: Loaded, runs: Sequence[PhaseConfig], weights: Tensor) -> Params:
     """Parameters after unlearning at other data weights and the same attack."""
-    params = train(loaded, None, _LEAST, weights=weights, identity="left out").params
+    return attacked(loaded, runs, train(loaded, None, _LEAST, weights=weights, identity="left out").params)
+
+
+def attacked(loaded: Loaded, runs: Sequence[PhaseConfig], params: Params) -> Params:
+    """Parameters after an attack that begins with some."""
     queries = sum(len(one.columns) for one in loaded.asked)
     for run in runs:
         setup, _ = set_up_phase(run, After(loaded.model, loaded.tokenizer, params, queries))
