@@ -150,7 +150,7 @@ def check_changed(before: Params, after: Params, expected: Iterable[str] | None 
     Args:
         expected: Names; all if not given.
     Raises:
-        ValueError: If one is the same to the bit, with their names. Of half precision that is a warning, unless all are.
+        ValueError: If one is the same to the bit, with their names. In half precision that warns, unless all are.
     """
     names = list(before) if expected is None else list(expected)
     if absent := [name for name in names if name not in before]:
