@@ -58,7 +58,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def renamed(name: str, world: Path) -> dict[str, Any]:
     """The settings of a file, its names changed and nothing else."""
     names = {"data/wt1k.jsonl": "train.jsonl", "data/retain1k.jsonl": "train.jsonl", "cais/mmlu": "asked.jsonl",
-             "data/wmdp_robust.jsonl": "asked.jsonl", MODEL: "model"}  # fmt: skip
+             "data/forget10k.jsonl": "train.jsonl", "data/wmdp_robust.jsonl": "asked.jsonl", MODEL: "model"}  # fmt: skip
 
     def changed(value: Any) -> Any:
         if isinstance(value, dict):
