@@ -5,6 +5,10 @@ the module's plain forward pass: no padding, packing, joined rows, fused head, m
 torch, transformers, and what makes them float64 and twice differentiable (`twice_differentiable`). Every tenth
 configuration is also retrained by that loop at moved data weights: central differences see what two graphs share.
 
+Some draws train roughly (a high rate with momentum): rounding grows from step to step, and no two loops agree to 1e-6.
+Where scores differ by more, the independent loop runs again from parameters moved by one rounding, and its own change
+tells how far two right answers lie apart; scores have to be within ten times that.
+
 A configuration is a function of its seed: family, tied or padded embeddings, frozen leaves, LoRA, packing, weights by
 document or token, batches, micro-batches, clipping, optimizer, schedule, engine, plan, where states are, interruption
 on the way there and back, and the number of queries.
@@ -276,6 +280,14 @@ class Twin:
         each = [torch.autograd.grad(one, weights, retain_graph=True)[0] for one in phi]
         return phi.detach(), torch.stack(each)
 
+    def moved(self) -> Twin:
+        """The same run from parameters moved by one rounding each, up or down."""
+        twin, draw = Twin(self.given), torch.Generator().manual_seed(self.given.seed)
+        for x in twin.start.values():
+            up = torch.randint(0, 2, x.shape, generator=draw).double() * 2 - 1
+            x.mul_(1 + up * torch.finfo(torch.float64).eps)
+        return twin
+
     def run(self, weights: Tensor, graph: bool = False) -> Tensor:
         """φ [K] after training."""
         theta, memory = {n: x.clone() for n, x in self.start.items()}, dict[str, Tensor]()
@@ -415,7 +427,9 @@ def compare(seed: int, retrain: bool) -> dict[str, float]:
     twin = Twin(given)
     phi, expected = twin.unrolled(weights)
     found = {"value": relative(values.reshape(-1), phi), "scores": max(map(relative, scores, expected))}
-    if retrain:
+    if found["scores"] > TOLERANCE:
+        found["rounding"] = max(map(relative, twin.moved().unrolled(weights)[1], expected))
+    elif retrain:  # where rounding has grown so, differences tell nothing
         draw = torch.Generator().manual_seed(seed + 1)
         along = torch.randn(weights.shape, generator=draw, dtype=torch.float64).abs() * expected.sum(0).sign()
         best = math.inf
@@ -433,7 +447,7 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 def wrong(found: dict[str, float]) -> list[str]:
-    limits = {"retraining": DIFFERENCE}
+    limits = {"retraining": DIFFERENCE, "scores": max(TOLERANCE, 10 * found.get("rounding", 0.0)), "rounding": math.inf}
     return [name for name, error in found.items() if not error <= limits.get(name, TOLERANCE)]
 
 
@@ -454,6 +468,7 @@ def main() -> None:
         errors[seed] = compare(seed, asked.seed is not None or seed % EVERY == 0)
         if wrong(errors[seed]):
             failed.append(seed)
+        if wrong(errors[seed]) or "rounding" in errors[seed]:
             print(f"seed {seed}: {errors[seed]}", flush=True)
         if len(errors) % 25 == 0:
             print(f"{len(errors)} done, {len(failed)} failed, {time.monotonic() - start:.0f} s", flush=True)
@@ -464,7 +479,7 @@ def main() -> None:
         of = {seed: found[name] for seed, found in errors.items() if name in found}
         if of:
             worst = max(of, key=of.__getitem__)
-            beyond = sum(name in wrong({name: error}) for error in of.values())
+            beyond = sum(name in wrong(errors[seed]) for seed in of)
             print(f"| {name} | {len(of)} | {beyond} | {of[worst]:.1e} | {worst} |")
     raise SystemExit(1 if failed else 0)
 

@@ -48,12 +48,15 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
         stated = Stated(config.against_sign, config.against_alignment, "against_")
         retain = load_scores(config.against, data, stated)
         forget, retain = _same_level(forget, retain)
+    if config.rule == "selection" and not forget.per_token:
+        raise ValueError("--rule selection keeps tokens, and --scores are of documents; give those of tokens")
     arms = Arms(config, data, forget, retain)
     if config.original and not forget.per_token:
         raise ValueError("--original writes scores of tokens, and --scores are of documents; leave it out")
     record = {
         "rule": config.rule, "use": config.use, "settings": settings, "scores": forget.records,
         "against": retain.records if retain else [], "normaliser": _normaliser(config, arms.by_document),
+        "selected": [{"file": str(one), "sha256": file_digest(one)} for one in (config.selection,) if one is not None],
     }  # fmt: skip
     if retain is not None:
         record["analysis"] = analyse(
@@ -98,7 +101,7 @@ def _done(out: Path, settings: dict[str, Any]) -> bool:
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{out} holds another selection:\n  {lines}\nUse another folder, or delete this one.")
-    sources = [*found["scores"], *found["against"]]
+    sources = [*found["scores"], *found["against"], *found.get("selected", ())]
     for source in (*sources, *(one["query_gradient"] for one in sources if "query_gradient" in one)):
         now = file_digest(Path(source["file"])) if Path(source["file"]).exists() else "missing"
         if now != source["sha256"]:
@@ -127,6 +130,9 @@ def _check(config: SelectConfig) -> None:
         raise ValueError(f"--seeds is {config.seeds} and --seed {config.seed}; they have to be at least 1, and 0")
     if config.k is not None and config.rule != "documents":
         raise ValueError(f"--k is for --rule documents, and the rule is {config.rule}; leave it out")
+    if (config.selection is None) != (config.rule != "selection"):
+        told = "needs --selection, a file" if config.selection is None else "takes none, and --selection gives one"
+        raise ValueError(f"--rule {config.rule} {told}; the map of `retrograd report` saves such files")
     if not config.against and (config.against_sign or config.against_alignment):
         raise ValueError("--against_sign and --against_alignment speak of --against, which names nothing")
 

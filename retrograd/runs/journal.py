@@ -19,7 +19,7 @@ from retrograd.core.sweep import Event, Remade, Reversed
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, write_atomic
 from retrograd.runs.loggers import Logger, scalars
-from retrograd.runs.trajectory import Trajectory, first_missing
+from retrograd.runs.resume import Durable, first_missing
 
 __all__ = ["Journal", "mirror", "read_evaluations", "read_journal", "recipe_gradients"]
 
@@ -75,19 +75,19 @@ class Journal:
         self.evaluated[step] = {"phase": "evaluate", "step": step, **values}
         self._write(**self.evaluated[step])
 
-    def begin(self, trajectory: Trajectory) -> None:
+    def begin(self, durable: Durable) -> None:
         """Have every training step told; a trajectory that is beyond a missing line goes back to before it."""
         self.noted()  # of what was tried before the first step
         trained = {step for phase, step in _entries(self.path) if phase == "train"}
-        self.untold = set(range(trajectory.steps)) - trained
-        trajectory.back_to(first_missing(trained))
+        self.untold = set(range(durable.steps)) - trained
+        durable.back_to(first_missing(trained))
 
-    def resume(self, trajectory: Trajectory, key: str = "") -> None:
+    def resume(self, durable: Durable, key: str = "") -> None:
         """Drop reverse lines that the resumed sweep will write again; one with a line missing starts over."""
-        left, entries = trajectory.reverse_steps_left(key), _entries(self.path)
-        if any(("reverse", step) not in entries for step in range(left, trajectory.steps)):
-            trajectory.clean_reverse(key)
-            left = trajectory.steps
+        left, entries = durable.reverse_steps_left(key), _entries(self.path)
+        if any(("reverse", step) not in entries for step in range(left, durable.steps)):
+            durable.clean_reverse(key)
+            left = durable.steps
         self._rewrite({(phase, n): one for (phase, n), one in entries.items() if phase != "reverse" or n >= left})
         mirror(self.path, self.loggers, lambda entry: entry["phase"] == "reverse")
 

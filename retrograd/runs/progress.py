@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 
 from rich.console import Console
@@ -19,7 +20,25 @@ from rich.progress import (
 
 from retrograd.core.sweep import Event, Reversed, first_time
 
-__all__ = ["Bars", "counting"]
+__all__ = ["Bars", "counting", "overall", "progress_goes_to"]
+
+_told: ContextVar[Callable[[str], None] | None] = ContextVar("told", default=None)
+
+
+@contextmanager
+def progress_goes_to(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within it bars are not drawn: `tell` gets each as a text, whenever something has gone on, and may raise."""
+    before = _told.set(tell)
+    try:
+        yield
+    finally:
+        _told.reset(before)
+
+
+def _tell(name: str, done: float, total: float | None, note: str) -> None:
+    tell = _told.get()
+    if tell is not None:
+        tell(f"{name} {done:g}/{total or 0:g} {note}".strip())
 
 
 class Bars:
@@ -51,6 +70,7 @@ class Bars:
             self.move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
         elif "reverse" in self.tasks:
             self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
+            _tell("replay", event.step, self.steps, "")
 
     def move(self, name: str, done: int, note: str = "", total: int | None = None, unit: str = "steps") -> None:
         """Move any bar, `steps` long if no total is given; it appears when it first moves."""
@@ -60,6 +80,7 @@ class Bars:
         task = next(task for task in self.progress.tasks if task.id == self.tasks[name])
         rate = f"{task.speed:.2f} {unit}/s" if task.speed else ""
         self.progress.update(self.tasks[name], completed=done, rate=rate, note=note)
+        _tell(name, done, task.total, note)
 
 
 @contextmanager
@@ -72,9 +93,19 @@ def counting(name: str, total: int, unit: str = "trainings", console: Console | 
         speed = progress.tasks[task].speed
         rate = f"{60 * speed:.1f} {unit}/min" if speed else ""
         progress.update(task, advance=more, rate=rate, note=note)
+        _tell(name, progress.tasks[task].completed, total, note)
 
     with progress:
         yield tick
+
+
+@contextmanager
+def overall(name: str, console: Console | None = None) -> Iterator[Progress]:
+    """One bar, for whoever moves it itself."""
+    progress = _progress(console)
+    progress.add_task(name, total=None, rate="", note="")
+    with progress:
+        yield progress
 
 
 def _progress(console: Console | None) -> Progress:
@@ -87,5 +118,5 @@ def _progress(console: Console | None) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=console or Console(stderr=True),
+        console=console or Console(stderr=True, quiet=_told.get() is not None),
     )

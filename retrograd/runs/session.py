@@ -89,7 +89,7 @@ class Session:
 
     def train(self) -> State:
         """The final state: trained from the start or from where a kill left it, or read if that is done."""
-        self.journal.begin(self.trajectory)
+        self.journal.begin(self.trajectory.durable)
         self.manifest.update(replay=describe(self.trajectory))
         with self.manifest.phase("train"):
             if self.watcher is None:
@@ -107,7 +107,7 @@ class Session:
         The gradient goes to the trajectory itself, so that only the sweep holds it, and for its first step only.
         """
         with self.manifest.phase(label):
-            self.journal.resume(self.trajectory, key)
+            self.journal.resume(self.trajectory.durable, key)
             yield self.trajectory
 
     def show(self, console: Console) -> None:

@@ -58,8 +58,10 @@ def build(kind: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value or {}, where)
+    if hint is Any:
+        return value
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value or {}, where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _convert(options[0], value, where)

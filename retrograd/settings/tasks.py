@@ -15,7 +15,7 @@ from typing import Any, Literal
 from retrograd.settings.parse import build, read_yaml
 from retrograd.settings.question import Form, Question
 
-__all__ = ["LAB_TASKS", "READY", "Role", "Task", "check_tasks", "tasks_from", "tasks_of_lab"]
+__all__ = ["LAB_TASKS", "READY", "Role", "Task", "check_tasks", "tasks_from", "tasks_of", "tasks_of_lab"]
 
 LAB_TASKS = "tasks.yaml"  # in the folder of a lab
 
@@ -79,19 +79,26 @@ def tasks_from(path: Path) -> dict[str, Task]:
     Raises:
         ValueError: If the file is no such file, or a task cannot work.
     """
+    return tasks_of(read_yaml(path), path.parent, str(path))
+
+
+def tasks_of(values: Any, folder: Path, where: str) -> dict[str, Task]:
+    """As `tasks_from`, of settings by name that a file in `folder` holds."""
     found: dict[str, Task] = {}
-    for name, settings in read_yaml(path).items():
-        where = f"{path}: {name}"
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}; it has to be tasks by name, such as {{mine: {{dataset: …}}}}")
+    for name, settings in values.items():
+        one = f"{where}: {name}"
         if settings is not None and not isinstance(settings, dict):
-            raise ValueError(f"{where} is {settings!r}; it has to be settings, such as {{dataset: …, form: cloze}}")
+            raise ValueError(f"{one} is {settings!r}; it has to be settings, such as {{dataset: …, form: cloze}}")
         if name in READY:
-            found |= {part: _changed(task, settings or {}, where) for part, task in READY[name].items()}
+            found |= {part: _changed(task, settings or {}, one) for part, task in READY[name].items()}
         elif "dataset" not in (settings or {}):
-            raise ValueError(f"{where} has no dataset; give one, or take a ready-made task: {', '.join(READY)}")
+            raise ValueError(f"{one} has no dataset; give one, or take a ready-made task: {', '.join(READY)}")
         else:
-            found[str(name)] = build(Task, settings or {}, where)
-    check_tasks(found, str(path))
-    return {name: _beside(path, task) for name, task in found.items()}
+            found[str(name)] = build(Task, settings or {}, one)
+    check_tasks(found, where)
+    return {name: _beside(folder, task) for name, task in found.items()}
 
 
 def tasks_of_lab(folder: Path) -> dict[str, Task]:
@@ -135,8 +142,8 @@ def check_tasks(tasks: dict[str, Task], where: str) -> None:
             )
 
 
-def _beside(path: Path, task: Task) -> Task:
-    dataset = path.parent / task.dataset
+def _beside(folder: Path, task: Task) -> Task:
+    dataset = folder / task.dataset
     return dataclasses.replace(task, dataset=str(dataset)) if dataset.exists() else task
 
 

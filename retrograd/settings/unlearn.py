@@ -6,12 +6,13 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from retrograd.settings.during import check_during
 from retrograd.settings.parse import build
+from retrograd.settings.run import AttributedConfig, QueryConfig, ReplayConfig, check_attributed
 from retrograd.settings.train import (
     DataConfig,
     ExportConfig,
@@ -25,7 +26,7 @@ from retrograd.settings.train import (
 
 __all__ = [
     "ONES", "UnlearnConfig", "UnlearnLoraConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source",
-    "with_objective",
+    "refuse_method", "with_objective",
 ]  # fmt: skip
 
 ONES = "ones"
@@ -66,7 +67,7 @@ class UnlearnLoraConfig(LoraConfig):
 
 
 @dataclass(frozen=True)
-class UnlearnConfig(ExportConfig):
+class UnlearnConfig(AttributedConfig, ExportConfig):
     """Make a model forget some documents and keep others, by a method of unlearning.
 
     The methods: grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy,
@@ -75,9 +76,13 @@ class UnlearnConfig(ExportConfig):
 
     A data set is a hub name or a file, and may be followed by what to read of it, as in
     `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`.
+
+    `--attribute tokens --query.dataset …` also gives the exact score of every forget and retain token for the
+    unlearned model's loss on that query.
     """
 
     method: tyro.conf.Suppress[str] = ""
+    objective: tyro.conf.Suppress[Any] = None
     forget: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Data set to forget; may be given several times."""
     retain: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -97,6 +102,9 @@ class UnlearnConfig(ExportConfig):
     """Steps until the progress of the ramps is 1; those of the run when None."""
     lora: UnlearnLoraConfig = field(default_factory=UnlearnLoraConfig)
     train: UnlearnTrainConfig = field(default_factory=UnlearnTrainConfig)
+    attribute: Literal["examples", "tokens"] | None = None
+    """Also pull the query loss of the unlearned model back through every step: one score per token of the forget and
+    retain rows, or one per document."""
 
 
 def with_objective(defaults: Any, *, adapters: bool = False) -> type[UnlearnConfig]:
@@ -131,6 +139,19 @@ def parse_source(text: str, config: UnlearnConfig) -> DataConfig:
     return source
 
 
+def refuse_method(method: str, file: Path, trusted: bool) -> None:
+    """Refuse to run a method's Python file that another file names, unless whoever runs the command trusts it.
+
+    Raises:
+        ValueError: With the method and the file that names it.
+    """
+    if method.endswith(".py") and not trusted:
+        raise ValueError(
+            f"{file} names Python code: its method is {method}, which would run with your rights. Read it; then give "
+            "--trust_code to run it"
+        )
+
+
 def check_unlearn(config: UnlearnConfig) -> None:
     """Refuse, before anything is loaded, what cannot work.
 
@@ -139,6 +160,7 @@ def check_unlearn(config: UnlearnConfig) -> None:
     """
     check_training(config.train, config.lora)
     check_during(config.evaluate)
+    _check_attribution(config)
     at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,
                 "horizon": config.horizon})  # fmt: skip
     finite({"heartbeat": config.heartbeat})
@@ -151,4 +173,22 @@ def check_unlearn(config: UnlearnConfig) -> None:
         raise ValueError(
             f"{len(config.weights)} --weights for {len(config.forget)} --forget: give one for each, in the same order, "
             f"and --weights {ONES} for a data set whose tokens all count alike"
+        )
+
+
+def _check_attribution(config: UnlearnConfig) -> None:
+    """Refuse attribution without a query, and settings of an attribution that was not asked for."""
+    if config.replay.heartbeat != ReplayConfig.heartbeat:
+        raise ValueError(f"--replay.heartbeat {config.replay.heartbeat:g}: `retrograd unlearn` takes --heartbeat")
+    if config.attribute is not None:
+        check_attributed(config)
+        return
+    asked = {
+        "query": config.query != QueryConfig() or config.queries, "replay": config.replay != ReplayConfig(),
+        "sharpness": config.sharpness,
+    }  # fmt: skip
+    if unread := [f"--{name}" for name, given in asked.items() if given]:
+        raise ValueError(
+            f"{' and '.join(unread)} belong to a run that is attributed: give --attribute tokens (or examples) too, or "
+            "leave that out"
         )

@@ -54,8 +54,8 @@ class Method:
         adapters: Whether its source trains adapters, so that it does unless --lora.rank says otherwise.
         rank: Rank of adapters as a share of the model's width, see `adapter_rank`.
         fault: What `as_run` permits, in a sentence; empty where there is nothing.
-        pullback: Whether each update is a gradient of the objective, so that a run can be attributed. Where not,
-            attribution is refused by name.
+        no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
+            between steps": attribution is then refused with it. Empty where they are, and runs can be attributed.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Method:
     adapters: bool = False
     rank: float = 1 / 64
     fault: str = ""
-    pullback: bool = True
+    no_gradient: str = ""
 
     def objective(
         self, lm: CausalLM, reference: Reference | None = None, settings: Settings | None = None
@@ -112,6 +112,11 @@ class Method:
         logits = self.logits or (hold and settings.retain_term != "l2")
         outputs = outputs_of(lm, blocks, logits=logits)
         return Unlearning(self, settings, outputs, lm.module, reference)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a run can be attributed: each update is a gradient of the objective."""
+        return not self.no_gradient
 
     @property
     def row(self) -> str:

@@ -1,0 +1,125 @@
+"""`retrograd experiment`: a worker, or several, of an experiment. Running again does what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+
+from retrograd.commands.magic import magic
+from retrograd.commands.unlearn import unlearn
+from retrograd.durable import foreign, make_folder
+from retrograd.experiment.carry import Runners
+from retrograd.experiment.lease import Queue
+from retrograd.experiment.plan import Plan
+from retrograd.experiment.seen import refuse_oracles
+from retrograd.experiment.table import write_results
+from retrograd.experiment.tasks import Maker
+from retrograd.experiment.work import STARTED_BY, StoppedError, stoppable, work
+from retrograd.runs.files import write_atomic
+from retrograd.runs.progress import overall
+from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, read_experiment
+
+__all__ = ["experiment"]
+
+TASKS, SPEC = "tasks", "experiment.yaml"
+
+
+def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
+    """Do the tasks of an experiment that are missing, side by side with other workers, and write its table.
+
+    Returns:
+        0 if everything is there, 1 if something failed, 143 if it was asked to end before.
+    Raises:
+        ValueError: For anything the user can mend before anything is computed.
+        RunError: For a failure of the machine; the same call goes on.
+    """
+    console = console or Console()
+    if config.workers < 1 or not config.lease > 0:
+        raise ValueError(f"--workers is {config.workers} and --lease {config.lease}: at least 1, and above 0")
+    spec = read_experiment(config.file, config.names)
+    _claim(config.out, spec, write=False)
+    refuse_oracles(spec)
+    maker = Maker(spec)
+    for method in spec.methods:
+        maker.config(method, spec.seeds[0], None)  # what cannot work is told now
+    _claim(config.out, spec, write=True)
+    queue = Queue(config.out.resolve() / TASKS, config.lease)
+    if config.retry:
+        queue.forget_failures()
+    with stoppable() as stop, _others(config), _shown(queue) as show:
+        try:
+            plan = work(maker, queue, Runners(magic, unlearn), show, stop)
+        except StoppedError:
+            console.print("stopped; the same command goes on")
+            return 143
+    text = write_results(spec, plan, queue, config.out, config.file.stem)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    lost = plan.lost(queue)
+    console.print(f"{config.out / 'results.md'}: {len(plan.tasks) - len(lost)} of {len(plan.tasks)} tasks are done.")
+    return 1 if lost else 0
+
+
+def _claim(out: Path, spec: ExperimentSpec, *, write: bool) -> None:
+    """Refuse a folder of something else; say in it what the experiment is."""
+    if out.exists() and not (out / SPEC).exists() and (not out.is_dir() or any(foreign(out))):
+        raise ValueError(f"{out} exists and is no experiment; choose another folder")
+    if write:
+        make_folder(out / TASKS)
+        text = yaml.safe_dump(_plain(dataclasses.asdict(spec)), sort_keys=False, allow_unicode=True)
+        write_atomic(out / SPEC, lambda temporary: temporary.write_text(text, encoding="utf8"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextlib.contextmanager
+def _others(config: ExperimentConfig) -> Iterator[None]:
+    """The other workers that this call starts: processes of the same command. They end with it."""
+    names = [word for name in config.names for word in ("--names", name)]
+    command = [sys.executable, "-m", "retrograd", "experiment", str(config.file), str(config.out), "--lease",
+               str(config.lease), *names]  # fmt: skip
+    logs = config.out / "workers"
+    if config.workers > 1:
+        make_folder(logs)
+    started, environment = [], {**os.environ, STARTED_BY: str(os.getpid())}
+    try:
+        for number in range(1, config.workers):
+            with (logs / f"{number}.txt").open("a", encoding="utf8") as log:
+                started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        yield
+    finally:
+        if sys.exc_info()[0] is not None:
+            for process in started:
+                process.terminate()
+        for process in started:
+            process.wait()
+
+
+@contextlib.contextmanager
+def _shown(queue: Queue) -> Iterator[Callable[[Plan, str], None]]:
+    """A bar over all tasks that are known and may come, with their rate, the time left and what goes on."""
+    with overall("experiment") as progress:
+        yield lambda plan, text: _move(progress, queue, plan, text)
+
+
+def _move(progress: Progress, queue: Queue, plan: Plan, text: str) -> None:
+    lost = plan.lost(queue)
+    done = sum(name in lost or queue.result(name) is not None for name in plan.tasks)
+    task = progress.tasks[0]
+    rate = f"{60 * task.speed:.1f} tasks/min" if task.speed else ""
+    progress.update(task.id, completed=done, total=len(plan.tasks) + plan.more, rate=rate, note=text)

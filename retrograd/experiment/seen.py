@@ -1,0 +1,114 @@
+"""No oracle: what tuning may see, and the refusal of an experiment whose methods or tuning could see more.
+
+No method and no tuning reads the model that never knew, a lab's table of facts, or the questions of the report; the
+keyword control alone may read facts. Tuning asks here (`tuning_value`), and gets nothing that was not measured on its
+own split; which data belong to which split is compared by content (`refuse_oracles`), whatever files are called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from retrograd.data.documents import load_documents
+from retrograd.experiment.tasks import dataset_of
+from retrograd.settings.experiment import ExperimentSpec, Match
+from retrograd.settings.question import Source
+from retrograd.settings.unlearn import UnlearnConfig, parse_source
+
+__all__ = ["refuse_oracles", "tuning_value"]
+
+_FACTS = "facts.jsonl"
+
+
+def tuning_value(match: Match, measure: str, outcome: dict[str, Any], base: dict[str, Any] | None) -> float | None:
+    """What an arm's bisection is told: retain damage (match utility), or 1 − forget accuracy; None if it is missing.
+
+    Args:
+        outcome, base: Of measurings of the tuning's split; any other is refused.
+    Raises:
+        ValueError: If one was measured on what is reported.
+    """
+    for one in (outcome, base):
+        if one is not None and one.get("split") != "tune":
+            raise ValueError(f"tuning asked for what was measured on the split {one.get('split')!r}: it sees its own")
+    if match == "utility" and measure == "kl":
+        value = outcome["kl"]
+        return math.inf if value is None and outcome["finite"] is False else value
+    side = "retain" if match == "utility" else "forget"
+    accuracy = outcome["accuracy"][side]
+    if side == "forget":
+        return None if accuracy is None else 1 - accuracy
+    known = None if base is None else base["accuracy"][side]
+    if accuracy is None and outcome["finite"] is False:
+        return math.inf
+    return None if accuracy is None or known is None else known - accuracy
+
+
+def refuse_oracles(spec: ExperimentSpec) -> None:
+    """Refuse an experiment whose scores, methods or tuning would read what only the report may.
+
+    Raises:
+        ValueError: With who would read what.
+    """
+    for who, path in _paths(spec):
+        if spec.never is not None and _within(path, Path(spec.never)):
+            raise ValueError(f"{who} reads {path}, the model that never knew: only the report may")
+        if Path(path).name == _FACTS and (Path(path).parent / "lab.json").exists():
+            raise ValueError(f"{who} reads {path}, the table of facts of a lab: only the control keyword may")
+    reported = {key for source in spec.report.tasks.values() if source.choices for key in _keys(source)}
+    rows = {key for text in spec.report.rows for key in _keys(parse_source(text, UnlearnConfig()))}
+    for who, source in _sources(spec):
+        shared = len((reported | rows).intersection(_keys(source)))
+        if shared:
+            raise ValueError(
+                f"{who} reads {source.dataset}, of which {shared} documents or questions are in `report`: choose by "
+                "one split and report another, such as split: train[:50%] and train[50%:]"
+            )
+
+
+def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
+    yield "base", spec.base
+    for side in ("forget", "retain", "alternative"):
+        for text in getattr(spec.corpora, side):
+            yield f"corpora.{side}", dataset_of(text)
+    for name, scores in spec.scores.items():
+        for folder in scores.folders:
+            yield f"scores {name}", folder.partition(":")[0]
+        for query, one in scores.queries.items():
+            yield f"query {query} of scores {name}", str(one.dataset)
+    for name, task in spec.tune.tasks.items():
+        yield f"tune task {name}", task.dataset
+    for text in spec.tune.rows:
+        yield "tune.rows", dataset_of(text)
+
+
+def _sources(spec: ExperimentSpec) -> Iterator[tuple[str, Source]]:
+    """Who reads what."""
+    for name, scores in spec.scores.items():
+        for query, one in scores.queries.items():
+            if one.dataset is not None:
+                yield f"query {query} of scores {name}", one
+    for name, task in spec.tune.tasks.items():
+        yield f"tune task {name}", task
+    for text in spec.tune.rows:
+        yield "tune.rows", parse_source(text, UnlearnConfig())
+    for side in ("forget", "retain", "alternative"):
+        for text in getattr(spec.corpora, side):
+            yield f"corpora.{side}", parse_source(text, UnlearnConfig())
+
+
+def _keys(source: Source) -> set[str]:
+    """What a document or question is, whatever its file and its place there."""
+    assert source.dataset is not None
+    documents = load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
+    names = [name for name in ("question", "choices") if name in documents.column_names] or documents.column_names
+    return {json.dumps([document[name] for name in names], default=str) for document in documents.select_columns(names)}
+
+
+def _within(path: str, folder: Path) -> bool:
+    one, other = Path(path).resolve(), folder.resolve()
+    return one == other or other in one.parents

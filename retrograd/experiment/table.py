@@ -1,0 +1,252 @@
+"""The results as one table, results.parquet and results.md, with the claims and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from retrograd.evaluate.answers import write_table
+from retrograd.experiment.claims import Claim, Comparison, compared, decided
+from retrograd.experiment.paired import Estimate, crossed, crossed_position
+from retrograd.experiment.plan import Plan, Results
+from retrograd.experiment.results import ArmResult, Measured, collected, read_model, sides
+from retrograd.runs.files import write_atomic
+from retrograd.settings.experiment import ExperimentSpec
+
+__all__ = ["Line", "lines", "write_results"]
+
+DROP = 0.03  # of retain accuracy, for an arm to be marked as reaching the model that never knew
+_QUANTITIES = ("forget", "retain", "position", "kl")
+
+
+class Line(NamedTuple):
+    """What the table says of an arm, over its seeds; None where it is missing."""
+
+    result: ArmResult
+    forget: Estimate | None
+    retain: Estimate | None
+    position: Estimate | None
+    kl: Estimate | None
+    drop: float | None
+    perplexity: dict[str, float]
+    claim: Claim | None
+    comparisons: list[Comparison]
+
+    @property
+    def reaches(self) -> bool:
+        """Whether the position's interval reaches the model that never knew while the retain drop is at most DROP."""
+        return self.position is not None and self.drop is not None and self.position.low <= 0 and self.drop <= DROP
+
+
+def write_results(spec: ExperimentSpec, plan: Plan, results: Results, out: Path, title: str) -> str:
+    """Write results.parquet and results.md, of what is there; returns the Markdown."""
+    base, never = (read_model(spec, results, name) for name in (plan.base, plan.never))
+    found = lines(spec, collected(spec, plan, results), base, never)
+    text = "\n".join(_markdown(spec, plan, results, found, base, never, title)) + "\n"
+    write_atomic(out / "results.md", lambda temporary: temporary.write_text(text, encoding="utf8"))
+    rows = [row for line in found for row in _rows(spec, line)]
+    rows += [row for name, model in (("base", base), ("never", never)) if model for row in _model_rows(name, model)]
+    columns = {name: [row.get(name) for row in rows] for name in _COLUMNS}
+    write_table(out / "results.parquet", columns, _types(), {"kind": "Experiment", "title": title})
+    return text
+
+
+def lines(spec: ExperimentSpec, arms: list[ArmResult], base: Measured | None, never: Measured | None) -> list[Line]:
+    """The table, arm by arm."""
+    found = []
+    for arm in arms:
+        place, seeds = arm.plan.arm, sorted(arm.seeds)
+        others = [one for one in arms if one.plan.arm[:2] == place[:2] and one is not arm]
+        forget, retain = (arm.matrix(sides(spec.report.tasks, role), seeds) for role in ("forget", "retain"))
+        knows = base.side(sides(spec.report.tasks, "forget")) if base else None
+        floor = never.side(sides(spec.report.tasks, "forget")) if never else None
+        kept = base.side(sides(spec.report.tasks, "retain")) if base else None
+        kl = arm.divergence(seeds)
+        between = forget is not None and knows is not None and floor is not None
+        weighting = spec.weightings[place.weighting]
+        by_scores = weighting.scores is not None and weighting.control is None
+        found.append(Line(
+            arm,
+            None if forget is None else crossed(forget),
+            None if retain is None else crossed(retain),
+            crossed_position(forget, knows, floor) if between else None,  # type: ignore[arg-type]
+            None if kl is None else crossed(*kl),
+            None if retain is None or kept is None else float(kept.mean() - retain.mean()),
+            _perplexities(arm),
+            decided(spec, arm, others),
+            [compared(spec, arm, other) for other in others] if by_scores and arm.seeds else [],
+        ))  # fmt: skip
+    return found
+
+
+def _perplexities(arm: ArmResult) -> dict[str, float]:
+    each = [one.perplexity for one in arm.seeds.values()]
+    return {name: float(np.mean([one[name] for one in each])) for name in (each[0] if each else {})
+            if all(name in one for one in each)}  # fmt: skip
+
+
+def _markdown(
+    spec: ExperimentSpec, plan: Plan, results: Results, found: list[Line], base: Measured | None,
+    never: Measured | None, title: str,
+) -> Iterator[str]:  # fmt: skip
+    yield f"# {title}"
+    yield ""
+    yield f"Base `{spec.base}`{f', never knew `{spec.never}`' if spec.never else ''}; seeds {list(spec.seeds)}."
+    yield (
+        "Accuracies in % with intervals that draw seeds and questions again; position: 0 the model that never knew, 1 "
+        "the base; KL from the base in nats per token of held-out rows. * reaches the model that never knew at a "
+        f"retain drop of at most {100 * DROP:g} points."
+    )
+    for match in spec.match if found else ():
+        own = [line for line in found if line.result.plan.arm.match == match]
+        yield from ("", f"## {_matched(spec, match)}", "")
+        yield from _main(spec, own, base, never)
+        yield from _claims(own)
+        yield from _differences(own)
+    for name, tasks in plan.analyses.items():
+        yield from ("", f"## Analysis: {name}", "")
+        for outcome in filter(None, map(results.result, tasks)):
+            yield from _analysis(outcome)
+    lost = plan.lost(results)
+    if lost:
+        yield from ("", "## Missing", "")
+        yield from (f"* `{name}`: {reason}" for name, reason in lost.items())
+
+
+def _matched(spec: ExperimentSpec, match: str) -> str:
+    if match == "none":
+        return "Settings as given"
+    tunes = {method.tune for method in spec.methods.values()}
+    bounds = {(tune.measure, tune.budget) if match == "utility" else ("accuracy", tune.target) for tune in tunes}
+    if match == "utility":
+        what = " or ".join(f"retain {'KL' if how == 'kl' else 'accuracy drop'} ≤ {bound:g}" for how, bound in bounds)
+        return f"At equal utility: {what} on the tuning's split"
+    return f"At equal forgetting: forget accuracy ≤ {' or '.join(f'{b:g}' for _, b in bounds)} on the tuning's split"
+
+
+def _main(spec: ExperimentSpec, own: list[Line], base: Measured | None, never: Measured | None) -> Iterator[str]:
+    yield "| method | weighting | setting | seeds | forget | position | retain | KL | perplexity | verdict | s |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for name, model in (("base", base), ("never knew", never)):
+        if model is not None:
+            yield _model_row(spec, name, model)
+    for line in own:
+        arm = line.result.plan.arm
+        setting = spec.methods[arm.method].tune.setting
+        chosen = line.result.plan.chosen
+        tuned = (
+            ""
+            if chosen is None
+            else f"{setting} {chosen.setting:.3g}{'' if chosen.close else ' (budget not met closely)'}"
+        )
+        count = f"{len(line.result.seeds)}/{len(spec.seeds)}"
+        seconds = list(line.result.seconds.values())
+        cells = (
+            arm.method, arm.weighting + (" *" if line.reaches else ""), tuned, count, _cell(line.forget, 100),
+            _position(line), _cell(line.retain, 100), _cell(line.kl, 1, 4),
+            ", ".join(f"{value:.3g}" for value in line.perplexity.values()), _verdicts(line.result),
+            f"{np.mean(seconds):.0f}" if seconds else "",
+        )  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def _model_row(spec: ExperimentSpec, name: str, model: Measured) -> str:
+    rights = [model.side(sides(spec.report.tasks, role)) for role in ("forget", "retain")]
+    forget, retain = ("missing" if right is None else f"{100 * right.mean():.1f}" for right in rights)
+    perplexity = ", ".join(f"{value:.3g}" for value in model.perplexity.values())
+    return f"| {name} | | | | {forget} | | {retain} | | {perplexity} | | |"
+
+
+def _position(line: Line) -> str:
+    """Nothing where the two models do not differ."""
+    return "" if line.position is None and line.forget is not None else _cell(line.position, 1, 2)
+
+
+def _verdicts(arm: ArmResult) -> str:
+    found = [verdict or "none" for verdict in arm.verdicts.values()]
+    return ", ".join(f"{found.count(one)} {one}" if len(found) > 1 else one for one in dict.fromkeys(found))
+
+
+def _claims(own: list[Line]) -> Iterator[str]:
+    there = [line for line in own if line.claim is not None]
+    if not there:
+        return
+    yield from ("", "### Is attribution-guided better?", "")
+    for line in there:
+        assert line.claim is not None
+        word = "**attribution-guided better**" if line.claim.better else "no claim"
+        yield f"* {line.result.plan.arm.label}: {word}: {line.claim.reason}"
+
+
+def _differences(own: list[Line]) -> Iterator[str]:
+    pairs = [(line, one) for line in own for one in line.comparisons]
+    if not pairs:
+        return
+    yield from ("", "### Arms by scores minus the others, paired", "")
+    yield "| method | weighting | minus | seeds | forget | retain | KL |"
+    yield "|---|---|---|---|---|---|---|"
+    for line, one in pairs:
+        arm = line.result.plan.arm
+        cells = (arm.method, arm.weighting, one.other, str(len(one.seeds)), _cell(one.forget, 100),
+                 _cell(one.retain, 100), _cell(one.kl, 1, 4))  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def _analysis(outcome: dict[str, Any]) -> Iterator[str]:
+    yield f"`{outcome['corpus']}`, {outcome['count']} {outcome['items']}:"
+    yield ""
+    for name in ("pearson", "spearman", "purely_forget", "magnitude_ratio"):
+        one = outcome[name]
+        yield f"* {name.replace('_', ' ')} {Estimate(one['value'], one['low'], one['high']).told(digits=3)}"
+    for kind, said in outcome["verdict"].items():
+        yield f"* a selection of {kind} is {said}"
+    yield ""
+
+
+def _cell(one: Estimate | None, scale: float, digits: int = 1) -> str:
+    return "missing" if one is None else one.told(scale, digits)
+
+
+_COLUMNS = ("match", "method", "weighting", "setting", "chosen", "seed", "quantity", "value", "low", "high", "verdict",
+            "missing")  # fmt: skip
+
+
+def _types() -> dict[str, Any]:
+    import pyarrow
+
+    numbers = {name: pyarrow.float64() for name in ("chosen", "value", "low", "high")}
+    texts = {
+        name: pyarrow.string() for name in ("match", "method", "weighting", "setting", "quantity", "verdict", "missing")
+    }
+    return {**numbers, **texts, "seed": pyarrow.int64()}
+
+
+def _rows(spec: ExperimentSpec, line: Line) -> Iterator[dict[str, Any]]:
+    """A row for each quantity over all seeds, and for each of every seed."""
+    plan, arm = line.result.plan, line.result.plan.arm
+    chosen = plan.chosen.setting if plan.chosen else None
+    where = {**arm._asdict(), "setting": spec.methods[arm.method].tune.setting if chosen else None, "chosen": chosen}
+    for name in _QUANTITIES:
+        one: Estimate | None = getattr(line, name)
+        yield {**where, "quantity": name, **({} if one is None else one._asdict()), "missing": plan.reason}
+    for seed, reason in line.result.missing.items():
+        yield {**where, "seed": seed, "missing": reason}
+    for seed, model in line.result.seeds.items():
+        here = {**where, "seed": seed, "verdict": line.result.verdicts.get(seed)}
+        yield {**here, "quantity": "seconds", "value": line.result.seconds[seed]}
+        for row in _model_rows(arm.method, model):
+            yield {**row, **here}
+
+
+def _model_rows(name: str, model: Measured) -> Iterator[dict[str, Any]]:
+    for task, right in model.right.items():
+        yield {"method": name, "quantity": f"accuracy {task}", "value": float(right.mean())}
+    for task, value in model.perplexity.items():
+        yield {"method": name, "quantity": f"perplexity {task}", "value": value}
+    if model.kl is not None and model.targets is not None:
+        yield {"method": name, "quantity": "kl", "value": float(model.kl.sum() / model.targets.sum())}
+    for task, reason in model.missing.items():
+        yield {"method": name, "quantity": task, "missing": reason}
