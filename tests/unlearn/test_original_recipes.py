@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from retrograd.settings.tasks import tasks_from
 from retrograd.settings.unlearn import check_unlearn
 
 FOLDER = Path(__file__).parents[2] / "recipes/original"
-FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "tasks")
+FILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if re.match(r"\d_|attribution_", path.stem))
 ATTRIBUTIONS = [name for name in FILES if name.startswith("attribution")]
 RUNS = [name for name in FILES if not name.startswith("attribution")]
 PAIRED = ("selective", "compatible")
