@@ -172,6 +172,9 @@ def test_a_method_whose_source_trains_adapters_does(world: Path, tmp_path: Path)
     assert {min(x.shape) for x in adapters.values()} == {2}  # a 64th of a width of 16, and at least 2
     assert all(torch.equal(x, found["named"][name]) for name, x in found["own"].items())
     assert {min(x.shape) for name, x in found["four"].items() if ".lora_A." in name} == {4}
+    again = ["unlearn", "orth_circuit_breakers", str(tmp_path / "again"), "--config"]
+    assert main([*again, str(tmp_path / "own/run_config.yaml"), "--export", "False"]) == 0
+    assert all(torch.equal(x, found["own"][name]) for name, x in final(tmp_path / "again").items())
     before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "own/model"))
     changed = {name for name, x in before.params.items() if not torch.equal(x, after.params[name])}
     assert changed == {f"gpt_neox.layers.{layer}.attention.query_key_value.weight" for layer in (0, 1)}
