@@ -13,15 +13,16 @@ from retrograd.core import tree
 from retrograd.core.step import coefficients, micro_batches
 from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
+from retrograd.lm.checkpoint import model_width
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
 from retrograd.query.named import load_queries
+from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import (
     Differentiated,
     Loaded,
     Setup,
     attributed,
-    begun_with,
     find_device,
     load_model,
     set_up,
@@ -29,6 +30,7 @@ from retrograd.runs.setup import (
 from retrograd.select import weights as weights_file
 from retrograd.settings.parse import build
 from retrograd.settings.run import queries_of
+from retrograd.settings.train import LoraConfig
 from retrograd.settings.unlearn import ONES, UnlearnConfig, parse_source
 from retrograd.unlearn import guards
 from retrograd.unlearn.method import Method
@@ -111,11 +113,19 @@ def reached(setup: Setup) -> list[str]:
     return [name for name in leaves if name in found]
 
 
+def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
+    """The adapters asked for; where no rank is named, the method's for the width of the model."""
+    rank, alpha = config.lora.rank, config.lora.alpha
+    if rank is None:
+        rank = method.adapter_rank(model_width(config.model))
+    return LoraConfig(rank, float(rank) if alpha is None else alpha, config.lora.target_modules)
+
+
 def _read(config: UnlearnConfig, method: Method) -> _Read:
     """The model, and forget, retain and alternative rows under one weight tensor."""
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, config.lora, config.train)
+    model = load_model(config.model, config.dtype, device, _adapters(config, method), config.train)
     named, texts = list[tuple[str, str, Rows]](), list[str]()
     for side, sources in (
         ("forget", config.forget), ("retain", config.retain), ("alternative", config.alternative),
