@@ -70,7 +70,7 @@ _COMMANDS = {
         SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
     ),
     "unlearn": _Command(
-        UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
+        UnlearnConfig, "RUN: forget some documents, keep others; with a verdict or scores", "commands.unlearn", "METHOD"
     ),
     "experiment": _Command(
         ExperimentConfig, "OUT: methods × weightings × seeds at one utility, by workers", "commands.experiment", "FILE"

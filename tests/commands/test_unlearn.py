@@ -97,12 +97,12 @@ def test_it_is_evaluated_on_its_way_and_judged(world: Path, tmp_path: Path, caps
     assert [line["step"] for line in lines if line["phase"] == "evaluate"] == [0, 2, 4, 5]
     assert (tmp_path / "run/best/best.json").exists()
     summary = json.loads((tmp_path / "run/evaluation/summary.json").read_text())
-    assert {"run-model"} <= set(summary["sources"])
+    assert set(summary["sources"]) == {"run", "model"}  # after the run, not after its folder
     capsys.readouterr()
     assert main(arguments) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "is done" in told
-    assert "run-model: " in told  # its verdict
+    assert "run: " in told  # its verdict
 
 
 def test_a_killed_one_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> None:
