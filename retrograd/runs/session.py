@@ -143,7 +143,7 @@ def open_session(
 
 def train(
     setup: Setup,
-    folder: Path | None,
+    folder: Path,
     replay: Replay,
     observe: Callable[[Event], None] = lambda event: None,
     *,

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from retrograd.core.check import train
 from retrograd.core.optim import Params
 from retrograd.core.step import NonFiniteError, left_finite
 from retrograd.runs.errors import RunError
@@ -147,7 +146,7 @@ def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[_Value
 
 def _alone(run: Opened, weights: torch.Tensor) -> _Values:
     try:
-        return _asked(run, train(run.loaded.training, run.loaded.initial.params, weights).params)
+        return _asked(run, run.loaded.final(weights).params)
     except NonFiniteError as error:
         return Failed(str(error))
 
