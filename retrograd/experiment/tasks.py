@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
-from retrograd.evaluate.ownership import content
+from retrograd.evaluate.folder import content
 from retrograd.settings.experiment import AskedSpec, ExperimentSpec, WeightingSpec
 from retrograd.settings.parse import build
 from retrograd.settings.run import MagicConfig, to_dict
