@@ -334,5 +334,6 @@ def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:
             return get_peft_model(module, lora)
         except ValueError as error:
             raise ValueError(
-                f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}."
+                f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}. Name those to adapt "
+                "with --lora.target_modules, or train the whole model with --lora.rank 0."
             ) from error

@@ -167,8 +167,16 @@ def _ranked(loaded: Loaded, scores: Tensor, leading: int | None) -> list[Ranked]
 
 
 def _token_text(loaded: Loaded) -> Callable[[np.ndarray], list[str]]:
+    """Token ids → texts as they stand within a text: a tokenizer that joins words by spaces loses them at its start."""
+
+    def decode(*ids: int) -> str:
+        return loaded.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
     def texts(ids: np.ndarray) -> list[str]:
-        known = {int(token): loaded.tokenizer.decode([int(token)]) for token in np.unique(ids)}
+        first = int(ids[0])
+        before = decode(first)
+        both = {int(token): decode(first, int(token)) for token in np.unique(ids)}
+        known = {k: text[len(before) :] if text.startswith(before) else decode(k) for k, text in both.items()}
         return [known[int(token)] for token in ids]
 
     return texts

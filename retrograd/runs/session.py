@@ -10,6 +10,7 @@ is handed in as a watcher: it stands above this room.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,6 @@ from retrograd.core.step import State
 from retrograd.core.sweep import Event
 from retrograd.runs.journal import Journal
 from retrograd.runs.loggers import Logger, open_loggers
-from retrograd.runs.machine import settled
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.run_folder import describe
@@ -54,6 +54,14 @@ class Watcher(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class Noting(Protocol):
+    """An objective of several terms that says what each came to."""
+
+    def noted(self) -> dict[str, float]:
+        """The terms by name, since it was asked last."""
+
+
 class Session:
     """A trajectory in a run's folder, with bars, journal and manifest. See `open_session`."""
 
@@ -69,7 +77,9 @@ class Session:
         watch: Callable[[Session], Watcher] | None = None,
     ) -> None:
         self.setup, self.run, self.manifest, self.bars = setup, run, manifest, bars
-        self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers)
+        objective = getattr(setup.training.engine, "objective", None)
+        noted = objective.noted if isinstance(objective, Noting) else dict
+        self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers, noted)
         self.watcher = watch(self) if watch is not None else None
         self.trajectory = setup.trajectory(replay, run / "checkpoints", self._observe, logs=[self.journal.path])
 
@@ -137,7 +147,7 @@ def open_session(
         ValueError: If the watcher refuses what it finds in the journal.
         RunError: If the folder holds another run, or the machine fails.
     """
-    with settled(), open_loggers(log, run) as loggers, Bars(len(setup.stream)) as bars:
+    with _settled(), open_loggers(log, run) as loggers, Bars(len(setup.stream)) as bars:
         yield Session(setup, run, manifest, replay, bars, loggers, journal, watch)
 
 
@@ -155,3 +165,14 @@ def train(
     Arguments as for `Setup.trajectory`.
     """
     return setup.trajectory(replay, folder, observe, weights=weights, identity=identity).train()
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Collections of garbage leave out what is there already: libraries and a model are some 100,000 objects."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -29,7 +29,7 @@ from retrograd.query.named import Asked, load_queries
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
-from retrograd.runs.machine import free_memory
+from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig

@@ -17,9 +17,9 @@ import torch
 from retrograd.core.optim import Params
 from retrograd.core.step import NonFiniteError, left_finite
 from retrograd.runs.errors import RunError
-from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.run_folder import Opened, open_run
+from retrograd.runs.states.budget import free_memory
 from retrograd.trust.bank import BASELINE, Failed, LeftOut, Retrained
 from retrograd.trust.ensemble import train_many
 from retrograd.trust.left_out import without
