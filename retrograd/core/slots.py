@@ -60,7 +60,7 @@ class MemorySlots:
 class Ledger:
     """Digests of every state of the original run; a replayed state has to match.
 
-    >>> ledger = Ledger(); ledger.check(State(1, {"x": torch.ones(2)}, {}))  # first time: recorded
+    >>> import torch; ledger = Ledger(); ledger.check(State(1, {"x": torch.ones(2)}, {}))  # first time: recorded
     """
 
     digests: dict[int, str] = field(default_factory=dict)
