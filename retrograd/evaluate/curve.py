@@ -13,7 +13,7 @@ from rich.text import Text
 
 from retrograd.charts import Curve, curves
 from retrograd.runs.files import write_atomic
-from retrograd.settings.during import Rule, best_of, value_of
+from retrograd.settings.on_the_way import Rule, best_of, value_of
 
 __all__ = ["BEST", "PICTURE", "draw_evaluations", "show_evaluations"]
 

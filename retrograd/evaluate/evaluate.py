@@ -20,7 +20,7 @@ from rich.console import Console
 from retrograd.core import tree
 from retrograd.durable import LOCK
 from retrograd.evaluate.backends import Backend, find_backend
-from retrograd.evaluate.ownership import claim, content, plain
+from retrograd.evaluate.folder import begin_evaluation, content, plain
 from retrograd.evaluate.show import show
 from retrograd.evaluate.tell import failed_path, measured_path
 from retrograd.lm.model import load_causal_lm, load_tokenizer
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
 def _evaluate(config: EvaluateConfig, plan: _Plan, rank: int, ranks: int, console: Console) -> int:
     models = {name: {"source": source, "content": content(source)} for name, source in plan.models.items()}
     settings = {"dtype": config.dtype, "tokenizer": config.tokenizer, **plan.backend.settings(), "models": models}
-    claim(config.output, settings, write=rank == 0)
+    begin_evaluation(config.output, settings, write=rank == 0)
     pairs = [(model, task) for model in plan.models for task in plan.backend.names]
     mine = pairs[rank * len(pairs) // ranks : (rank + 1) * len(pairs) // ranks]  # neighbours share a model
     _carry_out(config, plan, [pair for pair in mine if not measured_path(config.output, *pair).exists()])

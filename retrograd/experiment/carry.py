@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
-from retrograd.evaluate.ownership import content
+from retrograd.evaluate.folder import content
 from retrograd.experiment.measure import measure
 from retrograd.experiment.tasks import Task, unlearn_config
 from retrograd.runs.files import write_atomic

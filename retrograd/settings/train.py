@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from retrograd.settings.during import DuringConfig, check_during
+from retrograd.settings.on_the_way import OnTheWayConfig, check_on_the_way
 from retrograd.settings.question import Source
 
 __all__ = [
@@ -145,7 +145,7 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    evaluate: DuringConfig = field(default_factory=DuringConfig)
+    evaluate: OnTheWayConfig = field(default_factory=OnTheWayConfig)
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also show the numbers of metrics.jsonl in tensorboard, wandb (offline) or trackio (local); several may be given.
     Each needs its extra: pip install "retrograd[tensorboard]"."""
@@ -240,7 +240,7 @@ def check_recipe(config: RecipeConfig) -> None:
         raise ValueError("--compile takes --engine blocks, which --train.dropout excludes; leave one of the two out")
     if data.max_length is not None and data.chunk_length is not None:
         raise ValueError("--data.max_length and --data.chunk_length exclude each other: cut documents, or pack them")
-    check_during(config.evaluate)
+    check_on_the_way(config.evaluate)
 
 
 def check_training(train: TrainConfig, lora: LoraConfig) -> None:

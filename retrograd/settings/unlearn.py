@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from retrograd.settings.during import check_during
+from retrograd.settings.on_the_way import check_on_the_way
 from retrograd.settings.parse import build
 from retrograd.settings.run import AttributedConfig, QueryConfig, ReplayConfig, check_attributed
 from retrograd.settings.train import (
@@ -159,7 +159,7 @@ def check_unlearn(config: UnlearnConfig) -> None:
         ValueError: With the setting, its value and what it has to be.
     """
     check_training(config.train, config.lora)
-    check_during(config.evaluate)
+    check_on_the_way(config.evaluate)
     _check_attribution(config)
     at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,
                 "horizon": config.horizon})  # fmt: skip
