@@ -109,14 +109,14 @@ def _selection(what: dict[str, Any], folder: Path, done: Callable[[str], Path], 
     write_atomic(folder / "rows.yaml", lambda temporary: temporary.write_text(rows, encoding="utf8"))
     sides: dict[str, Any] = {}
     for side, prefix in (("scores", ""), ("against", "against_")):
-        if side not in what:
-            continue
-        one = what[side]
-        place = str(done(one["task"]) / RUN) if "task" in one else one["folder"]
-        if "folder" in one and content(one["folder"]) != one["content"]:
-            raise ValueError(f"{one['folder']} has changed since the experiment began")
-        sides[side] = (f"{place}:{one['query']}" if one["query"] else place,)
-        sides |= {f"{prefix}sign": one["sign"], f"{prefix}alignment": one["alignment"]}
+        sources = []
+        for one in what[side]:
+            place = str(done(one["task"]) / RUN) if "task" in one else one["folder"]
+            if "folder" in one and content(one["folder"]) != one["content"]:
+                raise ValueError(f"{one['folder']} has changed since the experiment began")
+            sources.append(f"{place}:{one['query']}" if one["query"] else place)
+            sides |= {f"{prefix}sign": one["sign"], f"{prefix}alignment": one["alignment"]}
+        sides[side] = sources
     values = {**more, **sides, "out": folder, "rows": folder / "rows.yaml", "seeds": 1}
     config: SelectConfig = build(SelectConfig, values, "selection")
     return config

@@ -64,7 +64,7 @@ def decided(spec: ExperimentSpec, arm: ArmResult, others: list[ArmResult]) -> Cl
     """
     place = arm.plan.arm
     weighting = spec.weightings[place.weighting]
-    if weighting.scores is None or weighting.control is not None:
+    if not weighting.scores or weighting.control is not None:
         return None
     if place.match == "none":
         return Claim(False, "utilities are not matched (match: none)")

@@ -72,9 +72,8 @@ def refuse_oracles(spec: ExperimentSpec) -> None:
 
 def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
     yield "base", spec.base
-    for side in ("forget", "retain", "alternative"):
-        for text in getattr(spec.corpora, side):
-            yield f"corpora.{side}", dataset_of(text)
+    for side, text in _corpora(spec):
+        yield side, dataset_of(text)
     for name, scores in spec.scores.items():
         for folder in scores.folders:
             yield f"scores {name}", folder.partition(":")[0]
@@ -96,9 +95,16 @@ def _sources(spec: ExperimentSpec) -> Iterator[tuple[str, Source]]:
         yield f"tune task {name}", task
     for text in spec.tune.rows:
         yield "tune.rows", parse_source(text, UnlearnConfig())
-    for side in ("forget", "retain", "alternative"):
-        for text in getattr(spec.corpora, side):
-            yield f"corpora.{side}", parse_source(text, UnlearnConfig())
+    for side, text in _corpora(spec):
+        yield side, parse_source(text, UnlearnConfig())
+
+
+def _corpora(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
+    own = [(f"corpora of method {name}", one.corpora) for name, one in spec.methods.items() if one.corpora]
+    for where, corpora in [("corpora", spec.corpora), *own]:
+        for side in ("forget", "retain", "alternative"):
+            for text in getattr(corpora, side):
+                yield f"{where}.{side}", text
 
 
 def _keys(source: Source) -> set[str]:

@@ -88,6 +88,9 @@ def same(ours: Path, other: Path) -> None:
             for a, b in zip(*files, strict=True):
                 if a.name in ("model.safetensors", "weights.safetensors"):
                     assert a.read_bytes() == b.read_bytes(), a
+        if name.startswith("scores"):
+            a, b = (Path(outcome["place"]) / "run" / "scores.pt" for outcome in (one[name], two[name]))
+            assert a.read_bytes() == b.read_bytes(), a
 
 
 def test_four_workers_two_killed_and_one_stopped(world: Path, undisturbed: Path, tmp_path: Path) -> None:
