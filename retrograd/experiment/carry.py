@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
+from retrograd.durable import remove
 from retrograd.evaluate.ownership import content
 from retrograd.experiment.measure import measure
 from retrograd.experiment.tasks import Task, unlearn_config
@@ -61,6 +62,7 @@ def carry_out(
             return _analysed(what, folder, done)
         case "train":
             runners.unlearn(_training(task, folder / RUN, done), console)
+            remove(folder / RUN / "checkpoints")  # its model is what is left of it
             return {}
         case "measure":
             asked = what["model"]
