@@ -14,6 +14,7 @@ from retrograd.durable import remove
 from retrograd.evaluate.ownership import content
 from retrograd.experiment.measure import measure
 from retrograd.experiment.tasks import Task, unlearn_config
+from retrograd.experiment.within import scores_within
 from retrograd.runs.files import write_atomic
 from retrograd.select import weights as weights_file
 from retrograd.select.analysis import analyse
@@ -111,12 +112,17 @@ def _selection(what: dict[str, Any], folder: Path, done: Callable[[str], Path], 
     write_atomic(folder / "rows.yaml", lambda temporary: temporary.write_text(rows, encoding="utf8"))
     sides: dict[str, Any] = {}
     for side, prefix in (("scores", ""), ("against", "against_")):
-        sources = []
+        sources: list[str] = []
         for one in what[side]:
             place = str(done(one["task"]) / RUN) if "task" in one else one["folder"]
             if "folder" in one and content(one["folder"]) != one["content"]:
                 raise ValueError(f"{one['folder']} has changed since the experiment began")
-            sources.append(f"{place}:{one['query']}" if one["query"] else place)
+            source = f"{place}:{one['query']}" if one["query"] else place
+            if one.get("within"):
+                table = folder / f"{side}-{len(sources)}.parquet"
+                source = scores_within(source, str(data["dataset"]), folder / "rows.yaml", table)
+                one = {**one, "sign": "negative", "alignment": "target"}
+            sources.append(source)
             sides |= {f"{prefix}sign": one["sign"], f"{prefix}alignment": one["alignment"]}
         sides[side] = sources
     values = {**more, **sides, "out": folder, "rows": folder / "rows.yaml", "seeds": 1}

@@ -78,6 +78,8 @@ def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
     for name, scores in spec.scores.items():
         for folder in scores.folders:
             yield f"scores {name}", folder.partition(":")[0]
+        for path in filter(None, (scores.start, scores.within)):
+            yield f"scores {name}", path
         for query, one in scores.queries.items():
             yield f"query {query} of scores {name}", str(one.dataset)
     for name, task in spec.tune.tasks.items():

@@ -70,16 +70,19 @@ class Maker:
     @_once
     def scores(self, name: str, corpus: int) -> Task:
         """The run that scores one corpus's tokens."""
-        given, source = self.spec.scores[name], parse_source(self.spec.corpora.forget[corpus], self.common)
+        given = self.spec.scores[name]
+        source = parse_source(given.within or self.spec.corpora.forget[corpus], self.common)
+        start = given.start or self.spec.base
         values = merged(
             given.settings,
-            {"model": self.spec.base, "attribute": "tokens", "data": asdict(source), "dtype": self.common.dtype,
+            {"model": start, "attribute": "tokens", "data": asdict(source), "dtype": self.common.dtype,
              "device": self.common.device, "tokenizer": self.common.tokenizer,
              "queries": {query: asdict(one) for query, one in given.queries.items()}},
         )  # fmt: skip
         config = to_dict(build(MagicConfig, values, f"scores {name}"))
-        read = [self.spec.base, str(source.dataset), *(str(one.dataset) for one in given.queries.values())]
-        return self._task("scores", f"{name}-{corpus}", (), {"settings": config}, read)
+        read = [start, str(source.dataset), *(str(one.dataset) for one in given.queries.values())]
+        label = name if given.within else f"{name}-{corpus}"
+        return self._task("scores", label, (), {"settings": config}, read)
 
     @_once
     def select(self, name: str, corpus: int, seed: int) -> tuple[Task, list[Task]]:
@@ -160,7 +163,7 @@ class Maker:
                     one |= {"folder": given.folders[corpus], "content": self._content(given.folders[corpus])}
                 else:
                     runs.append(self.scores(name, corpus))
-                    one |= {"task": runs[-1].name}
+                    one |= {"task": runs[-1].name, "within": bool(given.within)}
                 found[side].append(one)
         found |= {"base": self.spec.base, "max_length": self.common.max_length, "min_chars": self.common.min_chars}
         return found, list({run.name: run for run in runs}.values())

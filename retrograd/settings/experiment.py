@@ -77,6 +77,11 @@ class ScoresSpec:
     """Of files, as `retrograd select --sign`."""
     alignment: Alignment | None = None
     """Of files, as `retrograd select --alignment`."""
+    within: str | None = None
+    """With queries: a data set that holds all the corpora, its columns `file` and `line` saying where, on which one run
+    is trained instead of one on each corpus. The base's own pretraining, say."""
+    start: str | None = None
+    """With `within`: the model that run starts from; the base when None."""
 
 
 @dataclass(frozen=True)
@@ -315,6 +320,8 @@ def _check_scores(spec: ExperimentSpec, path: Path) -> None:
                 f"{path}: scores {name}: {len(scores.folders)} folders for {len(spec.corpora.forget)} forget corpora; "
                 "one for each, in the same order, and no settings of a run"
             )
+        if (scores.start and not scores.within) or (scores.within and scores.folders):
+            raise ValueError(f"{path}: scores {name}: `start` goes with `within`, and `within` with `queries`")
         if scores.queries and (scores.sign or scores.alignment):
             raise ValueError(f"{path}: scores {name}: sign and alignment are of files; a run has its own")
 
