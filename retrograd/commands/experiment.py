@@ -113,7 +113,7 @@ def _others(config: ExperimentConfig, stop: Stop) -> Iterator[None]:
 @contextlib.contextmanager
 def _shown(queue: Queue) -> Iterator[Callable[[Plan, str], None]]:
     """A bar over all tasks that are known and may come, with their rate, the time left and what goes on."""
-    with overall("experiment") as progress:
+    with overall("tasks") as progress:
         yield lambda plan, text: _move(progress, queue, plan, text)
 
 
@@ -121,5 +121,6 @@ def _move(progress: Progress, queue: Queue, plan: Plan, text: str) -> None:
     lost = plan.lost(queue)
     done = sum(name in lost or queue.result(name) is not None for name in plan.tasks)
     task = progress.tasks[0]
-    rate = f"{60 * task.speed:.1f} tasks/min" if task.speed else ""
-    progress.update(task.id, completed=done, total=len(plan.tasks) + plan.more, rate=rate, note=text)
+    rate = f"{60 * task.speed:.1f}/min" if task.speed else ""
+    free = max(20, progress.console.width - 60)
+    progress.update(task.id, completed=done, total=len(plan.tasks) + plan.more, rate=rate, note=text[:free])

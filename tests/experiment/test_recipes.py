@@ -68,6 +68,8 @@ def test_the_original_phases_name_real_models_and_split_their_questions(recipe: 
 
 def test_the_lab_s_recipes_are_read() -> None:
     methods = read_experiment(RECIPES / "lab/unlearn_methods.yaml")
+    pretraining = read_experiment(RECIPES / "lab/pretraining.yaml")
+    assert pretraining.scores["pretraining"].start == "runs/lab/models/random"
     weightings = read_experiment(RECIPES / "lab/weightings.yaml", ("lab=elsewhere",))
     assert len(methods.methods) == 12
     assert methods.methods["dpo"].corpora is not None

@@ -147,11 +147,11 @@ def test_a_call_starts_its_workers_and_killed_three_times_ends_the_same(
     workers = Workers(world, tmp_path, lease=600)
     workers.command += ["--workers", "2"]
     try:
-        for _ in range(3):
+        for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
             (parent,) = workers.start(1)
             until(lambda parent=parent: workers.training(parent))
-            parent.kill()
-            parent.wait()
+            parent.send_signal(how)
+            assert parent.wait(120) == (143 if how == signal.SIGTERM else -9)
         (parent,) = workers.start(1)
         assert parent.wait(600) == 0
     finally:
