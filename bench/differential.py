@@ -5,6 +5,10 @@ the module's plain forward pass: no padding, packing, joined rows, fused head, m
 torch, transformers, and what makes them float64 and twice differentiable (`twice_differentiable`). Every tenth
 configuration is also retrained by that loop at moved data weights: central differences see what two graphs share.
 
+Some draws train roughly (a high rate with momentum): rounding grows from step to step, and no two loops agree to 1e-6.
+Where scores differ by more, the independent loop runs again from parameters moved by one rounding, and its own change
+tells how far two right answers lie apart; scores have to be within ten times that.
+
 A configuration is a function of its seed: family, tied or padded embeddings, frozen leaves, LoRA, packing, weights by
 document or token, batches, micro-batches, clipping, optimizer, schedule, engine, plan, where states are, interruption
 on the way there and back, and the number of queries.
@@ -33,10 +37,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd import DataStream, Trainer
-from retrograd.core.optim import SGD, AdamW, Muon, Schedule
+from retrograd.core.optim import SGD, Adam, AdamW, Muon, Schedule
 from retrograd.data.rows import Rows
 from retrograd.data.stream import token_rows
 from retrograd.lm.layout import twice_differentiable
+from retrograd.lm.model import norms_and_biases
 from retrograd.query.columns import Queries, query_columns
 from retrograd.runs.states.budget import Replay
 from retrograd.trainer import Evaluation
@@ -67,6 +72,7 @@ class Configuration:
     schedule: str
     lr: float
     warmup: int
+    ends: tuple[float | None, float | None]
     engine: str
     plan: dict[str, Any]
     durable: bool
@@ -78,7 +84,7 @@ class Configuration:
 
 
 def configuration(seed: int) -> Configuration:
-    draw = random.Random(f"differential {seed}")
+    draw, more = random.Random(f"differential {seed}"), random.Random(f"ends {seed}")
     documents = [
         [draw.choice((PAD, draw.randrange(WORDS))) if draw.random() < 0.3 else draw.randrange(WORDS) for _ in range(n)]
         for n in (draw.randint(2, 8) for _ in range(draw.randint(3, 7)))
@@ -86,11 +92,11 @@ def configuration(seed: int) -> Configuration:
     packed = draw.random() < 0.3
     numbers = list(range(len(documents)))
     rows = [numbers[i : i + 2] for i in range(0, len(numbers), 2)] if packed else [[n] for n in numbers]
-    name = draw.choice(("sgd", "momentum", "nesterov", "adamw", "adamw", "adamw", "muon"))
-    lr = {"adamw": 5e-3, "muon": 2e-2}.get(name, 0.1) * draw.uniform(0.5, 2)
+    name = draw.choice(("sgd", "momentum", "nesterov", "adamw", "adamw", "adam", "muon"))
+    lr = {"adam": 5e-3, "adamw": 5e-3, "muon": 2e-2}.get(name, 0.1) * draw.uniform(0.5, 2)
     optimizer = {
         "name": name, "weight_decay": draw.choice((0.0, 0.1)), "momentum": draw.choice((0.5, 0.9)),
-        "eps_root": draw.choice((1e-6, 1e-4)), "beta1": draw.choice((0.8, 0.9)), "beta2": draw.choice((0.95, 0.999)),
+        "spare": more.random() < 0.5, "eps_root": draw.choice((1e-6, 1e-4)), "beta1": draw.choice((0.8, 0.9)), "beta2": draw.choice((0.95, 0.999)),
     }  # fmt: skip
     batch_size, epochs = draw.randint(1, 4), draw.randint(1, 3)
     steps = epochs * math.ceil(len(rows) / batch_size)
@@ -106,7 +112,8 @@ def configuration(seed: int) -> Configuration:
         seed, draw.choice(FAMILIES), draw.random() < 0.15, draw.choice((0.0, 0.0, 0.3)), documents, rows, queries,
         draw.random() < 0.4, batch_size, epochs, draw.random() < 0.7, draw.choice((None, None, 1, 2)),
         draw.choice((None, None, 0.5, 2.0)), optimizer,
-        draw.choice(("constant", "linear", "cosine", "polynomial", "one-cycle")), lr, draw.randint(0, min(2, steps - 1)),
+        draw.choice(("constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear")), lr,
+        draw.randint(0, min(2, steps - 1)), (more.choice((None, 0.1)), more.choice((None, 0.3))),
         draw.choice(("double", "blocks")), plan, durable, interrupted,
     )  # fmt: skip
 
@@ -224,16 +231,29 @@ def _our_rows(given: Configuration) -> Rows:
 
 
 def _our_optimizer(given: Configuration, module: nn.Module) -> Any:
-    o, lr = given.optimizer, Schedule(given.schedule, given.lr, given.steps, given.warmup)
+    start, end = (share and share * given.lr for share in given.ends)
+    start, end = start if given.warmup else None, end if given.schedule != "constant" else None
+    o, lr = given.optimizer, Schedule(given.schedule, given.lr, given.steps, given.warmup, 2.0, start, end)
     adam = (o["beta1"], o["beta2"], 1e-8, o["eps_root"])
+    spared = norms_and_biases(module) if o["spare"] else ()
     match o["name"]:
         case "sgd":
-            return SGD(lr, 0.0, False, o["weight_decay"])
+            return SGD(lr, 0.0, False, o["weight_decay"], spared)
+        case "adam":
+            return Adam(lr, *adam, o["weight_decay"], spared)
         case "adamw":
-            return AdamW(lr, *adam, o["weight_decay"])
+            return AdamW(lr, *adam, o["weight_decay"], spared)
         case "muon":
-            return Muon(lr, o["momentum"], True, o["weight_decay"], 5, *adam, tuple(_ends(module)))
-    return SGD(lr, o["momentum"], o["name"] == "nesterov", o["weight_decay"])
+            return Muon(lr, o["momentum"], True, o["weight_decay"], 5, *adam, tuple(_ends(module)), spared)
+    return SGD(lr, o["momentum"], o["name"] == "nesterov", o["weight_decay"], spared)
+
+
+def _without_decay(module: Any) -> set[str]:
+    """Names of what transformers' Trainer gives no decay; a tied parameter has its first name."""
+    from transformers import Trainer
+
+    decayed = set(Trainer.get_decay_parameter_names(None, module))  # type: ignore[arg-type]
+    return {name for name, _ in module.named_parameters() if name not in decayed}
 
 
 def _ends(module: Any) -> list[str]:
@@ -252,12 +272,21 @@ class Twin:
         self.given, self.module = given, model(given)
         self.start = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
         self.ends = _ends(self.module)
+        self.spared = _without_decay(self.module) if given.optimizer["spare"] else set()
 
     def unrolled(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         weights = weights.clone().requires_grad_()
         phi = self.run(weights, graph=True)
         each = [torch.autograd.grad(one, weights, retain_graph=True)[0] for one in phi]
         return phi.detach(), torch.stack(each)
+
+    def moved(self) -> Twin:
+        """The same run from parameters moved by one rounding each, up or down."""
+        twin, draw = Twin(self.given), torch.Generator().manual_seed(self.given.seed)
+        for x in twin.start.values():
+            up = torch.randint(0, 2, x.shape, generator=draw).double() * 2 - 1
+            x.mul_(1 + up * torch.finfo(torch.float64).eps)
+        return twin
 
     def run(self, weights: Tensor, graph: bool = False) -> Tensor:
         """φ [K] after training."""
@@ -330,42 +359,50 @@ class Twin:
 
     def rate(self, step: int) -> float:
         given, steps = self.given, self.given.steps
-        if given.schedule == "one-cycle":
-            low, end, top = given.lr / 25, given.lr / 250000, given.warmup - 1
+        start, end = (None if share is None else share * given.lr for share in given.ends)
+        if given.schedule.startswith("one-cycle"):
+            low, top = given.lr / 25 if start is None or not given.warmup else start, given.warmup - 1
+            end = low / 10000 if end is None else end
             if step <= top:
                 share, a, b = (step / top if top else 1.0), low, given.lr
             else:
                 share, a, b = (step - top) / (steps - 1 - top), given.lr, end
-            return a + (b - a) * (1 - math.cos(math.pi * share)) / 2
+            return a + (b - a) * (share if "linear" in given.schedule else (1 - math.cos(math.pi * share)) / 2)
+        start, end = start or 0.0, end or 0.0
         if step < given.warmup:
-            return given.lr * step / given.warmup
+            share = step / given.warmup
+            return start * (1 - share) + given.lr * share
         left = 1 - (step - given.warmup) / (steps - given.warmup)
         shapes = {"linear": left, "cosine": math.sin(math.pi * left / 2) ** 2, "polynomial": left**2}
-        return given.lr * shapes.get(given.schedule, 1.0)
+        share = shapes.get(given.schedule, 1.0)
+        return given.lr * share + end * (1 - share)
 
     def update(self, theta: Params, memory: Params, g: Params, step: int) -> Params:
         o, lr, after = self.given.optimizer, self.rate(step), {}
+        decay = {n: 0.0 if n in self.spared else o["weight_decay"] for n in theta}
         for n, x in theta.items():
-            if o["name"] == "adamw" or (o["name"] == "muon" and (x.ndim != 2 or n in self.ends)):
-                after[n] = self._adam(n, x, memory, g[n], step)
+            if o["name"] == "adam":
+                after[n] = self._adam(n, x, memory, g[n] + decay[n] * x, step, 0.0)
+            elif o["name"] == "adamw" or (o["name"] == "muon" and (x.ndim != 2 or n in self.ends)):
+                after[n] = self._adam(n, x, memory, g[n], step, decay[n])
             elif o["name"] == "muon":
                 b = memory[n] = o["momentum"] * memory.get(n, torch.zeros_like(x)) + (1 - o["momentum"]) * g[n]
                 u = orthogonalised(o["momentum"] * b + (1 - o["momentum"]) * g[n])
-                after[n] = x - lr * (o["weight_decay"] * x + 0.2 * math.sqrt(max(x.shape)) * u)
+                after[n] = x - lr * (decay[n] * x + 0.2 * math.sqrt(max(x.shape)) * u)
             else:
-                d = g[n] + o["weight_decay"] * x
+                d = g[n] + decay[n] * x
                 if o["name"] != "sgd":
                     b = memory[n] = o["momentum"] * memory.get(n, torch.zeros_like(x)) + d
                     d = d + o["momentum"] * b if o["name"] == "nesterov" else b
                 after[n] = x - lr * d
         return after
 
-    def _adam(self, n: str, x: Tensor, memory: Params, g: Tensor, step: int) -> Tensor:
+    def _adam(self, n: str, x: Tensor, memory: Params, g: Tensor, step: int, decay: float) -> Tensor:
         o, zero = self.given.optimizer, torch.zeros_like(x)
         m = memory[f"m {n}"] = o["beta1"] * memory.get(f"m {n}", zero) + (1 - o["beta1"]) * g
         v = memory[f"v {n}"] = o["beta2"] * memory.get(f"v {n}", zero) + (1 - o["beta2"]) * g**2
         m, v = m / (1 - o["beta1"] ** (step + 1)), v / (1 - o["beta2"] ** (step + 1))
-        return x - self.rate(step) * (m / (torch.sqrt(v + o["eps_root"]) + 1e-8) + o["weight_decay"] * x)
+        return x - self.rate(step) * (m / (torch.sqrt(v + o["eps_root"]) + 1e-8) + decay * x)
 
 
 def orthogonalised(x: Tensor) -> Tensor:
@@ -390,7 +427,9 @@ def compare(seed: int, retrain: bool) -> dict[str, float]:
     twin = Twin(given)
     phi, expected = twin.unrolled(weights)
     found = {"value": relative(values.reshape(-1), phi), "scores": max(map(relative, scores, expected))}
-    if retrain:
+    if found["scores"] > TOLERANCE:
+        found["rounding"] = max(map(relative, twin.moved().unrolled(weights)[1], expected))
+    elif retrain:  # where rounding has grown so, differences tell nothing
         draw = torch.Generator().manual_seed(seed + 1)
         along = torch.randn(weights.shape, generator=draw, dtype=torch.float64).abs() * expected.sum(0).sign()
         best = math.inf
@@ -408,7 +447,7 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 def wrong(found: dict[str, float]) -> list[str]:
-    limits = {"retraining": DIFFERENCE}
+    limits = {"retraining": DIFFERENCE, "scores": max(TOLERANCE, 10 * found.get("rounding", 0.0)), "rounding": math.inf}
     return [name for name, error in found.items() if not error <= limits.get(name, TOLERANCE)]
 
 
@@ -429,6 +468,7 @@ def main() -> None:
         errors[seed] = compare(seed, asked.seed is not None or seed % EVERY == 0)
         if wrong(errors[seed]):
             failed.append(seed)
+        if wrong(errors[seed]) or "rounding" in errors[seed]:
             print(f"seed {seed}: {errors[seed]}", flush=True)
         if len(errors) % 25 == 0:
             print(f"{len(errors)} done, {len(failed)} failed, {time.monotonic() - start:.0f} s", flush=True)
@@ -439,7 +479,7 @@ def main() -> None:
         of = {seed: found[name] for seed, found in errors.items() if name in found}
         if of:
             worst = max(of, key=of.__getitem__)
-            beyond = sum(name in wrong({name: error}) for error in of.values())
+            beyond = sum(name in wrong(errors[seed]) for seed in of)
             print(f"| {name} | {len(of)} | {beyond} | {of[worst]:.1e} | {worst} |")
     raise SystemExit(1 if failed else 0)
 

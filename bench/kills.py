@@ -91,9 +91,9 @@ class Disk:
         for name, real in self._real.items():
             setattr(os, name, self._watched(real))
         os.fsync = self._fsync(os.fsync)
-        from retrograd.runs import journal, trajectory
+        from retrograd.runs import journal, resume
 
-        for module in (journal, trajectory):
+        for module in (journal, resume):
             module.append_line = self._append(module.append_line)  # type: ignore[attr-defined]
 
     def _watched(self, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from retrograd.settings.attack import AttackConfig, CompareConfig
 from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
@@ -27,12 +28,14 @@ from retrograd.settings.commands import (
     QueryRunConfig,
     ValidateConfig,
     VerifyConfig,
+    perturbed,
 )
 from retrograd.settings.experiment import ExperimentConfig
-from retrograd.settings.run import MagicConfig, queries_of, query_file, refuse_code, settings_from
+from retrograd.settings.report import ReportConfig
+from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
-from retrograd.settings.unlearn import UnlearnConfig, with_objective
+from retrograd.settings.unlearn import UnlearnConfig, refuse_method, with_objective
 
 __all__ = ["main", "run"]
 
@@ -71,6 +74,15 @@ _COMMANDS = {
     ),
     "experiment": _Command(
         ExperimentConfig, "OUT: methods × weightings × seeds at one utility, by workers", "commands.experiment", "FILE"
+    ),
+    "attack": _Command(
+        AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
+    ),
+    "report": _Command(
+        ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
+    ),
+    "compare": _Command(
+        CompareConfig, "models under attack side by side: table, pairs, fronts, ranks", "commands.compare", "PATH…"
     ),
 }
 
@@ -126,34 +138,53 @@ def _parse(name: str, arguments: list[str]) -> Any:
     kind = _COMMANDS[name].config
     if name == "unlearn":
         return _parse_unlearn(arguments)
-    arguments = _spell_out_switches(arguments, kind)
     options: dict[str, Any] = {}
     file: str | None = None
     if issubclass(kind, RunConfig):
         file = _value_of("--config", arguments)
         if name == "metasmoothness" and not file and arguments and (Path(arguments[0]) / "run_config.yaml").exists():
             file = str(Path(arguments[0]) / "run_config.yaml")
+            kind = _perturbed(Path(arguments[0]), arguments)
         if file:
             options["default"] = settings_from(kind, Path(file))
+    arguments = _spell_out_switches(arguments, kind)
     flags = (tyro.conf.FlagConversionOff,)
     config = tyro.cli(kind, prog=f"retrograd {name}", args=arguments, config=flags, **options)
-    if isinstance(config, MagicConfig):
-        trusted = config.trust_code and "__trust_code" in map(_plain_name, arguments)  # no file can say so of itself
-        if config.query_file is not None:
-            more = query_file(config.query_file)
-            refuse_code(more, config.query_file, trusted)
-            config = dataclasses.replace(config, queries={**config.queries, **more})
-        if file:
-            named = queries_of(options["default"])
-            if "__query.function" in map(_plain_name, arguments):
-                named.pop("query", None)
-            refuse_code(named, Path(file), trusted)
+    return _with_queries(config, arguments, file, options) if isinstance(config, AttributedConfig) else config
+
+
+def _perturbed(run: Path, arguments: list[str]) -> Any:
+    """The configuration of `metasmoothness` for a run: that of an unlearning has its method's settings."""
+    from retrograd.runs.kinds import read_settings
+
+    config = read_settings(run)
+    if not isinstance(config, UnlearnConfig):
+        return MetasmoothnessConfig
+    from retrograd.unlearn.methods import find_method
+
+    refuse_method(config.method, run / "run_config.yaml", "__trust_code" in map(_plain_name, arguments))
+    return perturbed(with_objective(find_method(config.method).defaults))
+
+
+def _with_queries(config: Any, arguments: list[str], file: str | None, options: dict[str, Any]) -> Any:
+    """The configuration with the queries of its --query_file; code that this or --config names has to be trusted."""
+    trusted = config.trust_code and "__trust_code" in map(_plain_name, arguments)  # no file can say so of itself
+    if config.query_file is not None:
+        more = query_file(config.query_file)
+        refuse_code(more, config.query_file, trusted)
+        config = dataclasses.replace(config, queries={**config.queries, **more})
+    if file:
+        named = queries_of(options["default"])
+        if "__query.function" in map(_plain_name, arguments):
+            named.pop("query", None)
+        refuse_code(named, Path(file), trusted)
     return config
 
 
 def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:
     """METHOD comes first: its settings are flags of their own."""
     flags: Any = {"config": (tyro.conf.FlagConversionOff,)}
+    options: dict[str, Any] = {}
     if not arguments or arguments[0].startswith("-"):
         if not {"-h", "--help"} & set(arguments):
             raise ValueError("retrograd unlearn begins with a METHOD, then the folder of the run; --help lists them")
@@ -161,12 +192,14 @@ def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:
     from retrograd.unlearn.methods import find_method
 
     method, *arguments = arguments
-    kind = with_objective(find_method(method).defaults)
+    found = find_method(method)
+    kind = with_objective(found.defaults, adapters=found.adapters)
     arguments = _spell_out_switches(arguments, kind)
     if file := _value_of("--config", arguments):
-        flags["default"] = settings_from(kind, Path(file))
-    config = tyro.cli(kind, prog=f"retrograd unlearn {method}", args=arguments, **flags)
-    return dataclasses.replace(config, method=method)
+        options["default"] = settings_from(kind, Path(file))
+    config = tyro.cli(kind, prog=f"retrograd unlearn {method}", args=arguments, **flags, **options)
+    asked: UnlearnConfig = _with_queries(config, arguments, file, options)
+    return dataclasses.replace(asked, method=method)
 
 
 def _spell_out_switches(arguments: list[str], kind: Any) -> list[str]:

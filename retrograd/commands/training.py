@@ -1,16 +1,18 @@
-"""What `train` and `unlearn` share: a training in its folder, evaluated on its way, whose final model is left there."""
+"""What commands that train share: a run's folder, opened for it, and a training evaluated on its way, which leaves its
+model there."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
 from retrograd.core import tree
-from retrograd.core.optim import Params
 from retrograd.core.step import State
 from retrograd.evaluate.on_the_way import prepare_during, show_again, watching
 from retrograd.lm.save import save_causal_lm
@@ -19,16 +21,71 @@ from retrograd.runs.files import write_json
 from retrograd.runs.lock import locked
 from retrograd.runs.loggers import check_loggers
 from retrograd.runs.manifest import Manifest
-from retrograd.runs.run_folder import refuse_other, set_threads
-from retrograd.runs.session import open_session
+from retrograd.runs.run_folder import refuse_other
+from retrograd.runs.session import Session, Watcher, open_session
 from retrograd.runs.setup import Setup
 from retrograd.runs.states.budget import Replay
 from retrograd.settings.during import DuringConfig
-from retrograd.settings.train import ExportConfig
+from retrograd.settings.train import ExportConfig, RunConfig
 
-__all__ = ["MODEL", "carry_out"]
+__all__ = ["MODEL", "Opened", "carry_out", "exported", "leave_model", "open_folder"]
 
 MODEL = "model"  # the folder of the final model, in the run's
+
+S = TypeVar("S", bound=Setup)
+
+
+@dataclass(frozen=True)
+class Opened(Generic[S]):
+    """A run's folder, locked, with what is trained there.
+
+    done: nothing is left to do, and the user has been told so.
+    watch: makes who looks on while it trains, for the session.
+    """
+
+    setup: S
+    manifest: Manifest
+    done: bool
+    watch: Callable[[Session], Watcher] | None
+
+
+@contextmanager
+def open_folder(
+    config: RunConfig,
+    command: str,
+    load: Callable[[], tuple[S, dict[str, Any]]],
+    done: Callable[[Manifest], str],
+    console: Console,
+) -> Iterator[Opened[S]]:
+    """The folder of a run, begun, gone on with or found done.
+
+    Args:
+        command: Whose run it is.
+        load: Loads and checks what is trained; and what the manifest is to say of it besides.
+        done: What to tell of a run of this manifest that is done; nothing where it is not.
+    Raises:
+        ValueError: For anything the user can mend, another process in the folder too; nothing has been changed then.
+    """
+    check_loggers(config.log)
+    check_folder(config, command)  # before anything is made there
+    with locked(config.run):
+        check_folder(config, command)
+        setup, told = load()
+        finished = "" if config.overwrite else done(Manifest(config.run / "manifest.json"))
+        prepared = prepare_during(DuringConfig() if finished else config.evaluate, setup.model, setup.tokenizer)
+        if config.overwrite:
+            empty(config.run)  # only now that the new run is known to be sound
+        manifest = Manifest(config.run / "manifest.json")
+        refuse_other(config.run, manifest, setup)
+        if finished:
+            console.print(f"{config.run} is done{finished}")
+            show_again(config.run, config.log, config.evaluate, console)
+        else:
+            begin(config, command, manifest, setup, **told)
+            console.print(f"engine: {setup.engine.name} ({setup.engine.why})")
+            for finding in setup.findings:
+                warnings.warn(str(finding), stacklevel=2)
+        yield Opened(setup, manifest, bool(finished), watching(prepared))
 
 
 def carry_out(
@@ -36,64 +93,48 @@ def carry_out(
     command: str,
     load: Callable[[], tuple[Setup, dict[str, Any]]],
     console: Console,
-    check_end: Callable[[Params, Params], None] = lambda before, after: None,
+    check_end: Callable[[Setup, State], None] = lambda setup, final: None,
 ) -> None:
     """Train what `load` sets up, resumed where a kill left it, and leave the final model in the run's folder.
 
     Args:
-        command: Whose run it is.
-        load: Loads and checks what is trained; and what the manifest is to say of it besides.
-        check_end: Refuses a training that did not do what it should, by the first and the last parameters.
+        command, load: As for `open_folder`.
+        check_end: Refuses a training that did not do what it should, by its final state.
     Raises:
         ValueError: For anything the user can mend; nothing has been changed then.
         RunError: For a failure of the machine; the same call resumes.
     """
-    check_loggers(config.log)
-    check_folder(config, command)  # before anything is made there
-    with locked(config.run):
-        check_folder(config, command)
-        _carry_out(config, command, load, console, check_end)
+
+    def done(manifest: Manifest) -> str:
+        finished = manifest.values.get("finished", False) and exported(config)
+        return f"{_where(config)}. Use --overwrite to train it again." if finished else ""
+
+    with open_folder(config, command, load, done, console) as opened:
+        if opened.done:
+            return
+        setup, manifest = opened.setup, opened.manifest
+        replay = Replay(plan="binomial", slots=1, heartbeat=config.heartbeat)  # a resume point is all that is kept
+        with open_session(setup, config.run, manifest, replay, log=config.log, watch=opened.watch) as session:
+            final = session.train()
+        check_end(setup, final)
+        leave_model(config, setup, manifest, final)
+        session.trajectory.clean()
+        manifest.update(finished=True)
+        session.show(console)
+        console.print(f"{config.run}: {len(setup.stream)} steps{_where(config)}.")
 
 
-def _carry_out(
-    config: ExportConfig,
-    command: str,
-    load: Callable[[], tuple[Setup, dict[str, Any]]],
-    console: Console,
-    check_end: Callable[[Params, Params], None],
-) -> None:
-    setup, told = load()
-    done = not config.overwrite and _done(config)
-    prepared = prepare_during(DuringConfig() if done else config.evaluate, setup.model, setup.tokenizer)
-    if config.overwrite:
-        empty(config.run)  # only now that the new run is known to be sound
-    manifest = Manifest(config.run / "manifest.json")
-    set_threads(manifest)
-    refuse_other(config.run, manifest, setup)
-    if done:
-        console.print(f"{config.run} is done{_where(config)}. Use --overwrite to train it again.")
-        show_again(config.run, config.log, config.evaluate, console)
+def exported(config: ExportConfig) -> bool:
+    """Whether the model that a run is to leave is there."""
+    return not config.export or (config.run / MODEL).exists()
+
+
+def leave_model(config: ExportConfig, setup: Setup, manifest: Manifest, final: State) -> None:
+    """Leave the final model in RUN/model, unless it is there or not wanted."""
+    if not config.export or (manifest.done("model") and exported(config)):
         return
-    begin(config, command, manifest, setup, **told)
-    console.print(f"engine: {setup.engine.name} ({setup.engine.why})")
-    for finding in setup.findings:
-        warnings.warn(str(finding), stacklevel=2)
-    replay = Replay(plan="binomial", slots=1, heartbeat=config.heartbeat)  # a resume point is all that is kept
-    with open_session(setup, config.run, manifest, replay, log=config.log, watch=watching(prepared)) as session:
-        final = session.train()
-    check_end(setup.initial.params, final.params)
-    if config.export:
-        with manifest.phase("model"):
-            _export(config.run, setup, final)
-    session.trajectory.clean()
-    manifest.update(finished=True)
-    session.show(console)
-    console.print(f"{config.run}: {len(setup.stream)} steps{_where(config)}.")
-
-
-def _done(config: ExportConfig) -> bool:
-    finished = Manifest(config.run / "manifest.json").values.get("finished", False)
-    return finished and (not config.export or (config.run / MODEL).exists())
+    with manifest.phase("model"):
+        _export(config.run, setup, final)
 
 
 def _where(config: ExportConfig) -> str:

@@ -6,47 +6,66 @@ from typing import Any
 
 from rich.console import Console
 
-from retrograd.commands.training import MODEL, carry_out
-from retrograd.core.optim import Params
+from retrograd.commands.attribution import carry_out_attributed
+from retrograd.commands.training import MODEL, carry_out, exported, leave_model
+from retrograd.core.step import State
+from retrograd.data.pairs import PairStream
 from retrograd.evaluate.evaluate import evaluate
-from retrograd.runs.setup import Setup
+from retrograd.runs.attribute import Outcome
+from retrograd.runs.manifest import Manifest
+from retrograd.runs.setup import Loaded, Setup
 from retrograd.settings.commands import EvaluateConfig
 from retrograd.settings.unlearn import UnlearnConfig, check_unlearn
 from retrograd.unlearn import guards
-from retrograd.unlearn.methods import find_method
-from retrograd.unlearn.setup import reached, set_up_unlearning
+from retrograd.unlearn.method import Unlearning
+from retrograd.unlearn.setup import assemble, reached
 
 __all__ = ["unlearn"]
 
 
-def unlearn(config: UnlearnConfig, console: Console | None = None) -> None:
+def unlearn(config: UnlearnConfig, console: Console | None = None) -> Outcome | None:
     """Unlearn, evaluated on the way, leave the model in RUN/model, and say what became of it.
 
     Args:
         config: The resolved configuration, with the method's settings as `objective`.
         console: Where the summary goes; standard output when None.
+    Returns:
+        The scores of its rows, where --attribute asks for them.
     Raises:
         ValueError: For anything the user can mend, another process in the folder too; nothing has been changed then.
         RunError: For a failure of the machine; the same call resumes.
     """
     console = console or Console()
     check_unlearn(config)
-    method, expected = find_method(config.method), list[str]()
+    expected = list[str]()
 
-    def load() -> tuple[Setup, dict[str, Any]]:
-        setup, objective = set_up_unlearning(config, method)
-        expected.extend(reached(setup, objective))
+    def load() -> tuple[Loaded, dict[str, Any]]:
+        loaded = assemble(config)
+        objective, stream = loaded.objective, loaded.stream
+        assert isinstance(objective, Unlearning)
+        assert isinstance(stream, PairStream)
+        expected.extend(reached(loaded))
         flags = guards.flags(objective)
         for flag in flags:
             console.print(f"Beware: {flag}", style="yellow")
-        sizes = dict(zip(("forget", "retain", "alternative"), getattr(setup.stream, "sizes")))  # noqa: B009
-        return setup, {"method": method.name, "formula": method.formula, "flags": flags, "pairs": sizes}
+        sizes = dict(zip(("forget", "retain", "alternative"), stream.sizes))
+        method = objective.method
+        return loaded, {"method": method.name, "formula": method.formula, "flags": flags, "pairs": sizes}
 
-    def check_end(before: Params, after: Params) -> None:
-        guards.check_changed(before, after, expected)
+    def check_end(setup: Setup, final: State) -> None:
+        guards.check_changed(setup.initial.params, final.params, expected)
 
-    carry_out(config, "unlearn", load, console, check_end)
+    def trained(loaded: Loaded, manifest: Manifest, final: State) -> None:
+        check_end(loaded, final)
+        leave_model(config, loaded, manifest, final)
+
+    outcome = None
+    if config.attribute is None:
+        carry_out(config, "unlearn", load, console, check_end)
+    else:
+        outcome = carry_out_attributed(config, "unlearn", load, console, trained, lambda: exported(config))
     _judge(config, console)
+    return outcome
 
 
 def _judge(config: UnlearnConfig, console: Console) -> None:

@@ -2,6 +2,8 @@
 
     weights [N_forget + N_retain (+ N_alternatives), L]        one row for each row, in this order
 
+or, with `per_token=False`, [documents] of all sides: one that multiplies the weights of all tokens of a document.
+
 A step trains on b_f forget and b_r retain rows, each side with its own normaliser: `scale` is mask/Z_f on forget rows
 and mask/Z_r on retain rows, Z the valid targets of that side in the whole batch. So Σ w·scale·loss is the sum of two
 token means, whatever micro-batches do.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from retrograd.core.step import Batch
 from retrograd.data.rows import Rows, pad
 from retrograd.data.stream import DataStream, token_rows
 
-__all__ = ["ALTERNATIVE", "FORGET", "RETAIN", "PairStream", "joined"]
+__all__ = ["ALTERNATIVE", "FORGET", "RETAIN", "PairStream", "Part", "joined", "parts_of"]
 
 FORGET, RETAIN, ALTERNATIVE = 0, 1, 2
 _NAMES = ("forget", "retain", "alternative")
@@ -57,7 +59,9 @@ class PairStream:
         shuffle: Visit rows in a new random order in each pass, or as given.
         seed: Of that order; the retain side draws from seed + 1,000,003.
         horizon: Steps until p_k is 1; those of the stream if not given.
-        weights: Data weights [N, L], L at least the longest row; ones if not given.
+        weights: Weights of the tokens [N, L], L at least the longest row; ones if not given.
+        per_token: Whether these are the data weights. If not, data weights are ones for the documents of all sides, and
+            a token is weighed by the product.
         dtype: Of the weights and of the loss coefficients.
         device: Where batches go.
     Raises:
@@ -82,6 +86,7 @@ class PairStream:
         seed: int = 0,
         horizon: int | None = None,
         weights: Tensor | None = None,
+        per_token: bool = True,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -101,7 +106,7 @@ class PairStream:
         self.rows = joined([side for side in sides if side is not None])
         self.batches = (forget_batch, retain_batch if retain is not None else 0, forget_batch if alternatives else 0)
         self.epochs, self.shuffle, self.seed = epochs, shuffle, seed
-        self.dtype, self.device, self.per_token = dtype, device, True
+        self.dtype, self.device, self.per_token = dtype, device, per_token
         # columns beyond the longest row are no token's
         shape = (len(self.rows), self.rows.max_length)
         if weights is not None and weights.ndim == 2:
@@ -109,7 +114,9 @@ class PairStream:
         checked = DataStream(
             self.rows, self.batch_size, weight_shape=shape, weights=weights, dtype=dtype, device=device
         )
-        self.weights: Tensor = checked.weights
+        self.token_weights: Tensor = checked.weights
+        examples = torch.ones(self.rows.documents, dtype=dtype, device=device)
+        self.weights = self.token_weights if per_token else examples
         self.horizon = len(self) if horizon is None else horizon
         self._order = lru_cache(maxsize=8)(self._permutation)
 
@@ -135,8 +142,8 @@ class PairStream:
         return (0, forget, forget + retain)
 
     def side_weights(self, side: int) -> Tensor:
-        """The data weights of one side, [rows of the side, L]; scores of the same shape are cut the same way."""
-        return self.weights[self.offsets[side] : self.offsets[side] + self.sizes[side]]
+        """The tokens' weights of one side, [rows of the side, L]; scores of the same shape are cut the same way."""
+        return self.token_weights[self.offsets[side] : self.offsets[side] + self.sizes[side]]
 
     def __len__(self) -> int:
         return max(-(-self.epochs * n // b) for n, b in zip(self.sizes, self.batches) if b)
@@ -146,7 +153,8 @@ class PairStream:
             raise IndexError(f"step {step} is outside this stream of {len(self)} steps")
         chosen, side, pair = self._chosen(step)
         inputs = pad(self.rows, chosen)
-        del inputs["lengths"], inputs["doc_ids"]
+        del inputs["lengths"]
+        documents = inputs.pop("doc_ids")
         sides, mask = torch.from_numpy(side), inputs["target_mask"]
         normaliser = torch.stack([mask[sides == s].sum() for s in range(3)])[sides]  # Z of each row's side
         scale = mask.to(self.dtype) / normaliser[:, None]
@@ -155,7 +163,12 @@ class PairStream:
         inputs.update(
             side=sides, progress=progress, share=1 / rows.to(self.dtype), pair=torch.from_numpy(pair), scale=scale
         )
-        index = torch.from_numpy(chosen)[:, None] * self.weights.shape[1] + torch.arange(mask.shape[1])
+        rows_chosen = torch.from_numpy(chosen)
+        if self.per_token:
+            index = rows_chosen[:, None] * self.weights.shape[1] + torch.arange(mask.shape[1])
+        else:  # the tokens' own weights are constants
+            index = documents
+            scale = scale * self.token_weights[rows_chosen.to(self.token_weights.device), : mask.shape[1]].to(scale)
         return tree.map(lambda x: x.to(self.device), Batch(inputs, index, scale))
 
     def rows_at(self, step: int) -> np.ndarray:
@@ -190,6 +203,38 @@ class PairStream:
         if not self.shuffle:
             return np.arange(self.sizes[side])
         return np.random.default_rng(self.seed + 1_000_003 * side + number).permutation(self.sizes[side])
+
+
+class Part(NamedTuple):
+    """A data set among those whose rows are joined: what it is for, and where it lies among all.
+
+    Args:
+        side: forget, retain or alternative.
+        dataset: As it was given.
+        first_row, rows: Its rows.
+        length: Tokens of its longest row.
+        first_document, documents: Its documents, skipped ones included.
+        digest: Hash of its rows by themselves, 16 hex digits.
+    """
+
+    side: str
+    dataset: str
+    first_row: int
+    rows: int
+    length: int
+    first_document: int
+    documents: int
+    digest: str
+
+
+def parts_of(named: Sequence[tuple[str, str, Rows]]) -> list[Part]:
+    """Where each of several data sets, (side, data set, rows), lies among the rows joined in this order."""
+    found, row, document = [], 0, 0
+    for side, dataset, rows in named:
+        size = (len(rows), rows.max_length)
+        found.append(Part(side, dataset, row, *size, document, rows.documents, rows.digest()[:16]))
+        row, document = row + len(rows), document + rows.documents
+    return found
 
 
 def joined(sides: Sequence[Rows]) -> Rows:

@@ -41,9 +41,10 @@ class DataStream:
         dtype: Of the weights and of the loss coefficients; when None that of the weights given, else float32, and a
             `Trainer` takes its model's precision.
         device: Where batches go.
+        steps: Stop after so many, within a pass too; all of the passes when None.
     Raises:
-        ValueError: If a size is below 1, the shape does not fit, a weight is not finite, there is no row, the data set
-            cannot be read, or the device cannot be used.
+        ValueError: If a size is below 1, there are not so many steps, the shape does not fit, a weight is not finite,
+            there is no row, the data set cannot be read, or the device cannot be used.
 
     >>> stream = DataStream({"x": torch.zeros(5, 2)}, batch_size=2)
     >>> len(stream), stream.weights.shape, [len(stream[t].index) for t in range(3)]
@@ -65,6 +66,7 @@ class DataStream:
         text_column: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        steps: int | None = None,
     ) -> None:
         if isinstance(tokenizer, int):
             if batch_size is not None:
@@ -79,6 +81,10 @@ class DataStream:
         self.rows = _read(rows, tokenizer, text_column, max_length, width)
         self.size = len(self.rows) if isinstance(self.rows, Rows) else _common_length(self.rows)
         self.batch_size, self.epochs, self.shuffle, self.seed = batch_size, epochs, shuffle, seed
+        whole = epochs * self.steps_per_epoch
+        if steps is not None and not 1 <= steps <= whole:
+            raise ValueError(f"{steps} steps of the {whole} that {epochs} passes over {self.size} rows make")
+        self.steps = whole if steps is None else steps
         self._settled = dtype is not None
         self.dtype = dtype or torch.promote_types(torch.float32 if weights is None else weights.dtype, torch.float32)
         self.device = _usable(device)
@@ -103,7 +109,7 @@ class DataStream:
         return other
 
     def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch
+        return self.steps
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < len(self):
@@ -117,11 +123,12 @@ class DataStream:
         epoch, part = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[part * self.batch_size : (part + 1) * self.batch_size]
 
-    def steps_of_rows(self) -> np.ndarray:
-        """The step at which each row is trained on, [epochs, rows]."""
-        steps = np.empty((self.epochs, self.size), dtype=np.int64)
+    def steps_of_rows(self) -> list[list[int]]:
+        """The steps at which each row is trained on, in order: one in each epoch, unless the stream stops before."""
+        steps: list[list[int]] = [[] for _ in range(self.size)]
         for t in range(len(self)):
-            steps[t // self.steps_per_epoch, self.rows_at(t)] = t
+            for row in self.rows_at(t).tolist():
+                steps[row].append(t)
         return steps
 
     def _permutation(self, epoch: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from rich.console import Console
 from retrograd.core import tree
 from retrograd.core.step import State
 from retrograd.core.sweep import Event, Remade, Reversed
+from retrograd.evaluate.answers import write_measured
 from retrograd.evaluate.curve import BEST, draw_evaluations, show_evaluations
 from retrograd.evaluate.summary import described, failure, together
 from retrograd.lm.model import CausalLM
@@ -41,7 +42,7 @@ from retrograd.runs.session import Session
 from retrograd.settings.during import DuringConfig, Rule, best_of, evaluated_steps, parse_rule
 from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
 
-__all__ = ["During", "PreparedTasks", "prepare_during", "show_again", "watching"]
+__all__ = ["During", "PreparedTasks", "answers_path", "prepare_during", "show_again", "watching"]
 
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # the model, the data, the memory
 
@@ -120,7 +121,8 @@ class During:
     ) -> None:
         self.prepared, self.last, self.run, self.journal, self.bars = prepared, steps, run, journal, bars
         config = prepared.config
-        wanted = evaluated_steps(steps, config.every, geometric=config.geometric) if prepared.tasks else []
+        asked = evaluated_steps(steps, config.every, geometric=config.geometric, at=config.at)
+        wanted = asked if prepared.tasks else []
         self.wanted, self.open = wanted, True
         if wanted:
             _claim(run, prepared, journal, manifest)
@@ -171,6 +173,7 @@ class During:
         tasks, total = self.prepared.tasks, len(self.wanted) * len(self.prepared.tasks)
         measured: dict[str, Measured | None] = {}
         found: dict[str, Any] = {}
+        about = {"model": self.run.name, "step": state.step, "dtype": _dtype(state)}
         for number, (name, task) in enumerate(tasks.items(), start=len(self.journal.evaluated) * len(tasks) + 1):
             try:
                 measured[name] = self.prepared.ready[name].measure(state.params)
@@ -179,6 +182,8 @@ class During:
                 raise
             except _FAILURES as error:
                 measured[name], why = None, " ".join(f"{type(error).__name__}: {error}".split())
+            if self.prepared.config.answers and (answers := measured[name]) is not None:
+                write_measured(answers_path(self.run, state.step, name), answers, {**about, "task": name})
             found[name] = _line(measured[name], task, why)
             self.bars.move("evaluate", number, f"step {state.step} {name}", total, "tasks")
         for group in dict.fromkeys(task.group for task in tasks.values() if task.group):
@@ -215,6 +220,15 @@ def show_again(run: Path, log: Sequence[str], config: DuringConfig, console: Con
         show_evaluations(run, evaluations, console)
     elif config.wanted:
         console.print("It was not evaluated on its way; `retrograd evaluate` asks models that are there.")
+
+
+def answers_path(run: Path, step: int, task: str) -> Path:
+    """Where the answers to a task at a step lie, if they are kept."""
+    return run / "answers" / f"{step:06d}" / f"{task}.parquet"
+
+
+def _dtype(state: State) -> str:
+    return str(next(iter(state.params.values())).dtype).removeprefix("torch.")
 
 
 def _line(measured: Measured | None, task: Task, why: str | None) -> dict[str, Any]:

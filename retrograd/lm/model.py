@@ -8,6 +8,7 @@ objective is given out that has not been held against the model's own logits (`p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd.core.optim import Params
-from retrograd.core.step import Left
+from retrograd.core.residuals import Residual
 from retrograd.lm.checkpoint import DTYPES, load_module, told
+from retrograd.lm.head import fused_ce_again, fused_ce_leaving
 from retrograd.lm.layout import Layout, twice_differentiable
-from retrograd.lm.loss import fused_ce_again, fused_ce_leaving
 from retrograd.lm.spans import inner
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "evaluating",
     "load_causal_lm",
     "load_tokenizer",
+    "norms_and_biases",
     "objective_of",
     "trainable",
 ]
@@ -89,6 +91,22 @@ def trainable(module: nn.Module) -> tuple[Params, dict[str, str]]:
     if not leaves:
         raise ValueError("the model has no trainable parameter: every requires_grad is False")
     return leaves, readers
+
+
+def norms_and_biases(module: nn.Module) -> tuple[str, ...]:
+    """The leaves that transformers' Trainer leaves without weight decay: norms and biases, of `trainable`'s.
+
+    They are the parameters inside an `nn.LayerNorm`, and those whose name has "bias", "layernorm" or "rmsnorm" in it, a
+    part "norm", or a part that ends in "_norm".
+    """
+    inside = {place for place, part in module.named_modules() if isinstance(part, nn.LayerNorm)}
+
+    def spared(name: str) -> bool:
+        parts = name.split(".")
+        above = any(".".join(parts[:n]) in inside for n in range(1, len(parts)))
+        return above or bool(re.search(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)", name.lower()))
+
+    return tuple(name for name in trainable(module)[0] if spared(name))
 
 
 def load_tokenizer(name: str) -> Any:
@@ -238,11 +256,11 @@ class _Objective:
     def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         return self.leaving(params, inputs, coefficients)[0]
 
-    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, Left | None]:
+    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, Residual | None]:
         return self.call(params, factors.dtype, inputs, factors)
 
-    def again(self, params: Params, inputs: Any, factors: Tensor, left: Left | None) -> Tensor:
-        return self.call(params, factors.dtype, inputs, factors, True, left)[0]
+    def again(self, params: Params, inputs: Any, factors: Tensor, residual: Residual | None) -> Tensor:
+        return self.call(params, factors.dtype, inputs, factors, True, residual)[0]
 
 
 class _Scored(nn.Module):
@@ -254,8 +272,8 @@ class _Scored(nn.Module):
         self.layout = layout
 
     def forward(
-        self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, left: Left | None = None
-    ) -> tuple[Tensor, Left | None]:
+        self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, residual: Residual | None = None
+    ) -> tuple[Tensor, Residual | None]:
         model, fused, calls = inner(self.module), self.layout.form.fused, self.layout.calls(inputs)
         found = [model.base_model(**one).last_hidden_state if fused else model(**one).logits for one in calls]
         whole = found[0] if len(found) == 1 else torch.cat(found, 1)
@@ -266,10 +284,10 @@ class _Scored(nn.Module):
         hidden = whole[states]
         operands = (hidden, head.weight, head.bias, targets, coefficients[place])
         if again:
-            known = None if left is None else left.at(hidden)
+            known = None if residual is None else residual.at(hidden)
             return fused_ce_again(*operands, known), None
         loss, pw = fused_ce_leaving(*operands)
-        return loss, Left.of(hidden, pw)
+        return loss, Residual.of(hidden, pw)
 
 
 class _Chosen(nn.Module):
@@ -316,5 +334,6 @@ def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:
             return get_peft_model(module, lora)
         except ValueError as error:
             raise ValueError(
-                f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}."
+                f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}. Name those to adapt "
+                "with --lora.target_modules, or train the whole model with --lora.rank 0."
             ) from error

@@ -20,7 +20,16 @@ from retrograd.query.named import Asked
 from retrograd.runs.files import read_tensors, write_json, write_tensors
 from retrograd.runs.health import Finding, sweep_findings
 from retrograd.runs.journal import read_journal, recipe_gradients
-from retrograd.runs.scores import Ranked, detractors, per_document, proponents, ranked, read_scores, write_scores
+from retrograd.runs.scores import (
+    Ranked,
+    detractors,
+    origins_of,
+    per_document,
+    proponents,
+    ranked,
+    read_scores,
+    write_scores,
+)
 from retrograd.runs.setup import Loaded
 
 __all__ = ["Outcome", "ask", "show_ends", "stored", "summarise", "write_results"]
@@ -87,8 +96,7 @@ def stored(run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked]) -> O
     values = torch.cat(
         [read_tensors(run / "queries" / one.name / "gradient.safetensors")[0]["values"] for one in asked]
     )
-    steps = loaded.stream.steps_of_rows()
-    order = ranked(per_document(scores, loaded.rows), loaded.rows, steps, loaded.texts, len(asked[0].columns))
+    order = _ranked(loaded, scores, len(asked[0].columns))
     train, reverse = read_journal(run / "metrics.jsonl")[0], read_journal(folder / "metrics.jsonl")[1]
     findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
     return Outcome([column.name for one in asked for column in one.columns], values, scores, order, findings)
@@ -148,15 +156,27 @@ def _ask_one(folder: Path, loaded: Loaded, one: Asked, final: State) -> tuple[Te
 
 
 def _write(folder: Path, loaded: Loaded, scores: Tensor, names: Sequence[str], leading: int | None) -> list[Ranked]:
-    steps = loaded.stream.steps_of_rows()
-    order = ranked(per_document(scores, loaded.rows), loaded.rows, steps, loaded.texts, leading)
-    write_scores(folder, scores, loaded.rows, steps, order, _token_text(loaded), names)
+    order, steps = _ranked(loaded, scores, leading), loaded.stream.steps_of_rows()
+    write_scores(folder, scores, loaded.rows, steps, order, _token_text(loaded), names, origins_of(loaded.parts))
     return order
 
 
+def _ranked(loaded: Loaded, scores: Tensor, leading: int | None) -> list[Ranked]:
+    totals, steps = per_document(scores, loaded.rows), loaded.stream.steps_of_rows()
+    return ranked(totals, loaded.rows, steps, loaded.texts, leading, origins_of(loaded.parts))
+
+
 def _token_text(loaded: Loaded) -> Callable[[np.ndarray], list[str]]:
+    """Token ids → texts as they stand within a text: a tokenizer that joins words by spaces loses them at its start."""
+
+    def decode(*ids: int) -> str:
+        return loaded.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
     def texts(ids: np.ndarray) -> list[str]:
-        known = {int(token): loaded.tokenizer.decode([int(token)]) for token in np.unique(ids)}
+        first = int(ids[0])
+        before = decode(first)
+        both = {int(token): decode(first, int(token)) for token in np.unique(ids)}
+        known = {k: text[len(before) :] if text.startswith(before) else decode(k) for k, text in both.items()}
         return [known[int(token)] for token in ids]
 
     return texts
@@ -165,8 +185,12 @@ def _token_text(loaded: Loaded) -> Callable[[np.ndarray], list[str]]:
 def _table(title: str, records: list[Ranked]) -> Table:
     table = Table(title=title, title_justify="left", expand=True)
     table.add_column("doc", justify="right")
+    sided = any(record.origin for record in records)
+    if sided:
+        table.add_column("side", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("text", ratio=1)
     for record in records:
-        table.add_row(str(record.doc_id), f"{record.score:+.3e}", Text(record.text[:120]))
+        side = [record.origin["side"]] if sided else []
+        table.add_row(str(record.doc_id), *side, f"{record.score:+.3e}", Text(record.text[:120]))
     return table

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retrograd.core.optim import SGD, AdamW, Muon
+from retrograd.core.optim import SGD, Adam, AdamW, Muon
 from retrograd.core.step import Recipe
 
 __all__ = ["Finding", "curvature_limit", "recipe_findings", "sweep_findings"]
@@ -36,7 +36,7 @@ class Finding:
 
 def recipe_findings(recipe: Recipe, batch_size: int, rows: int, dtype: str) -> list[Finding]:
     """What the recipe alone gives away, before the first step."""
-    root = recipe.optimizer.eps_root if isinstance(recipe.optimizer, (AdamW, Muon)) else math.inf
+    root = recipe.optimizer.eps_root if isinstance(recipe.optimizer, (Adam, AdamW, Muon)) else math.inf
     checks = {
         "bfloat16": dtype == "bfloat16",
         "eps_root": root < 1e-8,
@@ -73,7 +73,7 @@ def curvature_limit(recipe: Recipe) -> float | None:
     optimizer = recipe.optimizer
     if isinstance(optimizer, SGD):
         return 2 * (1 + optimizer.momentum)
-    return 2 * (1 + optimizer.beta1) / (1 - optimizer.beta1) if isinstance(optimizer, AdamW) else None
+    return 2 * (1 + optimizer.beta1) / (1 - optimizer.beta1) if isinstance(optimizer, (Adam, AdamW)) else None
 
 
 def _swallowed(train: Sequence[dict[str, Any]]) -> Finding | None:

@@ -1,6 +1,7 @@
 """metrics.jsonl: what happened at each step, for people and for the checks of `runs.health`.
 
-A line per original training step (loss, lr, gradient norm, share of swallowed updates), per evaluated step (what was
+A line per original training step (loss, lr, gradient norm, share of swallowed updates, the terms of an objective that
+notes them), per evaluated step (what was
 found by task), and per reversed step (cotangent norm, mean |score|, the recipe's own gradients, curvature), each once
 however often the run was killed. A line that was lost all the same is written again: the run goes back to before it.
 """
@@ -18,7 +19,7 @@ from retrograd.core.sweep import Event, Remade, Reversed
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import append_line, read_lines, write_atomic
 from retrograd.runs.loggers import Logger, scalars
-from retrograd.runs.trajectory import Trajectory, first_missing
+from retrograd.runs.resume import Durable, first_missing
 
 __all__ = ["Journal", "mirror", "read_evaluations", "read_journal", "recipe_gradients"]
 
@@ -29,9 +30,17 @@ class Journal:
     Args:
         optimizer: Whose learning rate is told.
         loggers: Get every line that stays: those there already, then the new ones.
+        noted: The terms of the loss that were computed since it was asked last, by name; asked at every event.
     """
 
-    def __init__(self, path: Path, optimizer: Optimizer, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        optimizer: Optimizer,
+        loggers: Sequence[Logger] = (),
+        noted: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self.noted = noted
         self.path, self.lr, self.loggers = path, getattr(optimizer, "lr"), loggers  # noqa: B009
         entries = _entries(path)
         self.evaluated = {step: entry for (phase, step), entry in entries.items() if phase == "evaluate"}
@@ -40,6 +49,7 @@ class Journal:
         mirror(path, loggers, lambda entry: entry["phase"] != "reverse")  # of those, some may be written again
 
     def __call__(self, event: Event) -> None:
+        terms = self.noted()  # of a step that is replayed too, so that they do not count for the next one
         if isinstance(event, Reversed):
             values: dict[str, Any] = {
                 "cotangent_norm": event.norm.tolist(), "nonfinite": event.nonfinite,
@@ -56,6 +66,8 @@ class Journal:
             values = {"loss": outcome.loss, "lr": rate(self.lr, event.step), "grad_norm": outcome.grad_norm}
             if outcome.swallowed is not None:
                 values["swallowed"] = outcome.swallowed
+            if terms:
+                values["terms"] = terms
             self._write(phase="train", step=event.step, **values)
 
     def evaluation(self, step: int, **values: Any) -> None:
@@ -63,18 +75,19 @@ class Journal:
         self.evaluated[step] = {"phase": "evaluate", "step": step, **values}
         self._write(**self.evaluated[step])
 
-    def begin(self, trajectory: Trajectory) -> None:
+    def begin(self, durable: Durable) -> None:
         """Have every training step told; a trajectory that is beyond a missing line goes back to before it."""
+        self.noted()  # of what was tried before the first step
         trained = {step for phase, step in _entries(self.path) if phase == "train"}
-        self.untold = set(range(trajectory.steps)) - trained
-        trajectory.back_to(first_missing(trained))
+        self.untold = set(range(durable.steps)) - trained
+        durable.back_to(first_missing(trained))
 
-    def resume(self, trajectory: Trajectory, key: str = "") -> None:
+    def resume(self, durable: Durable, key: str = "") -> None:
         """Drop reverse lines that the resumed sweep will write again; one with a line missing starts over."""
-        left, entries = trajectory.reverse_steps_left(key), _entries(self.path)
-        if any(("reverse", step) not in entries for step in range(left, trajectory.steps)):
-            trajectory.clean_reverse(key)
-            left = trajectory.steps
+        left, entries = durable.reverse_steps_left(key), _entries(self.path)
+        if any(("reverse", step) not in entries for step in range(left, durable.steps)):
+            durable.clean_reverse(key)
+            left = durable.steps
         self._rewrite({(phase, n): one for (phase, n), one in entries.items() if phase != "reverse" or n >= left})
         mirror(self.path, self.loggers, lambda entry: entry["phase"] == "reverse")
 

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 
 from retrograd.core.sweep import Event
-from retrograd.runs.identity import EDITION, told_apart
+from retrograd.runs.kinds import assemble, read_settings
 from retrograd.runs.lock import locked
 from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
-from retrograd.runs.setup import Loaded, Setup, assemble
+from retrograd.runs.setup import Loaded, Setup
 from retrograd.runs.states.budget import Replay
 from retrograd.runs.trajectory import Trajectory
 from retrograd.settings import run as configs
 from retrograd.settings.parse import build, parse_size, read_yaml
-from retrograd.settings.run import MagicConfig, QueryConfig
+from retrograd.settings.run import AttributedConfig, QueryConfig
+from retrograd.settings.train import ExportConfig
+from retrograd.settings.unlearn import UnlearnConfig, refuse_method
 
 __all__ = [
     "Opened",
@@ -35,7 +37,6 @@ __all__ = [
     "refuse_other",
     "refuse_stored_code",
     "replay_of",
-    "set_threads",
     "with_queries",
 ]
 
@@ -44,7 +45,7 @@ class Opened(NamedTuple):
     """A finished run with everything it is made of. loaded.asked has the run's own queries, then those added later."""
 
     folder: Path
-    config: MagicConfig
+    config: AttributedConfig
     manifest: Manifest
     loaded: Loaded
 
@@ -80,7 +81,7 @@ def open_run(
 
 
 def load_run(
-    config: MagicConfig,
+    config: AttributedConfig,
     manifest: Manifest,
     more: dict[str, QueryConfig] | None = None,
     *,
@@ -90,14 +91,12 @@ def load_run(
     """As `open_run`, whether or not data, model and recipe are what they were."""
     refuse_stored_code(config, trust_code, asked=more or {})
     loaded = assemble(with_queries(config, more))
-    if threads is None:
-        set_threads(manifest)
-    else:
+    if threads is not None:
         torch.set_num_threads(threads)
     return Opened(config.run, config, manifest, loaded)
 
 
-def refuse_stored_code(config: MagicConfig, trusted: bool, asked: Container[str] = ()) -> None:
+def refuse_stored_code(config: AttributedConfig, trusted: bool, asked: Container[str] = ()) -> None:
     """Refuse functions that a run's folder names, unless they are trusted.
 
     Args:
@@ -105,14 +104,17 @@ def refuse_stored_code(config: MagicConfig, trusted: bool, asked: Container[str]
     Raises:
         ValueError: With the first such function and the file that names it.
     """
-    configs.refuse_code(configs.queries_of(config), config.run / "run_config.yaml", trusted)
+    stored = config.run / "run_config.yaml"
+    configs.refuse_code(configs.queries_of(config), stored, trusted)
+    if isinstance(config, UnlearnConfig):
+        refuse_method(config.method, stored, trusted)
     for name, query in added_queries(config.run).items():
         if name not in asked:
             file = config.run / "queries" / name / "query_config.yaml"
             configs.refuse_code({name: query}, file, trusted)
 
 
-def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None) -> MagicConfig:
+def with_queries(config: AttributedConfig, more: dict[str, QueryConfig] | None = None) -> AttributedConfig:
     """The configuration of a run with its own queries, those added to it and `more` new ones, all by name.
 
     Raises:
@@ -129,27 +131,28 @@ def with_queries(config: MagicConfig, more: dict[str, QueryConfig] | None = None
     return dataclasses.replace(config, query=QueryConfig(), queries=everything)
 
 
-def finished(folder: Path) -> tuple[MagicConfig, Manifest]:
+def finished(folder: Path) -> tuple[AttributedConfig, Manifest]:
     """Configuration and manifest of a finished run.
 
     Raises:
         ValueError: If there is none in the folder.
     """
     if not (folder / "run_config.yaml").exists():
-        raise ValueError(f"{folder} holds no run; give the folder of a finished `retrograd magic`")
-    manifest = Manifest(folder / "manifest.json")
-    if (command := manifest.values.get("command", "magic")) != "magic":
         raise ValueError(
-            f"{folder} is a run of `retrograd {command}`, which has no scores; give the folder of a finished "
-            "`retrograd magic`"
+            f"{folder} holds no run; give the folder of a finished `retrograd magic`, or of `retrograd unlearn` with "
+            "--attribute"
         )
+    config, manifest = read_settings(folder), Manifest(folder / "manifest.json")
+    command = manifest.values.get("command", "magic")
+    if isinstance(config, UnlearnConfig) and config.attribute is None:
+        raise ValueError(f"{folder} is a run of `retrograd unlearn` without --attribute, which has no scores")
     if not manifest.done("scores"):
-        raise ValueError(f"the run in {folder} is not finished; run its `retrograd magic` command again first")
-    return dataclasses.replace(configs.from_yaml(folder / "run_config.yaml"), run=folder), manifest
+        raise ValueError(f"the run in {folder} is not finished; run its `retrograd {command}` command again first")
+    return config, manifest
 
 
 @contextmanager
-def holding(folder: Path, *, shared: bool = False) -> Iterator[tuple[MagicConfig, Manifest]]:
+def holding(folder: Path, *, shared: bool = False) -> Iterator[tuple[AttributedConfig, Manifest]]:
     """Configuration and manifest of a finished run, locked meanwhile.
 
     Raises:
@@ -172,13 +175,6 @@ def recorded(folder: Path, manifest: Manifest) -> dict[str, dict[str, str]]:
     return {name: entry for name, entry in manifest.values.get("queries", {}).items() if name in names}
 
 
-def set_threads(manifest: Manifest) -> None:
-    """A resumed run uses the thread count it began with: sums are split by thread, and their bits depend on it."""
-    threads = manifest.values.get("threads")
-    if threads:
-        torch.set_num_threads(threads)
-
-
 def refuse_other(folder: Path, manifest: Manifest, loaded: Setup) -> None:
     """Refuse a run whose data, model, recipe or query is not what it was begun with.
 
@@ -189,9 +185,6 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Setup) -> None:
     changed = [f"{name}: {old} → {found.get(name)}" for name, old in known.items() if found.get(name) != old]
     if not changed and manifest.values.get("identity") in (None, loaded.identity):
         return
-    begun = manifest.values.get("identity")
-    if begun and not begun.startswith(f"{EDITION}-"):
-        raise ValueError(f"the run in {folder} {told_apart(begun, loaded.identity)}, or with --overwrite.")
     lines = "\n  ".join(changed or ["the run's settings"])
     raise ValueError(
         f"{folder} was begun with other inputs under the same names:\n  {lines}\nA file or the model has changed "
@@ -199,12 +192,13 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Setup) -> None:
     )
 
 
-def replay_of(config: MagicConfig) -> Replay:
+def replay_of(config: AttributedConfig) -> Replay:
     """Budgets in bytes; "auto" is half of what is free now."""
     given = config.replay
     memory = free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
     disk = shutil.disk_usage(config.run).free // 2 if given.disk == "auto" else parse_size(given.disk)
-    return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, given.heartbeat)
+    heartbeat = config.heartbeat if isinstance(config, ExportConfig) else given.heartbeat
+    return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, heartbeat)
 
 
 def describe(trajectory: Trajectory) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 Scores come with a leading query axis [K, …] and are stored with a trailing one when K > 1: [docs] or [docs, K] per
 example, [rows, length] or [rows, length, K] per token, rows in data-set order whatever order they were visited in.
+Where data sets are joined, as forget and retain rows are, rows and documents are numbered through all of them, and
+parquet and JSON say of each its side, data set and number there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrograd.data.pairs import Part
 from retrograd.data.rows import Rows
 from retrograd.runs.files import write_atomic, write_json, write_torch
 from retrograd.runs.manifest import SIGN
 
-__all__ = ["Ranked", "detractors", "doc_ids", "per_document", "proponents", "ranked", "read_scores", "write_scores"]
+__all__ = [
+    "Ranked", "detractors", "doc_ids", "origins_of", "per_document", "proponents", "ranked", "read_scores",
+    "write_scores",
+]  # fmt: skip
 
 TOP = 50
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A document with its score(s), for people."""
+    """A document with its score(s), for people. origin: where it is from, where several data sets are joined."""
 
     doc_id: int
     score: float
@@ -34,6 +40,16 @@ class Ranked:
     steps: list[int]
     targets: int
     text: str
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def origins_of(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Of each document of joined data sets: its side, its data set, and its number there. None for a plain run."""
+    return [
+        {"side": part.side, "dataset": part.dataset, "document": number}
+        for part in parts
+        for number in range(part.documents)
+    ]
 
 
 def doc_ids(rows: Rows) -> Tensor:
@@ -54,20 +70,22 @@ def per_document(scores: Tensor, rows: Rows) -> Tensor:
 
 
 def ranked(
-    scores: Tensor, rows: Rows, steps: np.ndarray, texts: Sequence[str], leading: int | None = None
-) -> list[Ranked]:
+    scores: Tensor, rows: Rows, steps: Sequence[Sequence[int]], texts: Sequence[str], leading: int | None = None,
+    origins: Sequence[dict[str, Any]] = (),
+) -> list[Ranked]:  # fmt: skip
     """Every document that has a row, by ascending score.
 
     Args:
         scores: [K, documents]; the score that ranks is the mean over the `leading` first of the K, all if None.
-        steps: The step at which each row is trained on, [epochs, rows].
+        steps: The steps at which each row is trained on.
         texts: Excerpt of each document.
+        origins: Where each document is from, if there are several data sets.
     """
     where: dict[int, set[int]] = {}
     targets: dict[int, int] = {}
     for row, (documents, mask) in enumerate(zip(rows.doc_ids, rows.target_mask)):
         for document in np.unique(documents):
-            where.setdefault(int(document), set()).update(steps[:, row].tolist())
+            where.setdefault(int(document), set()).update(steps[row])
             targets[int(document)] = targets.get(int(document), 0) + int(mask[documents == document].sum())
     found = [
         Ranked(
@@ -77,6 +95,7 @@ def ranked(
             sorted(where[doc]),
             targets[doc],
             texts[doc],
+            origins[doc] if origins else {},
         )
         for doc in where
     ]
@@ -103,10 +122,11 @@ def write_scores(
     folder: Path,
     scores: Tensor,
     rows: Rows,
-    steps: np.ndarray,
+    steps: Sequence[Sequence[int]],
     order: list[Ranked],
     token_text: Any,
     names: Sequence[str],
+    origins: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write every score file of a run.
 
@@ -115,11 +135,12 @@ def write_scores(
         order: From `ranked`.
         token_text: Function from token ids to their texts.
         names: Of the K queries.
+        origins: As for `ranked`.
     """
     trailing = scores[0] if len(scores) == 1 else scores.movedim(0, -1)
     if scores.ndim == 3:
         write_torch(folder / "doc_ids.pt", doc_ids(rows))
-        table = _token_table(scores, rows, steps, token_text, names)
+        table = _token_table(scores, rows, steps, token_text, names, origins)
     else:
         table = _document_table(order, names)
     _write_parquet(folder / "scores.parquet", table)
@@ -144,7 +165,13 @@ def _end(end: str, sign: str, kind: str, number: int, shown: int) -> str:
 
 
 def _record(record: Ranked, names: Sequence[str]) -> dict[str, Any]:
-    values = {"doc_id": record.doc_id, "score": record.score, "steps": record.steps, "targets": record.targets}
+    values = {
+        "doc_id": record.doc_id,
+        **record.origin,
+        "score": record.score,
+        "steps": record.steps,
+        "targets": record.targets,
+    }
     several = {"scores": dict(zip(names, record.scores, strict=True))} if len(record.scores) > 1 else {}
     return {**values, **several, "text": record.text}
 
@@ -156,10 +183,16 @@ def _score_columns(values: np.ndarray, names: Sequence[str]) -> dict[str, np.nda
     return {f"score_{name}": values[:, k] for k, name in enumerate(names)}
 
 
+def _origin_columns(origins: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Columns side, dataset and document; none for a plain run."""
+    return {name: [origin[name] for origin in origins] for name in (origins[0] if origins else ())}
+
+
 def _document_table(order: list[Ranked], names: Sequence[str]) -> dict[str, Any]:
     order = sorted(order, key=lambda record: record.doc_id)
     return {
         "doc_id": [record.doc_id for record in order],
+        **_origin_columns([record.origin for record in order if record.origin]),
         **_score_columns(np.array([record.scores for record in order]), names),
         "steps": [record.steps for record in order],
         "targets": [record.targets for record in order],
@@ -168,22 +201,25 @@ def _document_table(order: list[Ranked], names: Sequence[str]) -> dict[str, Any]
 
 
 def _token_table(
-    scores: Tensor, rows: Rows, steps: np.ndarray, token_text: Any, names: Sequence[str]
-) -> dict[str, Any]:
+    scores: Tensor, rows: Rows, steps: Sequence[Sequence[int]], token_text: Any, names: Sequence[str],
+    origins: Sequence[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
     lengths = [len(ids) for ids in rows.input_ids]
     ids = np.concatenate([np.asarray(x) for x in rows.input_ids])
     row = np.repeat(np.arange(len(rows)), lengths)
     position = np.concatenate([np.arange(n) for n in lengths])
     values = scores[:, torch.from_numpy(row), torch.from_numpy(position)].T.numpy()
+    documents = np.concatenate([np.asarray(x) for x in rows.doc_ids])
     return {
         "row": row,
         "position": position,
-        "doc_id": np.concatenate([np.asarray(x) for x in rows.doc_ids]),
+        "doc_id": documents,
+        **_origin_columns([origins[document] for document in documents] if origins else []),
         "token_id": ids,
         "token": token_text(ids),
         "target": np.concatenate([np.asarray(x) for x in rows.target_mask]),
         **_score_columns(values, names),
-        "steps": [steps[:, r].tolist() for r in row],
+        "steps": [list(steps[r]) for r in row.tolist()],
     }
 
 

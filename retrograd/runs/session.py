@@ -54,6 +54,14 @@ class Watcher(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class Noting(Protocol):
+    """An objective of several terms that says what each came to."""
+
+    def noted(self) -> dict[str, float]:
+        """The terms by name, since it was asked last."""
+
+
 class Session:
     """A trajectory in a run's folder, with bars, journal and manifest. See `open_session`."""
 
@@ -69,7 +77,9 @@ class Session:
         watch: Callable[[Session], Watcher] | None = None,
     ) -> None:
         self.setup, self.run, self.manifest, self.bars = setup, run, manifest, bars
-        self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers)
+        objective = getattr(setup.training.engine, "objective", None)
+        noted = objective.noted if isinstance(objective, Noting) else dict
+        self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers, noted)
         self.watcher = watch(self) if watch is not None else None
         self.trajectory = setup.trajectory(replay, run / "checkpoints", self._observe, logs=[self.journal.path])
 
@@ -79,7 +89,7 @@ class Session:
 
     def train(self) -> State:
         """The final state: trained from the start or from where a kill left it, or read if that is done."""
-        self.journal.begin(self.trajectory)
+        self.journal.begin(self.trajectory.durable)
         self.manifest.update(replay=describe(self.trajectory))
         with self.manifest.phase("train"):
             if self.watcher is None:
@@ -97,7 +107,7 @@ class Session:
         The gradient goes to the trajectory itself, so that only the sweep holds it, and for its first step only.
         """
         with self.manifest.phase(label):
-            self.journal.resume(self.trajectory, key)
+            self.journal.resume(self.trajectory.durable, key)
             yield self.trajectory
 
     def show(self, console: Console) -> None:

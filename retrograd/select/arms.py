@@ -10,11 +10,13 @@ from torch import Tensor
 
 from retrograd.runs.run_folder import added_queries, holding, open_run
 from retrograd.select.controls import RANDOM, drawn, groups, matched
+from retrograd.select.files import original_gradient
 from retrograd.select.rivals import Gradients, gradients, query_gradient
 from retrograd.select.rules import Weighing, finish, key, rises, weigh
+from retrograd.select.selection import read_selection
 from retrograd.select.sources import DataSet, Scored, find_native, is_run, split_name
 from retrograd.select.words import bm25, keyword_tokens, query_tokens, read_keywords
-from retrograd.settings.run import queries_of
+from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.select import Control, SelectConfig
 
 __all__ = ["Arm", "Arms", "default_controls"]
@@ -61,7 +63,8 @@ class Arms:
         self.config, self.data, self.forget = config, data, forget.values
         self.retain = None if retain is None else retain.values
         self.weighing = Weighing(
-            config.rule, config.use, config.alpha, config.soft, config.clip, config.q, config.k
+            config.rule, config.use, config.alpha, config.soft, config.clip, config.q, config.k,
+            read_selection(config.selection, data.places) if config.selection else None,
         )  # fmt: skip
         self.weights = weigh(self.weighing, data.places, self.forget, self.retain)
         self.by_document = config.rule == "documents" or not forget.per_token
@@ -116,13 +119,29 @@ class Arms:
 
     @cached_property
     def _gradients(self) -> Gradients:
-        """At the model that the first run of --scores trained, with the query of its scores."""
-        source = self.config.scores[0]
-        self._refuse_file(source, "gradient_norm and gradient_cosine need a trained model")
-        native = find_native(source)
-        with holding(native.folder, shared=True):
-            run = open_run(native.folder, trust_code=self.config.trust_code)
-            direction = query_gradient(run, native.query, native.columns)
+        """At the model that the first run of --scores trained, with the query of its scores.
+
+        For the original layout, whose models are gone: at the model of --rows, with the gradient that was saved.
+        """
+        source, rows = self.config.scores[0], self.config.rows
+        saved = split_name(source)[0]
+        original = saved.is_dir() and not is_run(saved) and rows is not None and is_run(rows)
+        if not original:
+            self._refuse_file(source, "gradient_norm and gradient_cosine need a trained model")
+        native = None if original else find_native(source)
+        if native is not None and not isinstance(native.config, MagicConfig):
+            raise ValueError(
+                f"controls gradient_norm and gradient_cosine take gradients of the cross-entropy that a run trains by, "
+                f"and {source} unlearns: put a run of `retrograd magic` first in --scores, or leave them out"
+            )
+        folder = native.folder if native else rows
+        assert folder is not None, "of a run"
+        with holding(folder, shared=True):
+            run = open_run(folder, trust_code=self.config.trust_code)
+            if native:
+                direction = query_gradient(folder, native.query, native.columns)[1]
+            else:
+                direction = original_gradient(saved, run.loaded.model.params)
             return gradients(run, self.data.places, direction, self.by_document)
 
     def _bm25(self) -> Tensor:

@@ -11,9 +11,10 @@
         positive_only   [τ > 0]                            negative_only   [τ < 0]
         selective       [τ > 0 and μ ≤ 0]                  compatible      [τ > 0 and μ < 0]
         documents       [the token's document is among the k largest Σ (p − α g)]
+        selection       [the token was chosen by hand]
     removal      w ≥ 0 and Σ w = n: how much of the forget term a token gets
         signed rules    max(0, −w of descent), rescaled; two_objective: max(0, p − α g)
-        masks           those of proponents (negative_only, documents) and all_tokens, rescaled
+        masks           those of proponents (negative_only, documents), all_tokens and selection, rescaled
 
 The sign of two_objective is plus for descent: it descends α·(loss to stay) − (loss to go). What is weighed are real
 tokens, or documents where the scores are of documents or the rule keeps documents; then all tokens of a document have
@@ -35,7 +36,7 @@ from retrograd.settings.select import Rule, Use
 
 __all__ = ["MASKS", "Weighing", "finish", "key", "potential", "rises", "weigh"]
 
-MASKS = ("positive_only", "negative_only", "selective", "compatible", "all_tokens", "documents")
+MASKS = ("positive_only", "negative_only", "selective", "compatible", "all_tokens", "documents", "selection")
 PAIRED = ("two_objective", "selective", "compatible")  # need scores of what is to stay
 DETRACTORS = ("positive_only", "selective", "compatible")
 
@@ -43,7 +44,8 @@ DETRACTORS = ("positive_only", "selective", "compatible")
 class Weighing(NamedTuple):
     """A rule with its numbers.
 
-    soft: s of soft_sign, mean|τ| if None; clip: c; q: share that top_q keeps; k: documents that are kept.
+    soft: s of soft_sign, mean|τ| if None; clip: c; q: share that top_q keeps; k: documents that are kept;
+    chosen: whether a real token is in the selection, [n] bool.
     """
 
     rule: Rule
@@ -53,6 +55,7 @@ class Weighing(NamedTuple):
     clip: float = 1.0
     q: float = 0.1
     k: int | None = None
+    chosen: Tensor | None = None
 
 
 def weigh(weighing: Weighing, places: Places, forget: Tensor, retain: Tensor | None) -> Tensor:
@@ -76,6 +79,8 @@ def weigh(weighing: Weighing, places: Places, forget: Tensor, retain: Tensor | N
         return _documents(weighing, places, forget, retain)
     if rule == "all_tokens":
         return torch.ones_like(forget)
+    if weighing.chosen is not None:
+        return weighing.chosen.to(forget.dtype)
     if rule in MASKS:
         weights = _mask(rule, forget, retain).to(forget.dtype)
     else:
@@ -97,7 +102,7 @@ def finish(use: Use, weights: Tensor, places: Places) -> Tensor:
 
 def rises(weighing: Weighing) -> bool:
     """Whether a token with a larger score (more of a detractor) gets a larger weight."""
-    return weighing.use == "descent" and weighing.rule not in ("negative_only", "documents")
+    return weighing.use == "descent" and weighing.rule not in ("negative_only", "documents", "selection")
 
 
 def key(weighing: Weighing, places: Places, forget: Tensor, retain: Tensor | None) -> Tensor:

@@ -4,6 +4,8 @@
     FOLDER with per_token_scores.pt         the original layout
     FILE.pt, FILE.npy, FILE.parquet:column  another method's; its sign, and by token its alignment, have to be stated
 
+A run of `unlearn --attribute` has scores of several data sets: those of the one that the rows are count.
+
 All end as one number for each real token or document, negative = proponent, aligned with targets.
 """
 
@@ -18,16 +20,19 @@ import torch
 from torch import Tensor
 
 from retrograd.data.documents import load_documents
+from retrograd.data.pairs import Part
 from retrograd.data.rows import Rows, build_rows
 from retrograd.lm.model import load_tokenizer
 from retrograd.runs.files import file_digest
+from retrograd.runs.kinds import command_of
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.run_folder import finished, recorded
 from retrograd.runs.scores import read_scores
 from retrograd.select.files import Stated, file_scores, is_original
 from retrograd.select.places import Places, places_of
-from retrograd.settings.run import MagicConfig, queries_of, settings_from
+from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, settings_from
 from retrograd.settings.select import SelectConfig
+from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
 __all__ = ["DataSet", "Native", "Scored", "find_native", "is_run", "load_data", "load_scores", "split_name"]
 
@@ -56,7 +61,7 @@ class Native(NamedTuple):
     """A run, the query that is meant, and which of its columns, `of` in number."""
 
     folder: Path
-    config: MagicConfig
+    config: AttributedConfig
     manifest: Manifest
     query: str
     columns: slice
@@ -98,17 +103,19 @@ def load_data(config: SelectConfig) -> DataSet:
             "file with `model` and `data` as in a run_config.yaml"
         )
     where = runs[0] if runs else config.rows
+    if config.rows is not None and runs and command_of(runs[0]) == "unlearn":
+        where = config.rows  # they say which of its data sets
     assert where is not None
     if not is_run(where):
-        settings = settings_from(MagicConfig, where)
-        if not (isinstance(settings.model, str) and isinstance(settings.data.dataset, str)):
+        given = settings_from(MagicConfig, where)
+        if not (isinstance(given.model, str) and isinstance(given.data.dataset, str)):
             raise ValueError(
                 f"--rows {where} has to name `model` and `data: {{dataset: …}}`, as a run_config.yaml does"
             )
-        return _data_set(settings)
+        return _data_set(given)
     settings, manifest = finished(where)
-    found = _data_set(settings)
-    _refuse_other_rows(where, manifest, found.places)
+    found = _data_set(settings if isinstance(settings, MagicConfig) else _forgotten(settings))
+    _part_of(where, manifest, found.places)
     return found
 
 
@@ -173,7 +180,7 @@ def _of_run(source: str, data: DataSet, stated: Stated) -> Scored:
             f"{source} is a run of retrograd: its scores are negative for proponents and aligned with targets, and "
             f"--{stated.prefix}sign or --{stated.prefix}alignment says otherwise; leave that out"
         )
-    _refuse_other_rows(one.folder, one.manifest, data.places)
+    part = _part_of(one.folder, one.manifest, data.places)
     per_token = one.config.attribute == "tokens"
     own = queries_of(one.config)
     path = one.folder / "scores.pt" if one.query in own else one.folder / "queries" / one.query / "scores.pt"
@@ -186,6 +193,10 @@ def _of_run(source: str, data: DataSet, stated: Stated) -> Scored:
     digest = file_digest(path)
     _refuse_changed(one, path, digest)
     values = scores[start + one.columns.start : start + one.columns.stop].mean(0)
+    if part is not None and per_token:
+        values = values[part.first_row : part.first_row + part.rows, : part.length]
+    elif part is not None:
+        values = values[part.first_document : part.first_document + part.documents]
     shape = data.places.shape if per_token else (data.places.documents,)
     if tuple(values.shape) != tuple(shape):
         raise ValueError(f"{path} has scores of shape {tuple(values.shape)} for data of {tuple(shape)}; run again")
@@ -195,6 +206,7 @@ def _of_run(source: str, data: DataSet, stated: Stated) -> Scored:
         "source": source, "kind": "run", "query": one.query, "columns": one.columns.stop - one.columns.start,
         "file": str(path), "sha256": digest, "identity": one.manifest.values.get("identity"), "sign": "negative",
         "alignment": "target", "rows": "equal by hash", "level": "tokens" if per_token else "documents",
+        **({} if part is None else {"part": {"side": part.side, "dataset": part.dataset}}),
     }  # fmt: skip
     return Scored(values, per_token, [record])
 
@@ -210,15 +222,45 @@ def _refuse_changed(one: Native, path: Path, digest: str) -> None:
         raise ValueError(f"{path} has SHA-256 {digest}, and its run wrote {known}: it has changed since. Run again")
 
 
-def _refuse_other_rows(folder: Path, manifest: Manifest, places: Places) -> None:
-    known = manifest.values.get("hashes", {}).get("rows")
+def _part_of(folder: Path, manifest: Manifest, places: Places) -> Part | None:
+    """Which of an unlearning's data sets the rows here are; None for a run on one data set, which they are.
+
+    Raises:
+        ValueError: If they are other rows than the run's.
+    """
+    known, of = manifest.values.get("hashes", {}).get("rows"), manifest.values.get("rows", {})
+    parts = [Part(**values) for values in manifest.values.get("parts", ())]
+    if found := [part for part in parts if part.digest == places.digest]:
+        return found[0]
+    if parts:
+        has = ", ".join(f"{part.side} {part.dataset} ({part.digest})" for part in parts)
+        raise ValueError(
+            f"the data here (hash {places.digest}, {places.shape[0]} rows, {len(places)} targets) are none of those of "
+            f"{folder}: {has}. Both need the same documents, tokenizer and lengths, unchanged since the run"
+        )
     if known != places.digest:
-        of = manifest.values.get("rows", {})
         raise ValueError(
             f"the scores of {folder} are of other rows (hash {known}, {of.get('rows')} rows, {of.get('targets')} "
             f"targets) than the data here (hash {places.digest}, {places.shape[0]} rows, {len(places)} targets): both "
             "score sets need the same documents, tokenizer and lengths, unchanged since their runs"
         )
+    return None
+
+
+def _forgotten(config: AttributedConfig) -> MagicConfig:
+    """Settings of the one data set that an unlearning forgets.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    assert isinstance(config, UnlearnConfig)
+    if len(config.forget) > 1:
+        raise ValueError(
+            f"{config.run} forgets {len(config.forget)} data sets, and weights are for one: say which by --rows, a "
+            f"YAML file with `model: {config.model}` and `data: {{dataset: {config.forget[0]}}}`"
+        )
+    data = parse_source(config.forget[0], config)
+    return MagicConfig(run=config.run, model=config.model, tokenizer=config.tokenizer, data=data)
 
 
 def _refuse_not_finite(source: str, values: Tensor) -> None:

@@ -19,6 +19,7 @@ RULES = {
     "negative_only": "proponents only", "selective": "detractors that are none of what is to stay",
     "compatible": "detractors that are proponents of what is to stay", "all_tokens": "all tokens",
     "documents": "documents with the largest Σ (p − α·g)",
+    "selection": "the tokens of --selection",
 }  # fmt: skip
 SIGNS = (
     "Scores: negative = proponent, training on it lowers the query's loss; positive = detractor, training on it raises "

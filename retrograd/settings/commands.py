@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,8 +10,12 @@ from typing import Annotated, Literal
 import tyro
 
 from retrograd.settings.run import MagicConfig, QueryConfig
+from retrograd.settings.unlearn import UnlearnConfig
 
-__all__ = ["EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "QueryRunConfig", "ValidateConfig", "VerifyConfig"]
+__all__ = [
+    "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig", "QueryRunConfig", "ValidateConfig",
+    "VerifyConfig", "perturbed",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,31 @@ class ValidateConfig:
 
 
 @dataclass(frozen=True)
-class MetasmoothnessConfig(MagicConfig):
-    """Train at perturbed data weights: is this training smooth enough for its scores to mean much?
-
-    Takes the arguments of `retrograd magic`; for the folder of a run, that run's settings are the defaults.
-    """
+class PerturbationConfig:
+    """How the data weights of `retrograd metasmoothness` differ from the run's."""
 
     h: float = 0.1
     """Size of the perturbation of the data weights."""
     noise_seed: int = 0
     """Of its random direction."""
+
+
+@dataclass(frozen=True)
+class MetasmoothnessConfig(PerturbationConfig, MagicConfig):
+    """Train at perturbed data weights: is this training smooth enough for its scores to mean much?
+
+    Takes the arguments of `retrograd magic`; for the folder of a run, of `magic` or `unlearn`, that run's settings are
+    the defaults.
+    """
+
+
+def perturbed(kind: type[UnlearnConfig]) -> type[UnlearnConfig]:
+    """The configuration of `retrograd metasmoothness` for a run of `retrograd unlearn` whose configuration this is."""
+    found: type[UnlearnConfig] = dataclasses.make_dataclass(
+        MetasmoothnessConfig.__name__, [], bases=(PerturbationConfig, kind), frozen=True
+    )
+    found.__doc__ = MetasmoothnessConfig.__doc__
+    return found
 
 
 @dataclass(frozen=True)

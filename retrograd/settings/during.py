@@ -14,7 +14,7 @@ the rule's values missing is never the best. No heavy imports here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,8 @@ class DuringConfig:
     """Evaluate every so many steps."""
     geometric: bool = False
     """Evaluate at steps 1, 2, 4, 8, …"""
+    at: tuple[int, ...] = ()
+    """Evaluate at these steps."""
     limit: int | None = None
     """The first questions or documents of each task only, where the task itself has no smaller limit."""
     keep_best: str | None = None
@@ -43,6 +45,8 @@ class DuringConfig:
     wanted: "min:forget while retain >= 0.9", "max:a while b >= start - 0.02 and c <= 0.5". Equal: the earlier step."""
     batch_size: int = 16
     """Questions read at once."""
+    answers: bool = False
+    """Keep every answer: RUN/answers/STEP/TASK.parquet."""
 
     @property
     def wanted(self) -> bool:
@@ -88,22 +92,26 @@ def check_during(config: DuringConfig, prefix: str = "evaluate") -> None:
         number = getattr(config, name)
         if number is not None and number < 1:
             raise ValueError(f"--{prefix}.{name} is {number}; it has to be at least 1")
+    if config.at and min(config.at) < 0:
+        raise ValueError(f"--{prefix}.at names step {min(config.at)}; the first step is 0")
     if config.keep_best is not None:
         parse_rule(config.keep_best)
 
 
-def evaluated_steps(last: int, every: int | None = None, *, geometric: bool = False) -> list[int]:
+def evaluated_steps(
+    last: int, every: int | None = None, *, geometric: bool = False, at: Iterable[int] = ()
+) -> list[int]:
     """Steps at which a trajectory of `last` steps is evaluated, ascending: 0, those asked for, and the last.
 
     >>> evaluated_steps(10, every=4, geometric=True)
     [0, 1, 2, 4, 8, 10]
     """
-    found = {0, last}
+    found = {0, last, *at}
     if every is not None:
         found.update(range(0, last, every))
     if geometric:
         found.update(1 << power for power in range(max(0, last).bit_length()))
-    return sorted(step for step in found if step <= last)
+    return sorted(step for step in found if 0 <= step <= last)
 
 
 _TASK, _NUMBER = r"[A-Za-z0-9][\w.-]*", r"\d*\.?\d+(?:[eE][+-]?\d+)?"

@@ -18,6 +18,7 @@ from retrograd.settings.train import (
     LoraConfig,
     RecipeConfig,
     ReplayConfig,
+    RunConfig,
     TrainConfig,
     TrainRunConfig,
     at_least_1,
@@ -28,8 +29,8 @@ from retrograd.settings.train import (
 )
 
 __all__ = [
-    "DataConfig", "LoraConfig", "MagicConfig", "QueryConfig", "ReplayConfig", "TrainConfig",
-    "check", "check_query", "difference", "from_yaml", "queries_of", "query_file", "refuse_code",
+    "AttributedConfig", "DataConfig", "LoraConfig", "MagicConfig", "QueryConfig", "ReplayConfig", "TrainConfig",
+    "check", "check_attributed", "check_query", "difference", "from_yaml", "queries_of", "query_file", "refuse_code",
     "settings_from", "to_dict",
 ]  # fmt: skip
 
@@ -56,21 +57,29 @@ class QueryConfig(Question):
 
 
 @dataclass(frozen=True)
-class MagicConfig(RecipeConfig):
-    """Train a model, pull the query loss back through every step, and write each training example's exact score."""
+class AttributedConfig(RunConfig):
+    """What every run that can be attributed has in common: what is asked of it, and how the way back is carried out."""
 
     query: QueryConfig = field(default_factory=QueryConfig)
     query_file: Path | None = None
     """YAML file of several queries for one sweep, settings by name: {a: {dataset: …}, gap: {contrast: [a, b]}}."""
     queries: tyro.conf.Suppress[dict[str, QueryConfig]] = field(default_factory=dict)
-    attribute: Literal["examples", "tokens"] = "examples"
-    """One score per document, or one per training token."""
+    attribute: Literal["examples", "tokens"] | None = None
+    """One score per document, or one per training token; none when None."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     sharpness: bool = False
     """Estimate lr·λ_max of the Hessian by step; costs one more Hessian-vector product a step."""
     trust_code: bool = False
     """Run the Python functions that a file names: a run's own settings, --config or --query_file. They run with your
     rights, so read them first. A --query.function typed in the command needs no such word."""
+
+
+@dataclass(frozen=True)
+class MagicConfig(RecipeConfig, AttributedConfig):
+    """Train a model, pull the query loss back through every step, and write each training example's exact score."""
+
+    attribute: Literal["examples", "tokens"] = "examples"
+    """One score per document, or one per training token."""
 
 
 def settings_from(kind: type[C], path: Path) -> C:
@@ -101,7 +110,7 @@ def query_file(path: Path) -> dict[str, QueryConfig]:
     return {str(name): build(QueryConfig, settings, f"{path}: {name}") for name, settings in values.items()}
 
 
-def queries_of(config: MagicConfig) -> dict[str, QueryConfig]:
+def queries_of(config: AttributedConfig) -> dict[str, QueryConfig]:
     """All queries of a run by name; the one of --query.* is called "query"."""
     given = config.query
     main = {"query": given} if given.dataset or given.function or given.contrast else {}
@@ -130,6 +139,15 @@ def check(config: MagicConfig) -> None:
         ValueError: With the setting, its value and what it has to be.
     """
     check_recipe(config)
+    check_attributed(config)
+
+
+def check_attributed(config: AttributedConfig) -> None:
+    """As `check`, for what is asked of a run and its way back.
+
+    Raises:
+        ValueError: As `check`.
+    """
     replay = config.replay
     at_least_1({"replay.interval": replay.interval, "replay.slots": replay.slots})
     finite({"replay.heartbeat": replay.heartbeat})

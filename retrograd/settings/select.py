@@ -12,7 +12,7 @@ __all__ = ["Alignment", "Control", "FeasibleConfig", "Rule", "SelectConfig", "Si
 
 Rule = Literal[
     "value", "sign", "soft_sign", "clipped", "rank", "top_q", "two_objective", "positive_only", "negative_only",
-    "selective", "compatible", "all_tokens", "documents",
+    "selective", "compatible", "all_tokens", "documents", "selection",
 ]  # fmt: skip
 Control = Literal[
     "random_count", "random_position", "random_class", "permuted_in_row", "sign_flipped", "retain_only",
@@ -61,7 +61,8 @@ class SelectConfig:
     """value: score/mean|score|. sign, soft_sign: its sign; tanh(score/s). clipped: value within ±c. rank: sign·rank/n.
     top_q: value where the strength is among the largest share q. two_objective: score − α·against, rescaled.
     positive_only, negative_only: mask of detractors; of proponents. selective, compatible: detractors for --scores that
-    are no detractors, are proponents, for --against. all_tokens: ones. documents: the top k by Σ(p − α·g)."""
+    are no detractors, are proponents, for --against. all_tokens: ones. documents: the top k by Σ(p − α·g).
+    selection: the tokens of --selection."""
     use: Use = "descent"
     """descent: weights of the token loss, which training descends: negative on proponents means ascent. Signed, for
     methods of the cross-entropy family alone. removal: how much of a forget term a token gets, 0 or more, larger for
@@ -76,6 +77,8 @@ class SelectConfig:
     """Share of real tokens that top_q keeps."""
     k: int | None = None
     """Documents that the rule documents keeps."""
+    selection: Path | None = None
+    """Tokens that the rule selection keeps: a file that the map of `retrograd report` has saved."""
     controls: tuple[Control, ...] | None = None
     """Controls with the arm's own weights on other tokens: random_count (anywhere), random_position (at the same
     positions in the row), random_class (there, of the same frequency), permuted_in_row; those ordered by something
@@ -100,8 +103,8 @@ class SelectConfig:
     against_alignment: Alignment | None = None
     """As --alignment, for --against."""
     original: Alignment | None = None
-    """Also write --scores in the original layout, OUT/original/per_token_scores.pt and attribution_scores.pt, so
-    aligned."""
+    """Also write --scores in the original layout, so aligned: OUT/original/per_token_scores.pt, attribution_scores.pt
+    and, if they are one run's, eval_grads.pt."""
     trust_code: bool = False
     """Let gradient_norm and gradient_cosine run the functions that a run's queries name."""
     feasible: FeasibleConfig = field(default_factory=FeasibleConfig)

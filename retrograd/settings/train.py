@@ -47,14 +47,22 @@ class DataConfig(Source):
 class TrainConfig:
     """The recipe."""
 
-    optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
-    """Optimizer; muon acts on hidden matrices and AdamW on the rest."""
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "adamw"
+    """Optimizer; adam is adamw with coupled weight decay; muon acts on hidden matrices and AdamW on the rest."""
     lr: float = 1e-4
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "linear", "cosine", "polynomial", "one-cycle"] = "constant"
-    """How the learning rate moves over the run."""
+    lr_schedule: Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"] = "constant"
+    """How the learning rate moves over the run; one-cycle along half cosines, one-cycle-linear along straight lines."""
+    lr_start: float | None = None
+    """Learning rate at the first step of the warmup; 0 when None (lr/25 for one-cycle)."""
+    lr_end: float | None = None
+    """Learning rate that the schedule ends at; 0 when None (lr_start/10,000 for one-cycle)."""
+    lr_power: float | None = None
+    """Exponent of polynomial; 2 when None."""
     warmup_ratio: float | None = None
     """Share of the steps in which the learning rate rises; 0 when None (0.3 for one-cycle)."""
+    warmup_steps: int | None = None
+    """The same in steps; one of the two."""
     momentum: float = 0.0
     """Momentum of sgd; muon uses 0.95 when this is 0."""
     nesterov: bool = False
@@ -68,7 +76,9 @@ class TrainConfig:
     eps_root: float = 1e-8
     """AdamW's ε inside the root; larger values make scores smoother."""
     weight_decay: float = 0.0
-    """Decoupled for adamw and muon, added to the gradient for sgd."""
+    """Decoupled for adamw and muon, added to the gradient for sgd and adam."""
+    spare_norms: bool = False
+    """Leave norms and biases without weight decay, as transformers' Trainer does."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm."""
     batch_size: int = 8
@@ -180,6 +190,7 @@ _NOT_THE_RUN = (
 )  # fmt: skip
 _NOT_STORED = {"run", "config", "overwrite", "query_file", "trust_code"}
 GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
+_LATER = {"train.spare_norms": False}  # what runs did that were begun before there was such a setting, if not None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -190,7 +201,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "name: old → new" for all that makes two configurations different runs."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = ({**_LATER, **_flatten(values)} for values in (old, new))
     names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
     return [
         f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
@@ -238,13 +249,40 @@ def check_training(train: TrainConfig, lora: LoraConfig) -> None:
     """
     at_least_1({"train.batch_size": train.batch_size, "train.epochs": train.epochs,
                 "train.micro_batch_size": train.micro_batch_size})  # fmt: skip
-    finite({"train.lr": train.lr})
-    if train.warmup_ratio is not None and not 0 <= train.warmup_ratio < 1:
-        raise ValueError(f"--train.warmup_ratio is {train.warmup_ratio}; it has to be at least 0 and below 1")
+    _check_schedule(train)
     if train.max_grad_norm is not None and not train.max_grad_norm > 0:
         raise ValueError(f"--train.max_grad_norm is {train.max_grad_norm}; it has to be above 0")
-    if lora.rank < 0:
+    if lora.rank is not None and lora.rank < 0:  # None: the method's own, of unlearning
         raise ValueError(f"--lora.rank is {lora.rank}; it has to be at least 1, or 0 for no adapters")
+
+
+def _check_schedule(train: TrainConfig) -> None:
+    finite({"train.lr": train.lr})
+    ratio, steps, cycle = train.warmup_ratio, train.warmup_steps, train.lr_schedule.startswith("one-cycle")
+    if ratio is not None and steps is not None:
+        raise ValueError(f"--train.warmup_ratio is {ratio} and --train.warmup_steps {steps}; give one of the two")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise ValueError(f"--train.warmup_ratio is {ratio}; it has to be at least 0 and below 1")
+    if steps is not None and steps < 0:
+        raise ValueError(f"--train.warmup_steps is {steps}; it has to be at least 0")
+    for name, rate in (("lr_start", train.lr_start), ("lr_end", train.lr_end)):
+        if rate is not None and not 0 <= rate <= train.lr:
+            raise ValueError(f"--train.{name} is {rate}; it has to be from 0 to the peak, --train.lr {train.lr}")
+    if train.lr_start is not None and not (ratio or steps or (cycle and ratio is steps is None)):
+        raise ValueError(
+            f"--train.lr_start is {train.lr_start}, where the warmup begins, and there is none: give "
+            "--train.warmup_steps or --train.warmup_ratio, or leave it out"
+        )
+    if train.lr_end is not None and train.lr_schedule == "constant":
+        raise ValueError(
+            f"--train.lr_end is {train.lr_end}, and a constant learning rate ends where it is: take "
+            "--train.lr_schedule linear, cosine, polynomial or one-cycle, or leave it out"
+        )
+    if train.lr_power is not None and not (train.lr_schedule == "polynomial" and 0 < train.lr_power < math.inf):
+        raise ValueError(
+            f"--train.lr_power is {train.lr_power} with --train.lr_schedule {train.lr_schedule}; it is the exponent of "
+            "polynomial, above 0"
+        )
 
 
 def at_least_1(numbers: Mapping[str, int | None]) -> None:

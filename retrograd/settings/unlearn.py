@@ -6,15 +6,27 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
 from retrograd.settings.during import check_during
 from retrograd.settings.parse import build
-from retrograd.settings.train import DataConfig, ExportConfig, TrainConfig, at_least_1, check_training, finite
+from retrograd.settings.run import AttributedConfig, QueryConfig, ReplayConfig, check_attributed
+from retrograd.settings.train import (
+    DataConfig,
+    ExportConfig,
+    LoraConfig,
+    TrainConfig,
+    at_least_1,
+    check_training,
+    finite,
+)
 
-__all__ = ["ONES", "UnlearnConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source", "with_objective"]
+__all__ = [
+    "ONES", "UnlearnConfig", "UnlearnLoraConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source",
+    "refuse_method", "with_objective",
+]  # fmt: skip
 
 ONES = "ones"
 _SOURCE = ("subset", "split", "text_column", "limit")
@@ -27,9 +39,10 @@ class UnlearnTrainConfig(TrainConfig):
     lr: float = 2e-4
     """Peak learning rate."""
     lr_schedule: Any = "linear"
-    """How the learning rate moves over the run: constant, linear, cosine, polynomial or one-cycle."""
+    """How the learning rate moves over the run: constant, linear, cosine, polynomial, one-cycle or
+    one-cycle-linear."""
     weight_decay: float = 0.01
-    """Decoupled for adamw and muon, added to the gradient for sgd."""
+    """Decoupled for adamw and muon, added to the gradient for sgd and adam."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm."""
     batch_size: int = 16
@@ -43,7 +56,18 @@ class UnlearnTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class UnlearnConfig(ExportConfig):
+class UnlearnLoraConfig(LoraConfig):
+    """Train low-rank adapters, which are merged into the model that is left, or the whole model (rank 0)."""
+
+    rank: int | None = 0  # type: ignore[assignment]
+    """Rank of the adapters; 0 trains the whole model. None, where the method's source trains adapters: its rank there,
+    as a share of the model's width."""
+    alpha: float | None = 16.0  # type: ignore[assignment]
+    """Scale: adapters are multiplied by alpha/rank. None, where the method's source trains adapters: as the rank."""
+
+
+@dataclass(frozen=True)
+class UnlearnConfig(AttributedConfig, ExportConfig):
     """Make a model forget some documents and keep others, by a method of unlearning.
 
     The methods: grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy,
@@ -52,9 +76,13 @@ class UnlearnConfig(ExportConfig):
 
     A data set is a hub name or a file, and may be followed by what to read of it, as in
     `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`.
+
+    `--attribute tokens --query.dataset …` also gives the exact score of every forget and retain token for the
+    unlearned model's loss on that query.
     """
 
     method: tyro.conf.Suppress[str] = ""
+    objective: tyro.conf.Suppress[Any] = None
     forget: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Data set to forget; may be given several times."""
     retain: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -72,12 +100,22 @@ class UnlearnConfig(ExportConfig):
     """Visit rows in a new random order in each pass, or in file order."""
     horizon: int | None = None
     """Steps until the progress of the ramps is 1; those of the run when None."""
+    lora: UnlearnLoraConfig = field(default_factory=UnlearnLoraConfig)
     train: UnlearnTrainConfig = field(default_factory=UnlearnTrainConfig)
+    attribute: Literal["examples", "tokens"] | None = None
+    """Also pull the query loss of the unlearned model back through every step: one score per token of the forget and
+    retain rows, or one per document."""
 
 
-def with_objective(defaults: Any) -> type[UnlearnConfig]:
-    """The configuration with the settings of a method, by its defaults, as `objective`."""
-    own = [("objective", type(defaults), field(default=defaults))]
+def with_objective(defaults: Any, *, adapters: bool = False) -> type[UnlearnConfig]:
+    """The configuration with the settings of a method, by its defaults, as `objective`.
+
+    Args:
+        adapters: Whether the method trains adapters unless it is told a rank.
+    """
+    own: list[Any] = [("objective", type(defaults), field(default=defaults))]
+    if adapters:
+        own.append(("lora", UnlearnLoraConfig, field(default=UnlearnLoraConfig(rank=None, alpha=None))))
     kind: type[UnlearnConfig] = dataclasses.make_dataclass("UnlearnConfig", own, bases=(UnlearnConfig,), frozen=True)
     kind.__doc__ = UnlearnConfig.__doc__
     return kind
@@ -101,6 +139,19 @@ def parse_source(text: str, config: UnlearnConfig) -> DataConfig:
     return source
 
 
+def refuse_method(method: str, file: Path, trusted: bool) -> None:
+    """Refuse to run a method's Python file that another file names, unless whoever runs the command trusts it.
+
+    Raises:
+        ValueError: With the method and the file that names it.
+    """
+    if method.endswith(".py") and not trusted:
+        raise ValueError(
+            f"{file} names Python code: its method is {method}, which would run with your rights. Read it; then give "
+            "--trust_code to run it"
+        )
+
+
 def check_unlearn(config: UnlearnConfig) -> None:
     """Refuse, before anything is loaded, what cannot work.
 
@@ -109,6 +160,7 @@ def check_unlearn(config: UnlearnConfig) -> None:
     """
     check_training(config.train, config.lora)
     check_during(config.evaluate)
+    _check_attribution(config)
     at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,
                 "horizon": config.horizon})  # fmt: skip
     finite({"heartbeat": config.heartbeat})
@@ -121,4 +173,22 @@ def check_unlearn(config: UnlearnConfig) -> None:
         raise ValueError(
             f"{len(config.weights)} --weights for {len(config.forget)} --forget: give one for each, in the same order, "
             f"and --weights {ONES} for a data set whose tokens all count alike"
+        )
+
+
+def _check_attribution(config: UnlearnConfig) -> None:
+    """Refuse attribution without a query, and settings of an attribution that was not asked for."""
+    if config.replay.heartbeat != ReplayConfig.heartbeat:
+        raise ValueError(f"--replay.heartbeat {config.replay.heartbeat:g}: `retrograd unlearn` takes --heartbeat")
+    if config.attribute is not None:
+        check_attributed(config)
+        return
+    asked = {
+        "query": config.query != QueryConfig() or config.queries, "replay": config.replay != ReplayConfig(),
+        "sharpness": config.sharpness,
+    }  # fmt: skip
+    if unread := [f"--{name}" for name, given in asked.items() if given]:
+        raise ValueError(
+            f"{' and '.join(unread)} belong to a run that is attributed: give --attribute tokens (or examples) too, or "
+            "leave that out"
         )

@@ -14,9 +14,9 @@ from retrograd.core.step import State
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import file_digest, read_tensors
 from retrograd.runs.manifest import Manifest
+from retrograd.runs.resume import read_digests
 from retrograd.runs.run_folder import Opened, recorded, refuse_other
 from retrograd.runs.scores import read_scores
-from retrograd.runs.trajectory import read_digests
 from retrograd.settings import run as configs
 from retrograd.trust.certificate import Check, told
 

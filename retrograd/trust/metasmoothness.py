@@ -14,14 +14,13 @@ from retrograd.core.optim import Params
 from retrograd.core.sweep import Event
 from retrograd.runs.files import write_json
 from retrograd.runs.identity import fingerprint, identify
+from retrograd.runs.kinds import assemble, check_settings
 from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
-from retrograd.runs.run_folder import set_threads
 from retrograd.runs.session import train
-from retrograd.runs.setup import Loaded, assemble
+from retrograd.runs.setup import Loaded
 from retrograd.runs.states.budget import Replay
-from retrograd.settings import run as configs
 from retrograd.settings.commands import MetasmoothnessConfig
 from retrograd.settings.run import TrainConfig
 from retrograd.trust.smoothness import metasmoothness as smoothness
@@ -47,7 +46,7 @@ def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None)
         ValueError: For anything the user can mend.
     """
     console = console or Console()
-    configs.check(config)
+    check_settings(config)
     if not config.h > 0:
         raise ValueError(f"--h is {config.h}; it has to be above 0, such as 0.1")
     with locked(config.run):
@@ -64,7 +63,6 @@ def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None)
 def _found(config: MetasmoothnessConfig) -> Smoothness:
     """From the file, or measured."""
     manifest = Manifest(config.run / "manifest.json")
-    set_threads(manifest)
     loaded = assemble(config)
     key = fingerprint(loaded.identity, config.h, config.noise_seed)[:8]
     folder = config.run / "metasmoothness"
@@ -113,7 +111,7 @@ def _judge(value: float, train: TrainConfig) -> Smoothness:
 
 def _levers(train: TrainConfig) -> list[str]:
     """What is known to make this recipe smoother, the strongest first."""
-    adam = train.optimizer in ("adamw", "muon")
+    adam = train.optimizer in ("adam", "adamw", "muon")
     possible = [
         (train.dropout, "Leave --train.dropout off."),
         (adam and train.eps_root < 1e-6, f"Raise --train.eps_root (now {train.eps_root:g}) to 1e-6."),

@@ -21,7 +21,6 @@ from retrograd.runs.errors import RunError
 from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.run_folder import Opened, open_run
-from retrograd.settings.run import MagicConfig
 from retrograd.trust.bank import BASELINE, Failed, LeftOut, Retrained
 from retrograd.trust.ensemble import train_many
 from retrograd.trust.left_out import without
@@ -55,12 +54,12 @@ class Conditions(NamedTuple):
         return self._replace(together=1)
 
 
-def conditions_of(config: MagicConfig, manifest: Manifest, sets: int, workers: int, together: int) -> Conditions:
+def conditions_of(manifest: Manifest, sets: int, workers: int, together: int) -> Conditions:
     """Choose what is left to choose (0), by the model's size and what the machine has."""
     values = manifest.values
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parameters, threads = values["parameters"], values["threads"]
-    on_cpu = values.get("device", "cpu") == "cpu"
+    parameters, threads = values["parameters"], values["arithmetic"]["threads"]
+    on_cpu = values["arithmetic"]["device"] == "cpu"
     together = together or (STACK if parameters <= SMALL and sets > 1 else 1)
     seconds = values["phases"].get("train", {}).get("seconds", 0.0) * sets / together
     if workers == 0 and "RANK" in os.environ:
@@ -139,7 +138,7 @@ def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[_Value
             if fault := left_finite(step, *numbers):
                 faults.setdefault(member, fault)
 
-    many = train_many(loaded.training, params, stack, objective=loaded.model.objective, observe=watch)
+    many = train_many(loaded.training, params, stack, objective=loaded.objective, observe=watch)
     return [
         Failed(faults[s]) if s in faults else _asked(run, {name: leaf[s] for name, leaf in many.items()})
         for s in range(len(stack))

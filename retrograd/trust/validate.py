@@ -19,7 +19,6 @@ from retrograd.runs.progress import counting
 from retrograd.runs.run_folder import Opened, holding, open_run
 from retrograd.runs.scores import doc_ids, per_document
 from retrograd.settings.commands import ValidateConfig
-from retrograd.settings.run import MagicConfig
 from retrograd.trust.agreement import Compared, Validation, show, validation, write_validation
 from retrograd.trust.bank import Bank, LeftOut, Retrained
 from retrograd.trust.ensemble import check_objective
@@ -46,14 +45,12 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     part = _part(config, rank, ranks)
     with holding(config.run, shared=True) as run, locked(config.run / "validation", f"{LOCK}{part}", tidy=False):
-        return _validate(config, *run, rank, ranks, console)
+        return _validate(config, run[1], rank, ranks, console)
 
 
-def _validate(
-    config: ValidateConfig, settings: MagicConfig, manifest: Manifest, rank: int, ranks: int, console: Console
-) -> Validation | None:
+def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
     number = config.subsets * len(config.fraction)
-    conditions = conditions_of(settings, manifest, number, config.workers, config.together)
+    conditions = conditions_of(manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
     conditions = _stackable(run, conditions, config, console)
     scores = stored_scores(run)
@@ -134,8 +131,8 @@ def _documents(run: Opened) -> dict[int, np.ndarray]:
 def _tokens(run: Opened) -> dict[int, np.ndarray]:
     """Flat places of target tokens, each a set of its own."""
     if not run.loaded.stream.per_token:
-        raise ValueError("--tokens leaves out single tokens, and this run has one weight for each document: run "
-                         "`retrograd magic` with --attribute tokens")  # fmt: skip
+        raise ValueError("--tokens leaves out single tokens, and this run has one weight for each document: give a "
+                         "run with --attribute tokens")  # fmt: skip
     width = run.loaded.stream.weights.shape[1]
     found = [row * width + np.flatnonzero(mask) for row, mask in enumerate(run.loaded.rows.target_mask)]
     return {int(place): np.array([place]) for place in np.concatenate(found)}
@@ -187,7 +184,7 @@ def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, cons
     if conditions.together == 1:
         return conditions
     try:
-        check_objective(run.loaded.training, run.loaded.initial.params, run.loaded.model.objective)
+        check_objective(run.loaded.training, run.loaded.initial.params, run.loaded.objective)
     except ValueError as error:
         if config.together:
             raise
@@ -221,13 +218,13 @@ def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> N
     Raises:
         RunError: If it does not.
     """
-    if conditions.threads == run.manifest.values["threads"]:
+    if conditions.threads == run.loaded.arithmetic.threads:
         stored = _stored_values(run)
         worst = float(np.abs(np.subtract(baseline, stored)).max())
         if worst:
             raise RunError(
                 f"retraining with everything does not give back this run: a query differs by {worst:.3g} nats, and it "
-                "has to be exactly 0. Another machine or library computes otherwise; run `retrograd magic` again here."
+                "has to be exactly 0. Another machine or library computes otherwise; run it again here."
             )
 
 

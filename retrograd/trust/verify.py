@@ -28,15 +28,17 @@ from retrograd.core.step import Batch, NonFiniteError, State, Stream, Training
 from retrograd.core.sweep import metagradient
 from retrograd.lm.model import CausalLM
 from retrograd.lm.proof import prove
+from retrograd.proofs.slopes import extrapolated_slope
 from retrograd.query.columns import Queries
 from retrograd.query.proof import prove_answers
 from retrograd.runs.files import write_json
+from retrograd.runs.kinds import assemble
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.run_folder import Opened, holding, load_run, refuse_stored_code, with_queries
-from retrograd.runs.setup import Loaded, assemble
+from retrograd.runs.setup import Loaded
 from retrograd.settings.commands import VerifyConfig
-from retrograd.settings.run import MagicConfig
+from retrograd.settings.run import AttributedConfig
 from retrograd.trust.certificate import Check, attempt, certified, compare, missing, record, table, told
 from retrograd.trust.evidence import (
     digests,
@@ -72,7 +74,9 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
         return _verify(config, *run, console, start)
 
 
-def _verify(config: VerifyConfig, settings: MagicConfig, manifest: Manifest, console: Console, start: float) -> int:
+def _verify(
+    config: VerifyConfig, settings: AttributedConfig, manifest: Manifest, console: Console, start: float
+) -> int:
     refuse_stored_code(settings, config.trust_code)
     checks = list(_checks(config, settings, manifest))
     verdict, absent = certified(checks), missing(checks)
@@ -92,7 +96,7 @@ def _verify(config: VerifyConfig, settings: MagicConfig, manifest: Manifest, con
     return 1 if failed else 3 if absent and config.strict else 0
 
 
-def _checks(config: VerifyConfig, settings: MagicConfig, manifest: Manifest) -> Iterator[Check]:
+def _checks(config: VerifyConfig, settings: AttributedConfig, manifest: Manifest) -> Iterator[Check]:
     """All checks, in the order of their cost."""
     yield from attempt("scores file", lambda: score_checks(config.run, manifest))
     try:
@@ -257,7 +261,7 @@ def _differences(
             return queries.values(final.params).cpu()
 
         eps = torch.finfo(dtype).eps
-        measured.append(check.extrapolated_slope(values, _sizes(dtype), eps, size * tolerance / 2, slope))
+        measured.append(extrapolated_slope(values, _sizes(dtype), eps, size * tolerance / 2, slope))
     slopes, noises = torch.stack([m.slope for m in measured]), torch.stack([m.uncertainty for m in measured])
     what = f"scores against {sum(m.trainings for m in measured)} retrainings along {count} directions"
     return compare(name, what, predicted, slopes, noises, scale, tolerance)

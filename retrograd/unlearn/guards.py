@@ -38,10 +38,10 @@ def check_attributable(method: Method) -> None:
     Raises:
         ValueError: If the method says that it is not.
     """
-    if not method.pullback:
+    if not method.differentiable:
         raise ValueError(
-            f"runs of {method.name} cannot be attributed: its update is no gradient of its objective and has no "
-            "pullback, so that scores through it would be wrong. Leave attribution out, or take another method"
+            f"runs of {method.name} cannot be attributed: {method.no_gradient}. Scores through it would be wrong. "
+            "Leave --attribute out, or take another method"
         )
 
 
@@ -72,7 +72,7 @@ def check_stream(objective: Unlearning, stream: PairStream, micro_batch_size: in
             gradient's.
     """
     method, settings = objective.method, objective.settings
-    check_weights(method, stream.weights)
+    check_weights(method, stream.token_weights)
     for side, name in ((FORGET, "forget"), (RETAIN, "retain")):
         if stream.sizes[side] and not _targets_of(stream, side).any():
             raise ValueError(

@@ -6,7 +6,9 @@ A file with `METHOD = Method(…)` is all that a new method needs: docs/unlearni
 from __future__ import annotations
 
 import runpy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from retrograd.unlearn.activation import orth_circuit_breakers
 from retrograd.unlearn.likelihood import (
@@ -54,7 +56,14 @@ def find_method(name: str) -> Method:
         )
     if not Path(name).is_file():
         raise ValueError(f"there is no file {name}")
-    found = runpy.run_path(name).get("METHOD")
+    path = Path(name).resolve()
+    found = _of_file(path, path.read_bytes())
     if not isinstance(found, Method):
         raise ValueError(f"{name} has no METHOD = Method(…), but {type(found).__name__}: see docs/unlearning.md")
     return found
+
+
+@cache
+def _of_file(path: Path, text: bytes) -> Any:
+    """The METHOD of a file, run once: run again, its settings would be of another class."""
+    return runpy.run_path(str(path)).get("METHOD")

@@ -4,97 +4,151 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.step import coefficients, micro_batches
-from retrograd.data.pairs import PairStream, joined
+from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
+from retrograd.lm.checkpoint import model_width
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
-from retrograd.runs.setup import Differentiated, Setup, begun_with, find_device, load_model, set_up
+from retrograd.query.named import load_queries
+from retrograd.runs.arithmetic import begun_with
+from retrograd.runs.setup import (
+    Differentiated,
+    Loaded,
+    Setup,
+    attributed,
+    find_device,
+    load_model,
+    set_up,
+)
 from retrograd.select import weights as weights_file
+from retrograd.settings.parse import build
+from retrograd.settings.run import queries_of
+from retrograd.settings.train import LoraConfig
 from retrograd.settings.unlearn import ONES, UnlearnConfig, parse_source
 from retrograd.unlearn import guards
-from retrograd.unlearn.method import Method, Unlearning
-from retrograd.unlearn.methods import METHODS
+from retrograd.unlearn.method import Method
+from retrograd.unlearn.methods import METHODS, find_method
 from retrograd.unlearn.reference import perturbed, reference_of
+from retrograd.unlearn.settings import Settings
 
-__all__ = ["reached", "set_up_unlearning"]
+__all__ = ["assemble", "reached"]
 
 
-def set_up_unlearning(config: UnlearnConfig, method: Method) -> tuple[Setup, Unlearning]:
-    """Everything an unlearning run is made of, and its objective.
+class _Read(NamedTuple):
+    """What an unlearning run is made of, before its objective."""
 
-    The order of the guards matters: the reference is made of the model as it is, compared with it, and only then do
-    parameters move beside it.
+    model: CausalLM
+    tokenizer: Any
+    stream: PairStream
+    texts: list[str]
+    parts: list[Part]
+
+
+def assemble(config: UnlearnConfig) -> Loaded:
+    """Everything an unlearning run is made of, with what is asked of the unlearned model, if anything is.
+
+    Its `objective` is an `Unlearning`. The order of the guards matters: the reference is made of the model as it is,
+    compared with it, and only then do parameters move beside it.
 
     Raises:
-        ValueError: For whatever cannot work, before anything is computed or written.
+        ValueError: For whatever cannot work, before anything is computed or written: a run is to be attributed whose
+            updates are no gradients, or are not differentiated right, too.
     """
-    device = find_device(config.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, config.lora, config.train)
-    stream = _pairs(config, method, model, tokenizer, device)
-    settings = getattr(config, "objective", method.defaults)
+    method = find_method(config.method)
+    if config.attribute is not None:
+        guards.check_attributable(method)
+    read = _read(config, method)
+    size = config.train.micro_batch_size or read.stream.batch_size
+    asked = load_queries(queries_of(config), read.model, read.tokenizer, batch_size=size, like=read.stream.weights)
+    queries = sum(len(one.columns) for one in asked) + config.sharpness
+    return attributed(_set_up(config, method, read, queries), read.texts, asked, read.parts)
+
+
+def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) -> Setup:
+    model, stream, train = read.model, read.stream, config.train
+    settings = _settings(config, method)
     reference = reference_of(model) if method.needs_reference(settings) else None
     objective = method.objective(model, reference, settings)
-    guards.check_stream(objective, stream, config.train.micro_batch_size)
+    guards.check_stream(objective, stream, train.micro_batch_size)
     guards.check_reference(objective, model.params, stream[0])
-    start = perturbed(model.params, method.perturb, config.train.seed) if method.perturb else model.params
+    start = perturbed(model.params, method.perturb, train.seed) if method.perturb else model.params
     guards.check_start(objective, start, stream[0])
-    begun = None if config.overwrite else begun_with(config.run)
+    nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
+    begun = None if nowhere else begun_with(config.run)
     known = method.name if METHODS.get(method.name) is method else method  # one of a user's is told by its code
     visited = (
         "unlearn", known, settings, reference.digest if reference else None, stream.sizes, stream.batches,
-        stream.epochs, stream.shuffle, stream.seed, stream.horizon, tree.digest(stream.weights), config.dtype,
+        stream.epochs, stream.shuffle, stream.seed, stream.horizon, tree.digest(stream.token_weights), config.dtype,
+        *([config.attribute] if config.attribute else []),
     )  # fmt: skip
-    how = Differentiated(run=config.run, begun=begun)
-    setup = set_up(model, tokenizer, stream, config.train, how, visited=visited, objective=objective, start=start)
-    return setup, objective
+    how = Differentiated(queries=queries, run=config.run, begun=begun)
+    return set_up(model, read.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
 
 
-def reached(setup: Setup, objective: Unlearning) -> list[str]:
+def _settings(config: UnlearnConfig, method: Method) -> Settings:
+    """The method's settings: its defaults, those that were parsed, or plain values from a run's folder."""
+    given = config.objective
+    if given is None:
+        return method.defaults
+    found: Settings = build(type(method.defaults), given, "objective") if isinstance(given, dict) else given
+    return found
+
+
+def reached(setup: Setup) -> list[str]:
     """Names of the parameters that the objective depends on: those that have to change."""
     leaves = {name: theta.detach().clone().requires_grad_() for name, theta in setup.initial.params.items()}
     found: set[str] = set()
     for part in micro_batches(setup.stream[0], setup.training.recipe.micro_batch_size):
         with torch.enable_grad():
-            loss = objective(leaves, part.inputs, coefficients(part, setup.training.weights))
+            loss = setup.objective(leaves, part.inputs, coefficients(part, setup.training.weights))
         slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         found |= {name for name, slope in zip(leaves, slopes) if slope is not None}
     return [name for name in leaves if name in found]
 
 
-def _pairs(config: UnlearnConfig, method: Method, model: CausalLM, tokenizer: Any, device: torch.device) -> PairStream:
-    """Forget, retain and alternative rows under one weight tensor."""
+def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
+    """The adapters asked for; where no rank is named, the method's for the width of the model."""
+    rank, alpha = config.lora.rank, config.lora.alpha
+    if rank is None:
+        rank = method.adapter_rank(model_width(config.model))
+    return LoraConfig(rank, float(rank) if alpha is None else alpha, config.lora.target_modules)
 
-    def read(sources: Sequence[str], flag: str) -> list[Rows]:
-        found = []
+
+def _read(config: UnlearnConfig, method: Method) -> _Read:
+    """The model, and forget, retain and alternative rows under one weight tensor."""
+    device = find_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    model = load_model(config.model, config.dtype, device, _adapters(config, method), config.train)
+    named, texts = list[tuple[str, str, Rows]](), list[str]()
+    for side, sources in (
+        ("forget", config.forget), ("retain", config.retain), ("alternative", config.alternative),
+    ):  # fmt: skip
         for source in sources:
             data = parse_source(source, config)
-            found.append(load_rows(data, tokenizer, model, flag, min_chars=data.min_chars)[0])
-        return found
-
+            rows, excerpts = load_rows(data, tokenizer, model, side, min_chars=data.min_chars)
+            named.append((side, source, rows))
+            texts += excerpts
     forget, retain, alternative = (
-        read(sources, flag)
-        for sources, flag in (
-            (config.forget, "forget"), (config.retain, "retain"), (config.alternative, "alternative"),
-        )
-    )  # fmt: skip
+        [rows for side, _, rows in named if side == wanted] for wanted in ("forget", "retain", "alternative")
+    )
     if alternative:
         _check_alternatives(joined(forget), joined(alternative))
-    others = [*retain, *alternative]
     train, dtype = config.train, torch.promote_types(DTYPES[config.dtype], torch.float32)
-    return PairStream(
+    stream = PairStream(
         joined(forget), joined(retain) if retain else None, joined(alternative) if alternative else None,
         forget_batch=train.batch_size, retain_batch=train.retain_batch_size or train.batch_size, epochs=train.epochs,
         shuffle=config.shuffle, seed=train.seed, horizon=config.horizon,
-        weights=_weights(config, method, forget, others), dtype=dtype, device=device,
+        weights=_weights(config, method, forget, [*retain, *alternative]), per_token=config.attribute != "examples",
+        dtype=dtype, device=device,
     )  # fmt: skip
+    return _Read(model, tokenizer, stream, texts, parts_of(named))
 
 
 def _check_alternatives(forget: Rows, alternative: Rows) -> None:

@@ -14,13 +14,17 @@ from worlds import Tokens, objective, params, query, training
 
 from retrograd.core import check, tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SCHEDULES, SGD, AdamW, Cotangent, Muon, Pair, Schedule
+from retrograd.core.optim import SCHEDULES, SGD, Adam, AdamW, Cotangent, Muon, Pair, Schedule
 from retrograd.core.optim.foreign import autograd_pullback
 from retrograd.core.plan import Advance, Turn, make
+from retrograd.core.residuals import Residuals
+from retrograd.core.slots import Ledger, MemorySlots
 from retrograd.core.step import Recipe, initial_state, pullback, recovered, step
-from retrograd.core.sweep import Leavings, Ledger, MemorySlots, metagradient, seed_cotangent, sweep
+from retrograd.core.sweep import metagradient, seed_cotangent, sweep
+from retrograd.proofs.slopes import extrapolated_slope
 
 STEPS = len(Tokens())
+SPARED = ("hidden", "bias", "scale")
 INGREDIENTS = {
     "sgd": Recipe(SGD(0.3)),
     "sgd-momentum": Recipe(SGD(0.1, momentum=0.9)),
@@ -28,12 +32,19 @@ INGREDIENTS = {
     "adamw": Recipe(AdamW(0.02, eps_root=1e-6)),
     "adamw-decay": Recipe(AdamW(0.02, beta1=0.8, beta2=0.95, eps_root=1e-6, weight_decay=0.3)),
     "adamw-eps-root-0": Recipe(AdamW(1e-3, eps_root=0.0, eps=1e-4)),
+    "adam": Recipe(Adam(0.02, beta1=0.8, beta2=0.95, eps_root=1e-6, weight_decay=0.3)),
+    "adam-spared": Recipe(Adam(0.02, eps_root=1e-6, weight_decay=0.3, spared=SPARED)),
+    "adamw-spared": Recipe(AdamW(0.02, eps_root=1e-6, weight_decay=0.3, spared=SPARED)),
+    "sgd-spared": Recipe(SGD(0.3, weight_decay=0.3, spared=SPARED)),
+    "sgd-nesterov-spared": Recipe(SGD(0.1, 0.9, True, 0.3, spared=SPARED), max_grad_norm=0.5),
+    "muon-spared": Recipe(Muon(0.05, weight_decay=0.5, eps_root=1e-6, exclude=("embed",), spared=SPARED)),
     "muon": Recipe(Muon(0.05, eps_root=1e-6)),
     "muon-decay-plain": Recipe(Muon(0.05, nesterov=False, weight_decay=0.5, eps_root=1e-6, exclude=("embed",))),
     "clipping": Recipe(SGD(0.3, momentum=0.5), max_grad_norm=0.05),
     "clipping-adamw": Recipe(AdamW(0.02, eps_root=1e-6), max_grad_norm=0.05),
     "accumulation": Recipe(AdamW(0.02, eps_root=1e-6), micro_batch_size=3, max_grad_norm=0.1),
     **{f"schedule-{kind}": Recipe(SGD(Schedule(kind, 0.3, STEPS, warmup_steps=2))) for kind in SCHEDULES},
+    "schedule-ends": Recipe(AdamW(Schedule("polynomial", 0.03, STEPS, 2, 1.5, start=0.01, end=0.005), eps_root=1e-6)),
 }
 
 
@@ -98,11 +109,11 @@ def test_the_extrapolated_slope_knows_how_sure_it_is() -> None:
 
     sizes, goal = [0.02 / 2**i for i in range(6)], torch.full((2,), 1e-9, dtype=torch.float64)
     expected = torch.tensor([40, 20]).double() * torch.tensor([3.0, 0.0]).double().cos()
-    found = check.extrapolated_slope(wavy, sizes, 1e-16, goal, expected)
+    found = extrapolated_slope(wavy, sizes, 1e-16, goal, expected)
     assert ((found.slope - expected).abs() <= found.uncertainty).all()
     assert (found.uncertainty < 1e-3).all()
     assert found.trainings == 12
-    noisy = check.extrapolated_slope(wavy, sizes, 1e-4, goal, expected)
+    noisy = extrapolated_slope(wavy, sizes, 1e-4, goal, expected)
     assert ((noisy.slope - expected).abs() <= noisy.uncertainty).all()
     assert (noisy.uncertainty > 1e-3).all()  # rounding of φ of that size cannot be seen in its values
 
@@ -114,7 +125,7 @@ def test_a_slope_at_a_larger_scale_is_not_taken_for_the_derivative() -> None:
         return torch.tensor([h], dtype=torch.float64) + 0.01 * torch.tensor([1000 * h], dtype=torch.float64).sin()
 
     goal = torch.full((1,), 1e-3, dtype=torch.float64)
-    found = check.extrapolated_slope(rough, [0.08, 0.04, 0.02, 0.01], 1e-16, goal, 11 + goal)
+    found = extrapolated_slope(rough, [0.08, 0.04, 0.02, 0.01], 1e-16, goal, 11 + goal)
     assert found.uncertainty.isinf()
 
 
@@ -128,10 +139,10 @@ def test_a_coincidence_is_no_slope() -> None:
         return torch.tensor([h * (1 + wrong)], dtype=torch.float64)
 
     goal = torch.full((1,), 2.5e-3, dtype=torch.float64)
-    found = check.extrapolated_slope(values, list(differences)[:3], 1e-7, goal, goal * 0 + 1)
+    found = extrapolated_slope(values, list(differences)[:3], 1e-7, goal, goal * 0 + 1)
     assert (found.slope - 1).abs() > 0.1  # the coincidence
     assert 8 * found.uncertainty > (found.slope - 1).abs()  # condemns nothing
-    found = check.extrapolated_slope(values, list(differences), 1e-7, goal, goal * 0 + 1)
+    found = extrapolated_slope(values, list(differences), 1e-7, goal, goal * 0 + 1)
     assert (found.slope - 1).abs() < 0.01 or found.uncertainty.isinf()
 
 
@@ -160,7 +171,7 @@ def test_right_slopes_of_rough_functions_are_not_condemned_and_wrong_ones_of_smo
 
     def verdict(values: Callable[[float], Tensor], slope: float) -> str:
         expected = torch.tensor([slope], dtype=torch.float64)
-        found = check.extrapolated_slope(values, _sizes(dtype), eps, expected.abs() * tolerance / 2, expected)
+        found = extrapolated_slope(values, _sizes(dtype), eps, expected.abs() * tolerance / 2, expected)
         one = [x[None] for x in (expected, found.slope, found.uncertainty, expected.abs())]
         return compare("retraining", "", *one, tolerance)[0].verdict
 
@@ -340,6 +351,7 @@ def test_closed_form_pullback_equals_autograd(optimizer: SGD | AdamW | Muon) -> 
 @pytest.mark.parametrize("ours,theirs", [
     (SGD(0.1), lambda p: torch.optim.SGD(p, 0.1)),
     (SGD(0.1, 0.9, True, 0.1), lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True, weight_decay=0.1)),
+    (Adam(0.1, eps_root=0.0, weight_decay=0.2), lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.2)),
     (AdamW(0.1, eps_root=0.0, weight_decay=0.2), lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.2)),
 ])  # fmt: skip
 def test_updates_are_those_of_torch(ours: SGD | AdamW, theirs: object) -> None:
@@ -355,6 +367,56 @@ def test_updates_are_those_of_torch(ours: SGD | AdamW, theirs: object) -> None:
         theta, moments = ours.update(theta, moments, grads, t)
     for x, y in zip(theta.values(), live):
         torch.testing.assert_close(x, y.detach(), rtol=1e-12, atol=1e-13)
+
+
+def of_two_groups(kind: Any, p: list[Tensor], *given: Any, **decay: Any) -> torch.optim.Optimizer:
+    """torch's optimizer with the decay on embed and head alone."""
+    free = [x for name, x in zip(params(), p) if name in SPARED]
+    groups = [
+        {"params": [x for name, x in zip(params(), p) if name not in SPARED]},
+        {"params": free, "weight_decay": 0},
+    ]
+    return kind(groups, *given, **decay)
+
+
+@pytest.mark.parametrize("name", [name for name in INGREDIENTS if "spared" in name and "muon" not in name])
+def test_spared_parameters_are_a_group_of_torch_without_decay(name: str) -> None:
+    ours = replace(INGREDIENTS[name].optimizer, lr=0.1, **({} if "sgd" in name else {"eps_root": 0.0}))
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name.split("-")[0]]
+    more = {"momentum": 0.9, "nesterov": True} if "nesterov" in name else {}
+    test_updates_are_those_of_torch(ours, lambda p: of_two_groups(kind, p, 0.1, weight_decay=0.3, **more))
+    with pytest.raises(AssertionError):
+        test_updates_are_those_of_torch(replace(ours, spared=("bias",)), lambda p: of_two_groups(kind, p, 0.1, **more))
+
+
+def test_a_pullback_that_forgets_where_decay_goes_is_caught() -> None:
+    """Decay left out of θ̄; decay on parameters that are spared."""
+
+    class Forgetful(Adam):
+        def pullback(self, params: Any, moments: Any, grads: Any, step: int, cotangent: Cotangent) -> Any:
+            coupled = {name: g + self.weight_decay * params[name] for name, g in grads.items()}
+            return self._plain().pullback(params, moments, coupled, step, cotangent)
+
+    class Unsparing(AdamW):
+        def pullback(self, *given: Any) -> Any:
+            return replace(INGREDIENTS["adamw-spared"].optimizer, spared=()).pullback(*given)
+
+    for name, wrong in (("adam", Forgetful), ("adamw-spared", Unsparing)):
+        ours = INGREDIENTS[name].optimizer
+        mutated = wrong(**{name: getattr(ours, name) for name in ours.__dataclass_fields__})
+        run = training(Recipe(mutated))
+        _, scores = metagradient(run, params(), query)
+        expected = check.unrolled(run, params(), objective, query)[1]
+        assert check.relative_error(scores, expected) > 1e-6
+        assert tree.digest(check.train(run, params())) == tree.digest(check.train(training(Recipe(ours)), params()))
+
+
+def test_sparing_every_parameter_is_no_decay_and_sparing_none_changes_no_bit() -> None:
+    for ours in (SGD(0.1, 0.9, weight_decay=0.2), Adam(0.02, weight_decay=0.2), AdamW(0.02, weight_decay=0.2)):
+        plain = training(Recipe(replace(ours, weight_decay=0.0)))
+        spared = training(Recipe(replace(ours, spared=tuple(params()))))
+        assert tree.digest(check.train(spared, params())) == tree.digest(check.train(plain, params()))
+        assert torch.equal(metagradient(spared, params(), query)[1], metagradient(plain, params(), query)[1])
 
 
 def test_muon_is_torch_muon() -> None:
@@ -391,10 +453,53 @@ def test_schedules_are_those_of_transformers_and_torch() -> None:
         "cosine": lambda o: hf.get_cosine_schedule_with_warmup(o, 5, 20),
         "polynomial": lambda o: hf.get_polynomial_decay_schedule_with_warmup(o, 5, 20, lr_end=0, power=2.0),
         "one-cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=20, pct_start=0.25),
+        "one-cycle-linear": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, 0.5, total_steps=20, pct_start=0.25, anneal_strategy="linear"
+        ),
     }
+    assert set(references) == set(SCHEDULES)
     for kind, reference in references.items():
         ours = Schedule(kind, 0.5, 20, warmup_steps=5)
         assert [ours(t) for t in range(20)] == pytest.approx(rates(reference), rel=1e-9, abs=1e-12), kind
+
+    def cycle(o: torch.optim.Optimizer, how: str) -> Any:
+        given = {"total_steps": 20, "pct_start": 0.25, "div_factor": 10, "final_div_factor": 2.5}
+        return torch.optim.lr_scheduler.OneCycleLR(o, 0.5, anneal_strategy=how, **given)
+
+    def in_two(o: torch.optim.Optimizer, decay: Callable[[], Any]) -> Any:
+        rise = torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, total_iters=5)
+        return torch.optim.lr_scheduler.SequentialLR(o, [rise, decay(o)], milestones=[5])
+
+    lr = torch.optim.lr_scheduler
+    given_ends = {
+        "linear": lambda o: in_two(o, lambda o: lr.LinearLR(o, 1.0, 0.04, total_iters=15)),
+        "cosine": lambda o: in_two(o, lambda o: lr.CosineAnnealingLR(o, 15, eta_min=0.02)),
+        "one-cycle": lambda o: cycle(o, "cos"),
+        "one-cycle-linear": lambda o: cycle(o, "linear"),
+    }
+    for kind, reference in given_ends.items():
+        ours = Schedule(kind, 0.5, 20, warmup_steps=5, start=0.05, end=0.02)
+        assert [ours(t) for t in range(20)] == pytest.approx(rates(reference), rel=1e-9, abs=1e-12), kind
+        assert Schedule(kind, 0.5, 20, 5, start=0.04, end=0.02)(0) == pytest.approx(0.04)
+    for power in (1.0, 2.0):
+        ours = Schedule("polynomial", 0.5, 20, 5, power, end=0.02)
+        expected = rates(lambda o: hf.get_polynomial_decay_schedule_with_warmup(o, 5, 20, lr_end=0.02, power=power))
+        assert [ours(t) for t in range(20)] == pytest.approx(expected, rel=1e-9)
+    expected = rates(lambda o: hf.get_cosine_with_min_lr_schedule_with_warmup(o, 5, 20, min_lr=0.02))
+    ours = Schedule("cosine", 0.5, 20, 5, end=0.02)
+    assert [ours(t) for t in range(20)] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("given,message", [
+    ({"start": 0.6, "warmup_steps": 2}, "starts at 0.6; it has to be from 0 to its peak, 0.5"),
+    ({"end": 0.6}, "ends at 0.6; it has to be from 0 to its peak, 0.5"),
+    ({"start": 0.1}, "start at 0.1, and there is no step of warmup"),
+    ({"end": 0.1, "kind": "constant"}, "end at 0.1, and a constant one has no decay"),
+    ({"warmup_steps": 9}, "9 warmup steps of 9 in all"),
+], ids=["start", "end", "no-warmup", "no-decay", "too-long"])  # fmt: skip
+def test_schedules_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{"kind": "linear", "lr": 0.5, "total_steps": 9, **given})
 
 
 def test_torchopt_pair_through_the_autograd_update_half() -> None:
@@ -547,13 +652,15 @@ def test_a_sweep_has_the_same_bits_whether_the_final_state_is_at_hand() -> None:
     run = training(INGREDIENTS["adamw"])
     actions, ledger, slots = make("all", STEPS), Ledger(), MemorySlots()
     turn = next(i for i, action in enumerate(actions) if isinstance(action, Turn)) + 1
-    *_, last, turned = sweep(actions[:turn], run, slots, ledger, Leavings(0), state=initial_state(run.recipe, params()))
+    *_, last, turned = sweep(
+        actions[:turn], run, slots, ledger, Residuals(0), state=initial_state(run.recipe, params())
+    )
     final, found = turned.outcome.state, []
     for after in (final, None, last.outcome.state):
         kept = MemorySlots()
         kept.states = dict(slots.states)
         bar = seed_cotangent(query(final.params)[1], final)
         state = last.outcome.state
-        *_, event = sweep(actions[turn:], run, kept, ledger, Leavings(0), state=state, cotangent=bar, after=after)
+        *_, event = sweep(actions[turn:], run, kept, ledger, Residuals(0), state=state, cotangent=bar, after=after)
         found.append(tree.digest((event.cotangent, event.scores)))
     assert found[0] == found[1] == found[2]

@@ -109,6 +109,12 @@ def test_steps(last: int, every: int | None, geometric: bool, steps: list[int]) 
     assert evaluated_steps(last, every, geometric=geometric) == steps
 
 
+def test_chosen_steps_join_the_others() -> None:
+    assert evaluated_steps(10, 4, at=(1, 2, 5, 50)) == [0, 1, 2, 4, 5, 8, 10]
+    with pytest.raises(ValueError, match=r"evaluate\.at names step -1"):
+        check_during(DuringConfig(tasks=Path("tasks.yaml"), at=(3, -1)))
+
+
 def by_step(**values: list[float | None]) -> dict[int, dict[str, Any]]:
     """Accuracies by step; of a task called prose, losses."""
     steps = range(len(next(iter(values.values()))))

@@ -244,7 +244,7 @@ def test_stream_order_is_that_of_datasets_shuffle() -> None:
         assert visited.tolist() == list(expected)
     assert DataStream([[1, 2]] * 5, 2, shuffle=False).rows_at(1).tolist() == [2, 3]
     steps = stream.steps_of_rows()
-    assert all(r in stream.rows_at(int(steps[e, r])) for e in range(2) for r in range(10))
+    assert all(r in stream.rows_at(steps[r][e]) for e in range(2) for r in range(10))
 
 
 @pytest.mark.parametrize("options,message", [

@@ -87,11 +87,11 @@ def test_before_and_after_a_run(world: Path, tmp_path: Path, capsys) -> None:
 
 
 def test_a_killed_one_resumes_to_the_same_number(world: Path, tmp_path: Path, monkeypatch) -> None:
-    from retrograd.runs import trajectory
+    from retrograd.runs import resume
 
     more = recipe(world, "--train.lr", "0.05", "--replay.heartbeat", "0")
     assert main(["metasmoothness", str(tmp_path / "whole"), *more]) == 0
-    calls, original = [], trajectory.Trajectory._forward_heartbeat
+    calls, original = [], resume.Durable.forward_heartbeat
 
     def dying(self, state):
         original(self, state)
@@ -99,7 +99,7 @@ def test_a_killed_one_resumes_to_the_same_number(world: Path, tmp_path: Path, mo
         if len(calls) == 8:  # in the second training
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trajectory.Trajectory, "_forward_heartbeat", dying)
+    monkeypatch.setattr(resume.Durable, "forward_heartbeat", dying)
     assert main(["metasmoothness", str(tmp_path / "killed"), *more]) == 130
     assert main(["metasmoothness", str(tmp_path / "killed"), *more]) == 0
     assert values(tmp_path / "killed") == values(tmp_path / "whole")

@@ -34,8 +34,8 @@ def test_negative_weights_are_for_the_cross_entropy_family(name: str) -> None:
 
 def test_updates_that_are_no_gradient_are_not_attributed() -> None:
     guards.check_attributable(NPO)
-    with pytest.raises(ValueError, match="runs of npo cannot be attributed: its update is no gradient"):
-        guards.check_attributable(replace(NPO, pullback=False))
+    with pytest.raises(ValueError, match="runs of npo cannot be attributed: it overwrites weights"):
+        guards.check_attributable(replace(NPO, no_gradient="it overwrites weights"))
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:

@@ -1,5 +1,6 @@
 """Optimizers, one file each, behind one protocol; the learning rate's schedules; clipping."""
 
+from retrograd.core.optim.adam import Adam
 from retrograd.core.optim.adamw import AdamW
 from retrograd.core.optim.clip import clip, clip_pullback
 from retrograd.core.optim.foreign import Pair
@@ -12,6 +13,7 @@ __all__ = [
     "ELEMENTWISE",
     "SCHEDULES",
     "SGD",
+    "Adam",
     "AdamW",
     "Cotangent",
     "LearningRate",
@@ -27,5 +29,5 @@ __all__ = [
     "rate",
 ]
 
-ELEMENTWISE = (SGD, AdamW)
+ELEMENTWISE = (SGD, Adam, AdamW)
 """Optimizers whose update is elementwise: little work, and the same bits wherever its inputs lie."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from retrograd.core import memory
+from retrograd.core.optim import spared
 from retrograd.core.optim.elementwise import elementwise, is_traced
 from retrograd.core.optim.protocol import (
     Cotangent,
@@ -53,6 +54,7 @@ class AdamW:
         θ' = θ − lr·(m̂/(√(v̂ + ε_root) + ε) + wd·θ)
 
     ε_root > 0 makes the update smooth where a gradient is near 0; at ε_root = 0 the root's slope at 0 is defined as 0.
+    Parameters named in `spared` do not decay.
     """
 
     lr: LearningRate
@@ -61,6 +63,7 @@ class AdamW:
     eps: float = 1e-8
     eps_root: float = 1e-8
     weight_decay: float = 0.0
+    spared: tuple[str, ...] = field(default=(), metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_nonnegative(lr=self.lr, weight_decay=self.weight_decay, eps=self.eps, eps_root=self.eps_root)
@@ -72,6 +75,8 @@ class AdamW:
         return {"m": zeros(params), "v": zeros(params)}
 
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
+        if self.spared:
+            return spared.update(self, params, moments, grads, step)
         lr, correction1, correction2 = self._rates(step)
 
         def formula(leaves: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -89,6 +94,8 @@ class AdamW:
     def pullback(
         self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
     ) -> Updated:
+        if self.spared:
+            return spared.pullback(self, params, moments, grads, step, cotangent)
         assert grads is not None, "AdamW is not linear in the gradient"
         lr, correction1, correction2 = self._rates(step)
 
@@ -121,7 +128,7 @@ class AdamW:
             name: torch.lerp(m, after["m"][name], factor, out=memory.empty_like(m)) for name, m in moments["m"].items()
         }
 
-    def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params:
+    def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params:
         return {n: self._rooted(v, grads[n], step).add_(self.eps).reciprocal_() for n, v in moments["v"].items()}
 
     def _rooted(self, v: Tensor, g: Tensor, step: int) -> Tensor:

@@ -54,7 +54,7 @@ class Pair:
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         return None
 
-    def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
+    def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params | None:
         return None
 
 

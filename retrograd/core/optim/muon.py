@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from retrograd.core.optim import spared
 from retrograd.core.optim.adamw import AdamW
 from retrograd.core.optim.foreign import autograd_pullback
 from retrograd.core.optim.protocol import (
@@ -33,6 +34,7 @@ class Muon:
 
     Momentum and scaling are torch.optim.Muon's with `nesterov` and `match_rms_adamw`, so one learning rate serves both
     halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16), and the decay is differentiated.
+    Parameters named in `spared` do not decay.
     """
 
     lr: LearningRate
@@ -45,6 +47,7 @@ class Muon:
     eps: float = 1e-8
     eps_root: float = 1e-8
     exclude: tuple[str, ...] = ()
+    spared: tuple[str, ...] = field(default=(), metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_fraction(momentum=self.momentum)
@@ -55,6 +58,8 @@ class Muon:
         return {"momentum": zeros({name: params[name] for name in matrices}), **self._rest().init(_only(params, rest))}
 
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
+        if self.spared:
+            return spared.update(self, params, moments, grads, step)
         matrices, rest = self._divide(params)
         lr, new, buffers = rate(self.lr, step), {}, {}
         for name in matrices:
@@ -65,6 +70,8 @@ class Muon:
     def pullback(
         self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
     ) -> Updated:
+        if self.spared:
+            return spared.pullback(self, params, moments, grads, step, cotangent)
         assert grads is not None, "asked for by needs_gradient"
         matrices, rest = self._divide(params)
         lr, buffers = rate(self.lr, step), {}
@@ -93,7 +100,7 @@ class Muon:
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         return None  # Newton–Schulz would amplify the rounding
 
-    def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
+    def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params | None:
         return None
 
     def _matrix(self, lr: float, theta: Tensor, buffer: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

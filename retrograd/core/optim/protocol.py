@@ -84,7 +84,7 @@ class Optimizer(Protocol):
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         """The gradient that took `moments` to `after`, to rounding; None where they do not hold it."""
 
-    def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
+    def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params | None:
         """P⁻¹ of the update θ' = θ − lr·P⁻¹m̂, elementwise; None for the identity."""
 
 

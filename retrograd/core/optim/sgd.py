@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from retrograd.core.optim import spared
 from retrograd.core.optim.elementwise import elementwise
 from retrograd.core.optim.protocol import (
     Cotangent,
@@ -46,6 +47,8 @@ class _Bar(NamedTuple):
 class SGD:
     """Stochastic gradient descent: b' = μb + g + wd·θ; θ' = θ − lr·b' (Nesterov: θ − lr·(g + wd·θ + μb')).
 
+    Parameters named in `spared` do not decay.
+
     >>> SGD(0.1).update({"x": torch.ones(2)}, {}, {"x": torch.ones(2)}, 0)[0]["x"]
     tensor([0.9000, 0.9000])
     """
@@ -54,6 +57,7 @@ class SGD:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    spared: tuple[str, ...] = field(default=(), metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_nonnegative(lr=self.lr, weight_decay=self.weight_decay)
@@ -65,6 +69,8 @@ class SGD:
         return {"momentum": zeros(params)} if self.momentum else {}
 
     def update(self, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
+        if self.spared:
+            return spared.update(self, params, moments, grads, step)
         lr, mu = rate(self.lr, step), self.momentum
 
         def formula(leaves: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -83,6 +89,8 @@ class SGD:
     def pullback(
         self, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
     ) -> Updated:
+        if self.spared:
+            return spared.pullback(self, params, moments, grads, step, cotangent)
         lr, mu, decay = rate(self.lr, step), self.momentum, self.weight_decay
 
         def formula(_: Sequence[Tensor], bars: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -114,6 +122,8 @@ class SGD:
         return self.momentum > 0 or rate(self.lr, step) == 0
 
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
+        if self.spared:
+            return spared.recovered(self, params, moments, after)
         if not holds_gradient(moments.get("momentum", {}), self.momentum):
             return None
         found = {}
@@ -122,5 +132,5 @@ class SGD:
             found[name] = g.sub_(params[name], alpha=self.weight_decay) if self.weight_decay else g
         return found
 
-    def preconditioner(self, moments: Moments, grads: Params, step: int) -> Params | None:
+    def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params | None:
         return None

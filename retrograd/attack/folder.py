@@ -1,0 +1,131 @@
+"""The folder of attacks: which models, which configurations, and where each meeting of the two lies.
+
+    attack.json                                  models with their roles, configurations, the questions
+    data/                                        what a lab's attacks train on and ask
+    shallow/                                     a lab's run of an unlearning that is known to be shallow
+    models/MODEL/CONFIGURATION/                  configuration.json
+    models/MODEL/CONFIGURATION/before, attack    runs of a fine-tuning attack
+    models/MODEL/CONFIGURATION/answers           of an attack without training, by strength
+
+Names end in a hash of what they name, so that two models or configurations never share one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retrograd.attack.material import Material
+from retrograd.durable import foreign
+from retrograd.evaluate.ownership import content, plain
+from retrograd.runs.files import write_json
+from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
+from retrograd.settings.parse import build
+
+__all__ = ["Attacked", "Folder", "claim_folder", "read_folder", "target_name"]
+
+
+class Attacked(NamedTuple):
+    """A model by its name in the folder. role: of CONTROLS, or "model"."""
+
+    name: str
+    source: str
+    role: str
+
+
+class Folder(NamedTuple):
+    """What is attacked and how, by name, in the order in which it joined."""
+
+    path: Path
+    targets: list[Attacked]
+    configurations: dict[str, Configuration]
+    tasks: Path
+    half: tuple[str, ...]
+    clustered: bool
+
+    def place(self, target: Attacked, configuration: str) -> Path:
+        """Where a configuration against a model lies."""
+        return self.path / "models" / target.name / configuration
+
+    def of_role(self, role: str) -> Attacked | None:
+        return next((target for target in self.targets if target.role == role), None)
+
+
+def target_name(source: str) -> str:
+    """A name for a model: the end of its path, and a hash of its content or, of one on the hub, of its name."""
+    whole = plain(source)
+    parts = [part for part in whole.split("/") if part][-2:]
+    readable = re.sub(r"[^\w.-]", "-", "-".join(parts)).lstrip(".-") or "model"
+    told = hashlib.sha256(f"{whole} {content(source)}".encode()).hexdigest()
+    return f"{readable}-{told[:8]}"
+
+
+def claim_folder(
+    path: Path, sources: Iterable[tuple[str, str]], configurations: Iterable[Configuration], material: Material
+) -> Folder:
+    """Let models and configurations join the folder, or refuse what does not fit to what is there.
+
+    Args:
+        sources: (role, source) of each model.
+    Raises:
+        ValueError: If the folder is another one's, or was asked other questions.
+    """
+    if not (path / "attack.json").exists() and path.exists() and set(foreign(path)) - {"data", "shallow"}:
+        raise ValueError(f"{path} exists and holds no attacks; choose another folder")
+    questions = {"tasks": str(material.tasks), "content": content(str(material.tasks)), "half": list(material.half),
+                 "clustered": material.clustered}  # fmt: skip
+    old = json.loads((path / "attack.json").read_text(encoding="utf8")) if (path / "attack.json").exists() else {}
+    if old and old["questions"] != questions:
+        raise ValueError(
+            f"{path} holds attacks that were asked other questions:\n  {old['questions']} → {questions}\nUse another "
+            "folder, or put them back."
+        )
+    targets = old.get("models", {})
+    for name, one in targets.items():
+        if target_name(one["source"]) != name:
+            raise ValueError(
+                f"{one['source']} is gone or has changed since {path} attacked it; put it back, or use another folder"
+            )
+    for role, source in sources:
+        name = target_name(source)
+        known = targets.get(name)
+        if known and known["role"] != role:
+            raise ValueError(f"{source} is {known['role']} and {role} at once; a model has one role")
+        taken = [other for other, one in targets.items() if one["role"] == role and other != name and role != "model"]
+        if taken:
+            raise ValueError(f"{path} has {taken[0]} as its {role}, now it is {source}; use another folder")
+        targets[name] = {"source": plain(source), "role": role}
+    named = old.get("configurations", {}) | {name_of(one): _told(one) for one in configurations}
+    write_json(path / "attack.json", {"models": targets, "configurations": named, "questions": questions})
+    return read_folder(path)
+
+
+def read_folder(path: Path) -> Folder:
+    """A folder of attacks.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not (path / "attack.json").exists():
+        raise ValueError(f"{path} has no attack.json: it is no folder of `retrograd attack`")
+    found = json.loads((path / "attack.json").read_text(encoding="utf8"))
+    targets = [Attacked(name, one["source"], one["role"]) for name, one in found["models"].items()]
+    asked = found["questions"]
+    configurations = {name: _read(one, f"{path}: {name}") for name, one in found["configurations"].items()}
+    return Folder(path, targets, configurations, Path(asked["tasks"]), tuple(asked["half"]), asked["clustered"])
+
+
+def _told(one: Configuration) -> dict[str, Any]:
+    return {"kind": "finetune" if isinstance(one, Finetune) else "untrained", **dataclasses.asdict(one)}
+
+
+def _read(values: dict[str, Any], where: str) -> Configuration:
+    values = dict(values)
+    kind: Any = Finetune if values.pop("kind") == "finetune" else Untrained
+    found: Configuration = build(kind, values, where)
+    return found

@@ -1,0 +1,61 @@
+"""An experiment: every arm over its seeds with intervals, its controls beside it, and the claims that hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrograd.report.panel import Content, Source, View
+from retrograd.report.subjects import Experiment
+
+__all__ = ["experiment"]
+
+_QUANTITIES = ("forget", "position", "retain", "kl")
+
+
+def experiment(subject: Experiment, view: View) -> Content:
+    """The table's arms, from results.parquet, and its words, from results.md."""
+    import pyarrow.parquet as parquet
+
+    rows = parquet.read_table(subject.folder / "results.parquet").to_pylist()
+    arms: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["match"] is None:
+            continue  # a model that arms are compared with
+        key = (row["match"], row["method"], row["weighting"])
+        arm = arms.setdefault(key, {"match": key[0], "method": key[1], "weighting": key[2], "seeds": [], "missing": [],
+                                    "verdicts": {}, "setting": row["setting"], "chosen": row["chosen"]})  # fmt: skip
+        _add(arm, row)
+    path = subject.folder / "results.md"
+    words = path.read_text(encoding="utf8").splitlines() if path.exists() else []
+    told = [line[2:].replace("**", "") for line in words if line.startswith("* ")]
+    claims = [line for line in told if "claim:" in line or "better" in line]
+    data = {"arms": list(arms.values()), "models": _models(rows), "claims": [view.mask.text(one) for one in claims],
+            "table": view.mask.text("\n".join(words)), "seeds": subject.spec.get("seeds")}  # fmt: skip
+    return Content(data, [Source(subject.folder / "results.parquet", f"retrograd experiment FILE {subject.folder}")])
+
+
+def _add(arm: dict[str, Any], row: dict[str, Any]) -> None:
+    """A line of the table: of an arm over all seeds, or of one of them."""
+    if row["missing"]:
+        arm["missing"].append(row["missing"])
+    if row["seed"] is None:
+        if row["quantity"] in _QUANTITIES and row["value"] is not None:
+            arm[row["quantity"]] = {"value": row["value"], "low": row["low"], "high": row["high"]}
+    elif row["quantity"] == "seconds":
+        arm["seeds"].append(row["seed"])
+        arm["verdicts"][row["verdict"] or "no verdict"] = arm["verdicts"].get(row["verdict"] or "no verdict", 0) + 1
+
+
+def _models(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What arms are compared with: mean accuracies of the two models."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        quantity = row["quantity"] or ""
+        if row["match"] is None and quantity.startswith("accuracy ") and row["value"] is not None:
+            side = next((side for side in ("forget", "retain") if side in quantity), None)
+            if side:
+                found.setdefault(row["method"], {}).setdefault(side, []).append(row["value"])
+    return [
+        {"name": name, **{side: sum(values) / len(values) for side, values in sides.items()}}
+        for name, sides in found.items()
+    ]

@@ -1,0 +1,158 @@
+"""The scores themselves: their distribution, where they lie, every document with its text, the strongest tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from retrograd.report.corpus import corpus_of
+from retrograd.report.panel import Content, Source, View
+from retrograd.report.panels.setup import reproduce
+from retrograd.report.subjects import Attribution
+
+__all__ = ["carriers", "distribution", "order", "rows"]
+
+BINS = 60  # an even number: 0 is an edge
+CURVE = 400  # points of a rank curve
+PLACES = 64  # groups of positions or lengths
+TYPES = 40  # token types that are listed
+
+
+def distribution(run: Attribution, view: View) -> Content:
+    """Histogram and rank curve of the documents' scores, and of the tokens'."""
+    found = {"documents": [_distribution(values) for values in run.documents.scores]}
+    if run.tokens is not None:
+        found["tokens"] = [_distribution(values[run.tokens.target]) for values in run.tokens.scores]
+    return Content({"columns": run.columns, **found}, [_source(run)])
+
+
+def _distribution(values: np.ndarray) -> dict[str, Any]:
+    """Counts between edges that are symmetric about 0, the outermost two open; and scores by rank."""
+    sizes = np.sort(np.abs(values))
+    most = float(sizes[-1])
+    reach = float(np.quantile(sizes, 0.995)) if len(sizes) > 200 else most
+    reach = reach or most or 1.0
+    edges = np.linspace(-reach, reach, BINS + 1)
+    counts, _ = np.histogram(np.clip(values, -reach, reach), edges)
+    ranks = np.unique(np.linspace(0, len(values) - 1, min(CURVE, len(values))).round().astype(int))
+    curve = np.sort(values)[ranks]
+    return {
+        "edges": _rounded(edges), "counts": counts.tolist(), "beyond": int((np.abs(values) > reach).sum()),
+        "ranks": (ranks + 1).tolist(), "curve": _rounded(curve), "count": len(values),
+    }  # fmt: skip
+
+
+def order(run: Attribution, view: View) -> Content:
+    """Scores by training step, by position in the row and by length of the document."""
+    documents, tokens = run.documents, run.tokens
+    lengths = documents.targets
+    once = all(len(steps) == 1 for steps in documents.steps)
+    data: dict[str, Any] = {"columns": run.columns, "once": once}
+    if once:
+        steps = np.array([one[0] for one in documents.steps])
+        data["step"] = [_grouped(steps, values) for values in documents.scores]
+    reverse = run.journal[1]
+    if reverse:
+        own = len(reverse[0]["mean_abs_score"])
+        data["sweep"] = {
+            "step": [entry["step"] for entry in reverse],
+            "size": [[entry["mean_abs_score"][k] for entry in reverse] for k in range(own)],
+        }
+    data["length"] = [_grouped(lengths, values) for values in documents.scores]
+    if tokens is not None:
+        at = tokens.position[tokens.target]
+        data["position"] = [_grouped(at, values[tokens.target]) for values in tokens.scores]
+    return Content(data, [_source(run), Source(run.folder / "metrics.jsonl", reproduce(run))])
+
+
+def _grouped(keys: np.ndarray, values: np.ndarray) -> dict[str, list[Any]]:
+    """Mean and mean size of the values by key, in at most PLACES groups of neighbouring keys."""
+    low, high = int(keys.min()), int(keys.max())
+    width = max(1, -(-(high - low + 1) // PLACES))
+    place = (keys - low) // width
+    count = np.bincount(place)
+    some = count > 0
+    total, size = np.bincount(place, weights=values), np.bincount(place, weights=np.abs(values))
+    at = low + width * np.flatnonzero(some) + (width - 1) / 2
+    return {
+        "at": at.tolist(), "count": count[some].tolist(), "mean": _rounded(total[some] / count[some]),
+        "size": _rounded(size[some] / count[some]),
+    }  # fmt: skip
+
+
+def rows(run: Attribution, view: View) -> Content:
+    """Every document with its scores and its text; for token runs the tokens are in a table that panels share."""
+    documents, corpus = run.documents, corpus_of(run, view)
+    data: dict[str, Any] = {
+        "columns": run.columns, "ids": documents.ids.tolist(), "targets": documents.targets.tolist(),
+        "scores": [_rounded(values, 9) for values in documents.scores],
+        "steps": [_steps(steps) for steps in documents.steps],
+        "texts": [], "table": corpus.name if corpus else None, "offset": corpus.offset if corpus else 0,
+    }  # fmt: skip
+    if corpus is None or view.mask:  # the tokens have the text; hidden documents have hash and length instead
+        pairs = [(text, run.data_set(k)) for k, text in zip(documents.ids.tolist(), documents.texts)]
+        data["texts"] = [
+            view.mask.document(*pair) if corpus is None or view.mask.hides_document(*pair) else None for pair in pairs
+        ]
+    return Content(data, [Source(run.folder / "all_scores.json", reproduce(run)), _source(run)])
+
+
+def carriers(run: Attribution, view: View) -> Content | None:
+    """The single tokens and the token types that carry most of the scores, either way."""
+    tokens = run.tokens
+    if tokens is None:
+        return None
+    corpus = corpus_of(run, view)
+    assert corpus is not None
+    shown, words = corpus.token, corpus.vocabulary
+    lists = []
+    for values in tokens.scores:
+        total = np.bincount(shown[tokens.target], weights=values[tokens.target], minlength=len(words))
+        count = np.bincount(shown[tokens.target], minlength=len(words))
+        lists.append({
+            "types": [
+                [[words[k], int(count[k]), _round(total[k]), _round(total[k] / count[k])] for k in end]
+                for end in _ends(total)
+            ],
+            "single": [[_one(corpus, tokens, values, k) for k in end] for end in _ends(values)],
+            "gini": _gini(np.abs(values[tokens.target])),
+        })  # fmt: skip
+    return Content({"columns": run.columns, "lists": lists}, [_source(run)])
+
+
+def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the lowest values that are negative, and of the highest that are positive, strongest first."""
+    order = np.argsort(values, kind="stable")
+    lowest, highest = order[:TYPES], order[::-1][:TYPES]
+    return lowest[values[lowest] < 0], highest[values[highest] > 0]
+
+
+def _one(corpus: Any, tokens: Any, values: np.ndarray, place: int) -> list[Any]:
+    return [corpus.vocabulary[corpus.token[place]], int(tokens.document[place]), int(tokens.position[place]),
+            _round(values[place])]  # fmt: skip
+
+
+def _gini(sizes: np.ndarray) -> float | None:
+    """How unequal sizes are: 0 all alike, 1 one has all."""
+    ordered, n = np.sort(sizes.astype(np.float64)), len(sizes)
+    total = float(ordered.sum())
+    return float(2 * (np.arange(1, n + 1) @ ordered) / (n * total) - (n + 1) / n) if total else None
+
+
+def _steps(steps: list[int]) -> str:
+    """All of a few steps; of many the first four and the last."""
+    shown = steps if len(steps) <= 5 else [*steps[:4], "…", steps[-1]]
+    return " ".join(map(str, shown))
+
+
+def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
+    return [_round(value, digits) for value in values]
+
+
+def _round(value: float, digits: int = 6) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def _source(run: Attribution) -> Source:
+    return Source(run.folder / "scores.parquet", reproduce(run))

@@ -1,0 +1,170 @@
+"""What a page is about: folders that other commands have left, read as they lie there.
+
+    Attribution   a run with scores, of `retrograd magic` or `retrograd unlearn --attribute`
+    Training      a run of `retrograd train` or `retrograd unlearn`
+    Evaluation    a folder of `retrograd evaluate`
+    Experiment    a folder of `retrograd experiment`
+    Several       all of a page's, where there is more than one
+
+Nothing is loaded but files: no model, no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from retrograd.report.scores import Documents, Tokens, read_columns, read_documents, read_tokens
+from retrograd.runs.journal import read_evaluations, read_journal
+from retrograd.settings.parse import read_yaml
+
+__all__ = ["Attribution", "Evaluation", "Experiment", "Several", "Subject", "Training", "open_subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder, with the name that the page gives it."""
+
+    folder: Path
+    name: str
+
+    def read(self, name: str) -> Any:
+        """A JSON file of the folder; None if it is not there."""
+        path = self.folder / name
+        return json.loads(path.read_text(encoding="utf8")) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class _Run(Subject):
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_yaml(self.folder / "run_config.yaml")
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return self.read("manifest.json") or {}
+
+    @cached_property
+    def journal(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Lines of the training and of the sweep, by step."""
+        path = self.folder / "metrics.jsonl"
+        return read_journal(path) if path.exists() else ([], [])
+
+    @cached_property
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """What was found on the way, by step."""
+        path = self.folder / "metrics.jsonl"
+        return read_evaluations(path) if path.exists() else {}
+
+    @property
+    def command(self) -> str:
+        return self.manifest.get("command", "magic")
+
+
+class Attribution(_Run):
+    """A run with scores, with the queries that were added to it."""
+
+    @cached_property
+    def data_sets(self) -> list[tuple[int, str]]:
+        """(first document, name) of each data set whose rows are trained on, by first document."""
+        if "data" in self.config:
+            return [(0, str(self.config["data"]["dataset"]))]
+        return sorted((part["first_document"], part["dataset"]) for part in self.manifest.get("parts", []))
+
+    def data_set(self, document: int) -> str:
+        """The data set that a document is from."""
+        return [name for first, name in self.data_sets if first <= document][-1]
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Names of the query columns: the run's own, then those added later."""
+        return [name for _, names in read_columns(self.folder, self.manifest) for name in names]
+
+    @cached_property
+    def queries(self) -> dict[str, dict[str, Any]]:
+        """query.json by query."""
+        names = [path.parent.name for path in sorted((self.folder / "queries").glob("*/query.json"))]
+        return {name: self.read(f"queries/{name}/query.json") for name in names}
+
+    @cached_property
+    def documents(self) -> Documents:
+        return read_documents(self.folder, read_columns(self.folder, self.manifest))
+
+    @cached_property
+    def tokens(self) -> Tokens | None:
+        """Scores of tokens; None of a run with one score for each document."""
+        if self.config.get("attribute") != "tokens":
+            return None
+        return read_tokens(self.folder, read_columns(self.folder, self.manifest))
+
+
+class Training(_Run):
+    """A run of `retrograd train` or `retrograd unlearn`."""
+
+
+class Evaluation(Subject):
+    """A folder of `retrograd evaluate`."""
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return self.read("summary.json")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return self.read("evaluation.json") or {}
+
+
+class Experiment(Subject):
+    """A folder of `retrograd experiment`."""
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        return read_yaml(self.folder / "experiment.yaml")
+
+
+@dataclass(frozen=True)
+class Several(Subject):
+    """All subjects of a page."""
+
+    subjects: tuple[Subject, ...] = ()
+
+
+def open_subject(folder: Path) -> list[Subject]:
+    """What a folder holds; a run of unlearning brings its evaluation along.
+
+    Raises:
+        ValueError: If it holds nothing that a page could show.
+    """
+    name = folder.name or str(folder)
+    if (folder / "run_config.yaml").exists():
+        return _open_run(folder, name)
+    if (folder / "evaluation.json").exists():
+        if not (folder / "summary.json").exists():
+            raise ValueError(f"the evaluation in {folder} has no summary yet; run its `retrograd evaluate` again first")
+        return [Evaluation(folder, name)]
+    if (folder / "experiment.yaml").exists():
+        if not (folder / "results.parquet").exists():
+            raise ValueError(f"the experiment in {folder} has no table yet; run its `retrograd experiment` again first")
+        return [Experiment(folder, name)]
+    what = "does not exist" if not folder.exists() else "holds nothing that a page could show"
+    raise ValueError(
+        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate` or `experiment`"
+    )
+
+
+def _open_run(folder: Path, name: str) -> list[Subject]:
+    run = _Run(folder, name)
+    scored = "scores" in run.manifest.get("phases", {})
+    if not scored and not run.manifest.get("finished"):
+        raise ValueError(f"the run in {folder} is not finished; run its `retrograd {run.command}` command again first")
+    if scored and run.command == "magic":
+        return [Attribution(folder, name)]
+    found: list[Subject] = [Training(folder, name)]
+    if scored:
+        found.append(Attribution(folder, f"{name}: its scores"))
+    if (folder / "evaluation" / "summary.json").exists():
+        found.append(Evaluation(folder / "evaluation", f"{name}: what it knows"))
+    return found

@@ -1,0 +1,1 @@
+retrograd.panel("samples", () => {});

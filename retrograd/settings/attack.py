@@ -1,0 +1,363 @@
+"""Attacks on unlearned models as data: single configurations, suites of them, and the settings of `retrograd attack`.
+
+A suite is a name of SUITES or a YAML file: a list of configurations, settings by name. Several values of a setting, as
+in `lr: [1e-3, 3e-3]`, stand for a configuration each. No heavy imports here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from retrograd.settings.parse import build
+from retrograd.settings.suites import SUITES
+from retrograd.settings.train import ExportConfig, LoraConfig, TrainConfig, at_least_1, check_training, finite
+
+__all__ = [
+    "CONTROLS", "AttackConfig", "CompareConfig", "Configuration", "Finetune", "PhaseConfig", "Untrained",
+    "attack_steps", "check_attack", "configurations", "name_of", "read_suite",
+]  # fmt: skip
+
+CONTROLS = ("base", "filtered", "random", "shallow")
+"""Roles of the models that are attacked beside the others."""
+
+_SCHEDULES = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Train the model on some data, in one phase or two."""
+
+    data: str = "forget"
+    """Key of the data: of a lab forget, documents, half, mixed, retain, benign or prose; else one of --data."""
+    steps: int = 100
+    """Optimizer steps."""
+    epochs: int | None = None
+    """Passes over the data, in place of steps."""
+    examples: int | None = None
+    """The first documents of the data only."""
+    before: str | None = None
+    """Key of data to train on before, with an optimizer and a schedule of its own."""
+    before_steps: int = 200
+    """Steps of that phase."""
+    rank: int = 0
+    """Of LoRA adapters, with alpha = rank; 0 trains the whole model."""
+    modules: tuple[str, ...] = ()
+    """Layers that get adapters; peft's choice when empty."""
+    optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
+    """As --train.optimizer."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    lr_schedule: _SCHEDULES = "constant"
+    """How it moves."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which it rises."""
+    warmup_steps: int | None = None
+    """Or as a number of steps."""
+    weight_decay: float = 0.01
+    """As --train.weight_decay."""
+    max_grad_norm: float | None = None
+    """As --train.max_grad_norm."""
+    batch_size: int = 16
+    """Rows of a step."""
+    micro_batch_size: int | None = None
+    """Rows a forward pass takes at once."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of parameters and arithmetic."""
+    seed: int = 0
+    """Of the order of rows and the adapters."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps is not None and self.warmup_ratio:
+            raise ValueError(f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio}: give one of them")
+
+    @property
+    def probe(self) -> bool:
+        return False
+
+    @property
+    def readable(self) -> str:
+        """What tells it from its neighbours, for people."""
+        size = f"lora{self.rank}" if self.rank else "full"
+        before = f"{self.before}-then-" if self.before else ""
+        length = f"{self.epochs}ep" if self.epochs else str(self.steps)
+        dtype = "" if self.dtype == "float32" else f"-{self.dtype}"
+        return f"{size}-{before}{self.data}-{self.lr:g}-{self.lr_schedule}-{length}{dtype}-s{self.seed}"
+
+    def train(self, steps: int) -> TrainConfig:
+        """The recipe of a phase of so many steps."""
+        warmup = self.warmup_ratio
+        if self.warmup_steps:  # rounding must not make it one step more: the recipe takes the ceiling
+            warmup = max(0.0, (self.warmup_steps - 0.5) / steps)
+        return TrainConfig(
+            optimizer=self.optimizer, lr=self.lr, lr_schedule=self.lr_schedule, warmup_ratio=warmup,
+            weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm, batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size, seed=self.seed,
+        )  # fmt: skip
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(self.rank, float(self.rank or 16), self.modules)
+
+    def check(self) -> None:
+        """Refuse what cannot work.
+
+        Raises:
+            ValueError: With the setting, its value and what it has to be.
+        """
+        at_least_1({name: getattr(self, name) for name in ("steps", "epochs", "examples", "before_steps")})
+        at_least_1({"warmup_steps": self.warmup_steps})
+        finite({"lr": self.lr, "weight_decay": self.weight_decay})
+        if self.warmup_steps is not None and self.epochs is None and self.warmup_steps >= self.steps:
+            raise ValueError(f"{self.warmup_steps} warm-up steps leave none of {self.steps}; give fewer")
+        check_training(self.train(self.steps), self.lora)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Change the weights or the prompt, without a training step, by rising strengths."""
+
+    attack: str = ""
+    """interpolate, ablate_delta, ablate_junk, quantise, prune, noise, few_shot or jailbreak."""
+    strengths: tuple[float, ...] = ()
+    """The attack's own when empty."""
+    seed: int = 0
+    """Of what is drawn."""
+
+    @property
+    def readable(self) -> str:
+        return f"{self.attack}-s{self.seed}"
+
+    @property
+    def probe(self) -> bool:
+        """Whether it takes the model before unlearning: that tells of the weights, not of an attacker."""
+        return self.attack in ("interpolate", "ablate_delta")
+
+    def check(self) -> None:
+        """As `Finetune.check`; the attacks themselves refuse a strength that they do not have."""
+        for strength in self.strengths:
+            finite({f"strengths of {self.attack}": strength})
+
+
+Configuration = Finetune | Untrained
+
+
+@dataclass(frozen=True)
+class PhaseConfig(ExportConfig):
+    """One training of an attack, as its run folder stores it."""
+
+    sources: tuple[str, ...] = ()
+    """Data sets, as of --data."""
+    examples: int | None = None
+    """The first documents of each only."""
+    steps: int | None = None
+    """Optimizer steps; all of the passes when None."""
+    epochs: int | None = None
+    """Passes over the data; as many as the steps need when None."""
+    max_length: int | None = None
+    """Cut documents to this many tokens."""
+    chunk_length: int | None = None
+    """Pack documents into chunks of this many tokens."""
+    max_passes: float | None = None
+    """Refuse more passes than this, unless `epochs` asks for them."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Attack unlearned models: how fast does what was unlearned come back, and was it in the weights all the time?
+
+    Every model meets every configuration of every suite, and so do the controls: a model that knows (base), one that
+    never knew (filtered), one that knows nothing (random), and one whose unlearning is known to be shallow.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder of the attacks. Running again does what is not done; further models and suites may join."""
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Unlearned model: hub name or local folder; may be given several times."""
+    suite: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """short, legacy, six, five, paper, few-step, strong, indirect, latent, untrained, or a YAML file of configurations;
+    may be given several times."""
+    lab: Path | None = None
+    """A folder of `retrograd lab`: its corpora, questions and models."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Or KEY=DATASET, with what to read of it, as in forget=papers.jsonl,text_column=text,limit=512; several of one key
+    are joined. The suites name the keys forget, mixed, half, retain, benign, prose."""
+    tasks: Path | None = None
+    """With --data: a YAML file of tasks, as for `retrograd evaluate`; the forget tasks are what is to come back."""
+    half: tuple[str, ...] = ()
+    """With --data: the forget tasks or subjects that the data of the key half are about."""
+    base: str | None = None
+    """The model before unlearning; the lab's own when None. So for the other controls."""
+    filtered: str | None = None
+    """A model that never saw what is to be forgotten."""
+    random: str | None = None
+    """An untrained model."""
+    shallow: str | None = None
+    """A model whose unlearning is known to be shallow: what does not bring it back is no attack."""
+    lr_scale: float = 1.0
+    """Multiplies all learning rates: those of the suites are meant for models of 7B parameters."""
+    steps: int | None = None
+    """Steps of every phase of every configuration, in place of its own; warm-up shrinks in proportion."""
+    seeds: int = 1
+    """Each configuration with so many seeds, from its own on."""
+    max_passes: float | None = None
+    """Refuse a configuration that sees its data more often, unless it names its epochs; when None 2, and on a lab,
+    whose data are few, no limit."""
+    max_length: int | None = None
+    """Cut documents to this many tokens; the model's context length when None."""
+    chunk_length: int | None = None
+    """Pack documents into chunks of this many tokens instead."""
+    utility: tuple[float, ...] = (0.02, 0.05, 0.1)
+    """For the worst case: how much general accuracy an attacker may lose against the base model."""
+    limit: int | None = None
+    """The first questions of each task only."""
+    batch_size: int = 16
+    """Questions read at once."""
+    tokenizer: str | None = None
+    """Tokenizer of all models, if not their own."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    heartbeat: float = 60.0
+    """Seconds between durable resume points."""
+    export: bool = False
+    """Keep every attacked model too, in the folder of its run."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING
+    """Folders of `retrograd attack`."""
+    output: Path | None = None
+    """Where compare.json, .parquet and .md go; the first folder when None."""
+    utility: float = 0.05
+    """How much general accuracy an attacker may lose against the base model."""
+
+
+def check_attack(config: AttackConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
+    if not config.model:
+        raise ValueError("nothing to attack: give --model, a folder or a hub name; several may be given")
+    if not config.suite:
+        raise ValueError(f"no attack: give --suite, one of {', '.join(SUITES)} or a YAML file")
+    if (config.lab is None) == (not config.data):
+        raise ValueError("give either --lab DIR or --data KEY=DATASET, which attacks train on")
+    if config.data and config.tasks is None:
+        raise ValueError("--data needs --tasks FILE.yaml: the questions that tell whether anything comes back")
+    if config.lab is not None and (config.tasks is not None or config.half):
+        raise ValueError("--lab has questions and halves of its own; leave --tasks and --half out")
+    if config.data and config.base is None:
+        raise ValueError("--data needs --base, the model before unlearning: recovery is measured against it")
+    at_least_1({"steps": config.steps, "seeds": config.seeds, "limit": config.limit, "batch_size": config.batch_size,
+                "max_length": config.max_length, "chunk_length": config.chunk_length})  # fmt: skip
+    if config.max_length is not None and config.chunk_length is not None:
+        raise ValueError("--max_length and --chunk_length exclude each other: cut documents, or pack them")
+    finite({"lr_scale": config.lr_scale, "heartbeat": config.heartbeat})
+    for bound in config.utility:
+        finite({"utility": bound})
+    for text in config.data:
+        if not re.match(r"[a-z]\w*=.", text):
+            raise ValueError(f"--data {text!r} is not understood; write KEY=DATASET, such as forget=papers.jsonl")
+    configurations(config)
+
+
+def configurations(config: AttackConfig) -> list[Configuration]:
+    """All configurations of the suites, scaled, with all seeds, each once.
+
+    Raises:
+        ValueError: If a suite is unknown or a configuration cannot work.
+    """
+    found = [scaled(one, config) for name in config.suite for one in read_suite(name)]
+    seeded = [dataclasses.replace(one, seed=one.seed + k) for one in found for k in range(config.seeds)]
+    for one in seeded:
+        try:
+            one.check()
+        except ValueError as error:
+            raise ValueError(f"attack {one.readable}: {error}") from error
+    return list(dict.fromkeys(seeded))
+
+
+def scaled(one: Configuration, config: AttackConfig) -> Configuration:
+    """A configuration with --lr_scale and --steps in place."""
+    if isinstance(one, Untrained):
+        return one
+    changes: dict[str, Any] = {"lr": one.lr * config.lr_scale}
+    if config.steps is not None:
+        changes |= {
+            "steps": config.steps,
+            "epochs": None,
+            "before_steps": config.steps if one.before else one.before_steps,
+        }
+        if one.warmup_steps is not None and one.epochs is None:
+            changes["warmup_steps"] = max(1, math.floor(one.warmup_steps * config.steps / one.steps))
+    return dataclasses.replace(one, **changes)
+
+
+def read_suite(name: str) -> list[Configuration]:
+    """The configurations of a suite by name, or of a YAML file.
+
+    Raises:
+        ValueError: If there is no such suite, or the file is no list of configurations.
+    """
+    if name in SUITES:
+        return [one for entry in SUITES[name] for one in _expanded(entry, f"suite {name}")]
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"there is no suite {name!r}; there are {', '.join(SUITES)}, or give a YAML file")
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"cannot read the suite {path}: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
+        raise ValueError(f"the suite {path} has to be a list of configurations, such as - {{data: forget, lr: 1e-3}}")
+    return [
+        one for place, entry in enumerate(entries) for one in _expanded(entry, f"{path}, configuration {place + 1}")
+    ]
+
+
+def name_of(one: Configuration) -> str:
+    """The name of a configuration's folder: readable, and another one for every other configuration.
+
+    >>> name_of(Finetune(lr=1e-3)) == name_of(Finetune(lr=1e-3, weight_decay=0.0))
+    False
+    """
+    told = json.dumps([type(one).__name__, dataclasses.asdict(one)], sort_keys=True)
+    return f"{one.readable}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
+
+
+def attack_steps(last: int) -> list[int]:
+    """The steps that are asked at: 0, 1, 2, 5, 10, 20, 50, … and the last.
+
+    >>> attack_steps(30)
+    [0, 1, 2, 5, 10, 20, 30]
+    """
+    series: Iterable[int] = (digit * 10**power for power in range(len(str(last))) for digit in (1, 2, 5))
+    return sorted({0, last, *(step for step in series if step <= last)})
+
+
+def _expanded(entry: dict[str, Any], where: str) -> list[Configuration]:
+    """A configuration for each combination of the settings that have several values."""
+    kind: Any = Untrained if "attack" in entry else Finetune
+    own = ("modules", "strengths")  # settings that are lists themselves
+    names = list(entry)
+    values: list[Sequence[Any]] = [
+        entry[name] if isinstance(entry[name], (list, tuple)) and name not in own else [entry[name]] for name in names
+    ]
+    return [build(kind, dict(zip(names, chosen)), where) for chosen in itertools.product(*values)]
