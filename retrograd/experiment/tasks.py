@@ -187,7 +187,8 @@ def unlearn_config(method: str, values: Mapping[str, Any], where: str) -> Unlear
     Raises:
         ValueError: If there is no such method, or a setting does not exist or cannot work.
     """
-    kind: Any = with_objective(find_method(method).defaults)
+    found = find_method(method)
+    kind: Any = with_objective(found.defaults, adapters=found.adapters)
     config: UnlearnConfig = build(kind, {**values, "method": method}, where)
     check_unlearn(config)
     return config

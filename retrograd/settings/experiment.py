@@ -295,7 +295,7 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
 _NOT_OF_SCORES = ("run", "model", "data", "attribute", "query", "query_file", "evaluate", "log", "config", "overwrite",
                   "trust_code")  # fmt: skip
 _NOT_OF_METHODS = ("run", "model", "forget", "retain", "alternative", "weights", "evaluate", "log", "config", "export",
-                   "overwrite")  # fmt: skip
+                   "overwrite", "attribute", "query", "query_file", "queries", "trust_code")  # fmt: skip
 
 
 def _check_settings(spec: ExperimentSpec, path: Path) -> None:
