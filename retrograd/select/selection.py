@@ -43,8 +43,8 @@ def read_selection(path: Path, places: Places) -> Tensor:
     chosen = places.gather(torch.from_numpy(grid).view(rows, length))
     if not chosen.any() or int(chosen.sum()) != int(grid.sum()):
         raise ValueError(
-            f"{path} selects {int(grid.sum())} places, of which {int(chosen.sum())} are real tokens: it has to be some, "
-            "and all of them; save it again"
+            f"{path} selects {int(grid.sum())} places, of which {int(chosen.sum())} are real tokens: it has to be "
+            "some, and all of them; save it again"
         )
     return chosen
 

@@ -52,5 +52,5 @@ def test_what_is_no_selection_of_these_rows_is_refused(tmp_path: Path, values: d
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="absent.json cannot be read"):
+    with pytest.raises(ValueError, match=r"absent\.json cannot be read"):
         read_selection(tmp_path / "absent.json", PLACES)
