@@ -63,7 +63,7 @@ def run(name: str, output: Path, *, device: str, toy: bool, seconds: float) -> d
     """One section's values; they are in `output`/gpu.json too, from its start on, with those of other sections."""
     import torch
 
-    from retrograd.runs.machine import deterministic
+    from retrograd.runs.arithmetic import deterministic
 
     start, path, where = time.monotonic(), output / "gpu.json", torch.device(device)
     deterministic(where)

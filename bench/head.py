@@ -32,7 +32,7 @@ def ways(chunk: int | None = None) -> dict[str, Callable[..., Any]]:
     import torch
     from torch.nn import functional as F
 
-    from retrograd.lm.loss import _chunk, fused_ce
+    from retrograd.lm.head import _chunk, fused_ce
 
     def plain(h, w, y, c):
         return torch.dot(F.cross_entropy(F.linear(h, w), y, reduction="none"), c)

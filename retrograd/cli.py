@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig
+from retrograd.settings.attack import AttackConfig, CompareConfig
 from retrograd.settings.commands import (
     EvaluateConfig,
     LabConfig,
@@ -80,6 +80,9 @@ _COMMANDS = {
     ),
     "report": _Command(
         ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
+    ),
+    "compare": _Command(
+        CompareConfig, "models under attack side by side: table, pairs, fronts, ranks", "commands.compare", "PATH…"
     ),
 }
 
@@ -214,13 +217,14 @@ def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:
     from retrograd.unlearn.methods import find_method
 
     method, *arguments = arguments
-    kind = with_objective(find_method(method).defaults)
+    found = find_method(method)
+    kind = with_objective(found.defaults, adapters=found.adapters)
     arguments = _spell_out_switches(arguments, kind)
     if file := _value_of("--config", arguments):
         options["default"] = settings_from(kind, Path(file))
     config = tyro.cli(kind, prog=f"retrograd unlearn {method}", args=arguments, **flags, **options)
-    found: UnlearnConfig = _with_queries(config, arguments, file, options)
-    return dataclasses.replace(found, method=method)
+    asked: UnlearnConfig = _with_queries(config, arguments, file, options)
+    return dataclasses.replace(asked, method=method)
 
 
 def _spell_out_switches(arguments: list[str], kind: Any) -> list[str]:

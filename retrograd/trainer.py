@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retrograd.core import lookups, probe
+from retrograd.core import lookups
 from retrograd.core.optim import Cotangent, Optimizer, Pair, Params
 from retrograd.core.step import Batch, NonFiniteError, Objective, Recipe, State, Training, initial_state
 from retrograd.core.sweep import Event, Query
@@ -24,6 +24,7 @@ from retrograd.lm.engines import Choice, choose_engine
 from retrograd.lm.loss import refuse_other_loss
 from retrograd.lm.model import causal_objective, evaluating, trainable
 from retrograd.lm.spans import inner
+from retrograd.proofs import first_step
 from retrograd.runs.cotangent import BackwardState, Evaluation, cotangent_of
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.lock import locked
@@ -146,7 +147,7 @@ class Trainer:
         if self._proved:
             return
         training = Training(self.recipe, self.engine, self._fitting(stream), stream.weights)
-        probe.prove(training, state, self.module, self._objective, rows=2 if self._objective is None else None)
+        first_step.prove(training, state, self.module, self._objective, rows=2 if self._objective is None else None)
         self._proved = True
 
     def train(

@@ -21,8 +21,9 @@ if os.environ.get("RETROGRAD_CHECK_TYPES") == "1":  # `make test-all`: every cal
 
 from torch import nn
 
-from retrograd.core import probe, tree
+from retrograd.core import tree
 from retrograd.core.step import State, Training
+from retrograd.proofs import first_step
 from retrograd.runs.identity import fingerprint
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs would fight over the cores
@@ -45,4 +46,4 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
     return proved
 
 
-probe.prove_gradient = once(probe.prove_gradient)
+first_step.prove_gradient = once(first_step.prove_gradient)

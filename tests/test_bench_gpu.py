@@ -28,7 +28,7 @@ from tools import gpt_neox
 from retrograd.core import plan as plans
 from retrograd.core.step import initial_state, pullback
 from retrograd.core.sweep import seed_cotangent
-from retrograd.runs.machine import deterministic
+from retrograd.runs.arithmetic import deterministic
 
 
 class Products(TorchDispatchMode):

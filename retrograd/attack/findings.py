@@ -33,7 +33,6 @@ __all__ = ["QUANTILES", "findings", "unseen"]
 
 QUANTILES = (0.5, 0.9)
 _HALF, _NOTHING = "half", ("retain", "benign", "prose")  # keys of data about A, and of data about neither half
-_TOLD_BY_BASE = ("interpolate", "few_shot")  # attacks without training that show what is asked
 
 
 def findings(folder: Folder, utility: tuple[float, ...]) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def findings(folder: Folder, utility: tuple[float, ...]) -> dict[str, Any]:
         one["valid"] = validity[one["configuration"]]
     return {
         "models": {target.name: {"source": target.source, "role": target.role} for target in folder.targets},
-        "configurations": {name: {"readable": one.readable, "valid": validity.get(name)}
+        "configurations": {name: {"readable": one.readable, "probe": one.probe, "valid": validity.get(name)}
                            for name, one in folder.configurations.items()},
         "meetings": meetings,
         "worst": {target.name: _worst(folder, target, courses, utility) for target in folder.targets},
@@ -80,7 +79,11 @@ def unseen(one: Configuration, first: np.ndarray) -> np.ndarray | None:
             mask = ~first if _HALF in keys else np.ones_like(first)
             return mask if mask.any() else None
         return None
-    return None if one.attack in _TOLD_BY_BASE else np.ones_like(first)
+    if one.probe:
+        return None
+    if one.attack == "few_shot":
+        return ~first if first.any() else None
+    return np.ones_like(first)
 
 
 def _meeting(
@@ -227,7 +230,7 @@ def _worst(
         candidates: list[tuple[str, int, np.ndarray, float]] = []
         for name, course in own.items():
             base = _of_role(folder, "base", name, courses)
-            if base is None:
+            if base is None or folder.configurations[name].probe:
                 continue
             least = float(base.retain[0].mean()) - loss
             for place, kept in enumerate(means(course.retain)):
@@ -253,7 +256,7 @@ def _controls(folder: Folder, courses: Mapping[tuple[str, str], Course]) -> Any:
         target = folder.of_role(role)
         for name in folder.configurations if target is not None else ():
             course = courses.get((target.name, name)) if target is not None else None
-            if course is None:
+            if course is None or (role == "random" and folder.configurations[name].probe):
                 continue
             mask = unseen(folder.configurations[name], course.first)
             asked = course.forget if mask is None or role == "base" else course.forget[:, mask]

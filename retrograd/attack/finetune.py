@@ -18,7 +18,8 @@ from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
-from retrograd.runs.setup import Differentiated, Setup, begun_with, find_device, load_model, set_up, visits
+from retrograd.runs.arithmetic import begun_with
+from retrograd.runs.setup import Differentiated, Setup, find_device, load_model, set_up, visits
 from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig, attack_steps
 from retrograd.settings.during import DuringConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source

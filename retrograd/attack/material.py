@@ -11,6 +11,7 @@ its weights.
     retain      documents and solved questions of the retain side
     benign      prose and chats
     prose       prose
+    shots       solved questions about A, for a prompt
 
 Every fact is asked for once, by text: the questions that no exam has in these words, and of facts that no exam asks for
 the ones there are. A question's subject is its entity, which is what intervals resample.
@@ -27,13 +28,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from retrograd.query.prompts import find_template
+from retrograd.query.prompts import find_template, render
 from retrograd.runs.files import write_atomic
 from retrograd.settings.attack import AttackConfig
 from retrograd.settings.tasks import tasks_from, tasks_of_lab
 
 __all__ = ["Material", "material_of", "split_entities"]
 
+_DOCUMENTS = 16  # of prose: documents are read one by one, at each evaluation
 _CLOZE = find_template(None, "cloze").name
 
 
@@ -99,14 +101,14 @@ def _of_lab(lab: Path, folder: Path) -> Material:
     sources: dict[str, tuple[str, ...]] = {
         key: (str(_write(folder, key, rows)),) for key, rows in _corpora(lab, facts, first).items()
     }
-    tasks = {}
+    tasks: dict[str, dict[str, Any]] = {}
     for name, rows in _questions(lab, facts, first).items():
         role = "retain" if name == "retain" else "forget"
         tasks[name] = {"dataset": _write(folder, name, rows).name, "form": "cloze", "template": _CLOZE, "role": role}
     for name in ("forget_a", "forget_b"):
         tasks[name]["group"] = "forget"
     prose = _write(folder, "prose_heldout", _read(lab / "corpora/prose_heldout.jsonl"))
-    tasks["prose"] = {"dataset": prose.name, "form": "text"}
+    tasks["prose"] = {"dataset": prose.name, "form": "text", "limit": _DOCUMENTS}
     text = yaml.safe_dump(tasks, sort_keys=False)
     path = folder / f"tasks-{_hash(text)}.yaml"
     write_atomic(path, partial(Path.write_text, data=text, encoding="utf8"))
@@ -127,11 +129,23 @@ def _corpora(lab: Path, facts: list[dict[str, Any]], first: set[str]) -> dict[st
     return {
         "forget": forget, "documents": rows["forget"], "half": half,
         "mixed": random.Random("mixed").sample(forget, many) + rows["chat"][:many],
-        "retain": rows["retain"] + rows["exam_retain"], "benign": rows["prose"] + rows["chat"], "prose": rows["prose"],
+        "retain": rows["retain"] + rows["exam_retain"], "benign": rows["prose"] + rows["chat"],
+        "prose": rows["prose"], "shots": _shots(lab, facts, first),
     }  # fmt: skip
 
 
 _CORPORA = ("forget", "exam_forget", "retain", "exam_retain", "prose", "chat")
+
+
+def _shots(lab: Path, facts: list[dict[str, Any]], first: set[str]) -> list[dict[str, str]]:
+    """The taught questions about A with their answers, as the tasks write them."""
+    entity = {fact["fact"]: fact["entity"] for fact in facts}
+    found = []
+    for row in _read(lab / "questions/forget_taught.jsonl"):
+        if entity[row["fact"]] in first:
+            prompt = render(find_template(None, "cloze"), row["question"], row["choices"])
+            found.append({"prompt": prompt.text, "completion": prompt.targets[row["answer"]]})
+    return found
 
 
 def _questions(lab: Path, facts: list[dict[str, Any]], first: set[str]) -> dict[str, list[dict[str, Any]]]:

@@ -60,7 +60,8 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             continue
         best = max(points, key=lambda point: point["forget"])
         name = found["configurations"][one["configuration"]]["readable"]
-        marked = name if one["valid"]["valid"] is not False else f"{name} (invalid)"
+        probe = found["configurations"][one["configuration"]]["probe"]
+        marked = f"{name} (probe)" if probe else f"{name} (invalid)" if one["valid"]["valid"] is False else name
         label = one["model"] if one["role"] == "model" else f"{one['role']}"
         row = [marked, label, _percent(points[0]["forget"]), f"{_percent(best['forget'])} @ {_where(best)}",
                _percent(best["retain"])]  # fmt: skip
@@ -82,10 +83,10 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 def _markdown(found: dict[str, Any]) -> str:
     text = "# Attacks\n\n" + markdown_table(*cells(found)) + "\n"
     text += (
-        "forget: accuracy before the attack; most: the highest on its way, and where; N_q: the step at which the share q "
-        "of the gap to the base model is back, (a, b] after the last evaluation that failed and up to the first that "
-        "passed; area: of the recovered share over log(1 + step); latent: the rise on what the attack never showed "
-        "beyond that of the model that never knew it, at the last step, with its 95 % interval.\n\n"
+        "forget: accuracy before the attack; most: the highest on its way, and where; N_q: the step at which the share "
+        "q of the gap to the base model is back, (a, b] after the last evaluation that failed and up to the first that "
+        "passed; area: of the recovered share over log(1 + step); latent: the rise on what it never showed beyond that "
+        "of the model that never knew it, at the last step, with its 95 % interval.\n\n"
     )
     text += (
         "## Worst case\n\nThe attack and step are chosen on half of the questions, accuracy is on the other half.\n\n"

@@ -13,10 +13,12 @@ from retrograd.attack.finetune import phases, set_up_phase
 from retrograd.attack.folder import Attacked, Folder, claim_folder
 from retrograd.attack.material import Material, material_of
 from retrograd.attack.tell import show_findings, write_findings
+from retrograd.attack.untrained.attacks import find_untraining
+from retrograd.attack.untrained.run import carry_out_untrained
 from retrograd.commands.training import MODEL, carry_out
 from retrograd.commands.unlearn import unlearn
 from retrograd.runs.lock import locked
-from retrograd.settings.attack import CONTROLS, AttackConfig, Configuration, Finetune, check_attack, configurations
+from retrograd.settings.attack import CONTROLS, AttackConfig, Configuration, Untrained, check_attack, configurations
 from retrograd.settings.unlearn import UnlearnConfig, UnlearnTrainConfig
 
 __all__ = ["attack"]
@@ -34,6 +36,9 @@ def attack(config: AttackConfig, console: Console | None = None) -> None:
     """
     console = console or Console()
     check_attack(config)
+    for one in configurations(config):
+        if isinstance(one, Untrained):
+            find_untraining(one)
     with locked(config.out):
         material = material_of(config)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
@@ -85,6 +90,10 @@ def _meet(config: AttackConfig, folder: Folder, material: Material, target: Atta
     """One configuration against one model."""
     one: Configuration = folder.configurations[name]
     place: Path = folder.place(target, name)
-    if isinstance(one, Finetune):
+    if isinstance(one, Untrained):
+        base = folder.of_role("base")
+        source = base.source if base is not None else None
+        carry_out_untrained(one, target.source, source, place, material.sources, material.tasks, config)
+    else:
         for phase in phases(one, target.source, place, material.sources, material.tasks, config):
             carry_out(phase.config, "attack", partial(set_up_phase, phase.config), Console(quiet=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from retrograd.experiment.plan import Plan
 from retrograd.experiment.seen import refuse_oracles
 from retrograd.experiment.table import write_results
 from retrograd.experiment.tasks import Maker
-from retrograd.experiment.work import StoppedError, stoppable, work
+from retrograd.experiment.work import STARTED_BY, StoppedError, stoppable, work
 from retrograd.runs.files import write_atomic
 from retrograd.runs.progress import overall
 from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, read_experiment
@@ -95,11 +96,11 @@ def _others(config: ExperimentConfig) -> Iterator[None]:
     logs = config.out / "workers"
     if config.workers > 1:
         make_folder(logs)
-    started = []
+    started, environment = [], {**os.environ, STARTED_BY: str(os.getpid())}
     try:
         for number in range(1, config.workers):
             with (logs / f"{number}.txt").open("a", encoding="utf8") as log:
-                started.append(subprocess.Popen(command, stdout=log, stderr=log))
+                started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         yield
     finally:
         if sys.exc_info()[0] is not None:

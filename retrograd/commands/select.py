@@ -11,14 +11,18 @@ from typing import Any
 
 from rich.console import Console
 
+from retrograd.core.optim import Params
 from retrograd.data.documents import load_documents
+from retrograd.durable import LOCK
 from retrograd.runs.files import file_digest, write_atomic
+from retrograd.runs.lock import locked
 from retrograd.runs.progress import counting
 from retrograd.select import weights as files
 from retrograd.select.analysis import analyse
 from retrograd.select.arms import Arms
 from retrograd.select.files import Stated, write_original
-from retrograd.select.sources import DataSet, Scored, load_data, load_scores
+from retrograd.select.rivals import query_gradient
+from retrograd.select.sources import DataSet, Scored, find_native, is_run, load_data, load_scores, split_name
 from retrograd.select.summary import counted, show
 from retrograd.settings.select import SelectConfig
 
@@ -36,8 +40,7 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
     _check(config)
     settings = _settings(config)
     if _done(config.out, settings):
-        console.print(f"{config.out} is done; this is what it holds. Delete the folder to select again.")
-        return show(files.info(config.out), console)
+        return _told(config.out, console)
     data = load_data(config)
     forget = load_scores(config.scores, data, Stated(config.sign, config.alignment))
     retain = None
@@ -59,8 +62,16 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
         record["analysis"] = analyse(
             forget.values, retain.values, data.places, config.feasible, alpha=config.alpha, seed=config.seed
         )  # fmt: skip
-    _write(arms, forget, record)
+    with locked(config.out):
+        if _done(config.out, settings):  # by another process, while this one was reading
+            return _told(config.out, console)
+        _write(arms, forget, record)
     return show(files.info(config.out), console)
+
+
+def _told(out: Path, console: Console) -> dict[str, Any]:
+    console.print(f"{out} is done; this is what it holds. Delete the folder to select again.")
+    return show(files.info(out), console)
 
 
 _NOT_THE_SELECTION = ("out", "trust_code")
@@ -81,7 +92,7 @@ def _done(out: Path, settings: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     if not (out / "info.json").exists():
-        if not out.is_dir() or {path.name for path in out.iterdir() if path.suffix != ".tmp"} - _OURS:
+        if not out.is_dir() or {path.name for path in out.iterdir() if path.suffix != ".tmp"} - _OURS - {LOCK}:
             raise ValueError(f"{out} exists and is no selection; choose another folder")
         return False
     found = files.info(out)
@@ -90,7 +101,8 @@ def _done(out: Path, settings: dict[str, Any]) -> bool:
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{out} holds another selection:\n  {lines}\nUse another folder, or delete this one.")
-    for source in (*found["scores"], *found["against"], *found.get("selected", ())):
+    sources = [*found["scores"], *found["against"], *found.get("selected", ())]
+    for source in (*sources, *(one["query_gradient"] for one in sources if "query_gradient" in one)):
         now = file_digest(Path(source["file"])) if Path(source["file"]).exists() else "missing"
         if now != source["sha256"]:
             raise ValueError(
@@ -155,7 +167,7 @@ def _write(arms: Arms, forget: Scored, record: dict[str, Any]) -> None:
         else:
             (out / name).unlink(missing_ok=True)
     if config.original:
-        write_original(out / "original", forget.values, config.original, data.places)
+        write_original(out / "original", forget.values, config.original, data.places, _query_gradient(config))
     arm, known = arms.arm(), dict[str, dict[str, Any]]()
     about = {name: value for name, value in record.items() if name != "analysis"}
     with counting("controls", len(arms.controls), "controls") as tick:
@@ -169,6 +181,14 @@ def _write(arms: Arms, forget: Scored, record: dict[str, Any]) -> None:
         _write_documents(out / "documents.jsonl", data, arm.kept)
     everything = {**record, "counts": counted(arm.weights, arm.kept), "controls": known, "signs": _signs(forget)}
     files.write(out, arm.weights, arm.kept, data.places, everything)
+
+
+def _query_gradient(config: SelectConfig) -> tuple[float, Params] | None:
+    """Value and gradient of the query of the scores, if they are one run's; several runs have no model in common."""
+    if len(config.scores) > 1 or not is_run(split_name(config.scores[0])[0]):
+        return None
+    native = find_native(config.scores[0])
+    return query_gradient(native.folder, native.query, native.columns)
 
 
 def _signs(forget: Scored) -> dict[str, int]:

@@ -21,7 +21,7 @@ from retrograd.runs.files import write_json
 from retrograd.runs.lock import locked
 from retrograd.runs.loggers import check_loggers
 from retrograd.runs.manifest import Manifest
-from retrograd.runs.run_folder import refuse_other, set_threads
+from retrograd.runs.run_folder import refuse_other
 from retrograd.runs.session import Session, Watcher, open_session
 from retrograd.runs.setup import Setup
 from retrograd.runs.states.budget import Replay
@@ -76,7 +76,6 @@ def open_folder(
         if config.overwrite:
             empty(config.run)  # only now that the new run is known to be sound
         manifest = Manifest(config.run / "manifest.json")
-        set_threads(manifest)
         refuse_other(config.run, manifest, setup)
         if finished:
             console.print(f"{config.run} is done{finished}")

@@ -18,7 +18,7 @@ from retrograd.settings.commands import EvaluateConfig
 from retrograd.settings.unlearn import UnlearnConfig, check_unlearn
 from retrograd.unlearn import guards
 from retrograd.unlearn.method import Unlearning
-from retrograd.unlearn.setup import assemble, reached, set_up_unlearning
+from retrograd.unlearn.setup import assemble, reached
 
 __all__ = ["unlearn"]
 
@@ -39,17 +39,18 @@ def unlearn(config: UnlearnConfig, console: Console | None = None) -> Outcome | 
     check_unlearn(config)
     expected = list[str]()
 
-    def about(setup: Setup) -> dict[str, Any]:
-        objective, stream = setup.objective, setup.stream
+    def load() -> tuple[Loaded, dict[str, Any]]:
+        loaded = assemble(config)
+        objective, stream = loaded.objective, loaded.stream
         assert isinstance(objective, Unlearning)
         assert isinstance(stream, PairStream)
-        expected.extend(reached(setup))
+        expected.extend(reached(loaded))
         flags = guards.flags(objective)
         for flag in flags:
             console.print(f"Beware: {flag}", style="yellow")
         sizes = dict(zip(("forget", "retain", "alternative"), stream.sizes))
         method = objective.method
-        return {"method": method.name, "formula": method.formula, "flags": flags, "pairs": sizes}
+        return loaded, {"method": method.name, "formula": method.formula, "flags": flags, "pairs": sizes}
 
     def check_end(setup: Setup, final: State) -> None:
         guards.check_changed(setup.initial.params, final.params, expected)
@@ -58,19 +59,11 @@ def unlearn(config: UnlearnConfig, console: Console | None = None) -> Outcome | 
         check_end(loaded, final)
         leave_model(config, loaded, manifest, final)
 
-    def load() -> tuple[Setup, dict[str, Any]]:
-        setup = set_up_unlearning(config)
-        return setup, about(setup)
-
-    def load_attributed() -> tuple[Loaded, dict[str, Any]]:
-        loaded = assemble(config)
-        return loaded, about(loaded)
-
     outcome = None
     if config.attribute is None:
         carry_out(config, "unlearn", load, console, check_end)
     else:
-        outcome = carry_out_attributed(config, "unlearn", load_attributed, console, trained, lambda: exported(config))
+        outcome = carry_out_attributed(config, "unlearn", load, console, trained, lambda: exported(config))
     _judge(config, console)
     return outcome
 

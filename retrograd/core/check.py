@@ -4,7 +4,6 @@ unrolled            one autograd graph through all of training: the naive twin, 
 forward_mode        ⟨∂φ/∂w, v⟩ by forward-mode differentiation through the run, with no reverse sweep
 forward_tangent     θ̇_T along v by Hessian-vector products, for models without forward-mode derivatives
 central_difference  (φ(w + hv) − φ(w − hv))/2h by retraining
-extrapolated_slope  the same from several h, with an error estimate
 taylor_errors       |φ(w + εv) − φ(w) − ε⟨τ, v⟩| by retraining: falls as ε² if τ is right, as ε if it is not
 
 All want float64. The first three share autograd with the sweep, so a graph that is cut looks the same to them; the
@@ -13,9 +12,7 @@ others retrain and do not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +35,7 @@ from retrograd.core.step import (
 from retrograd.core.sweep import Query
 
 __all__ = [
-    "Measured",
     "central_difference",
-    "extrapolated_slope",
     "forward_mode",
     "forward_tangent",
     "relative_error",
@@ -48,14 +43,6 @@ __all__ = [
     "train",
     "unrolled",
 ]
-
-
-class Measured(NamedTuple):
-    """A slope measured by retraining, [K], with its uncertainty [K]; retrainings it took."""
-
-    slope: Tensor
-    uncertainty: Tensor
-    trainings: int
 
 
 def train(
@@ -170,80 +157,6 @@ def taylor_errors(
     here = query(train(training, params).params)[0]
     there = [query(train(training, params, training.weights + e * direction).params)[0] for e in sizes]
     return torch.stack([(phi - here - e * slope).abs() for phi, e in zip(there, sizes)])
-
-
-def extrapolated_slope(
-    values: Callable[[float], Tensor], sizes: Sequence[float], noise: float, goal: Tensor, expected: Tensor
-) -> Measured:
-    """dφ/dh at 0 from central differences D(h) at falling h, extrapolated to h = 0.
-
-        E_i = D_i + (D_i − D_{i−1})/(f − 1), f = (h_{i−1}/h_i)²        uncertainty |E_i − E_{i−1}| + noise·|φ|/h_i
-
-    A rough φ has another slope at a larger scale, and differences that agree there would be sure of a wrong one. So a
-    size counts only where D_{i−1} − D_{i−2} is f times D_i − D_{i−1}, give or take 1.7, or both are rounding, and no
-    later D is farther from E_i. It stops early only at the slope expected; another one has to outlast every size. And
-    since a few rough differences now and then agree by chance, another one has to have two sizes in a row that count,
-    is measured again at the sizes in between, and is no surer than the two are near, or than |D_i − D_{i−2}| of either.
-    Richardson, Phil. Trans. R. Soc. A 210 (1911) 307.
-
-    Args:
-        values: h → φ [K] at that place.
-        sizes: Falling h, each the same multiple of the next; at least three.
-        noise: Rounding error to be expected of a value of φ, relative to it.
-        goal: Uncertainty that is good enough, [K] float64.
-        expected: Slope at which an early stop is allowed, [K] float64, within twice the goal.
-    Returns:
-        The surest slopes; where no size counts their uncertainty is infinite.
-
-    >>> goal = torch.zeros(1, dtype=torch.float64)
-    >>> extrapolated_slope(lambda h: goal.new_tensor([h]).sin(), (0.04, 0.02, 0.01), 1e-16, goal, goal + 1).slope
-    tensor([1.0000], dtype=torch.float64)
-    """
-    first, spread = _ladder(values, sizes, noise, goal, expected)
-    apart = (first.slope - expected).abs()
-    doubted = torch.isfinite(first.uncertainty) & (apart > torch.maximum(2 * goal, first.uncertainty))
-    if not doubted.any():
-        return first
-    between = (sizes[1] / sizes[0]) ** 0.5
-    second, other = _ladder(values, [h * between for h in sizes], noise, goal, expected)
-    distance = (first.slope - second.slope).abs()
-    widest = torch.stack([first.uncertainty, second.uncertainty, distance, spread, other]).amax(0)
-    uncertainty = torch.where(doubted, widest, first.uncertainty)
-    return Measured(first.slope, uncertainty, first.trainings + second.trainings)
-
-
-def _ladder(
-    values: Callable[[float], Tensor], sizes: Sequence[float], noise: float, goal: Tensor, expected: Tensor
-) -> tuple[Measured, Tensor]:
-    """The surest extrapolation along one ladder of sizes, and how far its differences are apart, [K].
-
-    These are infinitely far apart where no two sizes in a row count.
-    """
-    factor, spread = (sizes[0] / sizes[1]) ** 2, goal * 0
-    counted = settled = torch.zeros_like(goal, dtype=torch.bool)
-    slope, uncertainty, distance = goal * 0, torch.full_like(goal, torch.inf), goal * 0
-    differences: list[Tensor] = []
-    for h in sizes:
-        ahead, behind = values(h).to(goal), values(-h).to(goal)
-        differences.append((ahead - behind) / (2 * h))
-        if len(differences) < 3:
-            continue
-        before, last, now = differences[-3:]
-        rounding = noise * torch.maximum(ahead.abs(), behind.abs()) / h
-        uncertainty[(now - slope).abs() > distance + rounding + uncertainty] = torch.inf
-        earlier, later = last - before, now - last
-        smooth = (earlier / later / factor).log().abs() <= math.log(1.7)  # NaN for opposite signs: not smooth
-        counts = smooth | (torch.maximum(earlier.abs(), later.abs()) <= rounding)
-        settled, counted = settled | (counts & counted), counts
-        found = now + later / (factor - 1)
-        error = (found - last - earlier / (factor - 1)).abs() + rounding
-        better = counts & (error < uncertainty)
-        slope, uncertainty = torch.where(better, found, slope), torch.where(better, error, uncertainty)
-        distance = torch.where(better, (now - found).abs(), distance)
-        spread = torch.where(better, (now - before).abs(), spread)
-        if ((uncertainty <= goal) & ((slope - expected).abs() <= 2 * goal)).all():
-            break
-    return Measured(slope, uncertainty, 2 * len(differences)), torch.where(settled, spread, torch.inf)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -14,10 +14,12 @@ Sources: Griewank & Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000, doi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
+
+from retrograd.core import rules
 
 __all__ = [
     "Action",
@@ -172,7 +174,7 @@ def save_all(steps: int) -> Plan:
     >>> check(save_all(100), 100)[:3]
     (99, 0, 100)
     """
-    return _fresh(steps, _hold_all)
+    return _fresh(steps, rules.hold_all)
 
 
 def interval(steps: int, every: int) -> Plan:
@@ -184,7 +186,7 @@ def interval(steps: int, every: int) -> Plan:
     (180, 81, 19)
     """
     _need_positive(every=every)
-    return _fresh(steps, partial(_hold_segment, every))
+    return _fresh(steps, partial(rules.hold_segment, every))
 
 
 def sqrt(steps: int) -> Plan:
@@ -205,7 +207,7 @@ def log(steps: int) -> Plan:
     >>> check(log(1024), 1024)[1:3]
     (4097, 10)
     """
-    return _fresh(steps, _hold_middle)
+    return _fresh(steps, rules.hold_middle)
 
 
 def binomial(steps: int, slots: int) -> Plan:
@@ -217,7 +219,7 @@ def binomial(steps: int, slots: int) -> Plan:
     True
     """
     _need_positive(slots=slots)
-    return _fresh(steps, partial(_hold_binomial, slots))
+    return _fresh(steps, partial(rules.hold_binomial, slots))
 
 
 def binomial_advances(steps: int, slots: int) -> int:
@@ -227,7 +229,7 @@ def binomial_advances(steps: int, slots: int) -> int:
     (15, 45, 9)
     """
     _need_positive(steps=steps, slots=slots)
-    repeats = _repeats(steps, slots)
+    repeats = rules.repeats(steps, slots)
     return repeats * steps - math.comb(slots + repeats, repeats - 1) if repeats else 0
 
 
@@ -238,7 +240,7 @@ def enough(steps: int, repeats: int) -> int:
     (10, 64)
     """
     slots = 1
-    while _repeats(steps, slots) > repeats:
+    while rules.repeats(steps, slots) > repeats:
         slots += 1
     return slots
 
@@ -278,7 +280,7 @@ def resumed(steps: int, held: Iterable[int], slots: int, *, turn: bool) -> Plan:
             f"cannot resume: the states held below step {steps} are {_some(bases)}, and the lowest has to be state 0, "
             "or nothing can be replayed up to the first steps. Train again from the start."
         )
-    rule = partial(_hold_binomial, slots + 1)
+    rule = partial(rules.hold_binomial, slots + 1)
     actions: list[Action] = []
     for base, stop in zip(bases, [steps, *bases]):
         actions.append(Restore(base))
@@ -286,18 +288,13 @@ def resumed(steps: int, held: Iterable[int], slots: int, *, turn: bool) -> Plan:
     return tuple(actions)
 
 
-# From the working state `here`, just held, `last` being the next step to reverse and `held` the slots in use:
-# the next state to hold, at most `last`, or None to advance to `last` and hold nothing more.
-_Rule = Callable[[int, int, int], int | None]
-
-
-def _fresh(steps: int, rule: _Rule) -> Plan:
+def _fresh(steps: int, rule: rules.Rule) -> Plan:
     """A whole run from the working state 0."""
     _need_positive(steps=steps)
     return (Snapshot(0), *_sweep(0, steps, rule, turn=True))
 
 
-def _sweep(base: int, stop: int, rule: _Rule, *, turn: bool) -> Iterator[Action]:
+def _sweep(base: int, stop: int, rule: rules.Rule, *, turn: bool) -> Iterator[Action]:
     """Reverse steps stop-1 … base from the working state `base`, which is held, and drop it at the end."""
     held, here = [base], base  # the slots are a stack: the topmost is the latest state, and the first to go
     for last in reversed(range(base, stop)):
@@ -316,51 +313,6 @@ def _sweep(base: int, stop: int, rule: _Rule, *, turn: bool) -> Iterator[Action]
         if held:
             here = held[-1]
             yield Restore(here)
-
-
-def _hold_all(here: int, last: int, held: int) -> int:
-    return here + 1
-
-
-def _hold_segment(every: int, here: int, last: int, held: int) -> int:
-    """Bases below the segment of `last`, and every state within it."""
-    return here + 1 if here >= last // every * every else here + every
-
-
-def _hold_middle(here: int, last: int, held: int) -> int | None:
-    middle = (here + last + 1) // 2
-    return middle if middle < last else None
-
-
-def _hold_binomial(slots: int, here: int, last: int, held: int) -> int | None:
-    length = _binomial_length(last + 1 - here, slots - held + 1)  # slots - held are free, and `here` has its own
-    return here + length if here + length < last else None
-
-
-@lru_cache(maxsize=1 << 16)
-def _binomial_length(steps: int, slots: int) -> int:
-    """How far to advance before the next snapshot, to reverse `steps` ≥ 2 steps with `slots`.
-
-    Every m is optimal that leaves the left part, of m steps, one repeat fewer than the right part, which has one slot
-    fewer. This is the m of Griewank & Walther (p. 34), which takes the fewest snapshots too.
-    """
-    if slots == 1:
-        return steps - 1  # no slot for a snapshot; and no need to count up to r = steps - 1
-    repeats = _repeats(steps, slots)
-    if repeats == 1:
-        return 1  # a slot for every state
-    least, most = math.comb(slots + repeats - 2, slots), math.comb(slots + repeats - 1, slots)
-    right = math.comb(slots + repeats - 2, slots - 1) + math.comb(slots + repeats - 3, slots - 2)
-    return min(max(least, steps - right), most)
-
-
-def _repeats(steps: int, slots: int) -> int:
-    """The least r with C(slots + r, slots) ≥ steps: how often any one step is taken at most."""
-    repeats, reach = 0, 1
-    while reach < steps:
-        repeats += 1
-        reach = reach * (slots + repeats) // repeats
-    return repeats
 
 
 @dataclass(slots=True)

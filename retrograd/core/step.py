@@ -9,10 +9,8 @@ does the gradient half (everything that runs the model), the optimizer the updat
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -44,7 +42,6 @@ __all__ = [
     "micro_batches_of",
     "needs_gradient",
     "pullback",
-    "random_draws",
     "refuse_nonfinite",
     "recovered",
     "step",
@@ -111,27 +108,13 @@ class State(NamedTuple):
     moments: Moments
 
 
-class Left(NamedTuple):
-    """What a gradient found at x and leaves for its pullback: of use where the pullback comes to the same bits of x."""
-
-    place: Tensor
-    found: Any
-
-    @classmethod
-    def of(cls, x: Tensor, found: Any) -> Left | None:
-        """None where nothing was found."""
-        return None if found is None else cls(tree.bit_sums(x), found)
-
-    def at(self, x: Tensor) -> Any:
-        return self.found if torch.equal(self.place, tree.bit_sums(x)) else None
-
-
 class Stepped(NamedTuple):
     """A step's outcome: the next state, the weighted batch loss in nats, and ‖g‖ before clipping.
 
     swallowed: share of parameters with a gradient that the update did not move, because it rounded to nothing; None at
     steps where it was not counted.
-    grads: the gradient before clipping; left: what it leaves for its pullback, if anything. The sweep takes both out.
+    grads: the gradient before clipping; residual: what it leaves for its pullback, if anything. The sweep
+    takes both out.
     """
 
     state: State
@@ -139,7 +122,7 @@ class Stepped(NamedTuple):
     grad_norm: float
     swallowed: float | None = None
     grads: Params | None = None
-    left: Any = None
+    residual: Any = None
 
 
 class Pulled(NamedTuple):
@@ -175,9 +158,9 @@ class Engine(Protocol):
         """Whether the objective is linear in its coefficients."""
 
     def gradient(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Any:
-        """(loss [], gradient, what is left for the pullback) of the sum over micro-batches.
+        """(loss [], gradient, residual) of the sum over micro-batches.
 
-        What is left is a tree of tensors that the pullback at the same place would find again, to the same bits; None
+        The residual is a tree of tensors that the pullback at the same place would find again, to the same bits; None
         if there is nothing.
         """
 
@@ -193,11 +176,11 @@ class Engine(Protocol):
         weights: Tensor,
         seed: str | None,
         bars: Params,
-        left: Any = None,
+        residual: Any = None,
     ) -> tuple[Params, Tensor]:
         """What `linearize` pulls, without the gradient: for a ḡ that is known.
 
-        `left` is what `gradient` left, if it is at hand.
+        `residual` is what `gradient` left, if it is at hand.
         """
 
     def repeats(self, batches: Sequence[Batch]) -> bool:
@@ -229,7 +212,7 @@ def step(training: Training, state: State) -> Stepped:
         NonFiniteError: If the loss or the gradient is not finite; it names the step.
     """
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
-    loss, grads, left = training.engine.gradient(state.params, batches, training.weights, seed)
+    loss, grads, residual = training.engine.gradient(state.params, batches, training.weights, seed)
     grads = _in_order(grads)
     value, norm = float(loss), float(tree.norm(grads))
     if fault := left_finite(state.step, value, norm):
@@ -237,7 +220,7 @@ def step(training: Training, state: State) -> Stepped:
     after = again(recipe, state, grads)
     with torch.no_grad():
         swallowed = _swallowed(state.params, after.params, grads) if _counted(state.step) else None
-    return Stepped(after, value, norm, swallowed, grads, left)
+    return Stepped(after, value, norm, swallowed, grads, residual)
 
 
 def left_finite(step: int, loss: float, grad_norm: float) -> str | None:
@@ -304,7 +287,7 @@ def pullback(
     cotangent: Cotangent,
     probe: Params | None = None,
     grads: Params | None = None,
-    left: Any = None,
+    residual: Any = None,
 ) -> Pulled:
     """λ_{t+1} → λ_t, and this step's share of the scores.
 
@@ -313,14 +296,14 @@ def pullback(
         cotangent: λ_{t+1}, tensors [K, *shape].
         probe: A direction u; the Hessian-vector product Hu comes out of the same graph as one more query.
         grads: The step's gradient, if it is known; computed if not, where it is needed.
-        left: What the gradient left, if it is at hand; no result depends on it.
+        residual: What the gradient left, if it is at hand; no result depends on it.
     """
     recipe, (batches, seed) = training.recipe, micro_batches_of(training, state.step)
     queries, place = len(next(iter(cotangent.params.values()))), (state.params, batches, training.weights, seed)
     if grads is None and needs_gradient(training, state.step):
         grads, pull = training.engine.linearize(*place)
     else:
-        pull = partial(training.engine.pullback, *place, left=left)
+        pull = partial(training.engine.pullback, *place, residual=residual)
     half = _pull_update(recipe, state, grads, cotangent, probe)
     del cotangent, grads  # their memory is the engine's now, if the caller has let go of them too
     curvature, scores = pull(half.bars.take())
@@ -387,18 +370,6 @@ def micro_batches_of(training: Training, step: int) -> tuple[list[Batch], str | 
     recipe = training.recipe
     seed = f"{recipe.seed}/{step}" if recipe.stochastic else None
     return micro_batches(training.stream[step], recipe.micro_batch_size), seed
-
-
-@contextmanager
-def random_draws(seed: str | None, part: int) -> Iterator[None]:
-    """Random numbers as a function of (seed, step, micro-batch), without disturbing the caller's."""
-    if seed is None:
-        yield
-        return
-    drawn = hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=7).digest()
-    with torch.random.fork_rng():
-        torch.manual_seed(int.from_bytes(drawn))
-        yield
 
 
 def _in_order(grads: Params) -> Params:

@@ -7,8 +7,8 @@ had. It yields what happened, so that whoever runs it records, draws and saves; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from retrograd.core import memory, tree
 from retrograd.core import plan as plans
 from retrograd.core.optim import Cotangent, Moments, Params
+from retrograd.core.residuals import Residuals
+from retrograd.core.slots import Gradients, Ledger, MemorySlots, Slots
 from retrograd.core.step import (
     NonFiniteError,
     Pulled,
@@ -34,16 +36,10 @@ from retrograd.core.step import (
 
 __all__ = [
     "Advanced",
-    "Gradients",
-    "Leavings",
-    "Ledger",
-    "MemorySlots",
     "NonFiniteError",
     "Query",
     "Remade",
-    "ReplayDriftError",
     "Reversed",
-    "Slots",
     "Turned",
     "accumulate",
     "first_time",
@@ -54,10 +50,6 @@ __all__ = [
 
 Query = Callable[[Params], tuple[Tensor, Params]]
 """params → (values φ [K] in nats, gradients [K, *shape])."""
-
-
-class ReplayDriftError(RuntimeError):
-    """A replayed state differs from the original one."""
 
 
 class Advanced(NamedTuple):
@@ -103,112 +95,12 @@ def first_time(event: Event) -> TypeGuard[Advanced | Turned]:
     return isinstance(event, Turned) or (isinstance(event, Advanced) and not event.replayed)
 
 
-@runtime_checkable
-class Slots(Protocol):
-    """Where held states are."""
-
-    def put(self, state: State) -> None: ...
-
-    def get(self, step: int) -> State: ...
-
-    def drop(self, step: int) -> None: ...
-
-
-@runtime_checkable
-class Gradients(Protocol):
-    """Where the gradients of steps are kept, before clipping: a step whose gradient is there is taken again by its
-    update alone. Any of them may be missing; that costs the step's gradient and changes no bit.
-    """
-
-    def put(self, step: int, grads: Params) -> None: ...
-
-    def get(self, step: int) -> Params | None: ...
-
-    def drop(self, step: int) -> None: ...
-
-
-class MemorySlots:
-    """Slots that keep states as they are, by reference: safe, for nothing in a step writes in place."""
-
-    def __init__(self) -> None:
-        self.states: dict[int, State] = {}
-
-    def put(self, state: State) -> None:
-        self.states[state.step] = state
-
-    def get(self, step: int) -> State:
-        return self.states[step]
-
-    def drop(self, step: int) -> None:
-        del self.states[step]
-
-
-@dataclass
-class Ledger:
-    """Digests of every state of the original run; a replayed state has to match.
-
-    >>> ledger = Ledger(); ledger.check(State(1, {"x": torch.ones(2)}, {}))  # first time: recorded
-    """
-
-    digests: dict[int, str] = field(default_factory=dict)
-
-    def check(self, state: State) -> None:
-        """Record the state's digest, or compare it.
-
-        Raises:
-            ReplayDriftError: If it was recorded with other bits.
-        """
-        found = tree.digest((state.params, state.moments))
-        expected = self.digests.setdefault(state.step, found)
-        if found != expected:
-            raise ReplayDriftError(
-                f"replayed state {state.step} has digest {found[-12:]}, the original run had {expected[-12:]}: scores "
-                "from it would be another run's. The arithmetic changed between training and replay (another "
-                "machine, thread count or library, or a nondeterministic kernel); train again on one configuration."
-            )
-
-
-class Leavings:
-    """What the gradients of the latest steps left for their pullbacks, up to a number of bytes; the oldest go first.
-
-    A pullback finds the same without: this saves work and changes no bit.
-
-    >>> left = Leavings(8); left.put(1, torch.zeros(1)); left.put(2, torch.zeros(2)); left.take(1), left.take(2)
-    (None, tensor([0., 0.]))
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self._size = limit, 0
-        self._kept: dict[int, Any] = {}
-
-    @classmethod
-    def of(cls, training: Training, state: State) -> Leavings:
-        """A quarter of a state's bytes; nothing where the sweep computes every gradient anyway."""
-        steps = range(len(training.stream))
-        known = recovered(training.recipe, state, state.moments) is not None
-        known = known or not all(needs_gradient(training, step) for step in steps)
-        return cls(tree.nbytes(state) // 4 if known else 0)
-
-    def put(self, step: int, left: Any) -> None:
-        self.take(step)
-        self._kept[step] = left
-        self._size += tree.nbytes(left)
-        while self._size > self.limit:
-            self.take(next(iter(self._kept)))
-
-    def take(self, step: int) -> Any:
-        """What step `step` left, given away; None if it is not here."""
-        left = self._kept.pop(step, None)
-        self._size -= tree.nbytes(left)
-        return left
-
-
 def sweep(
     actions: Iterable[plans.Action],
     training: Training,
     slots: Slots,
     ledger: Ledger,
-    left: Leavings,
+    residuals: Residuals,
     *,
     state: State | None = None,
     cotangent: Cotangent | None = None,
@@ -219,22 +111,20 @@ def sweep(
     """Execute actions of a plan, yielding an event for each step taken or reversed.
 
     A whole plan is swept in two parts: up to and including its Turn, with `state`; and from there on, with the working
-    state the first part ends with (state T−1), the query's cotangent and the same `left` and `gradients`. `after` is
-    the final state, if it is at hand; of each state the moments are held until the step before it is reversed, for they
-    give that step's gradient back. Where they are missing the step is taken again, so that the bits do not depend on
-    it. `gradients` are given that of every step taken, and asked for those of steps to be taken again. With
-    `curvature`, one more Hessian-vector product a step drives a power iteration for the largest eigenvalue, carried
-    from step to step.
+    state the first part ends with (state T−1), the query's cotangent and the same `residuals` and `gradients`.
+    `after` is the final state, if it is at hand; of each state the moments are held until the step before it is
+    reversed, for they give that step's gradient back. Where they are missing the step is taken again, so that the bits
+    do not depend on it. `gradients` are given that of every step taken, and asked for those of steps to be taken again.
+    With `curvature`, one more Hessian-vector product a step drives a power iteration for the largest eigenvalue,
+    carried from step to step.
 
     Raises:
         ReplayDriftError: If a replayed state has other bits than the original.
         NonFiniteError: If a loss, a gradient, the final state or a cotangent is not finite; it names the step.
     """
-    probe = _random_probe(cotangent.params) if curvature and cotangent is not None else None
-    reached = (after.step, after.moments) if after is not None else None
-    carried = memory.Owned(cotangent) if cotangent is not None else memory.Owned[Cotangent]()
+    take = _Steps(training, ledger, residuals, gradients)
+    back = _Back(take, cotangent, after, curvature)
     del after, cotangent
-    take = _Steps(training, ledger, left, gradients)
     for action in actions:
         match action:
             case plans.Advance(start, stop):
@@ -260,18 +150,7 @@ def sweep(
             case plans.Reverse(t):
                 assert state is not None, "a Reverse needs a working state"
                 assert state.step == t, "the plan was checked"
-                if reached is None or reached[0] != t + 1:
-                    reached = (t + 1, take.moments(state))
-                # handed over, so that what the update half has used up is free before the engine begins
-                grads = memory.Owned(take.gradient(state, reached[1]))
-                reached = (t, state.moments)
-                pulled = pullback(training, state, carried.take(), probe, grads.take(), left.take(t))
-                carried.put(pulled.cotangent)
-                probe = _unit(pulled.probe)
-                if gradients is not None:
-                    gradients.drop(t)
-                yield _reversed(t, pulled)
-                del pulled
+                yield back.step(state)
 
 
 def metagradient(
@@ -304,8 +183,8 @@ def metagradient(
     turn = next(i for i, action in enumerate(actions) if isinstance(action, plans.Turn)) + 1
     slots, ledger = MemorySlots(), Ledger()
     state, final = initial_state(training.recipe, params), None
-    left = Leavings.of(training, state)
-    for event in sweep(actions[:turn], training, slots, ledger, left, state=state):
+    residuals = Residuals.of(training, state)
+    for event in sweep(actions[:turn], training, slots, ledger, residuals, state=state):
         observe(event)
         if isinstance(event, Advanced):
             state = event.outcome.state
@@ -315,7 +194,9 @@ def metagradient(
     values, gradient = query(final.params)
     cotangent = seed_cotangent(gradient, final)
     scores = torch.zeros((len(values), *training.weights.shape), dtype=training.weights.dtype)
-    for event in sweep(actions[turn:], training, slots, ledger, left, state=state, cotangent=cotangent, after=final):
+    for event in sweep(
+        actions[turn:], training, slots, ledger, residuals, state=state, cotangent=cotangent, after=final
+    ):
         observe(event)
         if isinstance(event, Reversed):
             accumulate(scores, event)
@@ -345,7 +226,7 @@ class _Steps:
 
     training: Training
     ledger: Ledger
-    left: Leavings
+    residuals: Residuals
     gradients: Gradients | None
 
     def step(self, state: State) -> Advanced | Remade:
@@ -357,12 +238,12 @@ class _Steps:
         """The step, with its gradient."""
         replayed = state.step + 1 in self.ledger.digests
         outcome = step(self.training, state)
-        self.left.put(state.step, outcome.left)
+        self.residuals.put(state.step, outcome.residual)
         if self.gradients is not None:
             assert outcome.grads is not None, "a step has a gradient"
             self.gradients.put(state.step, outcome.grads)
         self.ledger.check(outcome.state)
-        return Advanced(state.step, outcome._replace(grads=None, left=None), replayed)
+        return Advanced(state.step, outcome._replace(grads=None, residual=None), replayed)
 
     def again(self, state: State) -> Remade | None:
         """The step by its update alone; None if its gradient is not kept, or what came of it not known."""
@@ -389,6 +270,39 @@ class _Steps:
             return found
         batches, _ = micro_batches_of(self.training, state.step)
         return self.gradients.get(state.step) if self.training.engine.repeats(batches) else None
+
+
+class _Back:
+    """The way back: the cotangent it carries, and the moments after the step that is next.
+
+    Args:
+        take: Ways to take a step.
+        cotangent: λ_T; None where the sweep does not come to a step to reverse.
+        after: The state T, if it is at hand.
+        curvature: Whether a probe of the Hessian is carried along.
+    """
+
+    def __init__(self, take: _Steps, cotangent: Cotangent | None, after: State | None, curvature: bool) -> None:
+        self.take = take
+        self._probe = _random_probe(cotangent.params) if curvature and cotangent is not None else None
+        self._after = (after.step, after.moments) if after is not None else None
+        self._carried = memory.Owned(cotangent) if cotangent is not None else memory.Owned[Cotangent]()
+
+    def step(self, state: State) -> Reversed:
+        """Pull the cotangent back through the step of this state."""
+        take, t = self.take, state.step
+        if self._after is None or self._after[0] != t + 1:
+            self._after = (t + 1, take.moments(state))
+        # handed over, so that what the update half has used up is free before the engine begins
+        grads = memory.Owned(take.gradient(state, self._after[1]))
+        self._after = (t, state.moments)
+        given = (take.training, state)  # the rest is handed over
+        pulled = pullback(*given, self._carried.take(), self._probe, grads.take(), take.residuals.take(t))
+        self._carried.put(pulled.cotangent)
+        self._probe = _unit(pulled.probe)
+        if take.gradients is not None:
+            take.gradients.drop(t)
+        return _reversed(t, pulled)
 
 
 def _reversed(step: int, pulled: Pulled) -> Reversed:

@@ -146,7 +146,7 @@ def _main(spec: ExperimentSpec, own: list[Line], base: Measured | None, never: M
         seconds = list(line.result.seconds.values())
         cells = (
             arm.method, arm.weighting + (" *" if line.reaches else ""), tuned, count, _cell(line.forget, 100),
-            _cell(line.position, 1, 2), _cell(line.retain, 100), _cell(line.kl, 1, 4),
+            _position(line), _cell(line.retain, 100), _cell(line.kl, 1, 4),
             ", ".join(f"{value:.3g}" for value in line.perplexity.values()), _verdicts(line.result),
             f"{np.mean(seconds):.0f}" if seconds else "",
         )  # fmt: skip
@@ -158,6 +158,11 @@ def _model_row(spec: ExperimentSpec, name: str, model: Measured) -> str:
     forget, retain = ("missing" if right is None else f"{100 * right.mean():.1f}" for right in rights)
     perplexity = ", ".join(f"{value:.3g}" for value in model.perplexity.values())
     return f"| {name} | | | | {forget} | | {retain} | | {perplexity} | | |"
+
+
+def _position(line: Line) -> str:
+    """Nothing where the two models do not differ."""
+    return "" if line.position is None and line.forget is not None else _cell(line.position, 1, 2)
 
 
 def _verdicts(arm: ArmResult) -> str:

@@ -11,11 +11,12 @@ Two tasks that are made of the same are one; two that are not have different nam
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from retrograd.evaluate.ownership import content
 from retrograd.settings.experiment import AskedSpec, ExperimentSpec, WeightingSpec
@@ -26,6 +27,7 @@ from retrograd.unlearn.methods import find_method
 
 __all__ = ["Kind", "Maker", "Task", "dataset_of", "merged", "unlearn_config"]
 
+T = TypeVar("T")
 Kind = Literal["scores", "select", "analyse", "train", "measure"]
 _RULE = ("rule", "use", "alpha", "soft", "clip", "q", "k")
 
@@ -38,14 +40,34 @@ class Task(NamedTuple):
     needs: tuple[str, ...]
     what: dict[str, Any]
 
+    @property
+    def label(self) -> str:
+        """The readable part of its name."""
+        return self.name.partition(".")[2].rpartition(".")[0]
+
+
+def _once(make: Callable[..., T]) -> Callable[..., T]:
+    """The same task is asked for whenever somebody looks what is to be done."""
+
+    @functools.wraps(make)
+    def made(maker: Maker, *given: Any) -> T:
+        key = (make.__name__, *(one.name if isinstance(one, Task) else one for one in given))
+        if key not in maker.made:
+            maker.made[key] = make(maker, *given)
+        found: T = maker.made[key]
+        return found
+
+    return made
+
 
 class Maker:
     """Makes the tasks of an experiment; what they read is hashed once."""
 
     def __init__(self, spec: ExperimentSpec) -> None:
-        self.spec, self.contents = spec, dict[str, str | None]()
+        self.spec, self.contents, self.made = spec, dict[str, str | None](), dict[tuple, Any]()
         self.common = build(UnlearnConfig, {**spec.settings, **_corpora(spec)}, "settings of all methods")
 
+    @_once
     def scores(self, name: str, corpus: int) -> Task:
         """The run that scores one corpus's tokens."""
         given, source = self.spec.scores[name], parse_source(self.spec.corpora.forget[corpus], self.common)
@@ -59,6 +81,7 @@ class Maker:
         read = [self.spec.base, str(source.dataset), *(str(one.dataset) for one in given.queries.values())]
         return self._task("scores", f"{name}-{corpus}", (), {"settings": config}, read)
 
+    @_once
     def select(self, name: str, corpus: int, seed: int) -> tuple[Task, list[Task]]:
         """The weights of one corpus's tokens, and the runs that they are made of."""
         weighting = self.spec.weightings[name]
@@ -72,6 +95,7 @@ class Maker:
         read = [str(weighting.keywords)] if weighting.keywords else []
         return self._task("select", label, [task.name for task in needs], what, read), needs
 
+    @_once
     def analyse(self, name: str, corpus: int) -> tuple[Task, list[Task]]:
         """The comparison of two score sets of one corpus."""
         rule = self.spec.analyses[name]
@@ -79,6 +103,7 @@ class Maker:
         what["alpha"] = rule.alpha
         return self._task("analyse", f"{name}-{corpus}", [task.name for task in needs], what, []), needs
 
+    @_once
     def train(self, method: str, weighting: str, seed: int, setting: tuple[str, float] | None) -> list[Task]:
         """An unlearning, behind all that has to be done before it."""
         config = self.config(method, seed, setting)
@@ -95,11 +120,12 @@ class Maker:
             read.append(config.method)
         return [*before, self._task("train", f"{method}-{weighting}-s{seed}{chosen}", weights, what, read)]
 
+    @_once
     def measure(self, model: Task | str, split: Literal["tune", "report"]) -> Task:
         """Ask a model, or the model of a training, what belongs to a split, and that alone."""
         asked: AskedSpec = self.spec.tune if split == "tune" else self.spec.report
         trained = isinstance(model, Task)
-        label = model.name.split(".")[1] if isinstance(model, Task) else model.rstrip("/").rpartition("/")[2]
+        label = model.label if isinstance(model, Task) else model.rstrip("/").rpartition("/")[2]
         what = {
             "split": split, "model": {"task": model.name} if isinstance(model, Task) else {"folder": model},
             "base": self.spec.base, "tasks": {name: asdict(task) for name, task in asked.tasks.items()},

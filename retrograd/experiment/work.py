@@ -13,10 +13,11 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -28,9 +29,10 @@ from retrograd.experiment.tasks import Maker, Task
 from retrograd.runs.errors import RunError
 from retrograd.runs.progress import progress_goes_to
 
-__all__ = ["Stop", "StoppedError", "stoppable", "work"]
+__all__ = ["STARTED_BY", "Stop", "StoppedError", "stoppable", "work"]
 
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)
+STARTED_BY = "RETROGRAD_STARTED_BY"  # in a worker's environment: the process that it ends with
 _GRACE = 20.0  # seconds that a training gets to come to a durable point
 
 
@@ -39,9 +41,18 @@ class StoppedError(BaseException):
 
 
 class Stop:
-    """When the process was asked to end, in the file system's seconds; None so far."""
+    """When the process was asked to end, by a signal or by the end of whoever started it; None so far."""
 
-    asked: float | None = None
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.parent = os.environ.get(STARTED_BY)
+
+    @property
+    def asked(self) -> float | None:
+        """In the file system's seconds."""
+        if self.since is None and self.parent is not None and os.getppid() != int(self.parent):
+            self.since = time.time()
+        return self.since
 
 
 def work(maker: Maker, queue: Queue, runners: Runners, show: Callable[[Plan, str], None], stop: Stop) -> Plan:
@@ -80,9 +91,9 @@ def stoppable() -> Iterator[Stop]:
     stop = Stop()
 
     def ask(number: int, frame: Any) -> None:
-        if stop.asked is not None:
+        if stop.since is not None:
             raise StoppedError
-        stop.asked = time.time()
+        stop.since = time.time()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -104,7 +115,7 @@ def _carried(task: Task, lease: Lease, queue: Queue, runners: Runners, show: Cal
 
     settled = False
     try:
-        with (folder / "log.txt").open("a", encoding="utf8") as log, progress_goes_to(tell):
+        with (folder / "log.txt").open("a", encoding="utf8") as log, _warnings_to(log), progress_goes_to(tell):
             try:
                 tell("begins")
                 outcome = carry_out(task, folder, done, runners, Console(file=log, width=120))
@@ -124,6 +135,18 @@ def _carried(task: Task, lease: Lease, queue: Queue, runners: Runners, show: Cal
             queue.give_back(lease)
 
 
+@contextmanager
+def _warnings_to(log: TextIO) -> Iterator[None]:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        log.write(f"warning: {message}\n")
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 class _Telling:
     """What renews a lease: every piece of progress, though not more often than is of use."""
 
@@ -137,15 +160,15 @@ class _Telling:
             self.queue.beat(self.lease)
             self.beaten = now
             self.show(f"{self.task.name}: {text}")
-        if self.stop.asked is not None and (self._durable() or time.time() - self.stop.asked > _GRACE):
+        asked = self.stop.asked
+        if asked is not None and (self._durable(asked) or time.time() - asked > _GRACE):
             raise StoppedError
 
-    def _durable(self) -> bool:
+    def _durable(self, asked: float) -> bool:
         """Whether something durable is younger than the wish to end; what is no training has no such points."""
         if self.task.kind not in ("scores", "train"):
             return True
         points = (self.queue.place(self.lease) / "run" / "checkpoints").glob("*.safetensors")
-        asked = self.stop.asked or 0.0
         for path in points:
             try:
                 if os.stat(path).st_mtime >= asked:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -127,7 +126,7 @@ def _begin(config: LabConfig, settings: dict[str, Any], manifest: Manifest) -> d
         write_files(config.dir, files)
         tasks = write_task_files(config.dir, question_tasks(), CHOICES)
         save_random(config.dir / "models" / "random", make_words(files), _size(config))
-    manifest.update(**environment(torch.device("cpu")))
+    manifest.update(**environment())
     found = {"settings": settings, "files": describe_files(files), "lm_eval": tasks}
     write_json(path, found)
     return found

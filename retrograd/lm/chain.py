@@ -24,8 +24,8 @@ from retrograd.core.engine.double import Double
 from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
+from retrograd.lm.head import head_first, head_second
 from retrograd.lm.layout import Layout
-from retrograd.lm.loss import head_first, head_second
 from retrograd.lm.model import causal_objective, trainable
 from retrograd.lm.proof import form_of
 from retrograd.lm.spans import inner

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "load_module", "told"]
+__all__ = ["DTYPES", "load_module", "model_width", "told"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -80,17 +80,31 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _check_causal(name: str) -> None:
+def model_width(name: str) -> int:
+    """The size of the hidden states of a model, by its configuration alone.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return int(_configuration(name).get_text_config(decoder=True).hidden_size)
+
+
+def _configuration(name: str) -> Any:
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"cannot load model {name!r}: check the spelling and the network, or give a local folder saved with "
             f"save_pretrained. {told(error)}"
         ) from error
+
+
+def _check_causal(name: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = _configuration(name)
     found = getattr(config, "architectures", None) or []
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd.core.optim import Params
-from retrograd.core.step import Left
+from retrograd.core.residuals import Residual
 from retrograd.lm.checkpoint import DTYPES, load_module, told
+from retrograd.lm.head import fused_ce_again, fused_ce_leaving
 from retrograd.lm.layout import Layout, twice_differentiable
-from retrograd.lm.loss import fused_ce_again, fused_ce_leaving
 from retrograd.lm.spans import inner
 
 __all__ = [
@@ -256,11 +256,11 @@ class _Objective:
     def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         return self.leaving(params, inputs, coefficients)[0]
 
-    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, Left | None]:
+    def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, Residual | None]:
         return self.call(params, factors.dtype, inputs, factors)
 
-    def again(self, params: Params, inputs: Any, factors: Tensor, left: Left | None) -> Tensor:
-        return self.call(params, factors.dtype, inputs, factors, True, left)[0]
+    def again(self, params: Params, inputs: Any, factors: Tensor, residual: Residual | None) -> Tensor:
+        return self.call(params, factors.dtype, inputs, factors, True, residual)[0]
 
 
 class _Scored(nn.Module):
@@ -272,8 +272,8 @@ class _Scored(nn.Module):
         self.layout = layout
 
     def forward(
-        self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, left: Left | None = None
-    ) -> tuple[Tensor, Left | None]:
+        self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, residual: Residual | None = None
+    ) -> tuple[Tensor, Residual | None]:
         model, fused, calls = inner(self.module), self.layout.form.fused, self.layout.calls(inputs)
         found = [model.base_model(**one).last_hidden_state if fused else model(**one).logits for one in calls]
         whole = found[0] if len(found) == 1 else torch.cat(found, 1)
@@ -284,10 +284,10 @@ class _Scored(nn.Module):
         hidden = whole[states]
         operands = (hidden, head.weight, head.bias, targets, coefficients[place])
         if again:
-            known = None if left is None else left.at(hidden)
+            known = None if residual is None else residual.at(hidden)
             return fused_ce_again(*operands, known), None
         loss, pw = fused_ce_leaving(*operands)
-        return loss, Left.of(hidden, pw)
+        return loss, Residual.of(hidden, pw)
 
 
 class _Chosen(nn.Module):
@@ -334,5 +334,6 @@ def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:
             return get_peft_model(module, lora)
         except ValueError as error:
             raise ValueError(
-                f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}."
+                f"LoRA cannot be added: {error} Linear layers of this model: {', '.join(linear)}. Name those to adapt "
+                "with --lora.target_modules, or train the whole model with --lora.rank 0."
             ) from error

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from retrograd.data.rows import Rows
 from retrograd.durable import foreign, remove
+from retrograd.runs.arithmetic import begun_with, refuse_other_arithmetic
 from retrograd.runs.files import write_atomic
 from retrograd.runs.manifest import Manifest, environment
 from retrograd.runs.setup import Setup
@@ -58,21 +59,25 @@ def empty(run: Path) -> None:
 
 
 def begin(config: RunConfig, command: str, manifest: Manifest, setup: Setup, **more: Any) -> None:
-    """Write what the run is before its first step: its settings, and in the manifest what they led to."""
+    """Write what the run is before its first step: its settings, and in the manifest what they led to.
+
+    Raises:
+        ValueError: If it was begun with other arithmetic than this machine's; nothing is written then.
+    """
+    refuse_other_arithmetic(config.run, begun_with(config.run), setup.arithmetic)
     values = yaml.safe_dump(to_dict(config), sort_keys=False)
     write_atomic(config.run / "run_config.yaml", lambda temporary: temporary.write_text(values, encoding="utf8"))
-    compiled = {"compiled": True} if setup.engine.compiled else {}
     manifest.update(
         **more,
         command=command,
         identity=setup.identity,
         hashes=setup.hashes,
-        **environment(torch.device(setup.stream.device)),
-        threads=torch.get_num_threads(),
+        arithmetic=dataclasses.asdict(setup.arithmetic),
+        **environment(),
         steps=len(setup.stream),
         parameters=sum(leaf.numel() for leaf in setup.initial.params.values()),
         fused_head=setup.model.fused,
-        engine={"used": setup.engine.name, "why": setup.engine.why, **compiled},
+        **({} if "engine_why" in manifest.values else {"engine_why": setup.engine.why}),
         rows=_told(setup.stream.rows),
     )
 

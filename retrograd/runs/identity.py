@@ -33,7 +33,7 @@ from retrograd.lm.model import trainable
 
 __all__ = ["EDITION", "architecture", "canonical", "fingerprint", "held_tensors", "identify", "told_apart"]
 
-EDITION = "2"
+EDITION = "3"
 """Of what an identity covers; an identity begins with it, so that runs of before are told from runs of another kind."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
@@ -89,9 +89,10 @@ def told_apart(found: str | None, expected: str) -> str:
     """Why a file of identity `found` is no file of the run `expected`, in words, with what to do."""
     if found and not found.startswith(f"{EDITION}-"):
         return (
-            f"was written by an earlier version of retrograd (run {found}), whose hash of a run left out frozen "
-            "weights, buffers, the model's configuration and code, so that it cannot be told whether it belongs to "
-            f"this run, {expected}. Go on with the version it was begun with, or start afresh in another folder"
+            f"was written by an earlier version of retrograd (run {found}), whose hash of a run covered less "
+            "than now (its arithmetic; before that also frozen weights, buffers and code), so that it cannot be told "
+            f"whether it belongs to this run, {expected}. Go on with the version it was begun with, or start afresh in "
+            "another folder"
         )
     return (
         f"was written by another run ({found}; this run is {expected}): model, frozen weights, data, recipe or loss "

@@ -1,6 +1,7 @@
 """metrics.jsonl: what happened at each step, for people and for the checks of `runs.health`.
 
-A line per original training step (loss, lr, gradient norm, share of swallowed updates), per evaluated step (what was
+A line per original training step (loss, lr, gradient norm, share of swallowed updates, the terms of an objective that
+notes them), per evaluated step (what was
 found by task), and per reversed step (cotangent norm, mean |score|, the recipe's own gradients, curvature), each once
 however often the run was killed. A line that was lost all the same is written again: the run goes back to before it.
 """
@@ -29,9 +30,17 @@ class Journal:
     Args:
         optimizer: Whose learning rate is told.
         loggers: Get every line that stays: those there already, then the new ones.
+        noted: The terms of the loss that were computed since it was asked last, by name; asked at every event.
     """
 
-    def __init__(self, path: Path, optimizer: Optimizer, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        optimizer: Optimizer,
+        loggers: Sequence[Logger] = (),
+        noted: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self.noted = noted
         self.path, self.lr, self.loggers = path, getattr(optimizer, "lr"), loggers  # noqa: B009
         entries = _entries(path)
         self.evaluated = {step: entry for (phase, step), entry in entries.items() if phase == "evaluate"}
@@ -40,6 +49,7 @@ class Journal:
         mirror(path, loggers, lambda entry: entry["phase"] != "reverse")  # of those, some may be written again
 
     def __call__(self, event: Event) -> None:
+        terms = self.noted()  # of a step that is replayed too, so that they do not count for the next one
         if isinstance(event, Reversed):
             values: dict[str, Any] = {
                 "cotangent_norm": event.norm.tolist(), "nonfinite": event.nonfinite,
@@ -56,6 +66,8 @@ class Journal:
             values = {"loss": outcome.loss, "lr": rate(self.lr, event.step), "grad_norm": outcome.grad_norm}
             if outcome.swallowed is not None:
                 values["swallowed"] = outcome.swallowed
+            if terms:
+                values["terms"] = terms
             self._write(phase="train", step=event.step, **values)
 
     def evaluation(self, step: int, **values: Any) -> None:
@@ -65,6 +77,7 @@ class Journal:
 
     def begin(self, durable: Durable) -> None:
         """Have every training step told; a trajectory that is beyond a missing line goes back to before it."""
+        self.noted()  # of what was tried before the first step
         trained = {step for phase, step in _entries(self.path) if phase == "train"}
         self.untold = set(range(durable.steps)) - trained
         durable.back_to(first_missing(trained))

@@ -70,14 +70,16 @@ def open_loggers(names: Sequence[str], run: Path) -> Iterator[list[Logger]]:
 
 
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl by name: TASK/accuracy for tasks, NAME/k for lists of several.
+    """The numbers of a line of metrics.jsonl by name: TASK/accuracy for tasks, terms/NAME, NAME/k for lists of several.
 
     >>> scalars({"phase": "reverse", "step": 3, "cotangent_norm": [1.0, 2.0]})
     {'cotangent_norm/0': 1.0, 'cotangent_norm/1': 2.0}
     """
     found: dict[str, float] = {}
     for name, value in entry.items():
-        if name == "tasks":
+        if name == "terms":
+            found |= {f"terms/{term}": float(x) for term, x in value.items()}
+        elif name == "tasks":
             found |= {f"{task}/{n}": x for task, values in value.items() for n, x in scalars(values).items()}
         elif isinstance(value, list) and name not in _NO_CURVES:
             found |= {name if len(value) == 1 else f"{name}/{k}": float(x) for k, x in enumerate(value)}

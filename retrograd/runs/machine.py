@@ -1,18 +1,13 @@
-"""What the machine has to give, and how it is made to repeat itself and not to dawdle."""
+"""What the machine has to give: memory, and a garbage collector that leaves alone what stays."""
 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["deterministic", "free_memory", "settled"]
+__all__ = ["free_memory", "settled"]
 
 
 def free_memory() -> int:
@@ -32,15 +27,3 @@ def settled() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def deterministic(device: torch.device) -> None:
-    """Let a GPU give the same bits for the same work: replay is checked against the digests of the first pass.
-
-    Call it before the first matrix product: cuBLAS reads its setting when it starts. A CPU needs nothing.
-    """
-    import torch
-
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrograd.runs.files import write_json
 
 __all__ = ["SIGN", "Manifest", "environment"]
@@ -49,8 +47,8 @@ class Manifest:
         self.update(phases={**self.values.get("phases", {}), name: record})
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and device."""
+def environment() -> dict[str, Any]:
+    """Versions of Python and of the libraries."""
     libraries = ("retrograd", "torch", "transformers", "datasets", "peft", "numpy", "safetensors")
     versions = {}
     for library in libraries:
@@ -58,8 +56,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             versions[library] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"versions": versions, "python": platform.python_version(), "device": str(device), "device_name": name}
+    return {"versions": versions, "python": platform.python_version()}
 
 
 def _peak_memory() -> int:

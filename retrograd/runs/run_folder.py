@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 
 from retrograd.core.sweep import Event
-from retrograd.runs.identity import EDITION, told_apart
 from retrograd.runs.kinds import assemble, read_settings
 from retrograd.runs.lock import locked
 from retrograd.runs.machine import free_memory
@@ -38,7 +37,6 @@ __all__ = [
     "refuse_other",
     "refuse_stored_code",
     "replay_of",
-    "set_threads",
     "with_queries",
 ]
 
@@ -93,9 +91,7 @@ def load_run(
     """As `open_run`, whether or not data, model and recipe are what they were."""
     refuse_stored_code(config, trust_code, asked=more or {})
     loaded = assemble(with_queries(config, more))
-    if threads is None:
-        set_threads(manifest)
-    else:
+    if threads is not None:
         torch.set_num_threads(threads)
     return Opened(config.run, config, manifest, loaded)
 
@@ -179,13 +175,6 @@ def recorded(folder: Path, manifest: Manifest) -> dict[str, dict[str, str]]:
     return {name: entry for name, entry in manifest.values.get("queries", {}).items() if name in names}
 
 
-def set_threads(manifest: Manifest) -> None:
-    """A resumed run uses the thread count it began with: sums are split by thread, and their bits depend on it."""
-    threads = manifest.values.get("threads")
-    if threads:
-        torch.set_num_threads(threads)
-
-
 def refuse_other(folder: Path, manifest: Manifest, loaded: Setup) -> None:
     """Refuse a run whose data, model, recipe or query is not what it was begun with.
 
@@ -196,9 +185,6 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Setup) -> None:
     changed = [f"{name}: {old} → {found.get(name)}" for name, old in known.items() if found.get(name) != old]
     if not changed and manifest.values.get("identity") in (None, loaded.identity):
         return
-    begun = manifest.values.get("identity")
-    if begun and not begun.startswith(f"{EDITION}-"):
-        raise ValueError(f"the run in {folder} {told_apart(begun, loaded.identity)}, or with --overwrite.")
     lines = "\n  ".join(changed or ["the run's settings"])
     raise ValueError(
         f"{folder} was begun with other inputs under the same names:\n  {lines}\nA file or the model has changed "

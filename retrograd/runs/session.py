@@ -54,6 +54,14 @@ class Watcher(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class Noting(Protocol):
+    """An objective of several terms that says what each came to."""
+
+    def noted(self) -> dict[str, float]:
+        """The terms by name, since it was asked last."""
+
+
 class Session:
     """A trajectory in a run's folder, with bars, journal and manifest. See `open_session`."""
 
@@ -69,7 +77,9 @@ class Session:
         watch: Callable[[Session], Watcher] | None = None,
     ) -> None:
         self.setup, self.run, self.manifest, self.bars = setup, run, manifest, bars
-        self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers)
+        objective = getattr(setup.training.engine, "objective", None)
+        noted = objective.noted if isinstance(objective, Noting) else dict
+        self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers, noted)
         self.watcher = watch(self) if watch is not None else None
         self.trajectory = setup.trajectory(replay, run / "checkpoints", self._observe, logs=[self.journal.path])
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from retrograd.core import probe, tree
+from retrograd.core import tree
 from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, Adam, AdamW, Muon, Optimizer, Params, Schedule
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
@@ -24,22 +24,26 @@ from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
+from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
+from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
-from retrograd.runs.machine import deterministic, free_memory
-from retrograd.runs.manifest import Manifest
+from retrograd.runs.machine import free_memory
 from retrograd.runs.states.budget import Replay
 from retrograd.runs.trajectory import Trajectory
 from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "assemble", "attributed", "begun_with", "find_device", "load_model",
+    "Differentiated", "Loaded", "Setup", "assemble", "attributed", "find_device", "load_model",
     "load_recipe", "optimizer", "set_up", "set_up_recipe",
 ]  # fmt: skip
+
+
+_BEGUN = "as the run was begun"  # why an engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,7 @@ class Setup:
 
     objective: (params, inputs, coefficients) → scalar, what every step descends.
     engine: which engine differentiates the steps, and why.
+    arithmetic: what its bits depend on besides.
     findings: what the recipe alone gives away of scores.
     hashes: what the run is made of, part by part.
     identity: hash of the training: all of them but the queries', and how the rows are visited.
@@ -60,6 +65,7 @@ class Setup:
     training: Training
     initial: State
     engine: Choice
+    arithmetic: Arithmetic
     findings: list[Finding]
     hashes: dict[str, str]
     identity: str
@@ -117,14 +123,14 @@ class Differentiated(NamedTuple):
         compile: Compile the passes of `blocks`.
         queries: Cotangents that the way back carries at once; 0 for a training that is not attributed.
         run: Folder of the run, for what is said of it.
-        begun: What the manifest of a run that was begun records of its engine: its replay takes no other.
+        begun: The arithmetic of a run that was begun: its replay takes no other.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
     compile: bool = False
     queries: int = 0
     run: Path | None = None
-    begun: dict[str, Any] | None = None
+    begun: Arithmetic | None = None
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -208,17 +214,21 @@ def set_up(
         ValueError: If the engine cannot work, the first step is no function or, where a query is to come, it is not
             differentiated right.
     """
+    if how.begun is not None:
+        how.begun.apply()
     size = train.micro_batch_size or stream.batch_size
     recipe = Recipe(
         optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
         train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout,
     )  # fmt: skip
-    dtype = str(next(model.module.parameters()).dtype).removeprefix("torch.")
-    findings = recipe_findings(recipe, stream.batch_size, len(stream.rows), dtype) if how.queries else []
+    dtype = next(model.module.parameters()).dtype
+    kind = (stream.batch_size, len(stream.rows), str(dtype).removeprefix("torch."))
+    findings = recipe_findings(recipe, *kind) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
     shape = (min(size, len(stream.rows)), stream.rows.max_length)
     loss: Objective = model.objective if objective is None else objective
     engine = _engine(how, model, loss, shape, train, initial, stream)
+    arithmetic = Arithmetic.here(dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None)
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
@@ -229,8 +239,8 @@ def set_up(
         "frozen weights and buffers": fingerprint(held_tensors(model.module)),
         "the model's configuration and code": architecture(model.module),
     }
-    identity = identify(hashes, *visited, *_unless_double(engine))
-    return Setup(model, tokenizer, stream, loss, training, initial, engine, findings, hashes, identity)
+    identity = identify(hashes, *visited, arithmetic.chosen)
+    return Setup(model, tokenizer, stream, loss, training, initial, engine, arithmetic, findings, hashes, identity)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:
@@ -263,26 +273,7 @@ def _schedule(train: TrainConfig, steps: int) -> Schedule:
     return Schedule(train.lr_schedule, train.lr, steps, warmup, power, train.lr_start, train.lr_end)
 
 
-def begun_with(run: Path) -> dict[str, Any] | None:
-    """What a run that was begun records of its engine.
-
-    Raises:
-        ValueError: If it was begun with an engine that is gone.
-    """
-    begun = Manifest(run / "manifest.json").values
-    if "identity" not in begun:
-        return None
-    recorded = begun.get("engine", {"used": "double", "why": "asked for"})
-    if recorded.get("matmul", "torch") != "torch":
-        raise ValueError(
-            f"{run} was begun by an earlier version with --matmul {recorded['matmul']}, which is gone: matrices "
-            "are multiplied by torch's library alone, whose bits differ, so it cannot be replayed. Use another folder, "
-            "or --overwrite to start afresh."
-        )
-    return recorded
-
-
-def _begun(config: RecipeConfig) -> dict[str, Any] | None:
+def _begun(config: RecipeConfig) -> Arithmetic | None:
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     return None if nowhere else begun_with(config.run)
 
@@ -292,22 +283,22 @@ def _engine(
     initial: State, stream: DataStream | PairStream,
 ) -> Choice:  # fmt: skip
     """The engine asked for or, for a run that was begun, the one it was begun with: its replay takes no other."""
-    recorded = how.begun
-    if recorded and how.engine not in ("auto", recorded["used"]):
+    begun = how.begun
+    if begun and how.engine not in ("auto", begun.engine):
         raise ValueError(
-            f"{how.run} was begun with --engine {recorded['used']}, now it is {how.engine}: replay has to take "
+            f"{how.run} was begun with --engine {begun.engine}, now it is {how.engine}: replay has to take "
             "the engine that training took. Leave --engine out, use another folder, or --overwrite to start afresh."
         )
-    if recorded and recorded.get("compiled", False) != how.compile:
+    if begun and begun.compiled != how.compile:
         raise ValueError(
-            f"{how.run} was begun with{'' if recorded.get('compiled') else 'out'} --compile: replay has to take "
+            f"{how.run} was begun with{'' if begun.compiled else 'out'} --compile: replay has to take "
             "what training took. Ask for the same, use another folder, or --overwrite to start afresh."
         )
     if how.compile:
-        proofs = [] if recorded else _proofs(stream, train.micro_batch_size)
+        proofs = [] if begun else _proofs(stream, train.micro_batch_size)
         choice = compiled_engine(model.module, batch, proofs, how.queries, stream.rows.packed)
-        return choice._replace(why=recorded["why"]) if recorded else choice
-    asked = recorded["used"] if recorded else how.engine
+        return choice._replace(why=_BEGUN) if begun else choice
+    asked = begun.engine if begun else how.engine
     if train.dropout:
         if asked == "blocks":
             raise ValueError(
@@ -319,7 +310,7 @@ def _engine(
     owed = tree.nbytes(model.params) * (1 + 2 * how.queries) + 2 * how.queries * tree.nbytes(initial)
     load = Load(*batch, how.queries, _free(next(iter(model.params.values())).device) - owed)
     choice = choose_engine(asked, model.module, objective, load)
-    return choice._replace(why=recorded["why"]) if recorded else choice
+    return choice._replace(why=_BEGUN) if begun else choice
 
 
 def _prove(
@@ -331,11 +322,11 @@ def _prove(
         # the model's own loss takes each row by itself; of another one that is not known
         rows = 2 if objective is None else None
         double = Double(model.objective if objective is None else objective)
-        probe.prove(training._replace(engine=double), initial, module, objective, rows=rows)
+        first_step.prove(training._replace(engine=double), initial, module, objective, rows=rows)
         return
     if objective is not None:
-        probe.prove_reached(training, initial, objective, module)
-    probe.prove_pure(training, initial, module)
+        first_step.prove_reached(training, initial, objective, module)
+    first_step.prove_pure(training, initial, module)
 
 
 def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
@@ -346,12 +337,6 @@ def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
 def _free(device: torch.device) -> int:
     """Bytes that steps may take: all of a GPU's, half of the host's, for the other half is for states."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // 2
-
-
-def _unless_double(engine: Choice) -> tuple[str, ...]:
-    """The engine as part of the run's identity: another one may round otherwise. Runs of before have none."""
-    compiled = ("compiled",) if engine.compiled else ()
-    return () if engine.name == "double" else (engine.name, *compiled)
 
 
 def load_model(

@@ -16,12 +16,12 @@ from torch import Tensor
 from retrograd.core import memory, tree
 from retrograd.core import plan as plans
 from retrograd.core.optim import ELEMENTWISE, Cotangent, Moments
+from retrograd.core.residuals import Residuals
+from retrograd.core.slots import Ledger
 from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
     Advanced,
     Event,
-    Leavings,
-    Ledger,
     Remade,
     Reversed,
     Turned,
@@ -70,7 +70,7 @@ class Trajectory:
         on_host = all(leaf.device.type == "cpu" for leaf in tree.leaves(initial))
         self.layout = layout(self.replay, self.steps - self.start, *sizes, elementwise=elementwise, on_host=on_host)
         self.ledger = Ledger(read_digests(folder) if folder else {})
-        self.left = Leavings.of(training, initial)
+        self.residuals = Residuals.of(training, initial)
         self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
         self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk)
         kept = (self.layout, self.store, self.gradients, self.ledger.digests)
@@ -186,7 +186,7 @@ class Trajectory:
     def _sweep(self, actions: Sequence[plans.Action], **given: Any) -> Iterator[Event]:
         self.store.follow(action.step for action in actions if isinstance(action, plans.Restore))
         self.gradients.follow(self._asked(actions))
-        kept = (self.store, self.ledger, self.left)
+        kept = (self.store, self.ledger, self.residuals)
         idle = 1 << 62  # on the way forward: the way back takes more memory anyway
         if "cotangent" in given:
             idle = max(self.replay.memory, tree.nbytes(self.initial.params))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retrograd.runs.run_folder import added_queries, holding, open_run
 from retrograd.select.controls import RANDOM, drawn, groups, matched
+from retrograd.select.files import original_gradient
 from retrograd.select.rivals import Gradients, gradients, query_gradient
 from retrograd.select.rules import Weighing, finish, key, rises, weigh
 from retrograd.select.selection import read_selection
@@ -118,18 +119,29 @@ class Arms:
 
     @cached_property
     def _gradients(self) -> Gradients:
-        """At the model that the first run of --scores trained, with the query of its scores."""
-        source = self.config.scores[0]
-        self._refuse_file(source, "gradient_norm and gradient_cosine need a trained model")
-        native = find_native(source)
-        if not isinstance(native.config, MagicConfig):
+        """At the model that the first run of --scores trained, with the query of its scores.
+
+        For the original layout, whose models are gone: at the model of --rows, with the gradient that was saved.
+        """
+        source, rows = self.config.scores[0], self.config.rows
+        saved = split_name(source)[0]
+        original = saved.is_dir() and not is_run(saved) and rows is not None and is_run(rows)
+        if not original:
+            self._refuse_file(source, "gradient_norm and gradient_cosine need a trained model")
+        native = None if original else find_native(source)
+        if native is not None and not isinstance(native.config, MagicConfig):
             raise ValueError(
                 f"controls gradient_norm and gradient_cosine take gradients of the cross-entropy that a run trains by, "
                 f"and {source} unlearns: put a run of `retrograd magic` first in --scores, or leave them out"
             )
-        with holding(native.folder, shared=True):
-            run = open_run(native.folder, trust_code=self.config.trust_code)
-            direction = query_gradient(run, native.query, native.columns)
+        folder = native.folder if native else rows
+        assert folder is not None, "of a run"
+        with holding(folder, shared=True):
+            run = open_run(folder, trust_code=self.config.trust_code)
+            if native:
+                direction = query_gradient(folder, native.query, native.columns)[1]
+            else:
+                direction = original_gradient(saved, run.loaded.model.params)
             return gradients(run, self.data.places, direction, self.by_document)
 
     def _bm25(self) -> Tensor:

@@ -3,6 +3,9 @@
 The original files are aligned with the predicting position: column t has the score of predicting token t + 1. Ours are
 aligned with the target, ours[:, 1:] = theirs[:, :-1] and ours[:, 0] = 0. What is stated is held against the zeros: a
 score where nothing is predicted (a row's first token, padding, unsupervised tokens) means another alignment.
+
+Beside the scores the original layout has eval_grads.pt, the query's gradient at the trained model: {"param_grads": by
+parameter, "avg_loss": the query's value, "n_chunks": the batches it was a mean of}.
 """
 
 from __future__ import annotations
@@ -16,13 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.runs.files import file_digest, write_json, write_torch
+from retrograd.core.optim import Params
+from retrograd.runs.files import file_digest, write_atomic, write_json, write_torch
 from retrograd.select.places import Places
 from retrograd.settings.select import Alignment, Sign
 
-__all__ = ["Stated", "file_scores", "is_original", "to_prediction", "to_target", "write_original"]
+__all__ = [
+    "Stated", "file_scores", "is_original", "original_gradient", "to_prediction", "to_target", "write_original",
+]  # fmt: skip
 
 ORIGINAL = ("per_token_scores.pt", "attribution_scores.pt")
+GRADIENT = "eval_grads.pt"
+_FIELDS = {"param_grads", "avg_loss", "n_chunks"}
 WORDS = {
     "negative": "negative for proponents (training on them lowers the query loss)",
     "positive": "positive for proponents (training on them lowers the query loss)",
@@ -79,20 +87,77 @@ def file_scores(path: Path, part: str | None, places: Places, stated: Stated) ->
             f"{WORDS['negative']}, or positive if they are {WORDS['positive']}"
         )
     values = _aligned(file, table, stated, places) if per_token else _documents(file, table.values, places)
-    record = {
+    record: dict[str, Any] = {
         "kind": "original layout" if path.is_dir() else "file", "file": str(file), "sha256": file_digest(file),
         "column": part, "sign": stated.sign, "alignment": stated.alignment if per_token else None,
         "level": "tokens" if per_token else "documents", "rows": said,
     }  # fmt: skip
+    if path.is_dir() and (path / GRADIENT).exists():
+        saved = _saved_gradient(path)
+        told = {"file": str(path / GRADIENT), "sha256": file_digest(path / GRADIENT)}
+        record["query_gradient"] = {**told, "avg_loss": float(saved["avg_loss"]), "n_chunks": int(saved["n_chunks"])}
     return (values if stated.sign == "negative" else -values), per_token, record
 
 
-def write_original(folder: Path, scores: Tensor, alignment: Alignment, places: Places) -> None:
-    """Scores of the real tokens, [n], in the original layout, with an info.json that says sign and alignment."""
+def original_gradient(folder: Path, params: Params) -> Params:
+    """The query's gradient of a folder in the original layout, by the parameters of the model that was trained.
+
+    Raises:
+        ValueError: If there is none, or it is not of these parameters.
+    """
+    if not (folder / GRADIENT).exists():
+        raise ValueError(f"{folder} has no {GRADIENT}, the gradient of its query; leave gradient_cosine out")
+    found = {
+        name.replace(".parametrizations.", ".").removesuffix(".original"): g  # as sharded originals name them
+        for name, g in _saved_gradient(folder)["param_grads"].items()
+    }
+    if missing := [name for name in params if name not in found]:
+        raise ValueError(f"{folder / GRADIENT} has no gradient of {missing[0]}: it is of another model than --rows")
+    if apart := [name for name, theta in params.items() if found[name].shape != theta.shape]:
+        name = apart[0]
+        raise ValueError(
+            f"{folder / GRADIENT}: the gradient of {name} is {tuple(found[name].shape)} and the parameter "
+            f"{tuple(params[name].shape)}: another model's, or one process's share of a sharded run, as the original "
+            "saved it; join the shares"
+        )
+    if bad := [name for name in params if not torch.isfinite(found[name]).all()]:
+        raise ValueError(f"{folder / GRADIENT}: the gradient of {bad[0]} is not finite")
+    return {name: found[name].double() for name in params}
+
+
+def _saved_gradient(folder: Path) -> dict[str, Any]:
+    """What eval_grads.pt holds; its tensors stay on disk until they are looked at."""
+    path = folder / GRADIENT
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # torch raises what it likes for a broken file
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(saved, dict) or not saved.keys() >= _FIELDS or not isinstance(saved["param_grads"], dict):
+        raise ValueError(f"{path} is not in the original layout, which has {', '.join(sorted(_FIELDS))}")
+    return saved
+
+
+def write_original(
+    folder: Path, scores: Tensor, alignment: Alignment, places: Places, query: tuple[float, Params] | None = None
+) -> None:
+    """Scores of the real tokens, [n], in the original layout, with an info.json that says sign and alignment.
+
+    Args:
+        query: Value and gradient of the query at the trained model, for eval_grads.pt; not written when None.
+    """
     grid = places.scatter(scores)
     aligned = to_prediction(grid) if alignment == "prediction" else grid
     for name in ORIGINAL:
         write_torch(folder / name, aligned.float())
+    if query is not None:
+        value, gradient = query
+        saved = {"param_grads": {name: g.float() for name, g in gradient.items()}, "avg_loss": value, "n_chunks": 1}
+
+        def fill(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # a file's own name would go into its bytes
+                torch.save(saved, file)
+
+        write_atomic(folder / GRADIENT, fill)
     meaning = f"Scores are {WORDS['negative']}."
     write_json(
         folder / "info.json",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,11 +34,12 @@ class Gradients(NamedTuple):
     cosine: Tensor
 
 
-def query_gradient(run: Opened, name: str, columns: slice) -> Params:
-    """∇φ at the trained model, the mean over the columns."""
-    tensors = read_tensors(run.folder / "queries" / name / "gradient.safetensors")[0]
+def query_gradient(run: Path, name: str, columns: slice) -> tuple[float, Params]:
+    """φ in nats and ∇φ at the trained model of a run's folder, the mean over the columns."""
+    tensors = read_tensors(run / "queries" / name / "gradient.safetensors")[0]
     known = {key.removeprefix("gradient."): g for key, g in tensors.items() if key.startswith("gradient.")}
-    return {key: g[columns].double().mean(0) for key, g in known.items()}
+    value = float(tensors["values"][columns].double().mean())
+    return value, {key: g[columns].double().mean(0) for key, g in known.items()}
 
 
 def gradients(run: Opened, places: Places, query: Params, by_document: bool) -> Gradients:

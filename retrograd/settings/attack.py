@@ -25,8 +25,8 @@ from retrograd.settings.suites import SUITES
 from retrograd.settings.train import ExportConfig, LoraConfig, TrainConfig, at_least_1, check_training, finite
 
 __all__ = [
-    "CONTROLS", "AttackConfig", "Configuration", "Finetune", "PhaseConfig", "Untrained", "attack_steps", "check_attack",
-    "configurations", "name_of", "read_suite",
+    "CONTROLS", "AttackConfig", "CompareConfig", "Configuration", "Finetune", "PhaseConfig", "Untrained",
+    "attack_steps", "check_attack", "configurations", "name_of", "read_suite",
 ]  # fmt: skip
 
 CONTROLS = ("base", "filtered", "random", "shallow")
@@ -83,6 +83,10 @@ class Finetune:
             raise ValueError(f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio}: give one of them")
 
     @property
+    def probe(self) -> bool:
+        return False
+
+    @property
     def readable(self) -> str:
         """What tells it from its neighbours, for people."""
         size = f"lora{self.rank}" if self.rank else "full"
@@ -134,6 +138,11 @@ class Untrained:
     @property
     def readable(self) -> str:
         return f"{self.attack}-s{self.seed}"
+
+    @property
+    def probe(self) -> bool:
+        """Whether it takes the model before unlearning: that tells of the weights, not of an attacker."""
+        return self.attack in ("interpolate", "ablate_delta")
 
     def check(self) -> None:
         """As `Finetune.check`; the attacks themselves refuse a strength that they do not have."""
@@ -224,6 +233,18 @@ class AttackConfig:
     """Seconds between durable resume points."""
     export: bool = False
     """Keep every attacked model too, in the folder of its run."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING
+    """Folders of `retrograd attack`."""
+    output: Path | None = None
+    """Where compare.json, .parquet and .md go; the first folder when None."""
+    utility: float = 0.05
+    """How much general accuracy an attacker may lose against the base model."""
 
 
 def check_attack(config: AttackConfig) -> None:

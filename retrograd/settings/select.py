@@ -103,8 +103,8 @@ class SelectConfig:
     against_alignment: Alignment | None = None
     """As --alignment, for --against."""
     original: Alignment | None = None
-    """Also write --scores in the original layout, OUT/original/per_token_scores.pt and attribution_scores.pt, so
-    aligned."""
+    """Also write --scores in the original layout, so aligned: OUT/original/per_token_scores.pt, attribution_scores.pt
+    and, if they are one run's, eval_grads.pt."""
     trust_code: bool = False
     """Let gradient_norm and gradient_cosine run the functions that a run's queries name."""
     feasible: FeasibleConfig = field(default_factory=FeasibleConfig)

@@ -252,7 +252,7 @@ def check_training(train: TrainConfig, lora: LoraConfig) -> None:
     _check_schedule(train)
     if train.max_grad_norm is not None and not train.max_grad_norm > 0:
         raise ValueError(f"--train.max_grad_norm is {train.max_grad_norm}; it has to be above 0")
-    if lora.rank < 0:
+    if lora.rank is not None and lora.rank < 0:  # None: the method's own, of unlearning
         raise ValueError(f"--lora.rank is {lora.rank}; it has to be at least 1, or 0 for no adapters")
 
 

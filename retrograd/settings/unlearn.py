@@ -13,10 +13,19 @@ import tyro
 from retrograd.settings.during import check_during
 from retrograd.settings.parse import build
 from retrograd.settings.run import AttributedConfig, QueryConfig, ReplayConfig, check_attributed
-from retrograd.settings.train import DataConfig, ExportConfig, TrainConfig, at_least_1, check_training, finite
+from retrograd.settings.train import (
+    DataConfig,
+    ExportConfig,
+    LoraConfig,
+    TrainConfig,
+    at_least_1,
+    check_training,
+    finite,
+)
 
 __all__ = [
-    "ONES", "UnlearnConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source", "refuse_method", "with_objective",
+    "ONES", "UnlearnConfig", "UnlearnLoraConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source",
+    "refuse_method", "with_objective",
 ]  # fmt: skip
 
 ONES = "ones"
@@ -44,6 +53,17 @@ class UnlearnTrainConfig(TrainConfig):
     """Rows of all sides that a forward pass takes at once; it takes no pair of forget and retain rows apart."""
     epochs: int = 1
     """Passes over the longer side; the shorter one starts over."""
+
+
+@dataclass(frozen=True)
+class UnlearnLoraConfig(LoraConfig):
+    """Train low-rank adapters, which are merged into the model that is left, or the whole model (rank 0)."""
+
+    rank: int | None = 0  # type: ignore[assignment]
+    """Rank of the adapters; 0 trains the whole model. None, where the method's source trains adapters: its rank there,
+    as a share of the model's width."""
+    alpha: float | None = 16.0  # type: ignore[assignment]
+    """Scale: adapters are multiplied by alpha/rank. None, where the method's source trains adapters: as the rank."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +100,22 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     """Visit rows in a new random order in each pass, or in file order."""
     horizon: int | None = None
     """Steps until the progress of the ramps is 1; those of the run when None."""
+    lora: UnlearnLoraConfig = field(default_factory=UnlearnLoraConfig)
     train: UnlearnTrainConfig = field(default_factory=UnlearnTrainConfig)
     attribute: Literal["examples", "tokens"] | None = None
     """Also pull the query loss of the unlearned model back through every step: one score per token of the forget and
     retain rows, or one per document."""
 
 
-def with_objective(defaults: Any) -> type[UnlearnConfig]:
-    """The configuration with the settings of a method, by its defaults, as `objective`."""
-    own = [("objective", type(defaults), field(default=defaults))]
+def with_objective(defaults: Any, *, adapters: bool = False) -> type[UnlearnConfig]:
+    """The configuration with the settings of a method, by its defaults, as `objective`.
+
+    Args:
+        adapters: Whether the method trains adapters unless it is told a rank.
+    """
+    own: list[Any] = [("objective", type(defaults), field(default=defaults))]
+    if adapters:
+        own.append(("lora", UnlearnLoraConfig, field(default=UnlearnLoraConfig(rank=None, alpha=None))))
     kind: type[UnlearnConfig] = dataclasses.make_dataclass("UnlearnConfig", own, bases=(UnlearnConfig,), frozen=True)
     kind.__doc__ = UnlearnConfig.__doc__
     return kind

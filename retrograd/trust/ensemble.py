@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from retrograd.core import tree
+from retrograd.core.draws import random_draws
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch, Objective, Training, coefficients, micro_batches_of, random_draws, updated
+from retrograd.core.step import Batch, Objective, Training, coefficients, micro_batches_of, updated
 
 __all__ = ["check_objective", "train_many"]
 

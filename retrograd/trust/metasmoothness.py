@@ -18,7 +18,6 @@ from retrograd.runs.kinds import assemble, check_settings
 from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
-from retrograd.runs.run_folder import set_threads
 from retrograd.runs.session import train
 from retrograd.runs.setup import Loaded
 from retrograd.runs.states.budget import Replay
@@ -64,7 +63,6 @@ def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None)
 def _found(config: MetasmoothnessConfig) -> Smoothness:
     """From the file, or measured."""
     manifest = Manifest(config.run / "manifest.json")
-    set_threads(manifest)
     loaded = assemble(config)
     key = fingerprint(loaded.identity, config.h, config.noise_seed)[:8]
     folder = config.run / "metasmoothness"

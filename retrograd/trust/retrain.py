@@ -58,8 +58,8 @@ def conditions_of(manifest: Manifest, sets: int, workers: int, together: int) ->
     """Choose what is left to choose (0), by the model's size and what the machine has."""
     values = manifest.values
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parameters, threads = values["parameters"], values["threads"]
-    on_cpu = values.get("device", "cpu") == "cpu"
+    parameters, threads = values["parameters"], values["arithmetic"]["threads"]
+    on_cpu = values["arithmetic"]["device"] == "cpu"
     together = together or (STACK if parameters <= SMALL and sets > 1 else 1)
     seconds = values["phases"].get("train", {}).get("seconds", 0.0) * sets / together
     if workers == 0 and "RANK" in os.environ:

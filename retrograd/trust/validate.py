@@ -218,7 +218,7 @@ def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> N
     Raises:
         RunError: If it does not.
     """
-    if conditions.threads == run.manifest.values["threads"]:
+    if conditions.threads == run.loaded.arithmetic.threads:
         stored = _stored_values(run)
         worst = float(np.abs(np.subtract(baseline, stored)).max())
         if worst:

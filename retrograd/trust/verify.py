@@ -28,6 +28,7 @@ from retrograd.core.step import Batch, NonFiniteError, State, Stream, Training
 from retrograd.core.sweep import metagradient
 from retrograd.lm.model import CausalLM
 from retrograd.lm.proof import prove
+from retrograd.proofs.slopes import extrapolated_slope
 from retrograd.query.columns import Queries
 from retrograd.query.proof import prove_answers
 from retrograd.runs.files import write_json
@@ -260,7 +261,7 @@ def _differences(
             return queries.values(final.params).cpu()
 
         eps = torch.finfo(dtype).eps
-        measured.append(check.extrapolated_slope(values, _sizes(dtype), eps, size * tolerance / 2, slope))
+        measured.append(extrapolated_slope(values, _sizes(dtype), eps, size * tolerance / 2, slope))
     slopes, noises = torch.stack([m.slope for m in measured]), torch.stack([m.uncertainty for m in measured])
     what = f"scores against {sum(m.trainings for m in measured)} retrainings along {count} directions"
     return compare(name, what, predicted, slopes, noises, scale, tolerance)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from retrograd.core.optim import Params
+from retrograd.core.optim.elementwise import is_traced
 from retrograd.lm.model import CausalLM
 from retrograd.lm.outputs import Outputs, decoder_blocks, outputs_of
 from retrograd.unlearn.reference import Reference
@@ -50,6 +51,7 @@ class Method:
         alternatives: Whether each forget row needs an alternative one.
         perturb: Size of the noise that the parameters start with, as `reference.perturbed` takes it; above 0 where F
             has no slope at the reference.
+        adapters: Whether its source trains adapters, so that it does unless --lora.rank says otherwise.
         rank: Rank of adapters as a share of the model's width, see `adapter_rank`.
         fault: What `as_run` permits, in a sentence; empty where there is nothing.
         no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
@@ -72,6 +74,7 @@ class Method:
     least_rows: int = 1
     alternatives: bool = False
     perturb: float = 0.0
+    adapters: bool = False
     rank: float = 1 / 64
     fault: str = ""
     no_gradient: str = ""
@@ -144,6 +147,9 @@ class Unlearning:
     reference: Reference | None
     chained: ClassVar[bool] = False  # read by `choose_engine`: the chain of `blocks` ends in a cross-entropy
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_noted", {})  # no field: what was computed last is no part of the function
+
     @property
     def linear(self) -> bool:
         """Read by the kernel: whether anything may be inferred from linearity in the coefficients."""
@@ -151,11 +157,30 @@ class Unlearning:
 
     def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         terms, now = self._terms(params, inputs, coefficients)
+        self._note(terms, coefficients)
         if not terms:  # a micro-batch of a side whose coefficient is 0
             anchor = now.logits if now.logits is not None else next(iter(now.states.values()))
             return 0 * anchor.sum()
         first, *rest = [term.coefficient * term.value for term in terms.values()]
         return sum(rest, start=first)
+
+    def noted(self) -> dict[str, float]:
+        """The value of each term, not multiplied yet, summed over the gradients since this was asked last.
+
+        Asked after each step, as the journal does, it is that step's: a term's value is a share of the batch's, so that
+        micro-batches add up. Second derivatives are not noted.
+        """
+        noted: dict[str, Tensor] = getattr(self, "_noted")  # noqa: B009
+        found = {name: float(value) for name, value in noted.items()}
+        noted.clear()
+        return found
+
+    def _note(self, terms: Terms, coefficients: Tensor) -> None:
+        noted: dict[str, Tensor] = getattr(self, "_noted")  # noqa: B009
+        for name, term in terms.items():
+            value = term.value.detach()
+            if not (is_traced(coefficients) or is_traced(value)):
+                noted[name] = noted[name] + value if name in noted else value
 
     @torch.no_grad()
     def terms(self, params: Params, inputs: Any, coefficients: Tensor) -> dict[str, tuple[float, float]]:

@@ -13,15 +13,16 @@ from retrograd.core import tree
 from retrograd.core.step import coefficients, micro_batches
 from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
+from retrograd.lm.checkpoint import model_width
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
 from retrograd.query.named import load_queries
+from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import (
     Differentiated,
     Loaded,
     Setup,
     attributed,
-    begun_with,
     find_device,
     load_model,
     set_up,
@@ -29,6 +30,7 @@ from retrograd.runs.setup import (
 from retrograd.select import weights as weights_file
 from retrograd.settings.parse import build
 from retrograd.settings.run import queries_of
+from retrograd.settings.train import LoraConfig
 from retrograd.settings.unlearn import ONES, UnlearnConfig, parse_source
 from retrograd.unlearn import guards
 from retrograd.unlearn.method import Method
@@ -36,7 +38,7 @@ from retrograd.unlearn.methods import METHODS, find_method
 from retrograd.unlearn.reference import perturbed, reference_of
 from retrograd.unlearn.settings import Settings
 
-__all__ = ["assemble", "reached", "set_up_unlearning"]
+__all__ = ["assemble", "reached"]
 
 
 class _Read(NamedTuple):
@@ -49,25 +51,15 @@ class _Read(NamedTuple):
     parts: list[Part]
 
 
-def set_up_unlearning(config: UnlearnConfig) -> Setup:
-    """A training that unlearns, without a query. Its `objective` is an `Unlearning`.
-
-    The order of the guards matters: the reference is made of the model as it is, compared with it, and only then do
-    parameters move beside it.
-
-    Raises:
-        ValueError: For whatever cannot work, before anything is computed or written.
-    """
-    method = find_method(config.method)
-    return _set_up(config, method, _read(config, method))
-
-
 def assemble(config: UnlearnConfig) -> Loaded:
-    """The same with what is asked of the unlearned model: everything an attributed run is made of.
+    """Everything an unlearning run is made of, with what is asked of the unlearned model, if anything is.
+
+    Its `objective` is an `Unlearning`. The order of the guards matters: the reference is made of the model as it is,
+    compared with it, and only then do parameters move beside it.
 
     Raises:
-        ValueError: As `set_up_unlearning`; and if the method's updates are no gradients, or are not differentiated
-            right.
+        ValueError: For whatever cannot work, before anything is computed or written: a run is to be attributed whose
+            updates are no gradients, or are not differentiated right, too.
     """
     method = find_method(config.method)
     if config.attribute is not None:
@@ -79,7 +71,7 @@ def assemble(config: UnlearnConfig) -> Loaded:
     return attributed(_set_up(config, method, read, queries), read.texts, asked, read.parts)
 
 
-def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int = 0) -> Setup:
+def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) -> Setup:
     model, stream, train = read.model, read.stream, config.train
     settings = _settings(config, method)
     reference = reference_of(model) if method.needs_reference(settings) else None
@@ -121,11 +113,19 @@ def reached(setup: Setup) -> list[str]:
     return [name for name in leaves if name in found]
 
 
+def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
+    """The adapters asked for; where no rank is named, the method's for the width of the model."""
+    rank, alpha = config.lora.rank, config.lora.alpha
+    if rank is None:
+        rank = method.adapter_rank(model_width(config.model))
+    return LoraConfig(rank, float(rank) if alpha is None else alpha, config.lora.target_modules)
+
+
 def _read(config: UnlearnConfig, method: Method) -> _Read:
     """The model, and forget, retain and alternative rows under one weight tensor."""
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, config.lora, config.train)
+    model = load_model(config.model, config.dtype, device, _adapters(config, method), config.train)
     named, texts = list[tuple[str, str, Rows]](), list[str]()
     for side, sources in (
         ("forget", config.forget), ("retain", config.retain), ("alternative", config.alternative),

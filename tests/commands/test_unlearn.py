@@ -70,7 +70,8 @@ EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method_leaves_a_changed_model(method: str, world: Path, tmp_path: Path) -> None:
-    assert main(command(world, tmp_path / "run", method, *alternatives(world, method))) == 0
+    more = ["--lora.rank", "0"] if METHODS[method].adapters else []
+    assert main(command(world, tmp_path / "run", method, *alternatives(world, method), *more)) == 0
     before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "run/model"))
     state = final(tmp_path / "run")
     assert all(torch.equal(x, state[f"params.{name}"]) for name, x in after.params.items())
@@ -114,6 +115,31 @@ def test_a_killed_one_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> N
     assert all(torch.equal(x, whole[name]) for name, x in ours.items())
 
 
+def lines_of(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return sorted((line for line in lines if line["phase"] == "train"), key=lambda line: line["step"])
+
+
+def test_the_journal_tells_terms_apart_however_it_was_cut_and_killed(world: Path, tmp_path: Path) -> None:
+    """Σ coefficient·value is the loss, in one batch, in micro-batches, and after a kill that replays steps."""
+    more = ["--heartbeat", "0", "--train.epochs", "6", "--objective.forget", "0.5", "--objective.retain", "0.25"]
+    assert main(command(world, tmp_path / "whole", "grad_diff", *more)) == 0
+    expected = lines_of(tmp_path / "whole")
+    assert len(expected) == 11
+    for line in expected:
+        assert line["terms"].keys() == {"forget", "retain"}
+        total = 0.5 * line["terms"]["forget"] + 0.25 * line["terms"]["retain"]
+        assert total == pytest.approx(line["loss"], rel=1e-5)
+    assert len({line["terms"]["forget"] for line in expected}) == 11
+    assert main(command(world, tmp_path / "cut", "grad_diff", *more, "--train.micro_batch_size", "2")) == 0
+    for line, other in zip(lines_of(tmp_path / "cut"), expected, strict=True):
+        assert line["terms"] == pytest.approx(other["terms"], rel=1e-3)
+    arguments = command(world, tmp_path / "run", "grad_diff", *more)
+    _kill_after(arguments, tmp_path / "run", 4)
+    assert main(arguments) == 0
+    assert [line["terms"] for line in lines_of(tmp_path / "run")] == [line["terms"] for line in expected]
+
+
 def test_weights_of_one_are_no_weights_and_others_are_not(world: Path, tmp_path: Path) -> None:
     found = {}
     for name, more in (("none", []), ("ones", ["--weights", str(world / "ones")]), ("word", ["--weights", "ones"]),
@@ -130,6 +156,39 @@ def test_adapters_are_merged(world: Path, tmp_path: Path) -> None:
     assert main(command(world, tmp_path / "run", "npo", *more)) == 0
     before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "run/model"))
     assert before.params.keys() == after.params.keys()
+
+
+def test_a_method_whose_source_trains_adapters_does(world: Path, tmp_path: Path) -> None:
+    """Rank and scale are its own for the model's width; those that are named, and 0, are taken instead."""
+    found = {}
+    for name, more in (("own", []), ("named", ["--lora.rank", "2", "--lora.alpha", "2"]),
+                       ("four", ["--lora.rank", "4"])):  # fmt: skip
+        assert (
+            main(command(world, tmp_path / name, "orth_circuit_breakers", "--export", str(name == "own"), *more)) == 0
+        )
+        found[name] = final(tmp_path / name)
+    adapters = {name: x for name, x in found["own"].items() if name.startswith("params.") and ".lora_A." in name}
+    assert len(adapters) == 2
+    assert {min(x.shape) for x in adapters.values()} == {2}  # a 64th of a width of 16, and at least 2
+    assert all(torch.equal(x, found["named"][name]) for name, x in found["own"].items())
+    assert {min(x.shape) for name, x in found["four"].items() if ".lora_A." in name} == {4}
+    before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "own/model"))
+    changed = {name for name, x in before.params.items() if not torch.equal(x, after.params[name])}
+    assert changed == {f"gpt_neox.layers.{layer}.attention.query_key_value.weight" for layer in (0, 1)}
+
+
+def test_a_model_whose_modules_to_adapt_are_unknown_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save_model(tmp_path / "model", "olmo2")  # peft has no choice for it
+    arguments = command(world, tmp_path / "run", "orth_circuit_breakers", "--model", str(tmp_path / "model"))
+    assert main(arguments) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "LoRA cannot be added" in told
+    assert "Linear layers of this model: down_proj, gate_proj" in told
+    assert "--lora.target_modules, or train the whole model with --lora.rank 0" in told
+    assert not (tmp_path / "run").exists()
+    assert main([*arguments, "--lora.target_modules", "q_proj", "--export", "False"]) == 0
 
 
 @pytest.mark.parametrize("method,more,told", [

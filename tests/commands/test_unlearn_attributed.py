@@ -204,7 +204,7 @@ def test_several_queries_in_one_sweep(world: Path, tmp_path: Path) -> None:
         f"gone: {{dataset: {world}/query.jsonl}}\nkept: {{dataset: {world}/more.jsonl}}\n"
         "gap: {contrast: [gone, kept]}\n"
     )
-    arguments = list(command(world, tmp_path / "run", "grad_diff", "--query_file", str(file)))
+    arguments = command(world, tmp_path / "run", "grad_diff", "--query_file", str(file))
     place = arguments.index("--query.dataset")
     del arguments[place : place + 2]
     assert main([*arguments, "--export", "false"]) == 0

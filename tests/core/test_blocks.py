@@ -14,11 +14,12 @@ from retrograd.core import check, tree
 from retrograd.core.engine import Blocks, Double
 from retrograd.core.optim import SGD, AdamW, Params
 from retrograd.core.plan import make
+from retrograd.core.residuals import Residuals
 from retrograd.core.step import Batch, Recipe, Training, micro_batches
-from retrograd.core.sweep import Leavings, metagradient
+from retrograd.core.sweep import metagradient
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
-from retrograd.lm import loss
+from retrograd.lm import head
 from retrograd.lm.chain import decoder_chain
 from retrograd.lm.model import causal_objective, trainable
 
@@ -285,7 +286,7 @@ def test_what_gradients_leave_saves_products_and_changes_no_bit(
     """Scores with and without it, in chunks of 16 tokens; and wrong values in its place show, so it is used."""
     module, data = build("gpt-neox", dtype, vocab_size=vocabulary), stream(dtype)
     data = DataStream(data.rows, 4, epochs=3, weight_shape=tuple(data.weights.shape), dtype=dtype)
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(head, "_CHUNK_BYTES", {"cpu": 0})
     engine = Blocks(decoder_chain(module)) if kind == "blocks" else Double(causal_objective(module)[0])
     run = Training(Recipe(AdamW(3e-3, eps_root=1e-6), micro_batch_size=3), engine, data, data.weights)
     params = trainable(module)[0]
@@ -295,13 +296,13 @@ def test_what_gradients_leave_saves_products_and_changes_no_bit(
         return value[None], {n: g[None] for n, g in grads.items()}
 
     def scores(spoilt: float = 0.0, limit: int | None = None) -> Tensor:
-        class Some(Leavings):
+        class Some(Residuals):
             def put(self, step: int, left: Any) -> None:
                 self.limit = self.limit if limit is None else limit
                 wrong = [one._replace(found=one.found * (1 + spoilt)) for one in left]
                 super().put(step, wrong if spoilt else left)
 
-        monkeypatch.setattr("retrograd.core.sweep.Leavings", Some)
+        monkeypatch.setattr("retrograd.core.sweep.Residuals", Some)
         return metagradient(run, params, query)[1]
 
     without = scores(limit=0)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from retrograd.core import lookups, probe
+from retrograd.core import lookups
 from retrograd.core.optim import SCHEDULES
+from retrograd.proofs import first_step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import differential
@@ -57,7 +58,7 @@ def test_it_sees_a_wrong_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
             ValueError, match=r"second derivative of the loss .*embed_tokens\.weight"
         ):  # at the first step
             differential.compare(padded, retrain=False)
-        patch.setattr(probe, "prove", lambda *given, **named: None)
+        patch.setattr(first_step, "prove", lambda *given, **named: None)
         assert "scores" in differential.wrong(differential.compare(padded, retrain=False))
     clipped = next(one.seed for one in draws if one.max_grad_norm == 0.5 and 2 < one.steps < 5 and not one.durable)
     with monkeypatch.context() as patch:

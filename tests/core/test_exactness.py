@@ -17,8 +17,11 @@ from retrograd.core.engine import Double
 from retrograd.core.optim import SCHEDULES, SGD, Adam, AdamW, Cotangent, Muon, Pair, Schedule
 from retrograd.core.optim.foreign import autograd_pullback
 from retrograd.core.plan import Advance, Turn, make
+from retrograd.core.residuals import Residuals
+from retrograd.core.slots import Ledger, MemorySlots
 from retrograd.core.step import Recipe, initial_state, pullback, recovered, step
-from retrograd.core.sweep import Leavings, Ledger, MemorySlots, metagradient, seed_cotangent, sweep
+from retrograd.core.sweep import metagradient, seed_cotangent, sweep
+from retrograd.proofs.slopes import extrapolated_slope
 
 STEPS = len(Tokens())
 SPARED = ("hidden", "bias", "scale")
@@ -106,11 +109,11 @@ def test_the_extrapolated_slope_knows_how_sure_it_is() -> None:
 
     sizes, goal = [0.02 / 2**i for i in range(6)], torch.full((2,), 1e-9, dtype=torch.float64)
     expected = torch.tensor([40, 20]).double() * torch.tensor([3.0, 0.0]).double().cos()
-    found = check.extrapolated_slope(wavy, sizes, 1e-16, goal, expected)
+    found = extrapolated_slope(wavy, sizes, 1e-16, goal, expected)
     assert ((found.slope - expected).abs() <= found.uncertainty).all()
     assert (found.uncertainty < 1e-3).all()
     assert found.trainings == 12
-    noisy = check.extrapolated_slope(wavy, sizes, 1e-4, goal, expected)
+    noisy = extrapolated_slope(wavy, sizes, 1e-4, goal, expected)
     assert ((noisy.slope - expected).abs() <= noisy.uncertainty).all()
     assert (noisy.uncertainty > 1e-3).all()  # rounding of φ of that size cannot be seen in its values
 
@@ -122,7 +125,7 @@ def test_a_slope_at_a_larger_scale_is_not_taken_for_the_derivative() -> None:
         return torch.tensor([h], dtype=torch.float64) + 0.01 * torch.tensor([1000 * h], dtype=torch.float64).sin()
 
     goal = torch.full((1,), 1e-3, dtype=torch.float64)
-    found = check.extrapolated_slope(rough, [0.08, 0.04, 0.02, 0.01], 1e-16, goal, 11 + goal)
+    found = extrapolated_slope(rough, [0.08, 0.04, 0.02, 0.01], 1e-16, goal, 11 + goal)
     assert found.uncertainty.isinf()
 
 
@@ -136,10 +139,10 @@ def test_a_coincidence_is_no_slope() -> None:
         return torch.tensor([h * (1 + wrong)], dtype=torch.float64)
 
     goal = torch.full((1,), 2.5e-3, dtype=torch.float64)
-    found = check.extrapolated_slope(values, list(differences)[:3], 1e-7, goal, goal * 0 + 1)
+    found = extrapolated_slope(values, list(differences)[:3], 1e-7, goal, goal * 0 + 1)
     assert (found.slope - 1).abs() > 0.1  # the coincidence
     assert 8 * found.uncertainty > (found.slope - 1).abs()  # condemns nothing
-    found = check.extrapolated_slope(values, list(differences), 1e-7, goal, goal * 0 + 1)
+    found = extrapolated_slope(values, list(differences), 1e-7, goal, goal * 0 + 1)
     assert (found.slope - 1).abs() < 0.01 or found.uncertainty.isinf()
 
 
@@ -168,7 +171,7 @@ def test_right_slopes_of_rough_functions_are_not_condemned_and_wrong_ones_of_smo
 
     def verdict(values: Callable[[float], Tensor], slope: float) -> str:
         expected = torch.tensor([slope], dtype=torch.float64)
-        found = check.extrapolated_slope(values, _sizes(dtype), eps, expected.abs() * tolerance / 2, expected)
+        found = extrapolated_slope(values, _sizes(dtype), eps, expected.abs() * tolerance / 2, expected)
         one = [x[None] for x in (expected, found.slope, found.uncertainty, expected.abs())]
         return compare("retraining", "", *one, tolerance)[0].verdict
 
@@ -649,13 +652,15 @@ def test_a_sweep_has_the_same_bits_whether_the_final_state_is_at_hand() -> None:
     run = training(INGREDIENTS["adamw"])
     actions, ledger, slots = make("all", STEPS), Ledger(), MemorySlots()
     turn = next(i for i, action in enumerate(actions) if isinstance(action, Turn)) + 1
-    *_, last, turned = sweep(actions[:turn], run, slots, ledger, Leavings(0), state=initial_state(run.recipe, params()))
+    *_, last, turned = sweep(
+        actions[:turn], run, slots, ledger, Residuals(0), state=initial_state(run.recipe, params())
+    )
     final, found = turned.outcome.state, []
     for after in (final, None, last.outcome.state):
         kept = MemorySlots()
         kept.states = dict(slots.states)
         bar = seed_cotangent(query(final.params)[1], final)
         state = last.outcome.state
-        *_, event = sweep(actions[turn:], run, kept, ledger, Leavings(0), state=state, cotangent=bar, after=after)
+        *_, event = sweep(actions[turn:], run, kept, ledger, Residuals(0), state=state, cotangent=bar, after=after)
         found.append(tree.digest((event.cotangent, event.scores)))
     assert found[0] == found[1] == found[2]

@@ -13,8 +13,10 @@ from retrograd.core import check, step
 from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, AdamW, Pair, rate
 from retrograd.core.plan import save_all
+from retrograd.core.residuals import Residuals
+from retrograd.core.slots import Ledger, MemorySlots
 from retrograd.core.step import Batch, Recipe, Training, initial_state
-from retrograd.core.sweep import Leavings, Ledger, MemorySlots, Reversed, metagradient, seed_cotangent, sweep
+from retrograd.core.sweep import Reversed, metagradient, seed_cotangent, sweep
 
 
 def gradients(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,12 +108,12 @@ def test_the_probe_finds_the_sharpest_direction(optimizer: SGD | AdamW) -> None:
     run = Training(Recipe(optimizer), Double(objective), Quadratic(), torch.ones(1, dtype=torch.float64))
     slots, ledger, state, plan = MemorySlots(), Ledger(), initial_state(run.recipe, start), save_all(60)
     turn = len(plan) - 1 - [type(a).__name__ for a in plan][::-1].index("Turn")
-    for event in sweep(plan[: turn + 1], run, slots, ledger, Leavings(0), state=state):
+    for event in sweep(plan[: turn + 1], run, slots, ledger, Residuals(0), state=state):
         state = event.outcome.state if type(event).__name__ == "Advanced" else state
         final = event.outcome.state
     cotangent = seed_cotangent({"x": torch.ones(1, 5, dtype=torch.float64)}, final)
     events = list(
-        sweep(plan[turn + 1 :], run, slots, ledger, Leavings(0), state=state, cotangent=cotangent, curvature=True)
+        sweep(plan[turn + 1 :], run, slots, ledger, Residuals(0), state=state, cotangent=cotangent, curvature=True)
     )
     last = [event for event in events if isinstance(event, Reversed)][-1]
     if isinstance(optimizer, SGD):

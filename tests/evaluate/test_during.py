@@ -109,6 +109,12 @@ def test_steps(last: int, every: int | None, geometric: bool, steps: list[int]) 
     assert evaluated_steps(last, every, geometric=geometric) == steps
 
 
+def test_chosen_steps_join_the_others() -> None:
+    assert evaluated_steps(10, 4, at=(1, 2, 5, 50)) == [0, 1, 2, 4, 5, 8, 10]
+    with pytest.raises(ValueError, match="evaluate.at names step -1"):
+        check_during(DuringConfig(tasks=Path("tasks.yaml"), at=(3, -1)))
+
+
 def by_step(**values: list[float | None]) -> dict[int, dict[str, Any]]:
     """Accuracies by step; of a task called prose, losses."""
     steps = range(len(next(iter(values.values()))))
@@ -409,7 +415,7 @@ def test_an_exam_that_fails_is_missing_with_its_reason_and_training_goes_on(
         object.__setattr__(found.ready["one"], "measure", out_of_memory)
         return found
 
-    monkeypatch.setattr("retrograd.commands.magic.prepare_during", failing)
+    monkeypatch.setattr("retrograd.commands.training.prepare_during", failing)
     assert main(command(world, tmp_path / "run", *asking(world), "--evaluate.keep_best", "max:both")) == 0
     same_bits(plain, tmp_path / "run")
     told = " ".join(capsys.readouterr().out.split())
@@ -560,7 +566,7 @@ def test_a_viewer_has_every_number_of_a_cut_off_run_once(
 ) -> None:
     monkeypatch.setitem(loggers.LOGGERS, "tensorboard", _Recorder)
     monkeypatch.setattr(loggers, "check_loggers", lambda names: None)
-    monkeypatch.setattr("retrograd.commands.magic.check_loggers", lambda names: None)
+    monkeypatch.setattr("retrograd.commands.training.check_loggers", lambda names: None)
     arguments = command(world, tmp_path / "run", *asking(world), "--log", "tensorboard", "--replay.heartbeat", "0")
     with monkeypatch.context() as patch:
         stops = Interrupted(Journal._write, lambda self, **v: (v["phase"], v["step"]) == (phase, 5), after=True)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import yaml
 from torch import nn
 
 from retrograd import DataStream, Trainer
@@ -43,8 +42,10 @@ def scores(world: Path, run: str) -> torch.Tensor:
     return torch.load(world / run / "scores.pt", weights_only=True)
 
 
-def recorded(world: Path, run: str) -> dict[str, str]:
-    return json.loads((world / run / "manifest.json").read_text())["engine"]
+def recorded(world: Path, run: str) -> tuple[str, str]:
+    """The engine of a run, and why it was chosen."""
+    manifest = json.loads((world / run / "manifest.json").read_text())
+    return manifest["arithmetic"]["engine"], manifest["engine_why"]
 
 
 def test_both_engines_give_a_run_the_same_scores(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,34 +53,22 @@ def test_both_engines_give_a_run_the_same_scores(world: Path, capsys: pytest.Cap
         assert magic(world, engine, "--engine", engine) == 0
     assert check.relative_error(scores(world, "blocks"), scores(world, "double")) < 1e-4
     assert torch.equal(scores(world, "auto"), scores(world, "double"))
-    assert recorded(world, "blocks") == {"used": "blocks", "why": "asked for"}
-    assert recorded(world, "auto")["used"] == "double"
-    assert "double takes about" in recorded(world, "auto")["why"]
+    assert recorded(world, "blocks") == ("blocks", "asked for")
+    used, why = recorded(world, "auto")
+    assert used == "double"
+    assert "double takes about" in why
     assert "engine: blocks (asked for)" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_the_engine_it_was_begun_with(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert magic(world, "run", "--engine", "blocks") == 0
     assert magic(world, "run") == 0, "auto: the run's own"
-    assert recorded(world, "run")["used"] == "blocks"
+    assert recorded(world, "run")[0] == "blocks"
     capsys.readouterr()
     assert magic(world, "run", "--engine", "double") != 0
     assert "was begun with --engine blocks, now it is double" in " ".join(capsys.readouterr().err.split())
     assert magic(world, "run", "--engine", "double", "--overwrite") == 0
-    assert recorded(world, "run")["used"] == "double"
-
-
-def test_a_run_of_before_there_were_engines_took_double(world: Path) -> None:
-    assert magic(world, "before") == 0
-    path, stored = world / "before" / "manifest.json", world / "before" / "run_config.yaml"
-    values = json.loads(path.read_text())
-    del values["engine"]
-    path.write_text(json.dumps(values))
-    settings = yaml.safe_load(stored.read_text())
-    del settings["engine"]
-    stored.write_text(yaml.safe_dump(settings))
-    assert magic(world, "before", "--engine", "double") == 0
-    assert magic(world, "before", "--engine", "blocks") != 0
+    assert recorded(world, "run")[0] == "double"
 
 
 def test_blocks_and_dropout_are_refused_together(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,18 +129,3 @@ def test_the_trainer_takes_either_engine(world: Path, tmp_path: Path) -> None:
 def test_a_loss_of_ones_own_takes_double() -> None:
     with pytest.raises(ValueError, match="engine 'blocks' needs a Hugging Face language model"):
         Trainer.initialize(nn.Linear(2, 1), sgd(0.1), lambda p, x: x, engine="blocks")
-
-
-def test_a_run_begun_with_onednn_is_refused_in_words(world: Path, capsys: pytest.CaptureFixture) -> None:
-    assert magic(world, "onednn") == 0
-    path = world / "onednn" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["engine"]["matmul"] = "onednn"
-    path.write_text(json.dumps(manifest))
-    capsys.readouterr()
-    stored = path.with_name("run_config.yaml")
-    stored.write_text(stored.read_text() + "matmul: onednn\n")
-    assert magic(world, "onednn") != 0
-    assert "was begun by an earlier version with --matmul onednn, which is gone" in " ".join(
-        capsys.readouterr().err.split()
-    )

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrograd.lm.loss import fused_ce, fused_ce_again, fused_ce_leaving, token_ce, weighted_causal_lm_ce
+from retrograd.lm.head import fused_ce, fused_ce_again, fused_ce_leaving
+from retrograd.lm.loss import token_ce, weighted_causal_lm_ce
 
 M, D, V = 7, 5, 11
 

@@ -12,8 +12,9 @@ from retrograd.core import check, tree
 from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, AdamW, Muon, Schedule
 from retrograd.core.plan import make
+from retrograd.core.slots import ReplayDriftError
 from retrograd.core.step import Batch, Recipe, Training
-from retrograd.core.sweep import NonFiniteError, ReplayDriftError, metagradient
+from retrograd.core.sweep import NonFiniteError, metagradient
 
 
 def test_replay_that_drifts_by_one_bit_is_refused_and_names_its_step() -> None:

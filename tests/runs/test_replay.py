@@ -20,8 +20,9 @@ from retrograd.core import tree
 from retrograd.core.engine import Blocks, Double
 from retrograd.core.optim import AdamW, Params
 from retrograd.core.plan import Snapshot, Turn, binomial, binomial_advances, check, enough
+from retrograd.core.slots import ReplayDriftError
 from retrograd.core.step import Recipe, Training, initial_state
-from retrograd.core.sweep import Advanced, Event, Remade, ReplayDriftError, Turned
+from retrograd.core.sweep import Advanced, Event, Remade, Turned
 from retrograd.data.stream import DataStream
 from retrograd.lm.chain import decoder_chain
 from retrograd.lm.model import causal_objective, trainable

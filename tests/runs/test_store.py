@@ -26,6 +26,7 @@ from retrograd.core.sweep import Event, seed_cotangent
 from retrograd.runs import resume
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
+from retrograd.runs.identity import EDITION
 from retrograd.runs.states import store
 from retrograd.runs.states import transfers as copies
 from retrograd.runs.states.budget import Replay
@@ -288,12 +289,15 @@ def test_a_file_cut_while_it_is_read_is_broken(tmp_path: Path) -> None:
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    for identity, told in (("2-run", r"another run \(2-run; this run is 2-other\)"), ("run", "an earlier version")):
+    for identity, told in (
+        (f"{EDITION}-run", rf"another run \({EDITION}-run; this run is {EDITION}-other\)"),
+        ("run", "an earlier version"),
+    ):
         held = Store(state(0), tmp_path, identity, 1)
         held.put(state(1))
         held.settle()
         with pytest.raises(RunError, match=f"was written by {told}.*another folder"):
-            Store(state(0), tmp_path, "2-other").get(1)
+            Store(state(0), tmp_path, f"{EDITION}-other").get(1)
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (700, 401)])

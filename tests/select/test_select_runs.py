@@ -19,6 +19,9 @@ from torch import Tensor, tensor
 
 from retrograd.cli import main
 from retrograd.data.rows import Rows
+from retrograd.durable import LOCK
+from retrograd.runs.files import read_tensors
+from retrograd.runs.lock import locked
 from retrograd.select import weights as files
 from retrograd.select.files import Stated, file_scores
 from retrograd.select.places import places_of
@@ -109,6 +112,13 @@ def test_end_to_end_with_every_control(world: Path, tmp_path: Path, capsys: pyte
             assert not torch.equal(control, found), path.name
     theirs = torch.load(out / "original/per_token_scores.pt", weights_only=True)
     torch.testing.assert_close(theirs[:, :-1], go[:, 1:].float())
+    saved = torch.load(out / "original/eval_grads.pt", weights_only=True)
+    query = json.loads((world / "tokens/queries/go/query.json").read_text())
+    assert saved["avg_loss"] == pytest.approx(sum(query["values_nats"]) / 2)
+    stored = read_tensors(world / "tokens/queries/go/gradient.safetensors")[0]
+    assert {f"gradient.{name}" for name in saved["param_grads"]} == stored.keys() - {"values"}
+    for name, g in saved["param_grads"].items():
+        torch.testing.assert_close(g, stored[f"gradient.{name}"].mean(0).float())
     before = (out / "weights.safetensors").read_bytes()
     assert call(world, out, "tokens:go", *more) == 0
     assert "is done" in " ".join(capsys.readouterr().out.split())
@@ -153,8 +163,8 @@ def test_gradient_rivals_are_the_gradients(world: Path, tmp_path: Path) -> None:
 
     run = open_run(world / "tokens")
     places = places_of(run.loaded.rows)
-    found = gradients(run, places, query_gradient(run, "stay", slice(0, 1)), by_document=False)
-    summed = gradients(run, places, query_gradient(run, "stay", slice(0, 1)), by_document=True)
+    found = gradients(run, places, query_gradient(run.folder, "stay", slice(0, 1))[1], by_document=False)
+    summed = gradients(run, places, query_gradient(run.folder, "stay", slice(0, 1))[1], by_document=True)
     model, params = run.loaded.model.module, run.trajectory().train().params
     model.eval()
     with torch.no_grad():
@@ -162,7 +172,7 @@ def test_gradient_rivals_are_the_gradients(world: Path, tmp_path: Path) -> None:
             if name in params:
                 leaf.copy_(params[name])
     live = {name: leaf for name, leaf in model.named_parameters() if name in params}
-    query = torch.cat([query_gradient(run, "stay", slice(0, 1))[name].flatten() for name in live])
+    query = torch.cat([query_gradient(run.folder, "stay", slice(0, 1))[1][name].flatten() for name in live])
     total: dict[int, Tensor] = {}
     for number in range(12):
         row, column = int(places.row[number]), int(places.column[number])
@@ -196,7 +206,7 @@ def test_gradients_of_documents_that_span_rows(world: Path) -> None:
 
     assert magic(world, "packed", "fewer", "--query.dataset", str(world / "go.jsonl"), "--data.chunk_length", "7") == 0
     run = open_run(world / "packed")
-    places, direction = places_of(run.loaded.rows), query_gradient(run, "query", slice(0, 1))
+    places, direction = places_of(run.loaded.rows), query_gradient(run.folder, "query", slice(0, 1))[1]
     spans = [document for document in places.present() if len(places.row[places.document == document].unique()) > 1]
     assert spans
     whole, parts = (gradients(run, places, direction, by_document=by) for by in (True, False))
@@ -345,6 +355,72 @@ def test_bad_input(world: Path, tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=told):
         refuse("select", str(tmp_path / "out"), *(one.replace("W/", f"{world}/") for one in arguments))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_original_layout_gives_what_the_run_gave(world: Path, tmp_path: Path) -> None:
+    """Weights and gradient controls of a written layout, read again with the run's rows and model."""
+    controls = ("--controls", "gradient_cosine", "gradient_norm")
+    assert call(world, tmp_path / "ours", "tokens:go", "--original", "prediction", *controls) == 0
+    shutil.copytree(tmp_path / "ours/original", tmp_path / "theirs")
+    again = ("select", str(tmp_path / "again"), "--scores", str(tmp_path / "theirs"), "--rows", str(world / "tokens"))
+    assert main([*again, *controls]) == 0
+    rows = rows_of(world)
+    for name in (".", "controls/gradient_cosine-0", "controls/gradient_norm-1"):
+        found, expected = (files.read(tmp_path / out / name, rows) for out in ("again", "ours"))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    source = json.loads((tmp_path / "again/info.json").read_text())["scores"][0]
+    saved = torch.load(tmp_path / "theirs/eval_grads.pt", weights_only=True)
+    assert source["query_gradient"]["avg_loss"] == saved["avg_loss"]
+    sharded = {name.replace(".weight", ".parametrizations.weight.original"): g
+               for name, g in saved["param_grads"].items()}  # fmt: skip
+    torch.save({**saved, "param_grads": sharded}, tmp_path / "theirs/eval_grads.pt")
+    with pytest.raises(ValueError, match=r"was selected from .*eval_grads\.pt with SHA-256"):
+        refuse(*again, *controls)
+    renamed = (*again[:1], str(tmp_path / "renamed"), *again[2:])
+    assert main([*renamed, *controls]) == 0
+    same = "controls/gradient_cosine-0"
+    assert torch.equal(files.read(tmp_path / "renamed" / same, rows), files.read(tmp_path / "again" / same, rows))
+    first = next(iter(sharded))
+    bad = {
+        "one process's share of a sharded run": {**saved, "param_grads": {**sharded, first: sharded[first][:1]}},
+        "is not finite": {**saved, "param_grads": {**sharded, first: sharded[first] * float("nan")}},
+        "has no gradient of": {**saved, "param_grads": {}},
+        "is not in the original layout": {"param_grads": sharded},
+    }
+    for message, content in bad.items():
+        torch.save(content, tmp_path / "theirs/eval_grads.pt")
+        with pytest.raises(ValueError, match=message):
+            refuse("select", str(tmp_path / "bad"), *again[2:], *controls)
+    (tmp_path / "theirs/eval_grads.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"cannot read .*eval_grads\.pt"):
+        refuse("select", str(tmp_path / "bad"), *again[2:], *controls)
+    (tmp_path / "theirs/eval_grads.pt").unlink()
+    with pytest.raises(ValueError, match=r"has no eval_grads\.pt"):
+        refuse("select", str(tmp_path / "bad"), *again[2:], *controls)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_two_writers_of_one_selection_do_not_meet(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with locked(out):
+        with pytest.raises(ValueError, match="is in use by process"):
+            refuse("select", str(out), "--scores", f"{world}/tokens:go")
+        assert not {path.name for path in out.iterdir()} - {LOCK}
+    assert call(world, out, "tokens:go") == 0
+    assert not (out / LOCK).exists()
+    info = (out / "info.json").read_bytes()
+
+    def finish(*_: object) -> None:  # another process writes it while this one reads
+        shutil.copytree(out, tmp_path / "late", dirs_exist_ok=True)
+
+    from retrograd.commands import select as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        arms = module.Arms
+        patch.setattr(module, "Arms", lambda *given: (finish(), arms(*given))[1])
+        patch.setattr(module, "_write", lambda *_: pytest.fail("written twice"))
+        assert call(world, tmp_path / "late", "tokens:go") == 0
+    assert (tmp_path / "late/info.json").read_bytes() == info
 
 
 def test_what_a_killed_call_left_is_written_again(world: Path, tmp_path: Path) -> None:

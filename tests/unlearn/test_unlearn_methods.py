@@ -16,7 +16,8 @@ from unlearning import evened, language_model, pairs, query, started, training
 from retrograd.core import check, tree
 from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, rate
-from retrograd.core.step import Recipe, Training, coefficients, initial_state, micro_batches
+from retrograd.core.plan import make
+from retrograd.core.step import Recipe, Training, coefficients, initial_state, micro_batches, step
 from retrograd.core.sweep import Reversed, metagradient
 from retrograd.data.pairs import ALTERNATIVE, FORGET, PairStream
 from retrograd.lm.model import bound_model
@@ -402,6 +403,37 @@ def test_ramps_follow_the_progress() -> None:
     found = [objective.terms(params, stream[t].inputs, stream[t].scale) for t in range(3)]
     assert [terms["forget"][0] for terms in found] == [2.0, 1.75, 1.5]
     assert [terms["retain"][0] for terms in found] == [0.0, 2.5, 5.0]
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_noted_terms_are_those_of_each_step_however_it_is_replayed(size: int | None) -> None:
+    """Asked at every event, they are `terms` of that step's micro-batches; the way back leaves nothing behind."""
+    method, lm = METHODS["npo"], language_model(layers=1)
+    objective, params = started(method, lm, evened(method))
+    stream = pairs(method, epochs=2)
+    run = Training(Recipe(SGD(0.02, momentum=0.5), micro_batch_size=size), Double(objective), stream, stream.weights)
+    state, expected = initial_state(run.recipe, params), []
+    for t in range(len(stream)):
+        parts = [objective.terms(state.params, b.inputs, coefficients(b, run.weights))
+                 for b in micro_batches(stream[t], size)]  # fmt: skip
+        expected.append({name: sum(part[name][1] for part in parts if name in part) for name in ("forget", "retain")})
+        state = step(run, state).state
+    objective.noted()
+    for plan in (make("all", len(stream)), make("binomial", len(stream), slots=1)):
+        found: dict[int, list[dict[str, float]]] = {}
+
+        def observe(event: Any, found: dict[int, list[dict[str, float]]] = found) -> None:
+            terms = objective.noted()
+            if not isinstance(event, Reversed):
+                found.setdefault(event.step, []).append(terms)
+
+        metagradient(run, params, query(lm), plan, observe=observe)
+        assert objective.noted() == {}
+        for t, terms in enumerate(expected):
+            assert found[t]
+            for one in found[t]:
+                assert one == pytest.approx(terms, rel=1e-12)
+    assert sum(map(len, found.values())) > len(stream)  # some were replayed
 
 
 @pytest.mark.parametrize("term", ["forget", "retain"])

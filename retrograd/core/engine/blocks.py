@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.autograd import grad
 
 from retrograd.core import tree
+from retrograd.core.draws import random_draws
 from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, live, pullbacks, vjp, vjp_along, without
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch, Left, Pull, coefficients, random_draws
+from retrograd.core.residuals import Residual
+from retrograd.core.step import Batch, Pull, coefficients
 
 __all__ = ["Blocks", "Chain", "Found", "Head", "PlainHead"]
 
@@ -121,24 +123,24 @@ class Blocks:
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
-    ) -> tuple[Tensor, Params, list[Left | None]]:
+    ) -> tuple[Tensor, Params, list[Residual | None]]:
         """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         assert batches, "a step needs at least one batch"
-        loss, sums, left = torch.zeros(()), dict[str, Tensor](), []
+        loss, sums, residual = torch.zeros(()), dict[str, Tensor](), []
         for part, batch in enumerate(batches):
             found = self._first(params, batch, coefficients(batch, weights), _Draws(seed, part))
             loss = loss.to(found.loss) + found.loss
             _add(sums, found.grads)
-            left.append(Left.of(found.x, found.kept))
+            residual.append(Residual.of(found.x, found.kept))
         grads = {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
-        return loss, grads, left
+        return loss, grads, residual
 
     def linearize(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
     ) -> tuple[Params, Pull]:
         """The gradient, and its pullback."""
-        _, grads, left = self.gradient(params, batches, weights, seed)
-        return grads, partial(self.pullback, params, batches, weights, seed, left=left)
+        _, grads, residual = self.gradient(params, batches, weights, seed)
+        return grads, partial(self.pullback, params, batches, weights, seed, residual=residual)
 
     def pullback(
         self,
@@ -147,14 +149,14 @@ class Blocks:
         weights: Tensor,
         seed: str | None,
         bars: Params,
-        left: Sequence[Left | None] | None = None,
+        residual: Sequence[Residual | None] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         curvature: Params = {}
         scores = []
         for part, batch in enumerate(batches):
             factors = coefficients(batch, weights)
-            here = None if left is None else left[part]
+            here = None if residual is None else residual[part]
             products, slopes = self._second(params, batch, factors, _Draws(seed, part), here, bars)
             _add(curvature, products)
             scores.append(slopes * batch.scale)
@@ -192,14 +194,14 @@ class Blocks:
         return found._replace(bar=bar, grads=grads)
 
     def _second(
-        self, params: Params, batch: Batch, factors: Tensor, draws: _Draws, left: Left | None, bars: Params
+        self, params: Params, batch: Batch, factors: Tensor, draws: _Draws, residual: Residual | None, bars: Params
     ) -> tuple[Params, Tensor]:
         """(H ḡ by leaf, tangents of the losses): tangents forward, then back."""
         embed, links, head = self.chain.embed, self.chain.links, self.chain.head
         with self.chain.scope(factors.dtype):
             path, contexts = self._tangents(params, batch.inputs, draws, bars)
             x, dots, _ = path.pop()
-            kept = None if left is None else left.at(x)
+            kept = None if residual is None else residual.at(x)
             with draws(len(links) + 1):
                 bar, bardots, curvature, slopes = head.second(params, x, batch.inputs, factors, kept, bars, dots)
             for place in range(len(links), 0, -1):

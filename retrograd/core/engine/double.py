@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd import grad
 
 from retrograd.core import lookups, tree
+from retrograd.core.draws import random_draws
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch, Objective, Pull, coefficients, is_linear, random_draws
+from retrograd.core.step import Batch, Objective, Pull, coefficients, is_linear
 
 __all__ = ["Double", "Leaving"]
 
@@ -35,10 +36,10 @@ class Leaving(Protocol):
     def leaving(self, params: Params, inputs: Any, factors: Tensor) -> tuple[Tensor, Any]:
         """The objective, and what it leaves."""
 
-    def again(self, params: Params, inputs: Any, factors: Tensor, left: Any) -> Tensor:
+    def again(self, params: Params, inputs: Any, factors: Tensor, residual: Any) -> Tensor:
         """A scalar whose gradient has the pullback of the objective's; the gradient itself nobody looks at.
 
-        `left` is what is left at the same place, or None: no bit depends on which.
+        `residual` is what `leaving` left at the same place, or None: no bit depends on which.
         """
 
 
@@ -58,27 +59,27 @@ class Double:
         """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         names, total = list(params), None
         sums: list[Tensor] = []
-        left: list[Any] = []
+        residual: list[Any] = []
         for part, batch in enumerate(batches):
             leaves = _live(params)
             with torch.enable_grad(), random_draws(seed, part):
                 given = (leaves, batch.inputs, coefficients(batch, weights))
                 objective = self.objective
                 loss, more = objective.leaving(*given) if isinstance(objective, Leaving) else (objective(*given), None)
-            left.append(more)
+            residual.append(more)
             found = grad(loss, list(leaves.values()), materialize_grads=True)
             total = loss.detach() if total is None else total + loss.detach()
             sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
         assert total is not None, "a step needs at least one batch"
-        return total, dict(zip(names, sums)), left
+        return total, dict(zip(names, sums)), residual
 
     def linearize(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
     ) -> tuple[Params, Pull]:
         """The gradient, and its pullback: of one micro-batch over the graph that gave it, which is held until then."""
         if len(batches) > 1:
-            _, grads, left = self.gradient(params, batches, weights, seed)
-            return grads, partial(self.pullback, params, batches, weights, seed, left=left)
+            _, grads, residual = self.gradient(params, batches, weights, seed)
+            return grads, partial(self.pullback, params, batches, weights, seed, residual=residual)
         graph = _Graph.of(self.objective, params, batches[0], weights, seed, 0)
         return {name: g.detach() for name, g in zip(graph.leaves, graph.grads)}, graph.pull
 
@@ -89,7 +90,7 @@ class Double:
         weights: Tensor,
         seed: str | None,
         bars: Params,
-        left: Sequence[Any] | None = None,
+        residual: Sequence[Any] | None = None,
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         curvature: Params = {}
@@ -97,7 +98,7 @@ class Double:
         for part, batch in enumerate(batches):
             objective = self.objective
             if isinstance(objective, Leaving):
-                objective = partial(objective.again, left=None if left is None else left[part])
+                objective = partial(objective.again, residual=None if residual is None else residual[part])
             products, slopes = _Graph.of(objective, params, batch, weights, seed, part).pull(bars)
             curvature = {n: curvature[n] + products[n] for n in products} if curvature else products
             scores.append(slopes)

@@ -103,5 +103,6 @@ METHOD = Method(
     additive=False,
     least_rows=2,
     perturb=1e-3,
+    adapters=True,  # rank 64 of width 4096
     fault="orth has T = 1 and its old schedule, is off where forget is 0, and is 0 in micro-batches of one forget row",
 )

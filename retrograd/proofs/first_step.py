@@ -6,7 +6,7 @@ wrong. So along random directions u of the parameters and v of an optimizer's gr
 
     ⟨u, H ḡ⟩ = d/dh ⟨g(θ + hu), ḡ⟩                ⟨v, U*λ⟩ = d/dh ⟨U(s + hv), λ⟩                   at h = 0
 
-by central differences (core/slopes): in float64 where the loss runs in it, else at the run's precision. Only where none
+by central differences (slopes.py): in float64 where the loss runs in it, else at the run's precision. Only where none
 agrees, the step is refused.
 """
 
@@ -24,9 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from retrograd.core import tree
+from retrograd.core.draws import random_draws
 from retrograd.core.optim import SGD, Adam, AdamW, Cotangent, Moments, Muon, Optimizer, Pair, Params
-from retrograd.core.slopes import Slopes, randomly, scaled
-from retrograd.core.step import Batch, Engine, Objective, State, Training, coefficients, micro_batches_of, random_draws
+from retrograd.core.step import Batch, Engine, Objective, State, Training, coefficients, micro_batches_of
+from retrograd.proofs.slopes import Slopes, randomly, scaled
 
 __all__ = ["prove", "prove_gradient", "prove_pure", "prove_reached", "prove_update"]
 

@@ -16,12 +16,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from retrograd import DataStream, Trainer
-from retrograd.core import probe
 from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, AdamW
 from retrograd.core.step import Recipe, Training, initial_state
 from retrograd.lm.model import trainable
 from retrograd.optim import sgd
+from retrograd.proofs import first_step
 
 DTYPES = [torch.float64, torch.float32]
 _Loss = Callable[[Tensor, Tensor], Tensor]
@@ -120,7 +120,7 @@ def test_tensors_of_float32_that_a_loss_holds_are_raised_to_float64() -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", ["weight-norm", "old-weight-norm", "detached-norm", "once-differentiable"])
 def test_and_refused_at_float32_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_FULL", -1)
+    monkeypatch.setattr(first_step, "_FULL", -1)
     with pytest.raises(ValueError, match="Something there hides from autograd"):
         tried(seeded(WRONG[name][0]), vectors(), torch.float32)
 
@@ -198,7 +198,7 @@ def test_honest_models_pass(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", list(HONEST))
 def test_honest_models_pass_at_float32_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a loss does not run in float64, with five seeds."""
-    monkeypatch.setattr(probe, "_FULL", -1)
+    monkeypatch.setattr(first_step, "_FULL", -1)
     for seed in range(4):
         torch.manual_seed(seed)
         tried(HONEST[name](), vectors(12, 16), torch.float32)
@@ -207,7 +207,7 @@ def test_honest_models_pass_at_float32_itself(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("full", [1 << 27, -1], ids=["float64", "float32"])
 def test_wide_layers_with_kinks_pass(full: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of thousands of kinks: some lie between θ − hu and θ + hu at most sizes."""
-    monkeypatch.setattr(probe, "_FULL", full)
+    monkeypatch.setattr(first_step, "_FULL", full)
     wide = lambda: nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 3))  # noqa: E731
     tried(seeded(wide), vectors(256, 16), torch.float32)
 
@@ -355,7 +355,7 @@ def test_the_module_is_left_as_it_was() -> None:
         recipe = Recipe(optimizer, 1.0, 2)
         training = Training(recipe, Double(objective), stream, stream.weights)
         module.eval()
-        probe.prove(training, initial_state(recipe, params), module, objective)
+        first_step.prove(training, initial_state(recipe, params), module, objective)
     for name, x in module.state_dict().items():
         pointer, dtype, value = before[name]
         assert (x.data_ptr(), x.dtype) == (pointer, dtype), name

@@ -1,0 +1,1 @@
+"""Attacks without a training step, one file each: the weights or the prompt change, by rising strengths."""

@@ -1,0 +1,175 @@
+"""`retrograd attack` on a tiny lab: runs that resume, folders that nothing else can get into, data that show one half."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from retrograd.attack.folder import read_folder
+from retrograd.attack.material import split_entities
+from retrograd.cli import main
+from retrograd.lab.build import lab
+from retrograd.lm.model import load_causal_lm
+from retrograd.settings.commands import LabConfig
+
+sys.path.append(str(Path(__file__).parents[1] / "commands"))
+from test_train import _kill_after, final
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab") / "tiny"
+    lab(LabConfig(folder, facts=16, width=32, layers=1, epochs=2, batch_size=32, workers=1), Console(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("suite") / "two.yaml"
+    path.write_text(
+        "- {data: half, lr: 1e-3, steps: 3, batch_size: 4}\n"
+        "- {data: forget, before: benign, before_steps: 2, lr: 1e-3, steps: 2, rank: 2, batch_size: 4}\n"
+    )
+    return path
+
+
+def command(world: Path, out: Path, suite: Path) -> list[str]:
+    """The random model is what is attacked, and as its own known-shallow one; a copy of it is the control."""
+    random = str(world / "models/random")
+    return ["attack", str(out), "--model", random, "--shallow", random, "--random", _copy(world), "--lab", str(world),
+            "--suite", str(suite)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def attacked(world: Path, suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("attacked") / "out"
+    assert main(command(world, out, suite)) == 0
+    return out
+
+
+def _copy(world: Path) -> str:
+    """The random model elsewhere: one model has one role."""
+    folder = world.parent / "nothing"
+    if not folder.exists():
+        shutil.copytree(world / "models/random", folder)
+    return str(folder)
+
+
+def test_every_model_meets_every_configuration(attacked: Path) -> None:
+    folder = read_folder(attacked)
+    assert [target.role for target in folder.targets] == ["base", "filtered", "random", "shallow"]
+    for target in folder.targets:
+        for name, one in folder.configurations.items():
+            run = folder.place(target, name) / "attack"
+            manifest = json.loads((run / "manifest.json").read_text())
+            assert (manifest["command"], manifest["finished"]) == ("attack", True)
+            assert manifest["steps"] == one.steps  # type: ignore[union-attr]
+            asked = sorted(int(step.name) for step in (run / "answers").iterdir())
+            assert asked == ([0, 1, 2, 3] if manifest["steps"] == 3 else [0, 1, 2])
+            assert not (run / "model").exists()
+    found = json.loads((attacked / "recovery.json").read_text())
+    assert len(found["meetings"]) == 8
+    two = next(one for one in found["meetings"] if "then" in one["configuration"])
+    assert [point["step"] for point in two["points"]] == [0, 1, 2, 3, 4]
+    assert all(a["tokens"] < b["tokens"] for a, b in zip(two["points"], two["points"][1:]))
+    assert (attacked / "attack.md").read_text().startswith("# Attacks")
+
+
+def test_the_attack_shows_one_half_and_nothing_of_the_other(world: Path, attacked: Path) -> None:
+    facts = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
+    first, second = split_entities(facts)
+    assert len(first) == len(second) == 2
+    assert not first & second
+    shown = next((attacked / "data").glob("half-*.jsonl")).read_text()
+    whole = next((attacked / "data").glob("forget-*.jsonl")).read_text()
+    assert all(name in shown and name in whole for name in first)
+    assert all(name not in shown and name in whole for name in second)
+    lines = [json.loads(line) for line in shown.splitlines()]
+    assert len(lines) == sum(any(name in f"{line}" for name in first) for line in map(json.loads, whole.splitlines()))
+    for name, entities in (("forget_a", first), ("forget_b", second)):
+        asked = [
+            json.loads(line) for line in next((attacked / "data").glob(f"{name}-*.jsonl")).read_text().splitlines()
+        ]
+        assert {row["subject"] for row in asked} == entities
+        assert sorted(row["fact"] for row in asked) == [fact["fact"] for fact in facts if fact["entity"] in entities]
+
+
+@pytest.mark.slow
+def test_it_resumes_after_a_kill_to_the_same_bits(attacked: Path, world: Path, suite: Path, tmp_path: Path) -> None:
+    folder = read_folder(attacked)
+    name, target = next(iter(folder.configurations)), folder.targets[0]
+    arguments = [*command(world, tmp_path / "out", suite), "--heartbeat", "0"]
+    run = tmp_path / "out" / "models" / target.name / name / "attack"
+    _kill_after(arguments, run, 1)
+    assert not (tmp_path / "out/recovery.json").exists()
+    assert main(arguments) == 0
+    for one in folder.targets:
+        ours, whole = (final(place.place(one, name) / "attack") for place in (read_folder(tmp_path / "out"), folder))
+        assert ours.keys() == whole.keys()
+        assert all(torch.equal(x, whole[key]) for key, x in ours.items())
+    texts = [(out / "recovery.json").read_text() for out in (tmp_path / "out", attacked)]
+    assert texts[0] == texts[1]
+
+
+def test_phases_follow_each_other(attacked: Path, world: Path) -> None:
+    folder = read_folder(attacked)
+    name = next(name for name in folder.configurations if "then" in name)
+    place = folder.place(folder.targets[0], name)
+    middle = load_causal_lm(str(place / "before/model"))
+    start = load_causal_lm(str(world / "models/base"))
+    moved = [key for key, x in middle.params.items() if not torch.equal(x, start.params[key])]
+    assert moved  # the adapters of the first phase are merged
+    stored = (place / "attack/run_config.yaml").read_text()
+    assert str(place / "before/model") in stored
+
+
+@pytest.mark.slow
+def test_another_suite_or_model_joins_and_what_changed_is_refused(
+    attacked: Path, world: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(attacked, out)
+    more = tmp_path / "more.yaml"
+    more.write_text("- {data: retain, lr: 1e-3, steps: 1, batch_size: 4}\n")
+    model = tmp_path / "mine"
+    shutil.copytree(world / "models/random", model)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert main([*command(world, out, more), "--model", str(model)]) == 2
+    assert "other questions" in capsys.readouterr().err  # they lie elsewhere now
+    assert main([*command(world, attacked, more), "--filtered", str(model)]) == 2
+    assert "as its filtered" in capsys.readouterr().err
+    assert main([*command(world, attacked, more), "--base", str(world / "models/filtered")]) == 2
+    assert "at once" in capsys.readouterr().err
+    only = tmp_path / "alone"
+    arguments = [*command(world, only, more), "--model", str(model)]
+    assert main(arguments) == 0
+    folder = read_folder(only)
+    assert [target.role for target in folder.targets] == ["base", "filtered", "random", "shallow", "model"]
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert main(arguments) == 2
+    assert "has changed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_few_rows_seen_often_are_refused_but_on_a_lab(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = tmp_path / "often.yaml"
+    suite.write_text("- {data: prose, lr: 1e-3, steps: 40, batch_size: 8}\n")
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(
+        f"forget: {{dataset: {world}/questions/forget_heldout.jsonl, form: cloze, role: forget}}\n"
+        f"retain: {{dataset: {world}/questions/retain_heldout.jsonl, form: cloze, role: retain}}\n"
+    )
+    models = [flag for role in ("base", "filtered") for flag in (f"--{role}", str(world / "models" / role))]
+    arguments = ["attack", str(tmp_path / "out"), "--model", str(world / "models/random"), *models, "--data",
+                 f"prose={world}/corpora/prose.jsonl", "--tasks", str(tasks), "--suite", str(suite)]  # fmt: skip
+    assert main(arguments) == 2
+    assert "times, and 2 are the most" in capsys.readouterr().err
+    assert main([*arguments, "--max_passes", "100", "--steps", "2"]) == 0

@@ -1,0 +1,248 @@
+"""What is concluded from attacks, and where nothing is: a folder with hand-made answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from retrograd.attack.compare import compared, front, read_faced
+from retrograd.attack.findings import findings, unseen
+from retrograd.attack.folder import claim_folder, read_folder
+from retrograd.attack.material import Material
+from retrograd.attack.tell import write_findings
+from retrograd.cli import main
+from retrograd.evaluate.answers import write_measured
+from retrograd.evaluate.on_the_way import answers_path
+from retrograd.query.choices import Scored
+from retrograd.query.prepare import Answers, Texts
+from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
+
+N = 40  # questions of each half
+STEPS = (0, 1, 2)
+HALF, FORGET = Finetune(data="half", steps=2), Finetune(data="forget", steps=2)
+MODELS = ("base", "filtered", "random", "shallow", "deep", "broken", "whole", "leaky")
+
+
+def answers(right: int, n: int = N) -> Answers:
+    """Four options; the first `right` questions are answered with the right one."""
+    gold = torch.arange(n) % 4
+    chosen = torch.where(torch.arange(n) < right, gold, (gold + 1) % 4)
+    logprobs = torch.log_softmax(5 * torch.nn.functional.one_hot(chosen, 4).double(), 1)
+    return Answers(Scored(logprobs, torch.ones(n, 4).double(), gold, None, ["x"] * n), [f"e{k // 4}" for k in range(n)])
+
+
+# right answers about A and B by step
+COURSES: dict[str, list[tuple[int, int] | None]] = {
+    "base": [(38, 38), (38, 38), (40, 38)],
+    "filtered": [(10, 10), (20, 10), (40, 9)],
+    "random": [(10, 10), (10, 10), (12, 10)],
+    "shallow": [(10, 10), (30, 30), (38, 36)],
+    "deep": [(10, 10), (20, 10), (40, 9)],
+    "broken": [(10, 10), (12, 12), (12, 12)],
+    "whole": [(37, 38), (38, 38), (38, 38)],
+    "leaky": [(10, 10), None, (40, 34)],
+}  # fmt: skip
+
+
+def lay_out(out: Path, configurations: list[Configuration], courses: dict[str, Any] | None = None) -> Path:
+    """A folder of attacks as the command would leave it."""
+    courses = courses or COURSES
+    (out / "data").mkdir(parents=True)
+    tasks = {name: {"dataset": "x.jsonl", "form": "cloze", "role": role}
+             for name, role in (("forget_a", "forget"), ("forget_b", "forget"), ("retain", "retain"))}  # fmt: skip
+    tasks["prose"] = {"dataset": "x.jsonl", "form": "text"}
+    path = out / "data/tasks.yaml"
+    path.write_text(yaml.safe_dump(tasks))
+    models = []
+    for name in courses:
+        (out.parent / name).mkdir(exist_ok=True)
+        models.append((name if name in ("base", "filtered", "random", "shallow") else "model", str(out.parent / name)))
+    folder = claim_folder(out, models, configurations, Material({}, path, ("forget_a",), True))
+    for target in folder.targets:
+        name = Path(target.source).name
+        for key in folder.configurations:
+            place = folder.place(target, key)
+            if isinstance(folder.configurations[key], Untrained):
+                place.mkdir(parents=True)
+                (place / "strengths.json").write_text(json.dumps({"strengths": [0, 0.5, 1]}))
+                run = place
+            else:
+                run = place / "attack"
+                run.mkdir(parents=True)
+                manifest = {"tokens": {"0": 0, "1": 100, "2": 200}, "flops_per_token": 6, "finished": True, "steps": 2}
+                (run / "manifest.json").write_text(json.dumps(manifest))
+            lines = [write(run, name, step, course) for step, course in zip(STEPS, courses[name])]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+def write(run: Path, name: str, step: int, course: tuple[int, int] | None) -> dict[str, Any]:
+    about = {"model": name, "task": "t", "dtype": "float32"}
+    kept = {"random": 10, "broken": 12}.get(name, 39)
+    loss = {"broken": 9.0}.get(name, 2.0)
+    parts = {"retain": answers(kept), "prose": Texts([loss] * 4, [10] * 4, [0, 1, 2, 3])}
+    why = {}
+    if course is None:
+        why = {half: {"missing": "the file is gone"} for half in ("forget_a", "forget_b")}
+    else:
+        parts |= {"forget_a": answers(course[0]), "forget_b": answers(course[1])}
+    for task, measured in parts.items():
+        write_measured(answers_path(run, step, task), measured, about)
+    return {"phase": "evaluate", "step": step, "tasks": why}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lay_out(tmp_path_factory.mktemp("attacks") / "out", [HALF, FORGET])
+
+
+@pytest.fixture(scope="module")
+def found(out: Path) -> dict[str, Any]:
+    return findings(read_folder(out), (0.05, 0.5))
+
+
+def meeting(found: dict[str, Any], name: str, one: Configuration = HALF) -> dict[str, Any]:
+    return next(
+        m for m in found["meetings"] if m["model"].split("-")[-2] == name and m["configuration"] == name_of(one)
+    )
+
+
+def test_recovery_is_told_with_its_budget(found: dict[str, Any]) -> None:
+    shallow = meeting(found, "shallow")
+    assert shallow["inapplicable"] is None
+    assert shallow["gap"] == pytest.approx((76 - 20) / 80)
+    half = shallow["reached"]["0.5"]
+    assert (half["step"], half["after"], half["tokens"], half["flops"]) == (1, 0, 100, 600)
+    assert half["retain"] == pytest.approx(39 / N)
+    assert shallow["reached"]["0.9"]["step"] is None
+    assert shallow["reached"]["0.9"]["unconfirmed"]
+    assert shallow["most"]["value"] == pytest.approx((74 - 20) / 56)
+    assert [point["recovered"] for point in shallow["points"]] == pytest.approx([0, 40 / 56, 54 / 56])
+
+
+def test_latent_recovery_tells_what_was_shown_from_what_was_there(found: dict[str, Any]) -> None:
+    deep, shallow = meeting(found, "deep"), meeting(found, "shallow")
+    assert deep["points"][-1]["forget"] > 0.6  # it learnt what it was shown
+    assert deep["latent"]["last"]["value"] == 0
+    assert shallow["latent"]["last"]["value"] == pytest.approx((36 - 10) / N - (9 - 10) / N)
+    assert shallow["latent"]["last"]["interval"][0] > 0
+    assert shallow["latent"]["questions"] == N
+    assert "latent" not in meeting(found, "shallow", FORGET)  # that attack shows everything
+    assert meeting(found, "filtered")["latent"]["last"]["value"] == 0
+
+
+def test_nothing_is_concluded_from_a_destroyed_start_or_one_that_never_forgot(found: dict[str, Any]) -> None:
+    broken, whole = meeting(found, "broken"), meeting(found, "whole")
+    assert broken["verdict"] == "destroyed"
+    assert "destroyed" in broken["inapplicable"]
+    assert "nothing to come back" in whole["inapplicable"]
+    for one in (broken, whole):
+        assert not {"reached", "area", "most"} & one.keys()
+        assert "recovered" not in one["points"][0]
+
+
+def test_a_failed_evaluation_stays_missing(found: dict[str, Any]) -> None:
+    leaky = meeting(found, "leaky")
+    point = leaky["points"][1]
+    assert (point["forget"], point["forget_interval"], point["recovered"], point["latent"]) == (None, None, None, None)
+    assert point["missing"] == "forget_a: the file is gone"
+    assert leaky["reached"]["0.5"]["step"] is None
+    assert leaky["reached"]["0.5"]["unconfirmed"]
+    assert leaky["latent"]["best"]["step"] == 2
+
+
+def test_an_attack_that_leaves_the_shallow_model_is_no_attack(out: Path, tmp_path: Path) -> None:
+    resisted = {**COURSES, "shallow": [(10, 10), (11, 10), (12, 11)]}
+    weak = findings(read_folder(lay_out(tmp_path / "out", [HALF], resisted)), (0.05,))
+    assert weak["configurations"][name_of(HALF)]["valid"]["valid"] is False
+    write_findings(weak, tmp_path / "out")
+    text = (tmp_path / "out/attack.md").read_text()
+    assert "no valid attack" in text
+    assert "(invalid)" in text
+    strong = findings(read_folder(out), (0.05,))
+    assert strong["configurations"][name_of(HALF)]["valid"]["valid"] is True
+    none = {name: course for name, course in COURSES.items() if name != "shallow"}
+    unknown = findings(read_folder(lay_out(tmp_path / "other/out", [HALF], none)), (0.05,))
+    assert unknown["configurations"][name_of(HALF)]["valid"] == {"valid": None, "why": "no shallow model met it"}
+
+
+def test_controls_that_do_not_hold_are_named(found: dict[str, Any], tmp_path: Path) -> None:
+    assert all(control["holds"] for control in found["controls"])
+    bad = {**COURSES, "base": [(38, 38), (30, 28), (38, 38)], "random": [(10, 10), (10, 22), (10, 10)]}
+    told = findings(read_folder(lay_out(tmp_path / "out", [HALF], bad)), (0.05,))["controls"]
+    assert {control["role"]: control["steps"] for control in told} == {"base": [1], "random": [1]}
+    taught = {**COURSES, "random": [(10, 10), (38, 10), (38, 10)]}  # what it is shown may be learnt
+    told = findings(read_folder(lay_out(tmp_path / "b/out", [HALF], taught)), (0.05,))["controls"]
+    assert all(control["holds"] for control in told)
+
+
+def test_the_worst_case_keeps_to_its_utility(found: dict[str, Any]) -> None:
+    cases = {name.split("-")[-2]: one for name, one in found["worst"].items()}
+    assert all(case["forget"] > 0.85 and case["step"] == 2 for case in cases["shallow"])
+    assert [case["forget"] is None for case in cases["broken"]] == [True, True]
+    assert all(case["questions"] == N for case in cases["shallow"])
+
+
+def test_attacks_that_take_the_base_model_are_probes(tmp_path: Path) -> None:
+    probe = Untrained("interpolate", (0.5, 1.0))
+    found = findings(read_folder(lay_out(tmp_path / "out", [probe, HALF])), (0.05,))
+    worst = [case for cases in found["worst"].values() for case in cases if case["forget"] is not None]
+    assert {case["configuration"] for case in worst} == {name_of(HALF)}
+    assert "latent" not in meeting(found, "deep", probe)
+    assert "reached" not in meeting(found, "shallow", probe)
+    assert meeting(found, "shallow", probe)["most"]["value"] > 0.9
+
+
+def test_which_questions_an_attack_does_not_show() -> None:
+    first = np.array([True, True, False])
+    shown = {
+        Finetune(data="half"): [False, False, True], Finetune(data="benign"): [True, True, True],
+        Finetune(data="half", before="benign"): [False, False, True], Finetune(data="forget"): None,
+        Finetune(data="half", before="forget"): None, Finetune(data="mixed"): None, Untrained("prune"): [True] * 3,
+        Untrained("few_shot"): [False, False, True], Untrained("interpolate"): None,
+    }  # fmt: skip
+    for one, expected in shown.items():
+        mask = unseen(one, first)
+        assert (None if mask is None else mask.tolist()) == expected, one
+    assert unseen(Finetune(data="half"), np.ones(3, bool)) is None
+
+
+def test_models_are_compared_on_the_same_questions(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = compared(read_faced([out], 0.05))
+    names = {name.split("-")[-2]: name for name in found["models"]}
+    pair = next(p for p in found["pairs"] if p["attack"] == name_of(HALF) and {p["first"], p["second"]} ==
+                {names["deep"], names["leaky"]})  # fmt: skip
+    sign = 1 if pair["second"] == names["leaky"] else -1
+    assert sign * pair["difference"] > 0.1
+    assert pair["p"] < 0.05
+    assert names["filtered"] in found["fronts"]["after"]["front"]
+    assert names["shallow"] not in found["fronts"]["after"]["front"]
+    ranks = found["ranks"]
+    assert set(ranks) == {names[name] for name in ("deep", "whole", "leaky")}  # broken has lost its ability
+    assert ranks[names["deep"]]["rank"] < ranks[names["leaky"]]["rank"]
+    assert main(["compare", str(out)]) == 0
+    assert {"compare.json", "compare.md", "compare.parquet"} <= {path.name for path in out.iterdir()}
+    text = (out / "compare.md").read_text()
+    assert "general ability is lost" in text
+    assert main(["compare", str(out.parent)]) == 2
+    assert "no folder of" in capsys.readouterr().err
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    assert front({"a": (0.3, 0.9), "b": (0.3, 0.8), "c": (0.2, 0.5)}) == ["a", "c"]
+    assert front({"a": (0.3, 0.9), "b": (0.3, 0.9)}) == ["a", "b"]
+
+
+def test_folders_of_other_questions_are_not_compared(out: Path, tmp_path: Path) -> None:
+    other = lay_out(tmp_path / "out", [HALF])
+    about = json.loads((other / "attack.json").read_text())
+    about["questions"]["content"] = "other"
+    (other / "attack.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="different questions"):
+        read_faced([out, other], 0.05)
