@@ -57,7 +57,6 @@ retrograd.panel("map", async (root, data, section) => {
     return { X: whole[0], Y: whole[1], largest, tokens: false };
   }
   const linear = () => pick("axes").value === "linear";
-  const isChosen = (k) => points.tokens ? chosen[targets[k]] : pieceChosen(documents[k]);
   function pieceChosen(document) {
     for (const [start, stop] of table.pieces.get(document)) for (let k = start; k < stop; k++) if (chosen[k]) return 1;
     return 0;
@@ -68,8 +67,8 @@ retrograd.panel("map", async (root, data, section) => {
   function draw() {
     const W = plane.width, H = plane.height, counts = new Uint32Array(W * H), lit = new Uint32Array(W * H);
     let seen = 0;
-    if (points.tokens) plane.each(points, linear(), (k, at) => { counts[at]++; lit[at] += chosen[targets[k]]; seen++; });
-    else plane.each(points, linear(), (k, at) => { counts[at]++; lit[at] += pieceChosen(documents[k]); seen++; });
+    const marked = points.tokens ? null : documents.map(pieceChosen);
+    plane.each(points, linear(), (k, at) => { counts[at]++; lit[at] += marked ? marked[k] : chosen[targets[k]]; seen++; });
     const size = seen > 100000 ? 0 : seen > 10000 ? 1 : 2, most = counts.reduce((a, b) => Math.max(a, b), 1);
     const image = plane.context.createImageData(W, H), out = new Uint32Array(image.data.buffer);
     const colour = ([r, g, b], alpha) => ((Math.round(255 * alpha) << 24) | (b << 16) | (g << 8) | r) >>> 0;
@@ -118,10 +117,10 @@ retrograd.panel("map", async (root, data, section) => {
     canvas.dataset.ms = (performance.now() - started).toFixed(1);
   }
   function join(found, mode) {
-    for (let k = 0; k < chosen.length; k++) {
-      const other = found[k];
-      chosen[k] = mode === "new" ? other : mode === "add" ? chosen[k] | other : mode === "cut" ? chosen[k] & ~other & 1 : chosen[k] & other;
-    }
+    if (mode === "new") chosen.set(found);
+    else if (mode === "add") for (let k = 0; k < chosen.length; k++) chosen[k] |= found[k];
+    else if (mode === "cut") for (let k = 0; k < chosen.length; k++) chosen[k] &= 1 - found[k];
+    else for (let k = 0; k < chosen.length; k++) chosen[k] &= found[k];
   }
   function lasso(path) {
     const mask = document.createElement("canvas"), W = plane.width;
@@ -172,33 +171,41 @@ retrograd.panel("map", async (root, data, section) => {
   }
 
   // ---- what is selected ----
-  let listed = [], shown = 0, limit = 0;
+  let listed = [], shown = 0, wanted = 5, limit = 0, growing = 0;
   function refresh() {
     draw();
     let count = 0;
-    const sums = [0, 0], by = new Map();
+    const sums = [0, 0], by = new Map(), [p, q] = [table.scores[x.value], table.scores[y.value]];
     table.arrays.start.forEach((start, piece) => {
       const stop = piece + 1 < table.arrays.start.length ? table.arrays.start[piece + 1] : table.count;
       let here = 0;
-      for (let k = start; k < stop; k++) if (chosen[k]) { if (!table.isTarget(k)) { chosen[k] = 0; continue; } here++; sums[0] += table.score(x.value, k); sums[1] += table.score(y.value, k); }
+      for (let k = start; k < stop; k++) {
+        if (!chosen[k]) continue;
+        if (!table.isTarget(k)) { chosen[k] = 0; continue; }
+        here++;
+        sums[0] += p[k] * Math.abs(p[k]); sums[1] += q[k] * Math.abs(q[k]);
+      }
       if (here) by.set(table.arrays.document[piece], (by.get(table.arrays.document[piece]) ?? 0) + here);
       count += here;
     });
+    sums.forEach((_, k) => { sums[k] *= table.largest[[x, y][k].value] / 32767 ** 2; });
     const n = targets.length;
     pick("status").textContent = count ? `${count.toLocaleString("en")} of ${n.toLocaleString("en")} tokens selected (${percent(count / n, 2)}; ${how}), in ${by.size.toLocaleString("en")} documents. Σ score ${table.labels[x.value]} ${signed(sums[0])}, ${table.labels[y.value]} ${signed(sums[1])} nats. Weights it implies: 1 on these and 0 elsewhere for descent; ${number(n / count)} on each of these for removal.` : "Nothing is selected.";
     pick("save").disabled = !count;
     pick("command").textContent = count ? `then: retrograd select OUT --scores ${table.sources[x.value]} --rule selection --selection selection.json` : "";
     listed = [...by].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
-    limit = listed.slice(0, 30).reduce((most, [name]) => Math.max(most, table.largestIn(Number(x.value), name)), 0);
+    limit = listed.slice(0, 20).reduce((most, [name]) => Math.max(most, table.largestIn(Number(x.value), name)), 0);
     root.querySelector(".legend").replaceChildren(...(listed.length ? [element("span", { class: "soft" }, `Colours: score for ${table.labels[x.value]}. `), retrograd.scaleOf(limit)] : []));
-    pick("list").replaceChildren(); shown = 0;
-    grow();
+    pick("list").replaceChildren(); shown = 0; wanted = 5;
+    clearTimeout(growing);
+    growing = setTimeout(grow);  // numbers and points first, text after
   }
-  function grow() {
-    for (const [name, count] of listed.slice(shown, shown + 10)) {
+  function grow() {  // a document at a time, so that the page answers meanwhile
+    if (shown < Math.min(wanted, listed.length)) {
+      const [name, count] = listed[shown++];
       pick("list").append(element("div", { class: "document", "data-document": name }, element("p", { class: "soft" }, `document ${name}: ${count} selected`), table.heat(Number(x.value), name, limit, chosen)));
+      growing = setTimeout(grow);
     }
-    shown += 10;
     pick("more").hidden = shown >= listed.length;
   }
   function save() {
@@ -247,7 +254,7 @@ retrograd.panel("map", async (root, data, section) => {
   const press = (name, does) => pick(name).addEventListener("click", does);
   press("lasso", () => mode(true)); press("move", () => mode(false));
   press("in", () => { plane.zoom(1.5); draw(); }); press("out", () => { plane.zoom(1 / 1.5); draw(); }); press("whole", () => { plane.reset(); draw(); });
-  press("clear", () => { chosen.fill(0); how = ""; refresh(); }); press("save", save); press("more", grow);
+  press("clear", () => { chosen.fill(0); how = ""; refresh(); }); press("save", save); press("more", () => { wanted += 5; grow(); });
   for (const name of ["x", "y", "unit", "axes"]) pick(name).addEventListener("change", anew);
   const search = root.querySelector("input[type=search]");
   search.addEventListener("change", () => word(search.value));
