@@ -115,8 +115,8 @@ def _validate(
 def _unlearning(config: AttackConfig, run: Path, source: str, tasks: Path) -> UnlearnConfig:
     """The unlearning once more, in a folder of its own, with the forget tasks as queries."""
     return dataclasses.replace(
-        unlearning_of(source), run=run, attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), export=False,
-        queries=forget_queries(tasks_from(tasks), config.limit), log=(), heartbeat=config.heartbeat,
+        unlearning_of(source), run=run, attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(),
+        export=False, queries=forget_queries(tasks_from(tasks), config.limit), log=(), heartbeat=config.heartbeat,
         replay=dataclasses.replace(config.replay, keep=False),
     )  # fmt: skip
 
