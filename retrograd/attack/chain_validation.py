@@ -20,7 +20,6 @@ from retrograd.core.optim import Params
 from retrograd.data.pairs import FORGET, PairStream
 from retrograd.query.columns import Queries
 from retrograd.runs.files import append_line, read_lines, write_json
-from retrograd.runs.session import train
 from retrograd.runs.setup import Loaded
 from retrograd.runs.states.budget import Replay
 from retrograd.settings.attack import PhaseConfig
@@ -41,7 +40,7 @@ def forget_places(stream: PairStream) -> np.ndarray:
 
 def retrained(loaded: Loaded, runs: Sequence[PhaseConfig], weights: Tensor) -> Params:
     """Parameters after unlearning at other data weights and the same attack."""
-    return attacked(loaded, runs, train(loaded, None, _LEAST, weights=weights, identity="left out").params)
+    return attacked(loaded, runs, loaded.trajectory(_LEAST, weights=weights, identity="left out").train().params)
 
 
 def attacked(loaded: Loaded, runs: Sequence[PhaseConfig], params: Params) -> Params:
@@ -49,7 +48,7 @@ def attacked(loaded: Loaded, runs: Sequence[PhaseConfig], params: Params) -> Par
     queries = sum(len(one.columns) for one in loaded.asked)
     for run in runs:
         setup, _ = set_up_phase(run, After(loaded.model, loaded.tokenizer, params, queries))
-        params = train(setup, None, _LEAST).params
+        params = setup.trajectory(_LEAST).train().params
     return params
 
 

@@ -22,7 +22,7 @@ from retrograd.query.load import load_rows
 from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import Differentiated, Setup, find_device, load_model, set_up, visits
 from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig, attack_steps
-from retrograd.settings.during import DuringConfig
+from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
 __all__ = ["After", "Phase", "phases", "set_up_phase"]
@@ -73,7 +73,7 @@ def phases(
             lora=one.lora, heartbeat=config.heartbeat, export=config.export or not last, sources=sources[key],
             examples=one.examples if last else None, steps=None if epochs else steps, epochs=epochs,
             max_length=config.max_length, chunk_length=config.chunk_length, max_passes=_most(config),
-            evaluate=DuringConfig(
+            evaluate=OnTheWayConfig(
                 tasks=tasks, at=_ASKED, limit=config.limit, batch_size=config.batch_size, answers=True
             ),
             train=one.train(),

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from retrograd.attack.material import Material
 from retrograd.durable import foreign
-from retrograd.evaluate.ownership import content, plain
+from retrograd.evaluate.folder import content, plain
 from retrograd.runs.files import write_json
 from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
 from retrograd.settings.parse import build

@@ -19,7 +19,7 @@ from retrograd.attack.untrained.run import carry_out_untrained
 from retrograd.commands.attack_scores import attribute, check_attribution
 from retrograd.commands.training import MODEL, carry_out
 from retrograd.commands.unlearn import unlearn
-from retrograd.evaluate.ownership import plain
+from retrograd.evaluate.folder import plain
 from retrograd.runs.lock import locked
 from retrograd.settings.attack import (
     CONTROLS,

@@ -28,7 +28,7 @@ from retrograd.runs.run_folder import replay_of
 from retrograd.runs.session import Session, open_session
 from retrograd.runs.setup import Loaded, Setup
 from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig
-from retrograd.settings.during import DuringConfig
+from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import tasks_from
 from retrograd.settings.unlearn import UnlearnConfig
@@ -115,15 +115,15 @@ def _validate(
 def _unlearning(config: AttackConfig, run: Path, source: str, tasks: Path) -> UnlearnConfig:
     """The unlearning once more, in a folder of its own, with the forget tasks as queries."""
     return dataclasses.replace(
-        unlearning_of(source), run=run, attribute="tokens", query=QueryConfig(), evaluate=DuringConfig(), export=False,
-        queries=forget_queries(tasks_from(tasks), config.limit), log=(), heartbeat=config.heartbeat,
+        unlearning_of(source), run=run, attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(),
+        export=False, queries=forget_queries(tasks_from(tasks), config.limit), log=(), heartbeat=config.heartbeat,
         replay=dataclasses.replace(config.replay, keep=False),
     )  # fmt: skip
 
 
 def _alone(config: PhaseConfig) -> PhaseConfig:
     """A phase without evaluation, whose model goes to the next one in memory."""
-    return dataclasses.replace(config, evaluate=DuringConfig(), export=False)
+    return dataclasses.replace(config, evaluate=OnTheWayConfig(), export=False)
 
 
 def _through(

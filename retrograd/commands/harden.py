@@ -37,8 +37,8 @@ from retrograd.runs.setup import Loaded, Setup
 from retrograd.select import weights as weights_file
 from retrograd.select.places import places_of
 from retrograd.settings.attack import Finetune, PhaseConfig, name_of
-from retrograd.settings.during import DuringConfig
 from retrograd.settings.harden import HardenConfig, attack_config, attacks_of, check_harden
+from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import tasks_from
 from retrograd.settings.train import difference, to_dict
@@ -128,7 +128,7 @@ def _world(config: HardenConfig) -> _World:
     for one in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
         check_chain(one, given)
     unlearning = dataclasses.replace(
-        given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=DuringConfig(), log=(),
+        given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), log=(),
         queries=forget_queries(tasks_from(material.tasks), config.limit), export=False, heartbeat=config.heartbeat,
         replay=dataclasses.replace(config.replay, keep=False),
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _attack(one: Finetune, config: HardenConfig, material: Material, loaded: Loa
     columns = [column for asked in loaded.asked if asked.name not in shown for column in asked.columns]
     if not columns:
         raise ValueError(f"attack {one.readable} shows the answers to all forget tasks: there is nothing left to ask")
-    return _Attack(one, [dataclasses.replace(p.config, evaluate=DuringConfig(), export=False) for p in runs], columns)
+    return _Attack(one, [dataclasses.replace(p.config, evaluate=OnTheWayConfig(), export=False) for p in runs], columns)
 
 
 def _iteration(world: _World, number: int, console: Console) -> dict[str, Any]:
