@@ -90,6 +90,9 @@ def test_the_attack_shows_one_half_and_nothing_of_the_other(world: Path, attacke
     whole = next((attacked / "data").glob("forget-*.jsonl")).read_text()
     assert all(name in shown and name in whole for name in first)
     assert all(name not in shown and name in whole for name in second)
+    other = next((attacked / "data").glob("other_half-*.jsonl")).read_text()
+    assert all(name not in other for name in first)
+    assert sorted([*shown.splitlines(), *other.splitlines()]) == sorted(whole.splitlines())
     lines = [json.loads(line) for line in shown.splitlines()]
     assert len(lines) == sum(any(name in f"{line}" for name in first) for line in map(json.loads, whole.splitlines()))
     for name, entities in (("forget_a", first), ("forget_b", second)):

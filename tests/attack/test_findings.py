@@ -210,6 +210,7 @@ def test_which_questions_an_attack_does_not_show() -> None:
     first = np.array([True, True, False])
     shown = {
         Finetune(data="half"): [False, False, True], Finetune(data="benign"): [True, True, True],
+        Finetune(data="other_half"): [True, True, False], Finetune(data="half", before="other_half"): None,
         Finetune(data="half", before="benign"): [False, False, True], Finetune(data="forget"): None,
         Finetune(data="half", before="forget"): None, Finetune(data="mixed"): None, Untrained("prune"): [True] * 3,
         Untrained("few_shot"): [False, False, True], Untrained("interpolate"): None,
