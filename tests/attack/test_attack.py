@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from test_train import _kill_after, final
 
 from retrograd.attack.folder import read_folder
 from retrograd.attack.material import split_entities
@@ -17,9 +17,6 @@ from retrograd.cli import main
 from retrograd.lab.build import lab
 from retrograd.lm.model import load_causal_lm
 from retrograd.settings.commands import LabConfig
-
-sys.path.append(str(Path(__file__).parents[1] / "commands"))
-from test_train import _kill_after, final
 
 
 @pytest.fixture(scope="module")
