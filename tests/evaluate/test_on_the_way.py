@@ -416,7 +416,7 @@ def test_an_exam_that_fails_is_missing_with_its_reason_and_training_goes_on(
         object.__setattr__(found.ready["one"], "measure", out_of_memory)
         return found
 
-    monkeypatch.setattr("retrograd.commands.magic.prepare_on_the_way", failing)
+    monkeypatch.setattr("retrograd.commands.training.prepare_on_the_way", failing)
     assert main(command(world, tmp_path / "run", *asking(world), "--evaluate.keep_best", "max:both")) == 0
     same_bits(plain, tmp_path / "run")
     told = " ".join(capsys.readouterr().out.split())
@@ -567,7 +567,7 @@ def test_a_viewer_has_every_number_of_a_cut_off_run_once(
 ) -> None:
     monkeypatch.setitem(loggers.LOGGERS, "tensorboard", _Recorder)
     monkeypatch.setattr(loggers, "check_loggers", lambda names: None)
-    monkeypatch.setattr("retrograd.commands.magic.check_loggers", lambda names: None)
+    monkeypatch.setattr("retrograd.commands.training.check_loggers", lambda names: None)
     arguments = command(world, tmp_path / "run", *asking(world), "--log", "tensorboard", "--replay.heartbeat", "0")
     with monkeypatch.context() as patch:
         stops = Interrupted(Journal._write, lambda self, **v: (v["phase"], v["step"]) == (phase, 5), after=True)
