@@ -319,7 +319,8 @@ class Trainer:
 
     def _identity(self, stream: DataStream, state: State) -> str:
         data = stream.rows.digest() if isinstance(stream.rows, Rows) else stream.rows
-        order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed)
+        stopped = (stream.steps,) if stream.steps < stream.epochs * stream.steps_per_epoch else ()
+        order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed, *stopped)
         begun = (state.step, state.params, state.moments)
         return identify(self._function, data, order, stream.dtype, stream.weights, *begun, held_tensors(self.module))
 

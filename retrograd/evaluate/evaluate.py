@@ -99,18 +99,29 @@ def _planned(config: EvaluateConfig) -> _Plan:
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:
-    """A name for each different source: the end of its path, as many parts as it takes to tell them apart."""
+    """A name for each different source: the end of its path, as many parts as it takes to tell them apart.
+
+    The model that a run has left, RUN/model, is named after the run.
+    """
     found = list(dict.fromkeys(map(plain, sources)))
-    parts = {source: tuple(source.split("/")) for source in found}
+    parts = {source: _path(source) for source in found}
     names = {}
     for source in found:
         count = 1
-        while any(other != source and parts[other][-count:] == parts[source][-count:] for other in found):
+        others = [parts[other] for other in found if other != source]
+        while count < len(parts[source]) and any(other[-count:] == parts[source][-count:] for other in others):
             count += 1
         names[source] = re.sub(r"[^\w.-]", "-", "-".join(parts[source][-count:])).lstrip(".-") or "model"
     if len(set(names.values())) < len(names):
         raise ValueError(f"two models have the same name: {', '.join(names)}; rename a folder")
     return names
+
+
+def _path(source: str) -> tuple[str, ...]:
+    """The parts of a source's path, without a run's own word for its model."""
+    *before, last = source.split("/")
+    left = last == "model" and before and (Path(source) / "trained.json").exists()
+    return tuple(before) if left else (*before, last)
 
 
 def _carry_out(config: EvaluateConfig, plan: _Plan, pairs: list[tuple[str, str]]) -> None:

@@ -26,7 +26,7 @@ from retrograd.core import tree
 from retrograd.core.step import State
 from retrograd.core.sweep import Event, Remade, Reversed
 from retrograd.evaluate.answers import write_measured
-from retrograd.evaluate.curve import BEST, draw_evaluations, show_evaluations
+from retrograd.evaluate.curve import BEST, show_evaluations
 from retrograd.evaluate.summary import described, failure, together
 from retrograd.lm.model import CausalLM
 from retrograd.lm.save import save_causal_lm
@@ -155,8 +155,6 @@ class OnTheWay:
     ) -> None:
         """The way back replays steps: it must not evaluate them again. A training that failed shows how far it came."""
         self.open = False
-        if self.journal.evaluated:
-            draw_evaluations(self.run, self.journal.evaluated)
         if isinstance(error, Exception):
             self.show(self.bars.progress.console)
 

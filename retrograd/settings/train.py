@@ -18,10 +18,12 @@ from retrograd.settings.on_the_way import OnTheWayConfig, check_on_the_way
 from retrograd.settings.question import Source
 
 __all__ = [
-    "GONE", "DataConfig", "ExportConfig", "LoraConfig", "RecipeConfig", "ReplayConfig", "RunConfig", "TrainConfig",
-    "TrainRunConfig",
+    "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
+    "TrainConfig", "TrainRunConfig",
     "at_least_1", "check_recipe", "check_train", "check_training", "difference", "finite", "to_dict",
 ]  # fmt: skip
+
+LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TrainConfig:
     """Optimizer; adam is adamw with coupled weight decay; muon acts on hidden matrices and AdamW on the rest."""
     lr: float = 1e-4
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"] = "constant"
+    lr_schedule: LrSchedule = "constant"
     """How the learning rate moves over the run; one-cycle along half cosines, one-cycle-linear along straight lines."""
     lr_start: float | None = None
     """Learning rate at the first step of the warmup; 0 when None (lr/25 for one-cycle)."""

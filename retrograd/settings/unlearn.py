@@ -17,6 +17,7 @@ from retrograd.settings.train import (
     DataConfig,
     ExportConfig,
     LoraConfig,
+    LrSchedule,
     TrainConfig,
     at_least_1,
     check_training,
@@ -38,9 +39,8 @@ class UnlearnTrainConfig(TrainConfig):
 
     lr: float = 2e-4
     """Peak learning rate."""
-    lr_schedule: Any = "linear"
-    """How the learning rate moves over the run: constant, linear, cosine, polynomial, one-cycle or
-    one-cycle-linear."""
+    lr_schedule: LrSchedule = "linear"
+    """How the learning rate moves over the run; one-cycle along half cosines, one-cycle-linear along straight lines."""
     weight_decay: float = 0.01
     """Decoupled for adamw and muon, added to the gradient for sgd and adam."""
     max_grad_norm: float | None = 1.0

@@ -199,7 +199,7 @@ def test_a_smooth_run_is_validated(world: Path, tmp_path: Path, capsys: pytest.C
     record = json.loads((run / "validation.json").read_text())["fractions"][0]
     assert record["interval"][0] > 0.8
     assert 0.8 < record["queries"]["query/0"]["slope"] < 1.2
-    assert "Plotly" in (run / "validation.html").read_text()
+    assert '"set":"0"' in (run / "report.html").read_text()
 
 
 def test_token_sets(world: Path, tmp_path: Path) -> None:
