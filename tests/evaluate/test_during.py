@@ -111,7 +111,7 @@ def test_steps(last: int, every: int | None, geometric: bool, steps: list[int]) 
 
 def test_chosen_steps_join_the_others() -> None:
     assert evaluated_steps(10, 4, at=(1, 2, 5, 50)) == [0, 1, 2, 4, 5, 8, 10]
-    with pytest.raises(ValueError, match="evaluate.at names step -1"):
+    with pytest.raises(ValueError, match=r"evaluate\.at names step -1"):
         check_during(DuringConfig(tasks=Path("tasks.yaml"), at=(3, -1)))
 
 
