@@ -1,6 +1,6 @@
 """The picture that the README opens with: three panels of the page that `make demo` makes, in headless Chromium.
 
-python docs/picture.py runs/demo/run/report.html docs/images/report.png
+python bench/picture.py runs/demo/run/report.html docs/images/report.png
 """
 
 from __future__ import annotations
