@@ -31,6 +31,7 @@ from retrograd.settings.commands import (
     perturbed,
 )
 from retrograd.settings.experiment import ExperimentConfig
+from retrograd.settings.harden import HardenConfig
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
@@ -70,7 +71,7 @@ _COMMANDS = {
         SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
     ),
     "unlearn": _Command(
-        UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
+        UnlearnConfig, "RUN: forget some documents, keep others; with a verdict or scores", "commands.unlearn", "METHOD"
     ),
     "experiment": _Command(
         ExperimentConfig, "OUT: methods × weightings × seeds at one utility, by workers", "commands.experiment", "FILE"
@@ -80,6 +81,9 @@ _COMMANDS = {
     ),
     "report": _Command(
         ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
+    ),
+    "harden": _Command(
+        HardenConfig, "weights of forget documents, learnt through unlearning and attack", "commands.harden", "OUT"
     ),
     "compare": _Command(
         CompareConfig, "models under attack side by side: table, pairs, fronts, ranks", "commands.compare", "PATH…"

@@ -24,7 +24,7 @@ from retrograd.experiment.plan import Plan
 from retrograd.experiment.seen import refuse_oracles
 from retrograd.experiment.table import write_results
 from retrograd.experiment.tasks import Maker
-from retrograd.experiment.work import STARTED_BY, StoppedError, stoppable, work
+from retrograd.experiment.work import STARTED_BY, Stop, StoppedError, stoppable, work
 from retrograd.runs.files import write_atomic
 from retrograd.runs.progress import overall
 from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, read_experiment
@@ -56,7 +56,7 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     queue = Queue(config.out.resolve() / TASKS, config.lease)
     if config.retry:
         queue.forget_failures()
-    with stoppable() as stop, _others(config), _shown(queue) as show:
+    with stoppable() as stop, _others(config, stop), _shown(queue) as show:
         try:
             plan = work(maker, queue, Runners(magic, unlearn), show, stop)
         except StoppedError:
@@ -88,7 +88,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _others(config: ExperimentConfig) -> Iterator[None]:
+def _others(config: ExperimentConfig, stop: Stop) -> Iterator[None]:
     """The other workers that this call starts: processes of the same command. They end with it."""
     names = [word for name in config.names for word in ("--names", name)]
     command = [sys.executable, "-m", "retrograd", "experiment", str(config.file), str(config.out), "--lease",
@@ -103,7 +103,7 @@ def _others(config: ExperimentConfig) -> Iterator[None]:
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         yield
     finally:
-        if sys.exc_info()[0] is not None:
+        if stop.asked is not None or sys.exc_info()[0] is not None:
             for process in started:
                 process.terminate()
         for process in started:
@@ -113,7 +113,7 @@ def _others(config: ExperimentConfig) -> Iterator[None]:
 @contextlib.contextmanager
 def _shown(queue: Queue) -> Iterator[Callable[[Plan, str], None]]:
     """A bar over all tasks that are known and may come, with their rate, the time left and what goes on."""
-    with overall("experiment") as progress:
+    with overall("tasks") as progress:
         yield lambda plan, text: _move(progress, queue, plan, text)
 
 
@@ -121,5 +121,6 @@ def _move(progress: Progress, queue: Queue, plan: Plan, text: str) -> None:
     lost = plan.lost(queue)
     done = sum(name in lost or queue.result(name) is not None for name in plan.tasks)
     task = progress.tasks[0]
-    rate = f"{60 * task.speed:.1f} tasks/min" if task.speed else ""
-    progress.update(task.id, completed=done, total=len(plan.tasks) + plan.more, rate=rate, note=text)
+    rate = f"{60 * task.speed:.1f}/min" if task.speed else ""
+    free = max(20, progress.console.width - 60)
+    progress.update(task.id, completed=done, total=len(plan.tasks) + plan.more, rate=rate, note=text[:free])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from retrograd.settings.during import Rule, best_of, value_of
+from retrograd.settings.on_the_way import Rule, best_of, value_of
 
 __all__ = ["BEST", "show_evaluations"]
 

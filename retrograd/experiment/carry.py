@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
-from retrograd.evaluate.ownership import content
+from retrograd.durable import remove
+from retrograd.evaluate.folder import content
 from retrograd.experiment.measure import measure
 from retrograd.experiment.tasks import Task, unlearn_config
+from retrograd.experiment.within import scores_within
 from retrograd.runs.files import write_atomic
 from retrograd.select import weights as weights_file
 from retrograd.select.analysis import analyse
@@ -61,6 +63,7 @@ def carry_out(
             return _analysed(what, folder, done)
         case "train":
             runners.unlearn(_training(task, folder / RUN, done), console)
+            remove(folder / RUN / "checkpoints")  # its model is what is left of it
             return {}
         case "measure":
             asked = what["model"]
@@ -109,14 +112,19 @@ def _selection(what: dict[str, Any], folder: Path, done: Callable[[str], Path], 
     write_atomic(folder / "rows.yaml", lambda temporary: temporary.write_text(rows, encoding="utf8"))
     sides: dict[str, Any] = {}
     for side, prefix in (("scores", ""), ("against", "against_")):
-        if side not in what:
-            continue
-        one = what[side]
-        place = str(done(one["task"]) / RUN) if "task" in one else one["folder"]
-        if "folder" in one and content(one["folder"]) != one["content"]:
-            raise ValueError(f"{one['folder']} has changed since the experiment began")
-        sides[side] = (f"{place}:{one['query']}" if one["query"] else place,)
-        sides |= {f"{prefix}sign": one["sign"], f"{prefix}alignment": one["alignment"]}
+        sources: list[str] = []
+        for one in what[side]:
+            place = str(done(one["task"]) / RUN) if "task" in one else one["folder"]
+            if "folder" in one and content(one["folder"]) != one["content"]:
+                raise ValueError(f"{one['folder']} has changed since the experiment began")
+            source = f"{place}:{one['query']}" if one["query"] else place
+            if one.get("within"):
+                table = folder / f"{side}-{len(sources)}.parquet"
+                source = scores_within(source, str(data["dataset"]), folder / "rows.yaml", table)
+                one = {**one, "sign": "negative", "alignment": "target"}
+            sources.append(source)
+            sides |= {f"{prefix}sign": one["sign"], f"{prefix}alignment": one["alignment"]}
+        sides[side] = sources
     values = {**more, **sides, "out": folder, "rows": folder / "rows.yaml", "seeds": 1}
     config: SelectConfig = build(SelectConfig, values, "selection")
     return config

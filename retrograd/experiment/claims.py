@@ -22,7 +22,7 @@ from retrograd.settings.experiment import ExperimentSpec
 __all__ = ["FEWEST", "Claim", "Comparison", "compared", "decided"]
 
 FEWEST = 5  # seeds
-MOVED = 0.5  # a control that leaves more of the arm's weights where they were controls nothing
+MOVED = 0.75  # a control that leaves more of the arm's weights where they were controls nothing
 
 
 class Comparison(NamedTuple):
@@ -64,7 +64,7 @@ def decided(spec: ExperimentSpec, arm: ArmResult, others: list[ArmResult]) -> Cl
     """
     place = arm.plan.arm
     weighting = spec.weightings[place.weighting]
-    if weighting.scores is None or weighting.control is not None:
+    if not weighting.scores or weighting.control is not None:
         return None
     if place.match == "none":
         return Claim(False, "utilities are not matched (match: none)")
@@ -80,7 +80,7 @@ def decided(spec: ExperimentSpec, arm: ArmResult, others: list[ArmResult]) -> Cl
     controls = [one for one in others if _controls(spec, one, place.weighting)]
     moved = [one for one in controls if one.same is not None and one.same < MOVED]
     if not moved:
-        why = f", for {len(controls)} leave more than half of the weights where they were" if controls else ""
+        why = f", for {len(controls)} leave more than three quarters of the weights where they were" if controls else ""
         return Claim(False, f"no matched random control{why}")
     told = []
     for control in moved:

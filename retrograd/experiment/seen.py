@@ -7,6 +7,7 @@ own split; which data belong to which split is compared by content (`refuse_orac
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -72,12 +73,13 @@ def refuse_oracles(spec: ExperimentSpec) -> None:
 
 def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
     yield "base", spec.base
-    for side in ("forget", "retain", "alternative"):
-        for text in getattr(spec.corpora, side):
-            yield f"corpora.{side}", dataset_of(text)
+    for side, text in _corpora(spec):
+        yield side, dataset_of(text)
     for name, scores in spec.scores.items():
         for folder in scores.folders:
             yield f"scores {name}", folder.partition(":")[0]
+        for path in filter(None, (scores.start, scores.within)):
+            yield f"scores {name}", path
         for query, one in scores.queries.items():
             yield f"query {query} of scores {name}", str(one.dataset)
     for name, task in spec.tune.tasks.items():
@@ -96,9 +98,16 @@ def _sources(spec: ExperimentSpec) -> Iterator[tuple[str, Source]]:
         yield f"tune task {name}", task
     for text in spec.tune.rows:
         yield "tune.rows", parse_source(text, UnlearnConfig())
-    for side in ("forget", "retain", "alternative"):
-        for text in getattr(spec.corpora, side):
-            yield f"corpora.{side}", parse_source(text, UnlearnConfig())
+    for side, text in _corpora(spec):
+        yield side, parse_source(text, UnlearnConfig())
+
+
+def _corpora(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
+    own = [(f"corpora of method {name}", one.corpora) for name, one in spec.methods.items() if one.corpora]
+    for where, corpora in [("corpora", spec.corpora), *own]:
+        for side in ("forget", "retain", "alternative"):
+            for text in getattr(corpora, side):
+                yield f"{where}.{side}", text
 
 
 def _keys(source: Source) -> set[str]:
@@ -106,7 +115,8 @@ def _keys(source: Source) -> set[str]:
     assert source.dataset is not None
     documents = load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
     names = [name for name in ("question", "choices") if name in documents.column_names] or documents.column_names
-    return {json.dumps([document[name] for name in names], default=str) for document in documents.select_columns(names)}
+    told = (json.dumps([one[name] for name in names], default=str) for one in documents.select_columns(names))
+    return {hashlib.sha256(text.encode()).hexdigest() for text in told}
 
 
 def _within(path: str, folder: Path) -> bool:

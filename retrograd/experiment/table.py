@@ -67,7 +67,7 @@ def lines(spec: ExperimentSpec, arms: list[ArmResult], base: Measured | None, ne
         kl = arm.divergence(seeds)
         between = forget is not None and knows is not None and floor is not None
         weighting = spec.weightings[place.weighting]
-        by_scores = weighting.scores is not None and weighting.control is None
+        by_scores = bool(weighting.scores) and weighting.control is None
         found.append(Line(
             arm,
             None if forget is None else crossed(forget),
@@ -157,7 +157,8 @@ def _model_row(spec: ExperimentSpec, name: str, model: Measured) -> str:
     rights = [model.side(sides(spec.report.tasks, role)) for role in ("forget", "retain")]
     forget, retain = ("missing" if right is None else f"{100 * right.mean():.1f}" for right in rights)
     perplexity = ", ".join(f"{value:.3g}" for value in model.perplexity.values())
-    return f"| {name} | | | | {forget} | | {retain} | | {perplexity} | | |"
+    kl = "" if model.kl is None or model.targets is None else f"{model.kl.sum() / model.targets.sum():.4f}"
+    return f"| {name} | | | | {forget} | | {retain} | {kl} | {perplexity} | | |"
 
 
 def _position(line: Line) -> str:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from retrograd.evaluate.ownership import content
-from retrograd.settings.experiment import AskedSpec, ExperimentSpec, WeightingSpec
+from retrograd.evaluate.folder import content
+from retrograd.settings.experiment import AskedSpec, CorporaSpec, ExperimentSpec, WeightingSpec
 from retrograd.settings.parse import build
 from retrograd.settings.run import MagicConfig, to_dict
 from retrograd.settings.unlearn import ONES, UnlearnConfig, check_unlearn, parse_source, with_objective
@@ -70,16 +70,19 @@ class Maker:
     @_once
     def scores(self, name: str, corpus: int) -> Task:
         """The run that scores one corpus's tokens."""
-        given, source = self.spec.scores[name], parse_source(self.spec.corpora.forget[corpus], self.common)
+        given = self.spec.scores[name]
+        source = parse_source(given.within or self.spec.corpora.forget[corpus], self.common)
+        start = given.start or self.spec.base
         values = merged(
             given.settings,
-            {"model": self.spec.base, "attribute": "tokens", "data": asdict(source), "dtype": self.common.dtype,
+            {"model": start, "attribute": "tokens", "data": asdict(source), "dtype": self.common.dtype,
              "device": self.common.device, "tokenizer": self.common.tokenizer,
              "queries": {query: asdict(one) for query, one in given.queries.items()}},
         )  # fmt: skip
         config = to_dict(build(MagicConfig, values, f"scores {name}"))
-        read = [self.spec.base, str(source.dataset), *(str(one.dataset) for one in given.queries.values())]
-        return self._task("scores", f"{name}-{corpus}", (), {"settings": config}, read)
+        read = [start, str(source.dataset), *(str(one.dataset) for one in given.queries.values())]
+        label = name if given.within else f"{name}-{corpus}"
+        return self._task("scores", label, (), {"settings": config}, read)
 
     @_once
     def select(self, name: str, corpus: int, seed: int) -> tuple[Task, list[Task]]:
@@ -139,7 +142,7 @@ class Maker:
     def config(self, method: str, seed: int, setting: tuple[str, float] | None) -> UnlearnConfig:
         """The configuration of an unlearning but for its folder and weights."""
         own = self.spec.methods[method]
-        values = merged(self.spec.settings, own.settings, _corpora(self.spec))
+        values = merged(self.spec.settings, own.settings, _corpora(self.spec, own.corpora))
         values = merged(values, {"train": {"seed": seed}})
         if not find_method(own.method).alternatives:
             values["alternative"] = ()
@@ -150,17 +153,18 @@ class Maker:
     def _sources(self, weighting: WeightingSpec, corpus: int) -> tuple[dict[str, Any], list[Task]]:
         found: dict[str, Any] = {"corpus": self.spec.corpora.forget[corpus]}
         runs: list[Task] = []
-        for side, text in (("scores", weighting.scores), ("against", weighting.against)):
-            if text is None:
-                continue
-            name, _, query = text.partition(":")
-            given = self.spec.scores[name]
-            found[side] = {"query": query, "sign": given.sign, "alignment": given.alignment}
-            if given.folders:
-                found[side] |= {"folder": given.folders[corpus], "content": self._content(given.folders[corpus])}
-            else:
-                runs.append(self.scores(name, corpus))
-                found[side] |= {"task": runs[-1].name}
+        for side in ("scores", "against"):
+            found[side] = []
+            for text in getattr(weighting, side):
+                name, _, query = text.partition(":")
+                given = self.spec.scores[name]
+                one: dict[str, Any] = {"query": query, "sign": given.sign, "alignment": given.alignment}
+                if given.folders:
+                    one |= {"folder": given.folders[corpus], "content": self._content(given.folders[corpus])}
+                else:
+                    runs.append(self.scores(name, corpus))
+                    one |= {"task": runs[-1].name, "within": bool(given.within)}
+                found[side].append(one)
         found |= {"base": self.spec.base, "max_length": self.common.max_length, "min_chars": self.common.min_chars}
         return found, list({run.name: run for run in runs}.values())
 
@@ -183,7 +187,8 @@ def unlearn_config(method: str, values: Mapping[str, Any], where: str) -> Unlear
     Raises:
         ValueError: If there is no such method, or a setting does not exist or cannot work.
     """
-    kind: Any = with_objective(find_method(method).defaults)
+    found = find_method(method)
+    kind: Any = with_objective(found.defaults, adapters=found.adapters)
     config: UnlearnConfig = build(kind, {**values, "method": method}, where)
     check_unlearn(config)
     return config
@@ -208,8 +213,8 @@ def dataset_of(text: str) -> str:
     return str(parse_source(text, UnlearnConfig()).dataset)
 
 
-def _corpora(spec: ExperimentSpec) -> dict[str, Any]:
-    return {"model": spec.base, **asdict(spec.corpora)}
+def _corpora(spec: ExperimentSpec, own: CorporaSpec | None = None) -> dict[str, Any]:
+    return {"model": spec.base, **asdict(own or spec.corpora)}
 
 
 def _nested(name: str, value: float) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from retrograd.runs.progress import progress_goes_to
 
 __all__ = ["STARTED_BY", "Stop", "StoppedError", "stoppable", "work"]
 
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)
 STARTED_BY = "RETROGRAD_STARTED_BY"  # in a worker's environment: the process that it ends with
 _GRACE = 20.0  # seconds that a training gets to come to a durable point
 
@@ -80,7 +79,6 @@ def work(maker: Maker, queue: Queue, runners: Runners, show: Callable[[Plan, str
             show(plan, "waiting for other workers")
             time.sleep(min(0.5, queue.seconds / 10))
             continue
-        show(plan, taken[0].name)
         _carried(*taken, queue, runners, functools.partial(show, plan), stop)
         gc.collect()
 
@@ -121,7 +119,7 @@ def _carried(task: Task, lease: Lease, queue: Queue, runners: Runners, show: Cal
                 outcome = carry_out(task, folder, done, runners, Console(file=log, width=120))
                 queue.finish(lease, {**outcome, "seconds": round(time.monotonic() - start, 3), "host": queue.me.host})
                 settled = True
-            except _FAILURES as error:
+            except Exception as error:  # whatever it is, the others go on
                 if isinstance(error, RunError) and "disk is full" in str(error):
                     raise
                 log.write(traceback.format_exc())
@@ -159,7 +157,7 @@ class _Telling:
         if now - self.beaten >= min(1.0, self.queue.seconds / 20):
             self.queue.beat(self.lease)
             self.beaten = now
-            self.show(f"{self.task.name}: {text}")
+            self.show(f"{self.task.kind} {self.task.label}: {text}")
         asked = self.stop.asked
         if asked is not None and (self._durable(asked) or time.time() - asked > _GRACE):
             raise StoppedError

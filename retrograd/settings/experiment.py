@@ -48,7 +48,7 @@ class ExperimentConfig:
     """Seconds without progress after which another worker takes a task over; longer than the longest step."""
     retry: bool = False
     """Try again what has failed."""
-    names: tuple[str, ...] = ()
+    names: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=VALUE, in place of what the file's `names` say."""
 
 
@@ -77,15 +77,20 @@ class ScoresSpec:
     """Of files, as `retrograd select --sign`."""
     alignment: Alignment | None = None
     """Of files, as `retrograd select --alignment`."""
+    within: str | None = None
+    """With queries: a data set that holds all the corpora, its columns `file` and `line` saying where, on which one run
+    is trained instead of one on each corpus. The base's own pretraining, say."""
+    start: str | None = None
+    """With `within`: the model that run starts from; the base when None."""
 
 
 @dataclass(frozen=True)
 class WeightingSpec:
     """Weights of the forget tokens: ones where nothing is given, what a rule makes of scores, or a control of that."""
 
-    scores: str | None = None
-    """NAME:query of `scores`; of what is to go."""
-    against: str | None = None
+    scores: tuple[str, ...] = ()
+    """NAME:query of `scores`; of what is to go. Several are averaged."""
+    against: tuple[str, ...] = ()
     """NAME:query; of what is to stay."""
     rule: Rule = "value"
     use: Use = "removal"
@@ -142,6 +147,8 @@ class MethodSpec:
     """Of `retrograd unlearn`, written beside the others: train, objective, lora, …"""
     weightings: tuple[str, ...] = ()
     """Which ones it takes; all when empty."""
+    corpora: CorporaSpec | None = None
+    """Its own, if it takes no weights by scores: those are of the experiment's."""
     tune: TuneSpec = field(default_factory=TuneSpec)
     """What differs from the experiment's."""
 
@@ -201,6 +208,9 @@ _UNLEARN = ("train", "lora", "dtype", "device", "tokenizer", "max_length", "min_
             "heartbeat")  # fmt: skip
 
 
+_WORD = re.compile(r"\$\{(\w+)\}")
+
+
 def _name(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -216,6 +226,9 @@ def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
         return [_filled(inner, names, where) for inner in value]
     if not isinstance(value, str):
         return value
+    word = _WORD.fullmatch(value)
+    if word is not None and word[1] in names:  # the whole of it: a number stays one, and nothing is none
+        return None if names[word[1]] == "" else names[word[1]]
     try:
         return string.Template(value).substitute(names)
     except (KeyError, ValueError) as error:
@@ -270,13 +283,19 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
     for name, method in spec.methods.items():
         if unknown := set(method.weightings) - set(spec.weightings):
             raise ValueError(f"{path}: method {name} takes the weighting {min(unknown)!r}, and there is none")
+        weighed = [one for one in method.weightings or spec.weightings if spec.weightings[one] != WeightingSpec()]
+        if method.corpora is not None and weighed:
+            raise ValueError(
+                f"{path}: method {name} has corpora of its own, and weighting {weighed[0]} is of the experiment's: "
+                "give it `weightings` without scores"
+            )
         _check_tuning(f"{path}: method {name}", method.tune, spec)
 
 
 _NOT_OF_SCORES = ("run", "model", "data", "attribute", "query", "query_file", "evaluate", "log", "config", "overwrite",
                   "trust_code")  # fmt: skip
 _NOT_OF_METHODS = ("run", "model", "forget", "retain", "alternative", "weights", "evaluate", "log", "config", "export",
-                   "overwrite")  # fmt: skip
+                   "overwrite", "attribute", "query", "query_file", "queries", "trust_code")  # fmt: skip
 
 
 def _check_settings(spec: ExperimentSpec, path: Path) -> None:
@@ -301,6 +320,8 @@ def _check_scores(spec: ExperimentSpec, path: Path) -> None:
                 f"{path}: scores {name}: {len(scores.folders)} folders for {len(spec.corpora.forget)} forget corpora; "
                 "one for each, in the same order, and no settings of a run"
             )
+        if (scores.start and not scores.within) or (scores.within and scores.folders):
+            raise ValueError(f"{path}: scores {name}: `start` goes with `within`, and `within` with `queries`")
         if scores.queries and (scores.sign or scores.alignment):
             raise ValueError(f"{path}: scores {name}: sign and alignment are of files; a run has its own")
 
@@ -311,29 +332,31 @@ def _check_weighting(name: str, weighting: WeightingSpec, spec: ExperimentSpec, 
         raise ValueError(f"{where}: `control` and `of` belong together: which weighting's weights go elsewhere?")
     if weighting.control is None:
         changed = [f.name for f in dataclasses.fields(weighting) if getattr(weighting, f.name) != f.default]
-        if weighting.scores is None and changed:
+        if not weighting.scores and changed:
             raise ValueError(f"{where}: {changed[0]} without `scores`; give NAME:query, or nothing for weights of one")
         if weighting.keywords is not None:
             raise ValueError(f"{where}: keywords are for control: keyword")
         _check_source(where, weighting, spec, path)
         return
     other = spec.weightings.get(str(weighting.of))
-    if other is None or other.control is not None or other.scores is None:
+    if other is None or other.control is not None or not other.scores:
         raise ValueError(f"{where}: `of` is {weighting.of!r}, which is no weighting by scores; there are "
                          f"{', '.join(n for n, w in spec.weightings.items() if w.scores) or 'none'}")  # fmt: skip
     if weighting != WeightingSpec(control=weighting.control, of=weighting.of, keywords=weighting.keywords):
         raise ValueError(f"{where}: a control has the rule of {weighting.of}; leave other settings out")
     if (weighting.control == "keyword") != (weighting.keywords is not None):
         raise ValueError(f"{where}: `keywords` and control keyword belong together")
-    if weighting.control == "retain_only" and other.against is None:
+    if weighting.control == "retain_only" and not other.against:
         raise ValueError(f"{where}: retain_only needs `against` in {weighting.of}")
 
 
 def _check_source(where: str, weighting: WeightingSpec, spec: ExperimentSpec, path: Path) -> None:
-    for source in (weighting.scores, weighting.against):
-        name, _, query = (source or "").partition(":")
-        if source is None:
-            continue
+    for side in (weighting.scores, weighting.against):
+        sets = [spec.scores[name] for source in side if (name := source.partition(":")[0]) in spec.scores]
+        if len({(one.sign, one.alignment) for one in sets}) > 1:
+            raise ValueError(f"{where}: {', '.join(side)} are averaged, and their signs or alignments differ")
+    for source in (*weighting.scores, *weighting.against):
+        name, _, query = source.partition(":")
         if name not in spec.scores:
             raise ValueError(f"{where}: scores {source!r} name no set of `scores`: {', '.join(spec.scores) or 'none'}")
         queries = spec.scores[name].queries

@@ -215,3 +215,33 @@ def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path, caps
     (tmp_path / "other").write_text("x")
     assert run(arms.write(tmp_path.parent / "one.yaml"), tmp_path, world) == 2
     assert "is no experiment" in capsys.readouterr().err
+
+
+def test_scores_of_a_training_that_held_the_corpus_are_those_of_its_rows_there(world: Path, tmp_path: Path) -> None:
+    """Rows in another order, among others, each with an end of sequence of its own."""
+    from retrograd.runs.scores import read_scores
+
+    texts = [json.loads(line)["text"] for line in (world / "forget.jsonl").read_text().splitlines()]
+    others = [json.loads(line)["text"] for line in (world / "retain.jsonl").read_text().splitlines()]
+    rows = [{"prompt": "", "completion": text, "file": "forget.jsonl", "line": n} for n, text in enumerate(texts)]
+    rows += [{"prompt": "", "completion": text, "file": "retain.jsonl", "line": n} for n, text in enumerate(others)]
+    rows = rows[::-1]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = {**arms.settings()["scores"]["asked"], "within": str(tmp_path / "all.jsonl"), "start": "${world}/base"}
+    more: dict[str, Any] = {
+        "methods": {}, "weightings": {}, "scores": {"pretraining": scores},
+        "analyses": {"both": {"scores": "pretraining:go", "against": "pretraining:stay"}},
+    }  # fmt: skip
+    assert run(arms.write(tmp_path / "one.yaml", **more), tmp_path / "out", world) == 0
+    found = arms.outcomes(tmp_path / "out")
+    places = {name.split(".")[0]: Path(outcome["place"]) for name, outcome in found.items()}
+    table = pq.read_table(places["analyse"] / "scores-0.parquet").to_pylist()
+    assert {row["row"] for row in table} == set(range(len(texts)))
+    grid = read_scores(places["scores"] / "run/scores.pt", True)[0]
+    for row in table:
+        there = next(n for n, one in enumerate(rows) if (one["file"], one["line"]) == ("forget.jsonl", row["row"]))
+        assert row["score"] == float(grid[there, row["position"]].double())
+    assert len({row["score"] for row in table}) > len(table) / 2
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert run(tmp_path / "one.yaml", tmp_path / "out", world) == 1
+    assert "no row there" in (tmp_path / "out/results.md").read_text()

@@ -129,7 +129,7 @@ def test_few_seeds_missing_ones_broken_models_and_idle_controls_make_no_claim() 
     assert "seed 3 is missing: lost" in claim(arm("value", 0.3, 0.02, missing={3: "lost"}), control)[1]
     broken = {**dict.fromkeys(SPEC.seeds, "healthy"), 2: "destroyed"}
     assert "the model of seed 2 is destroyed" in claim(arm("value", 0.3, 0.02, verdicts=broken), control)[1]
-    assert "leave more than half" in claim(arm("value", 0.3, 0.02), arm("random", 0.6, 0.02, same=0.9))[1]
+    assert "leave more than three quarters" in claim(arm("value", 0.3, 0.02), arm("random", 0.6, 0.02, same=0.9))[1]
     assert "control random is missing" in claim(arm("value", 0.3, 0.02), arm("random", 0.6, 0.02, missing={1: "x"}))[1]
     assert "not matched" in claim(arm("value", 0.3, 0.02, match="none"), arm("random", 0.6, 0.02, match="none"))[1]
     assert decided(SPEC, arm("uniform", 0.3, 0.02), [control]) is None

@@ -88,6 +88,9 @@ def same(ours: Path, other: Path) -> None:
             for a, b in zip(*files, strict=True):
                 if a.name in ("model.safetensors", "weights.safetensors"):
                     assert a.read_bytes() == b.read_bytes(), a
+        if name.startswith("scores"):
+            a, b = (Path(outcome["place"]) / "run" / "scores.pt" for outcome in (one[name], two[name]))
+            assert a.read_bytes() == b.read_bytes(), a
 
 
 def test_four_workers_two_killed_and_one_stopped(world: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -144,11 +147,11 @@ def test_a_call_starts_its_workers_and_killed_three_times_ends_the_same(
     workers = Workers(world, tmp_path, lease=600)
     workers.command += ["--workers", "2"]
     try:
-        for _ in range(3):
+        for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
             (parent,) = workers.start(1)
             until(lambda parent=parent: workers.training(parent))
-            parent.kill()
-            parent.wait()
+            parent.send_signal(how)
+            assert parent.wait(120) == (143 if how == signal.SIGTERM else -9)
         (parent,) = workers.start(1)
         assert parent.wait(600) == 0
     finally:

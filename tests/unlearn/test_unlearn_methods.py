@@ -96,7 +96,7 @@ def test_a_wrong_pullback_does_not_agree_with_retraining(fault: str) -> None:
 class Mutated(Double):
     fault: str = ""
 
-    def pullback(self, *given: Any, left: Any = None) -> Any:
+    def pullback(self, *given: Any, residual: Any = None) -> Any:
         return self._wrong(*super().pullback(*given))
 
     def linearize(self, *given: Any) -> Any:

@@ -1,0 +1,88 @@
+"""The files in recipes/ are read and planned, those of real names on a tiny world by changing names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import arms
+import pytest
+
+from retrograd.cli import main
+from retrograd.experiment.lease import Queue
+from retrograd.experiment.plan import planned
+from retrograd.experiment.seen import refuse_oracles
+from retrograd.experiment.tasks import Maker
+from retrograd.settings.experiment import read_experiment
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = arms.save_world(tmp_path_factory.mktemp("world"))
+    (folder / "tasks.yaml").write_text(
+        "forget: {dataset: q_report_go.jsonl, form: cloze, role: forget}\n"
+        "retain: {dataset: q_report_stay.jsonl, form: cloze, role: retain}\n"
+    )
+    return folder
+
+
+def names(world: Path, split: bool) -> list[str]:
+    """The real names of the original recipes changed to those of the tiny world."""
+    found = {
+        "base": "base", "never": "never", "forget": "forget.jsonl", "retain": "retain.jsonl", "wmdp": "q_go.jsonl",
+        "mmlu": "q_stay.jsonl", "report_tasks": "tasks.yaml", "tune_rows": "tune.jsonl", "report_rows": "report.jsonl",
+    }  # fmt: skip
+    plain = {"max_length": "", "k": "3", "batch_size": "4", "lr": "1e-3", "wmdp_split": "train", "wmdp_form": "cloze",
+             "mmlu_split": "train", "mmlu_form": "cloze", "mmlu_subset": "", "high": "1", "budget": "100", "steps": "1",
+             **{f"wmdp_{n}": "" for n in range(1, 7)}}  # fmt: skip
+    if not split:
+        found = {name: value for name, value in found.items() if name not in ("never", "tune_rows", "report_rows")}
+    return [f"{name}={world / value}" for name, value in found.items()] + [f"{n}={v}" for n, v in plain.items()]
+
+
+@pytest.mark.parametrize("recipe,match,kinds", [
+    ("phase1", False, {"scores", "analyse"}), ("phase2", True, {"scores", "select", "train", "measure"}),
+])  # fmt: skip
+def test_the_original_phases_are_planned_under_other_names(
+    recipe: str, match: bool, kinds: set[str], world: Path, tmp_path: Path
+) -> None:
+    spec = read_experiment(RECIPES / f"original/{recipe}.yaml", tuple(names(world, match)))
+    refuse_oracles(spec)
+    plan = planned(Maker(spec), Queue(tmp_path, 60))
+    assert {task.kind for task in plan.tasks.values()} == kinds
+    scores = next(task for task in plan.tasks.values() if task.kind == "scores")
+    assert list(scores.what["settings"]["queries"]) == [*(f"wmdp_{n}" for n in range(1, 7)), "mmlu"]
+    assert scores.what["settings"]["data"]["max_length"] is None
+
+
+@pytest.mark.parametrize("recipe", ["phase1", "phase2"])
+def test_the_original_phases_name_real_models_and_split_their_questions(recipe: str) -> None:
+    spec = read_experiment(RECIPES / f"original/{recipe}.yaml")
+    assert spec.base == "EleutherAI/deep-ignorance-unfiltered"
+    asked = {(query.dataset, query.subset, query.split) for query in spec.scores["asked"].queries.values()}
+    reported = {(task.dataset, task.subset, task.split) for task in spec.report.tasks.values()}
+    assert {(dataset, subset) for dataset, subset, _ in asked} == {(dataset, subset) for dataset, subset, _ in reported}
+    assert not asked & reported
+
+
+def test_the_lab_s_recipes_are_read() -> None:
+    methods = read_experiment(RECIPES / "lab/unlearn_methods.yaml")
+    pretraining = read_experiment(RECIPES / "lab/pretraining.yaml")
+    assert pretraining.scores["pretraining"].start == "runs/lab/models/random"
+    weightings = read_experiment(RECIPES / "lab/weightings.yaml", ("lab=elsewhere",))
+    assert len(methods.methods) == 12
+    assert methods.methods["dpo"].corpora is not None
+    assert weightings.base == "elsewhere/models/base"
+    assert len(weightings.seeds) >= 5
+    assert set(weightings.methods) == {"grad_diff", "npo", "orth_circuit_breakers", "max_entropy"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["phase1", "phase2"])
+def test_the_original_phases_run_under_other_names(recipe: str, world: Path, tmp_path: Path) -> None:
+    flags = [word for name in names(world, recipe == "phase2") for word in ("--names", name)]
+    assert main(["experiment", str(RECIPES / f"original/{recipe}.yaml"), str(tmp_path / "out"), *flags]) == 0
+    text = (tmp_path / "out/results.md").read_text()
+    assert "* spearman" in text if recipe == "phase1" else "| npo | documents_alpha_half |" in text
+    assert "## Missing" not in text
