@@ -142,7 +142,7 @@ def free_bytes(device: Any) -> int:
     """Bytes that tensors on a device may take: what is free there now."""
     import torch
 
-    from retrograd.runs.machine import free_memory
+    from retrograd.runs.states.budget import free_memory
 
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else free_memory()
 

@@ -24,7 +24,7 @@ _KINDS = ("plain", "train", "double", "blocks")
 
 def shape_section(name: str, bench: Bench) -> None:
     """Everything about one shape."""
-    from retrograd.runs.machine import free_memory
+    from retrograd.runs.states.budget import free_memory
 
     shape = bench.shapes[name]
     values: dict[str, Any] = {
@@ -124,7 +124,7 @@ def _slots(one: World, note: Note) -> None:
     """A state into a slot of host memory, and back."""
     from retrograd.core import tree
     from retrograd.core.step import initial_state
-    from retrograd.runs.machine import free_memory
+    from retrograd.runs.states.budget import free_memory
     from retrograd.runs.states.store import Store
 
     initial = initial_state(one.recipe, one.params)

@@ -31,6 +31,7 @@ from retrograd.settings.commands import (
     perturbed,
 )
 from retrograd.settings.experiment import ExperimentConfig
+from retrograd.settings.harden import HardenConfig
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import SelectConfig
@@ -70,7 +71,7 @@ _COMMANDS = {
         SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
     ),
     "unlearn": _Command(
-        UnlearnConfig, "RUN: forget some documents, keep others; with a verdict", "commands.unlearn", "METHOD"
+        UnlearnConfig, "RUN: forget some documents, keep others; with a verdict or scores", "commands.unlearn", "METHOD"
     ),
     "experiment": _Command(
         ExperimentConfig, "OUT: methods × weightings × seeds at one utility, by workers", "commands.experiment", "FILE"
@@ -80,6 +81,9 @@ _COMMANDS = {
     ),
     "report": _Command(
         ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
+    ),
+    "harden": _Command(
+        HardenConfig, "weights of forget documents, learnt through unlearning and attack", "commands.harden", "OUT"
     ),
     "compare": _Command(
         CompareConfig, "models under attack side by side: table, pairs, fronts, ranks", "commands.compare", "PATH…"
@@ -123,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = _parse(name, arguments[1:])
         code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)(config)
+        _report(name, config)
         return code if isinstance(code, int) else 0
     except ValueError as error:
         return _fail(error, 2)
@@ -131,6 +136,30 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
+
+
+# the setting that names the folder; whether the command writes the page, or only one that is there anew
+_REPORTED = {
+    "train": ("run", True), "magic": ("run", True), "unlearn": ("run", True), "validate": ("run", True),
+    "evaluate": ("output", True), "experiment": ("out", True), "query": ("run", False), "verify": ("run", False),
+    "metasmoothness": ("run", False),
+}  # fmt: skip
+
+
+def _report(name: str, config: Any) -> None:
+    """The page about what a command has left, as its last line; a page that cannot be made is no failed command."""
+    if name not in _REPORTED or int(os.environ.get("RANK", 0)):
+        return
+    setting, always = _REPORTED[name]
+    folder = Path(getattr(config, setting))
+    if not always and not (folder / "report.html").exists():
+        return
+    from retrograd.report.report import report
+
+    try:
+        report(ReportConfig((folder,)))
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"warning: no report was written: {error}", file=sys.stderr)
 
 
 def _parse(name: str, arguments: list[str]) -> Any:

@@ -29,7 +29,7 @@ from retrograd.runs.cotangent import BackwardState, Evaluation, cotangent_of
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.lock import locked
 from retrograd.runs.states.budget import Replay
-from retrograd.runs.trajectory import Trajectory
+from retrograd.runs.trajectory import Ready, Trajectory
 from retrograd.trust.left_out import Agreement, agreement, mean_lds, predicted, random_subset, without
 
 __all__ = ["BackwardState", "Evaluation", "Trainer", "TrainerState", "Validation"]
@@ -272,11 +272,12 @@ class Trainer:
             NonFiniteError: If a retraining diverges; it names the subset and the step.
         """
         _refuse_finished(state, stream)
-        stream, least = self._fitting(stream), Replay(plan="binomial", slots=1)
+        stream = self._fitting(stream)
+        ready = Ready(Training(self.recipe, self.engine, stream, stream.weights), state, "")
 
         def value(weights: Tensor, left_out: str) -> np.ndarray:
             try:
-                final = Trajectory(Training(self.recipe, self.engine, stream, weights), state, least).train()
+                final = ready.final(weights)
             except NonFiniteError as error:
                 raise NonFiniteError(f"retrained {left_out}: {error}") from error
             found = self.evaluate(final, query).value.reshape(-1).double().cpu().numpy()
@@ -307,7 +308,7 @@ class Trainer:
         if replay is None:
             replay = Replay(memory=0, disk=1 << 62, keep=True, plan="all") if folder else Replay()
         training = Training(self.recipe, self.engine, stream, stream.weights)
-        return Trajectory(training, state, replay, folder, self._identity(stream, state), observe)
+        return Ready(training, state, self._identity(stream, state)).trajectory(replay, folder, observe)
 
     def _fitting(self, stream: DataStream) -> DataStream:
         """The stream in the model's precision, its rows checked against the model."""
@@ -318,7 +319,8 @@ class Trainer:
 
     def _identity(self, stream: DataStream, state: State) -> str:
         data = stream.rows.digest() if isinstance(stream.rows, Rows) else stream.rows
-        order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed)
+        stopped = (stream.steps,) if stream.steps < stream.epochs * stream.steps_per_epoch else ()
+        order = (stream.batch_size, stream.epochs, stream.shuffle, stream.seed, *stopped)
         begun = (state.step, state.params, state.moments)
         return identify(self._function, data, order, stream.dtype, stream.weights, *begun, held_tensors(self.module))
 

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "retrograd"
 
 RANKS = [
-    ("settings", "core", "charts", "durable"),
+    ("settings", "core", "durable"),
     ("accel", "parallel", "data", "lm", "proofs"),
     ("query",),
     ("runs",),

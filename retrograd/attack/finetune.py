@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from retrograd.core.optim import Params
 from retrograd.data.pairs import joined
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
@@ -21,10 +22,10 @@ from retrograd.query.load import load_rows
 from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import Differentiated, Setup, find_device, load_model, set_up, visits
 from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig, attack_steps
-from retrograd.settings.during import DuringConfig
+from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
-__all__ = ["Phase", "phases", "set_up_phase"]
+__all__ = ["After", "Phase", "phases", "set_up_phase"]
 
 _MODEL = "model"  # where a run leaves its model
 
@@ -35,6 +36,15 @@ class Phase(NamedTuple):
     name: str
     config: PhaseConfig
     last: bool
+
+
+class After(NamedTuple):
+    """A model as a phase finds it. params: where it starts, the model's own when None; queries: pulled back later."""
+
+    model: CausalLM
+    tokenizer: Any
+    params: Params | None = None
+    queries: int = 0
 
 
 def phases(
@@ -63,10 +73,10 @@ def phases(
             lora=one.lora, heartbeat=config.heartbeat, export=config.export or not last, sources=sources[key],
             examples=one.examples if last else None, steps=None if epochs else steps, epochs=epochs,
             max_length=config.max_length, chunk_length=config.chunk_length, max_passes=_most(config),
-            evaluate=DuringConfig(
+            evaluate=OnTheWayConfig(
                 tasks=tasks, at=_ASKED, limit=config.limit, batch_size=config.batch_size, answers=True
             ),
-            train=one.train(steps),
+            train=one.train(),
         )  # fmt: skip
         found.append(Phase(name, phase, last))
         start = str(folder / name / _MODEL)
@@ -80,20 +90,24 @@ def _most(config: AttackConfig) -> float | None:
     return config.max_passes if config.max_passes is not None or config.lab is not None else 2.0
 
 
-def set_up_phase(config: PhaseConfig) -> tuple[Setup, dict[str, Any]]:
+def set_up_phase(config: PhaseConfig, after: After | None = None) -> tuple[Setup, dict[str, Any]]:
     """A phase, loaded and checked before its first step, and what its manifest is to say besides.
 
+    Args:
+        after: What it goes on from, in place of the configuration's model.
     Raises:
         ValueError: For whatever cannot work, before anything is computed or written.
     """
     device = find_device(config.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, config.lora, config.train)
-    rows = _rows(config, model, tokenizer)
+    if after is None:
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        after = After(load_model(config.model, config.dtype, device, config.lora, config.train), tokenizer)
+    rows = _rows(config, after.model, after.tokenizer)
     stream = _stream(config, rows, device)
-    how = Differentiated(run=config.run, begun=None if config.overwrite else begun_with(config.run))
+    begun = None if config.overwrite else begun_with(config.run)
+    how = Differentiated(queries=after.queries, run=config.run, begun=begun)
     visited = ("attack", *visits(stream, "examples", config.dtype), len(stream))
-    setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
+    setup = set_up(after.model, after.tokenizer, stream, config.train, how, visited=visited, start=after.params)
     return setup, {"passes": round(len(stream) * config.train.batch_size / len(rows), 3), **_budget(setup)}
 
 

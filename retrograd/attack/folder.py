@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 from retrograd.attack.material import Material
 from retrograd.durable import foreign
-from retrograd.evaluate.ownership import content, plain
+from retrograd.evaluate.folder import content, plain
 from retrograd.runs.files import write_json
 from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
 from retrograd.settings.parse import build
 
-__all__ = ["Attacked", "Folder", "claim_folder", "read_folder", "target_name"]
+__all__ = ["Attacked", "Folder", "claim_folder", "read_folder", "refuse_foreign", "target_name"]
 
 
 class Attacked(NamedTuple):
@@ -56,6 +56,18 @@ class Folder(NamedTuple):
         return next((target for target in self.targets if target.role == role), None)
 
 
+def refuse_foreign(path: Path) -> None:
+    """Refuse a folder that holds something else, before anything is written there.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if not path.exists() or (path / "attack.json").exists():
+        return
+    if not path.is_dir() or set(foreign(path)) - {"data", "shallow"}:
+        raise ValueError(f"{path} exists and holds no attacks; choose another folder")
+
+
 def target_name(source: str) -> str:
     """A name for a model: the end of its path, and a hash of its content or, of one on the hub, of its name."""
     whole = plain(source)
@@ -73,17 +85,17 @@ def claim_folder(
     Args:
         sources: (role, source) of each model.
     Raises:
-        ValueError: If the folder is another one's, or was asked other questions.
+        ValueError: If a model has changed or has two roles, or the folder was asked other questions.
     """
-    if not (path / "attack.json").exists() and path.exists() and set(foreign(path)) - {"data", "shallow"}:
-        raise ValueError(f"{path} exists and holds no attacks; choose another folder")
-    questions = {"tasks": str(material.tasks), "content": content(str(material.tasks)), "half": list(material.half),
-                 "clustered": material.clustered}  # fmt: skip
+    inside = material.tasks.is_relative_to(path)  # the folder may be moved then
+    tasks = material.tasks.relative_to(path) if inside else material.tasks.resolve()
+    questions = {"content": content(str(material.tasks)), "half": list(material.half), "clustered": material.clustered}
     old = json.loads((path / "attack.json").read_text(encoding="utf8")) if (path / "attack.json").exists() else {}
-    if old and old["questions"] != questions:
+    before = {key: value for key, value in old.get("questions", questions).items() if key != "tasks"}
+    if before != questions:
         raise ValueError(
-            f"{path} holds attacks that were asked other questions:\n  {old['questions']} → {questions}\nUse another "
-            "folder, or put them back."
+            f"{path} holds attacks that were asked other questions:\n  {before} → {questions}\nUse another folder, or "
+            "put them back."
         )
     targets = old.get("models", {})
     for name, one in targets.items():
@@ -101,7 +113,8 @@ def claim_folder(
             raise ValueError(f"{path} has {taken[0]} as its {role}, now it is {source}; use another folder")
         targets[name] = {"source": plain(source), "role": role}
     named = old.get("configurations", {}) | {name_of(one): _told(one) for one in configurations}
-    write_json(path / "attack.json", {"models": targets, "configurations": named, "questions": questions})
+    asked = {"tasks": str(tasks), **questions}
+    write_json(path / "attack.json", {"models": targets, "configurations": named, "questions": asked})
     return read_folder(path)
 
 
@@ -117,7 +130,7 @@ def read_folder(path: Path) -> Folder:
     targets = [Attacked(name, one["source"], one["role"]) for name, one in found["models"].items()]
     asked = found["questions"]
     configurations = {name: _read(one, f"{path}: {name}") for name, one in found["configurations"].items()}
-    return Folder(path, targets, configurations, Path(asked["tasks"]), tuple(asked["half"]), asked["clustered"])
+    return Folder(path, targets, configurations, path / asked["tasks"], tuple(asked["half"]), asked["clustered"])
 
 
 def _told(one: Configuration) -> dict[str, Any]:

@@ -5,31 +5,45 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
-from retrograd.attack.folder import Attacked, Folder, claim_folder
+from retrograd.attack.folder import Attacked, Folder, claim_folder, refuse_foreign
 from retrograd.attack.material import Material, material_of
 from retrograd.attack.tell import show_findings, write_findings
 from retrograd.attack.untrained.attacks import find_untraining
 from retrograd.attack.untrained.run import carry_out_untrained
+from retrograd.commands.attack_scores import attribute, check_attribution
 from retrograd.commands.training import MODEL, carry_out
 from retrograd.commands.unlearn import unlearn
+from retrograd.evaluate.folder import plain
 from retrograd.runs.lock import locked
-from retrograd.settings.attack import CONTROLS, AttackConfig, Configuration, Untrained, check_attack, configurations
+from retrograd.settings.attack import (
+    CONTROLS,
+    AttackConfig,
+    Configuration,
+    Finetune,
+    Untrained,
+    check_attack,
+    configurations,
+    name_of,
+)
 from retrograd.settings.unlearn import UnlearnConfig, UnlearnTrainConfig
 
 __all__ = ["attack"]
 
 
-def attack(config: AttackConfig, console: Console | None = None) -> None:
+def attack(config: AttackConfig, console: Console | None = None) -> dict[str, Any]:
     """Attack what is not attacked yet, then write and show what came back.
 
     Args:
         config: The resolved configuration.
         console: Where the summary goes; standard output when None.
+    Returns:
+        What recovery.json says.
     Raises:
         ValueError: For anything the user can mend.
         RunError: For a failure of the machine; the same call resumes.
@@ -39,7 +53,11 @@ def attack(config: AttackConfig, console: Console | None = None) -> None:
     for one in configurations(config):
         if isinstance(one, Untrained):
             find_untraining(one)
+        elif config.attribute:
+            check_attribution(config, one)
+    refuse_foreign(config.out)
     with locked(config.out):
+        refuse_foreign(config.out)
         material = material_of(config)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, _sources(config, shallow), configurations(config), material)
@@ -47,6 +65,9 @@ def attack(config: AttackConfig, console: Console | None = None) -> None:
         found = findings(folder, config.utility)
         write_findings(found, config.out)
         show_findings(found, config.out, console)
+        if config.attribute:
+            _attribute(config, folder, material, console)
+    return found
 
 
 def _shallow(config: AttackConfig, lab: Path) -> str:
@@ -84,6 +105,19 @@ def _carry_out(config: AttackConfig, folder: Folder, material: Material, console
         start = time.monotonic()
         _meet(config, folder, material, target, name)
         console.print(f"{place}/{len(meetings)} {name} × {target.name}: {time.monotonic() - start:.0f} s")
+
+
+def _attribute(config: AttackConfig, folder: Folder, material: Material, console: Console) -> None:
+    """Scores through every fine-tuning attack of this call, for every model of it."""
+    asked = {name_of(one) for one in configurations(config) if isinstance(one, Finetune)}
+    sources = {plain(model) for model in config.model}
+    for target in folder.targets:
+        for name in folder.configurations if target.source in sources else ():
+            if name in asked:
+                console.print(
+                    f"{name} × {target.name}: scores of the unlearning's tokens for the loss after the attack"
+                )
+                attribute(config, folder, material, target, name, console)
 
 
 def _meet(config: AttackConfig, folder: Folder, material: Material, target: Attacked, name: str) -> None:

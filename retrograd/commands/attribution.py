@@ -68,6 +68,7 @@ def carry_out_attributed(
             outcome = write_results(config.run, config.run, loaded, loaded.asked, values, scores)
             record["sha256"] = file_digest(config.run / "scores.pt")
         trajectory.clean()
+        manifest.update(finished=True)
         session.show(console)
         if compiled := loaded.engine.compiled:
             about = {"graphs": compiled.graphs, "fixed": compiled.fixed, "seconds": compiled.seconds}

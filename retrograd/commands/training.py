@@ -14,7 +14,7 @@ from rich.console import Console
 
 from retrograd.core import tree
 from retrograd.core.step import State
-from retrograd.evaluate.on_the_way import prepare_during, show_again, watching
+from retrograd.evaluate.on_the_way import prepare_on_the_way, show_again, watching
 from retrograd.lm.save import save_causal_lm
 from retrograd.runs.begin import begin, check_folder, empty
 from retrograd.runs.files import write_json
@@ -25,7 +25,7 @@ from retrograd.runs.run_folder import refuse_other
 from retrograd.runs.session import Session, Watcher, open_session
 from retrograd.runs.setup import Setup
 from retrograd.runs.states.budget import Replay
-from retrograd.settings.during import DuringConfig
+from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.train import ExportConfig, RunConfig
 
 __all__ = ["MODEL", "Opened", "carry_out", "exported", "leave_model", "open_folder"]
@@ -72,7 +72,7 @@ def open_folder(
         check_folder(config, command)
         setup, told = load()
         finished = "" if config.overwrite else done(Manifest(config.run / "manifest.json"))
-        prepared = prepare_during(DuringConfig() if finished else config.evaluate, setup.model, setup.tokenizer)
+        prepared = prepare_on_the_way(OnTheWayConfig() if finished else config.evaluate, setup.model, setup.tokenizer)
         if config.overwrite:
             empty(config.run)  # only now that the new run is known to be sound
         manifest = Manifest(config.run / "manifest.json")

@@ -53,6 +53,9 @@ def train(
 ) -> State:
     """The final state of training from `params`, at other data weights if given; each new state is shown.
 
+    The naive loop: the twin of `Trajectory` in tests, and what `verify` trains by, so that a certificate does not rest
+    on what it certifies. All else that trains is a `Trajectory`.
+
     Raises:
         NonFiniteError: If training diverges; it names the step.
     """

@@ -9,7 +9,7 @@ from retrograd.core import tree
 from retrograd.core.optim import Params
 from retrograd.core.step import State
 
-__all__ = ["Gradients", "Ledger", "MemorySlots", "ReplayDriftError", "Slots"]
+__all__ = ["BlankLedger", "Gradients", "Ledger", "MemorySlots", "ReplayDriftError", "Slots"]
 
 
 class ReplayDriftError(RuntimeError):
@@ -60,7 +60,7 @@ class MemorySlots:
 class Ledger:
     """Digests of every state of the original run; a replayed state has to match.
 
-    >>> ledger = Ledger(); ledger.check(State(1, {"x": torch.ones(2)}, {}))  # first time: recorded
+    >>> import torch; ledger = Ledger(); ledger.check(State(1, {"x": torch.ones(2)}, {}))  # first time: recorded
     """
 
     digests: dict[int, str] = field(default_factory=dict)
@@ -79,3 +79,10 @@ class Ledger:
                 "from it would be another run's. The arithmetic changed between training and replay (another "
                 "machine, thread count or library, or a nondeterministic kernel); train again on one configuration."
             )
+
+
+class BlankLedger(Ledger):
+    """Of a run that is never replayed: there is nothing to compare, so no state is digested."""
+
+    def check(self, state: State) -> None:
+        """Nothing is recorded."""

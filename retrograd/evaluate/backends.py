@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from retrograd.evaluate.answers import write_measured
-from retrograd.evaluate.lm_eval.model import Harness, ask_harness, find_harness, harness_version, refuse_task_code
+from retrograd.evaluate.folder import content, plain
+from retrograd.evaluate.lm_eval.model import HarnessTasks, ask_harness, find_harness, harness_version, refuse_task_code
 from retrograd.evaluate.lm_eval.samples import sampled_from, write_sampled
 from retrograd.evaluate.lm_eval.summary import summarise_harness
 from retrograd.evaluate.lm_eval.task_files import FOLDER, LOADER, described_tasks, loader_text
-from retrograd.evaluate.ownership import content, plain
 from retrograd.evaluate.summary import summarise
 from retrograd.lm.model import CausalLM
 from retrograd.query.prepare import prepare
@@ -107,10 +107,10 @@ class _Own:
 
 
 @dataclass(frozen=True)
-class _Harness:
+class _LmEval:
     """lm-evaluation-harness."""
 
-    harness: Harness
+    harness: HarnessTasks
     roles: dict[str, Role]
     include_path: Path | None
     shots: int | None
@@ -176,7 +176,7 @@ def _find_harness(config: EvaluateConfig) -> Backend:
     if unknown:
         raise ValueError(f"--forget names {unknown[0]!r}, which is not among --tasks: {', '.join(roles)}")
     by_name = {name: "forget" if spec in forget else roles[spec] for name, spec in harness.specs.items()}
-    return _Harness(harness, by_name, folder, config.num_fewshot, config.limit, config.batch_size)
+    return _LmEval(harness, by_name, folder, config.num_fewshot, config.limit, config.batch_size)
 
 
 def _listed(names: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""What was found on the way of a trajectory, for people: a table, the best step, what is missing, and a picture."""
+"""What was found on the way of a trajectory, for people: a table, the best step, and what is missing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from retrograd.charts import Curve, curves
-from retrograd.runs.files import write_atomic
-from retrograd.settings.during import Rule, best_of, value_of
+from retrograd.settings.on_the_way import Rule, best_of, value_of
 
-__all__ = ["BEST", "PICTURE", "draw_evaluations", "show_evaluations"]
+__all__ = ["BEST", "show_evaluations"]
 
-BEST, PICTURE = "best.json", "evaluation.html"
+BEST = "best.json"
 COLUMNS = 7  # steps in the table at most: the first, the last, the best, and others between
 WIDTH = 10  # characters of a column
 
@@ -49,27 +47,10 @@ def show_evaluations(
             table.add_row(name, *(_cell(entry) for entry in entries))
     seconds = sum(entry["seconds"] for entry in evaluations.values())
     console.print(table)
-    console.print(Text(f"It took {seconds:.1f} seconds. Every step: {run / 'metrics.jsonl'}, {run / PICTURE}"))
+    console.print(Text(f"It took {seconds:.1f} seconds. Every step: {run / 'metrics.jsonl'}"))
     _tell_best(run, evaluations, rule, console)
     for line in _missing(evaluations, wanted):
         console.print(Text(f"MISSING {line}"), style="bold red")
-
-
-def draw_evaluations(run: Path, evaluations: Evaluations) -> None:
-    """Write RUN/evaluation.html: accuracies with their intervals, and losses, by step."""
-    steps = sorted(evaluations)
-    names = dict.fromkeys(name for step in steps for name in evaluations[step]["tasks"])
-    accuracies, losses = [], []
-    for name in names:
-        entries = [evaluations[step]["tasks"].get(name, {}) for step in steps]
-        values = [value_of(entry) for entry in entries]
-        if any("accuracy" in entry for entry in entries):
-            accuracies.append(Curve(name, steps, values, [entry.get("interval") for entry in entries]))
-        elif any("perplexity" in entry for entry in entries):
-            losses.append(Curve(name, steps, values))
-    panels = [("accuracy", accuracies), ("mean loss (nats per token)", losses)]
-    text = curves(panels, "Evaluation on the way", _kept(run))
-    write_atomic(run / PICTURE, lambda temporary: temporary.write_text(text, encoding="utf8"))
 
 
 def _kept(run: Path) -> int | None:

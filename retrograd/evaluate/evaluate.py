@@ -20,7 +20,7 @@ from rich.console import Console
 from retrograd.core import tree
 from retrograd.durable import LOCK
 from retrograd.evaluate.backends import Backend, find_backend
-from retrograd.evaluate.ownership import claim, content, plain
+from retrograd.evaluate.folder import begin_evaluation, content, plain
 from retrograd.evaluate.show import show
 from retrograd.evaluate.tell import failed_path, measured_path
 from retrograd.lm.model import load_causal_lm, load_tokenizer
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
 def _evaluate(config: EvaluateConfig, plan: _Plan, rank: int, ranks: int, console: Console) -> int:
     models = {name: {"source": source, "content": content(source)} for name, source in plan.models.items()}
     settings = {"dtype": config.dtype, "tokenizer": config.tokenizer, **plan.backend.settings(), "models": models}
-    claim(config.output, settings, write=rank == 0)
+    begin_evaluation(config.output, settings, write=rank == 0)
     pairs = [(model, task) for model in plan.models for task in plan.backend.names]
     mine = pairs[rank * len(pairs) // ranks : (rank + 1) * len(pairs) // ranks]  # neighbours share a model
     _carry_out(config, plan, [pair for pair in mine if not measured_path(config.output, *pair).exists()])
@@ -99,18 +99,29 @@ def _planned(config: EvaluateConfig) -> _Plan:
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:
-    """A name for each different source: the end of its path, as many parts as it takes to tell them apart."""
+    """A name for each different source: the end of its path, as many parts as it takes to tell them apart.
+
+    The model that a run has left, RUN/model, is named after the run.
+    """
     found = list(dict.fromkeys(map(plain, sources)))
-    parts = {source: tuple(source.split("/")) for source in found}
+    parts = {source: _path(source) for source in found}
     names = {}
     for source in found:
         count = 1
-        while any(other != source and parts[other][-count:] == parts[source][-count:] for other in found):
+        others = [parts[other] for other in found if other != source]
+        while count < len(parts[source]) and any(other[-count:] == parts[source][-count:] for other in others):
             count += 1
         names[source] = re.sub(r"[^\w.-]", "-", "-".join(parts[source][-count:])).lstrip(".-") or "model"
     if len(set(names.values())) < len(names):
         raise ValueError(f"two models have the same name: {', '.join(names)}; rename a folder")
     return names
+
+
+def _path(source: str) -> tuple[str, ...]:
+    """The parts of a source's path, without a run's own word for its model."""
+    *before, last = source.split("/")
+    left = last == "model" and before and (Path(source) / "trained.json").exists()
+    return tuple(before) if left else (*before, last)
 
 
 def _carry_out(config: EvaluateConfig, plan: _Plan, pairs: list[tuple[str, str]]) -> None:

@@ -17,12 +17,12 @@ import torch
 
 from retrograd.query.choices import Scored
 
-__all__ = ["Habits", "letter_habits"]
+__all__ = ["LetterHabits", "letter_habits"]
 
 PERIODS = 8
 
 
-class Habits(NamedTuple):
+class LetterHabits(NamedTuple):
     """Of the answers to questions asked by letter, failed ones left out; see above.
 
     shares, constant: [most options].
@@ -42,7 +42,7 @@ class Habits(NamedTuple):
     mass: float
 
 
-def letter_habits(scored: Scored) -> Habits | None:
+def letter_habits(scored: Scored) -> LetterHabits | None:
     """Letter habits of answers in the order of the questions; None if no question was answered.
 
     Raises:
@@ -62,7 +62,7 @@ def letter_habits(scored: Scored) -> Habits | None:
     calibrated = (centred.masked_fill(~there, -torch.inf).argmax(1) == gold).double().mean()
     periods = range(1, min(PERIODS, n // 4) + 1)
     rhythm, period = max(((_alike(chosen, p), p) for p in periods), key=lambda pair: pair[0], default=(0.0, 0))
-    return Habits(
+    return LetterHabits(
         n, shares.tolist(), abs(float(torch.special.xlogy(shares, shares).sum())), constant.tolist(), float(calibrated),
         rhythm, _alike(gold, period) if period else 0.0, period, float(scored.mass[kept].mean()),
     )  # fmt: skip

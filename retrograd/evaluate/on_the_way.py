@@ -2,7 +2,7 @@
 
 A session of training takes it as its watcher:
 
-    prepared = prepare_during(config.evaluate, lm, tokenizer)        # refuses before anything is written
+    prepared = prepare_on_the_way(config.evaluate, lm, tokenizer)        # refuses before anything is written
     with open_session(…, watch=watching(prepared)) as session: …     # session.train(); then session.show(console)
 
 Nothing here touches the trajectory: its parameters are read, random numbers are put back, dropout is off meanwhile.
@@ -26,7 +26,7 @@ from retrograd.core import tree
 from retrograd.core.step import State
 from retrograd.core.sweep import Event, Remade, Reversed
 from retrograd.evaluate.answers import write_measured
-from retrograd.evaluate.curve import BEST, draw_evaluations, show_evaluations
+from retrograd.evaluate.curve import BEST, show_evaluations
 from retrograd.evaluate.summary import described, failure, together
 from retrograd.lm.model import CausalLM
 from retrograd.lm.save import save_causal_lm
@@ -39,10 +39,10 @@ from retrograd.runs.loggers import open_loggers
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.session import Session
-from retrograd.settings.during import DuringConfig, Rule, best_of, evaluated_steps, parse_rule
+from retrograd.settings.on_the_way import OnTheWayConfig, Rule, best_of, evaluated_steps, parse_rule
 from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
 
-__all__ = ["During", "PreparedTasks", "answers_path", "prepare_during", "show_again", "watching"]
+__all__ = ["OnTheWay", "PreparedTasks", "answers_path", "prepare_on_the_way", "show_again", "watching"]
 
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  # the model, the data, the memory
 
@@ -50,7 +50,7 @@ _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  #
 class PreparedTasks(NamedTuple):
     """What is asked of a model during a trajectory, read and tokenised; nothing if `tasks` is empty."""
 
-    config: DuringConfig
+    config: OnTheWayConfig
     model: CausalLM
     tokenizer: Any
     tasks: dict[str, Task]
@@ -72,7 +72,7 @@ class PreparedTasks(NamedTuple):
                 **({"keep_best": self.rule.text} if self.rule else {})}  # fmt: skip
 
 
-def prepare_during(config: DuringConfig, model: CausalLM, tokenizer: Any) -> PreparedTasks:
+def prepare_on_the_way(config: OnTheWayConfig, model: CausalLM, tokenizer: Any) -> PreparedTasks:
     """Read all tasks of a configuration; of one without tasks, nothing.
 
     Raises:
@@ -92,8 +92,8 @@ def prepare_during(config: DuringConfig, model: CausalLM, tokenizer: Any) -> Pre
     return found
 
 
-def _lab(config: DuringConfig) -> Path:
-    assert config.lab is not None, "check_during was here"
+def _lab(config: OnTheWayConfig) -> Path:
+    assert config.lab is not None, "check_on_the_way was here"
     return config.lab
 
 
@@ -103,7 +103,7 @@ def _limited(task: Task, limit: int | None) -> Task:
     return dataclasses.replace(task, limit=limit)
 
 
-class During:
+class OnTheWay:
     """Observer of a trajectory that evaluates it on its way, each step once however often the run was killed.
 
     Args:
@@ -125,7 +125,7 @@ class During:
         wanted = asked if prepared.tasks else []
         self.wanted, self.open = wanted, True
         if wanted:
-            _claim(run, prepared, journal, manifest)
+            _begin(run, prepared, journal, manifest)
 
     def __call__(self, event: Event) -> None:
         """Evaluate the state of a forward step, if it is its turn."""
@@ -147,7 +147,7 @@ class During:
             self._keep(state, rule, best[1], found)
         self.journal.evaluation(state.step, tasks=found, seconds=round(time.monotonic() - start, 3))
 
-    def __enter__(self) -> During:
+    def __enter__(self) -> OnTheWay:
         return self
 
     def __exit__(
@@ -155,8 +155,6 @@ class During:
     ) -> None:
         """The way back replays steps: it must not evaluate them again. A training that failed shows how far it came."""
         self.open = False
-        if self.journal.evaluated:
-            draw_evaluations(self.run, self.journal.evaluated)
         if isinstance(error, Exception):
             self.show(self.bars.progress.console)
 
@@ -204,12 +202,12 @@ class During:
         save_causal_lm(folder, model.module, self.prepared.tokenizer, state.params, more)
 
 
-def watching(prepared: PreparedTasks) -> Callable[[Session], During]:
+def watching(prepared: PreparedTasks) -> Callable[[Session], OnTheWay]:
     """What a session takes to be evaluated on its way."""
-    return lambda on: During(prepared, on.steps, on.run, on.journal, on.manifest, on.bars)
+    return lambda on: OnTheWay(prepared, on.steps, on.run, on.journal, on.manifest, on.bars)
 
 
-def show_again(run: Path, log: Sequence[str], config: DuringConfig, console: Console) -> None:
+def show_again(run: Path, log: Sequence[str], config: OnTheWayConfig, console: Console) -> None:
     """What a finished run's journal holds: in the viewers asked for, and of its evaluations as a table."""
     path = run / "metrics.jsonl"
     if log:
@@ -239,7 +237,7 @@ def _line(measured: Measured | None, task: Task, why: str | None) -> dict[str, A
 _LEFT_OUT = ("form", "role", "normalised", "letters", "subjects")  # what a line at each step has no room for
 
 
-def _claim(run: Path, prepared: PreparedTasks, journal: Journal, manifest: Manifest) -> None:
+def _begin(run: Path, prepared: PreparedTasks, journal: Journal, manifest: Manifest) -> None:
     """Remember what is asked, or refuse what does not fit to the lines that are there."""
     old, new = manifest.values.get("evaluation", {}), prepared.asked
     changed = [

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from retrograd.evaluate.intervals import compare, wilson
-from retrograd.evaluate.letter_habits import Habits, letter_habits
+from retrograd.evaluate.letter_habits import LetterHabits, letter_habits
 from retrograd.query.choices import Scored
 from retrograd.query.prepare import Answers, Measured, Texts
 from retrograd.settings.tasks import Task
@@ -106,7 +106,7 @@ def _letters(model: Evaluated) -> dict[str, Any]:
     return {name: habits._asdict() for name, habits in found.items() if habits}
 
 
-def _by_letter(measured: Measured | None) -> Habits | None:
+def _by_letter(measured: Measured | None) -> LetterHabits | None:
     if not isinstance(measured, Answers) or measured.scored.mass is None:
         return None
     return letter_habits(measured.scored)
@@ -120,7 +120,7 @@ def _habits(model: Evaluated, reference: Evaluated | None) -> Iterator[_Finding]
             yield _Finding("destroyed", f"{name}: {told}")
 
 
-def _habit(habits: Habits) -> str | None:
+def _habit(habits: LetterHabits) -> str | None:
     """How the letters show that the questions do not matter; None if they do not."""
     if habits.questions < FEWEST:
         return None

@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from retrograd.durable import remove
-from retrograd.evaluate.ownership import content
+from retrograd.evaluate.folder import content
 from retrograd.experiment.measure import measure
 from retrograd.experiment.tasks import Task, unlearn_config
 from retrograd.experiment.within import scores_within

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from retrograd.evaluate.ownership import content
+from retrograd.evaluate.folder import content
 from retrograd.settings.experiment import AskedSpec, CorporaSpec, ExperimentSpec, WeightingSpec
 from retrograd.settings.parse import build
 from retrograd.settings.run import MagicConfig, to_dict

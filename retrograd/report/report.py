@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from retrograd.report.panels import PANELS
 from retrograd.report.panels.setup import write_results_table
 from retrograd.report.subjects import Attribution, Evaluation, Experiment, Several, Subject, Training, open_subject
 from retrograd.runs.files import write_atomic
+from retrograd.runs.lock import locked
 from retrograd.settings.parse import build, read_yaml
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
@@ -45,9 +47,12 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
     title = config.title or ", ".join(dict.fromkeys(path.name or str(path) for path in config.paths))
     output = config.output or config.paths[0] / PAGE
     text = render(title, sections, view.tables, _told(mask))
-    for run in runs:
-        write_results_table(run, view)
-    write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf8"))
+    with ExitStack() as held:
+        for folder in dict.fromkeys(run.folder for run in runs):
+            held.enter_context(locked(folder, shared=True))
+        for run in runs:
+            write_results_table(run, view)
+        write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf8"))
     console.print(f"Report: {output}", highlight=False, soft_wrap=True)
     return output
 

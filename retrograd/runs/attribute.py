@@ -30,7 +30,7 @@ from retrograd.runs.scores import (
     read_scores,
     write_scores,
 )
-from retrograd.runs.setup import Loaded
+from retrograd.runs.setup import Loaded, Setup
 
 __all__ = ["Outcome", "ask", "show_ends", "stored", "summarise", "write_results"]
 
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     findings: list[Finding]
 
 
-def ask(run: Path, loaded: Loaded, asked: Sequence[Asked], final: State) -> tuple[Tensor, dict[str, Tensor]]:
+def ask(run: Path, loaded: Setup, asked: Sequence[Asked], final: State) -> tuple[Tensor, dict[str, Tensor]]:
     """Values [K] and gradients [K, *shape] of queries at the final state, read again if they are on disk."""
     found = [_ask_one(run / "queries" / one.name, loaded, one, final) for one in asked]
     gradient = {name: torch.cat([grads[name] for _, grads in found]).to(loaded.stream.device) for name in final.params}
@@ -138,7 +138,7 @@ def show_ends(order: Sequence[Ranked], console: Console) -> None:
             console.print(f"No {kind}: no document has a {sign} score.")
 
 
-def _ask_one(folder: Path, loaded: Loaded, one: Asked, final: State) -> tuple[Tensor, dict[str, Tensor]]:
+def _ask_one(folder: Path, loaded: Setup, one: Asked, final: State) -> tuple[Tensor, dict[str, Tensor]]:
     path, identity = folder / "gradient.safetensors", f"{loaded.identity}/{one.digest}"
     if path.exists():
         tensors, metadata = read_tensors(path)

@@ -74,6 +74,8 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
 
     >>> scalars({"phase": "reverse", "step": 3, "cotangent_norm": [1.0, 2.0]})
     {'cotangent_norm/0': 1.0, 'cotangent_norm/1': 2.0}
+    >>> scalars({"phase": "train", "step": 3, "loss": 1.5, "terms": {"forget": -0.5}})
+    {'loss': 1.5, 'terms/forget': -0.5}
     """
     found: dict[str, float] = {}
     for name, value in entry.items():

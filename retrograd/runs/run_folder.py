@@ -14,10 +14,9 @@ import torch
 from retrograd.core.sweep import Event
 from retrograd.runs.kinds import assemble, read_settings
 from retrograd.runs.lock import locked
-from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.setup import Loaded, Setup
-from retrograd.runs.states.budget import Replay
+from retrograd.runs.states.budget import Replay, free_memory
 from retrograd.runs.trajectory import Trajectory
 from retrograd.settings import run as configs
 from retrograd.settings.parse import build, parse_size, read_yaml

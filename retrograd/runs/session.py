@@ -10,6 +10,7 @@ is handed in as a watcher: it stands above this room.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,6 @@ from retrograd.core.step import State
 from retrograd.core.sweep import Event
 from retrograd.runs.journal import Journal
 from retrograd.runs.loggers import Logger, open_loggers
-from retrograd.runs.machine import settled
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.run_folder import describe
@@ -147,13 +147,13 @@ def open_session(
         ValueError: If the watcher refuses what it finds in the journal.
         RunError: If the folder holds another run, or the machine fails.
     """
-    with settled(), open_loggers(log, run) as loggers, Bars(len(setup.stream)) as bars:
+    with _settled(), open_loggers(log, run) as loggers, Bars(len(setup.stream)) as bars:
         yield Session(setup, run, manifest, replay, bars, loggers, journal, watch)
 
 
 def train(
     setup: Setup,
-    folder: Path | None,
+    folder: Path,
     replay: Replay,
     observe: Callable[[Event], None] = lambda event: None,
     *,
@@ -165,3 +165,14 @@ def train(
     Arguments as for `Setup.trajectory`.
     """
     return setup.trajectory(replay, folder, observe, weights=weights, identity=identity).train()
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Collections of garbage leave out what is there already: libraries and a model are some 100,000 objects."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,24 +1,22 @@
 """From settings to everything a training is made of: model, rows, stream, recipe, objective, and what is asked of it.
 
-`Setup` is a training ready for its first step, the one place that makes a `Trajectory` of a model; `set_up` proves it.
+`Setup` is a training ready for its first step, with all that it is made of; `set_up` proves it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
 from retrograd.core.optim import SGD, Adam, AdamW, Muon, Optimizer, Params, Schedule
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
-from retrograd.core.sweep import Event
 from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
@@ -31,9 +29,8 @@ from retrograd.query.named import Asked, load_queries
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
-from retrograd.runs.machine import free_memory
-from retrograd.runs.states.budget import Replay
-from retrograd.runs.trajectory import Trajectory
+from retrograd.runs.states.budget import free_memory
+from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig
 
@@ -47,7 +44,7 @@ _BEGUN = "as the run was begun"  # why an engine
 
 
 @dataclass(frozen=True, eq=False)
-class Setup:
+class Setup(Ready):
     """A training, loaded and checked before its first step.
 
     objective: (params, inputs, coefficients) → scalar, what every step descends.
@@ -62,38 +59,16 @@ class Setup:
     tokenizer: Any
     stream: DataStream | PairStream
     objective: Objective
-    training: Training
-    initial: State
     engine: Choice
     arithmetic: Arithmetic
     findings: list[Finding]
     hashes: dict[str, str]
-    identity: str
 
     @property
     def rows(self) -> Rows:
         """What is trained on, of all sides."""
         rows: Rows = self.stream.rows
         return rows
-
-    def trajectory(
-        self,
-        replay: Replay,
-        folder: Path | None = None,
-        observe: Callable[[Event], None] = lambda event: None,
-        logs: Sequence[Path] = (),
-        *,
-        weights: Tensor | None = None,
-        identity: str | None = None,
-    ) -> Trajectory:
-        """Its trajectory, to train it, to read states from or to reverse it.
-
-        Args:
-            replay, folder, observe, logs: As for `Trajectory`.
-            weights: Other data weights than the run's own; `identity` then tells that run from this one.
-        """
-        training = self.training if weights is None else self.training._replace(weights=weights)
-        return Trajectory(training, self.initial, replay, folder, identity or self.identity, observe, logs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +215,8 @@ def set_up(
         "the model's configuration and code": architecture(model.module),
     }
     identity = identify(hashes, *visited, arithmetic.chosen)
-    return Setup(model, tokenizer, stream, loss, training, initial, engine, arithmetic, findings, hashes, identity)
+    made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
+    return Setup(training, initial, identity, *made)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:

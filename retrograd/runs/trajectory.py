@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from retrograd.core import memory, tree
 from retrograd.core import plan as plans
 from retrograd.core.optim import ELEMENTWISE, Cotangent, Moments
 from retrograd.core.residuals import Residuals
-from retrograd.core.slots import Ledger
+from retrograd.core.slots import BlankLedger, Ledger
 from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
     Advanced,
@@ -34,7 +35,7 @@ from retrograd.runs.resume import Durable, first_missing, read_digests
 from retrograd.runs.states.budget import Replay, layout
 from retrograd.runs.states.store import Gradients, Store
 
-__all__ = ["Trajectory"]
+__all__ = ["Ready", "Trajectory"]
 
 
 class Trajectory:
@@ -48,6 +49,7 @@ class Trajectory:
         identity: Hash of what the run is made of; state files of another are refused.
         observe: Called with every event.
         logs: Files that `observe` appends to; they are synced before a resume point that comes after.
+        ledger: What replayed states are held against; that of the folder when None.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Trajectory:
         identity: str = "",
         observe: Callable[[Event], None] = lambda event: None,
         logs: Sequence[Path] = (),
+        ledger: Ledger | None = None,
     ) -> None:
         self.training, self.initial, self.folder, self.observe = training, initial, folder, observe
         self.replay = replay or Replay()
@@ -69,7 +72,7 @@ class Trajectory:
         elementwise = isinstance(training.recipe.optimizer, ELEMENTWISE)
         on_host = all(leaf.device.type == "cpu" for leaf in tree.leaves(initial))
         self.layout = layout(self.replay, self.steps - self.start, *sizes, elementwise=elementwise, on_host=on_host)
-        self.ledger = Ledger(read_digests(folder) if folder else {})
+        self.ledger = ledger or Ledger(read_digests(folder) if folder else {})
         self.residuals = Residuals.of(training, initial)
         self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
         self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk)
@@ -212,3 +215,43 @@ class Trajectory:
             self._pending = None
             return actions, state
         return self.durable.resumed(left, turn=False), None
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A training ready for its first step: the one place that makes a `Trajectory`.
+
+    identity: hash of what it is made of.
+    """
+
+    training: Training
+    initial: State
+    identity: str
+
+    def trajectory(
+        self,
+        replay: Replay,
+        folder: Path | None = None,
+        observe: Callable[[Event], None] = lambda event: None,
+        logs: Sequence[Path] = (),
+        *,
+        weights: Tensor | None = None,
+        identity: str | None = None,
+    ) -> Trajectory:
+        """Its trajectory, to train it, to read states from or to reverse it.
+
+        Args:
+            replay, folder, observe, logs: As for `Trajectory`.
+            weights: Other data weights than the run's own; `identity` then tells that run from this one.
+        """
+        training = self.training if weights is None else self.training._replace(weights=weights)
+        return Trajectory(training, self.initial, replay, folder, identity or self.identity, observe, logs)
+
+    def final(self, weights: Tensor) -> State:
+        """The final state at these data weights. Of the way there nothing is kept: for retraining.
+
+        Raises:
+            NonFiniteError: If training diverges; it names the step.
+        """
+        training = self.training._replace(weights=weights)
+        return Trajectory(training, self.initial, Replay(plan="binomial", slots=1), ledger=BlankLedger()).train()

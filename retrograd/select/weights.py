@@ -62,9 +62,10 @@ def info(path: Path) -> dict[str, Any]:
         found = json.loads((folder / "info.json").read_text(encoding="utf8"))
         data, sha256 = found["data"], found["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no weights file of `retrograd select`: its info.json is missing or broken") from (
-            error
-        )
+        what = "its info.json is missing or broken" if folder.exists() else "it does not exist"
+        raise ValueError(
+            f"{path} is no weights file of `retrograd select`: {what}. Give the OUT of a `retrograd select`"
+        ) from error
     file = folder / "weights.safetensors"
     if not file.exists() or file_digest(file) != sha256:
         there = f"has SHA-256 {file_digest(file)}" if file.exists() else "is missing"

@@ -22,7 +22,15 @@ import yaml
 
 from retrograd.settings.parse import build
 from retrograd.settings.suites import SUITES
-from retrograd.settings.train import ExportConfig, LoraConfig, TrainConfig, at_least_1, check_training, finite
+from retrograd.settings.train import (
+    ExportConfig,
+    LoraConfig,
+    ReplayConfig,
+    TrainConfig,
+    at_least_1,
+    check_training,
+    finite,
+)
 
 __all__ = [
     "CONTROLS", "AttackConfig", "CompareConfig", "Configuration", "Finetune", "PhaseConfig", "Untrained",
@@ -65,6 +73,8 @@ class Finetune:
     """Share of the steps in which it rises."""
     warmup_steps: int | None = None
     """Or as a number of steps."""
+    eps_root: float = 1e-8
+    """As --train.eps_root; 1e-5 where scores have to predict retraining."""
     weight_decay: float = 0.01
     """As --train.weight_decay."""
     max_grad_norm: float | None = None
@@ -95,15 +105,14 @@ class Finetune:
         dtype = "" if self.dtype == "float32" else f"-{self.dtype}"
         return f"{size}-{before}{self.data}-{self.lr:g}-{self.lr_schedule}-{length}{dtype}-s{self.seed}"
 
-    def train(self, steps: int) -> TrainConfig:
-        """The recipe of a phase of so many steps."""
-        warmup = self.warmup_ratio
-        if self.warmup_steps:  # rounding must not make it one step more: the recipe takes the ceiling
-            warmup = max(0.0, (self.warmup_steps - 0.5) / steps)
+    def train(self) -> TrainConfig:
+        """The recipe of a phase."""
+        ratio = None if self.warmup_steps is not None else self.warmup_ratio
         return TrainConfig(
-            optimizer=self.optimizer, lr=self.lr, lr_schedule=self.lr_schedule, warmup_ratio=warmup,
-            weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm, batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size, seed=self.seed,
+            optimizer=self.optimizer, lr=self.lr, lr_schedule=self.lr_schedule, warmup_ratio=ratio,
+            warmup_steps=self.warmup_steps, eps_root=self.eps_root, weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm, batch_size=self.batch_size, micro_batch_size=self.micro_batch_size,
+            seed=self.seed,
         )  # fmt: skip
 
     @property
@@ -121,7 +130,7 @@ class Finetune:
         finite({"lr": self.lr, "weight_decay": self.weight_decay})
         if self.warmup_steps is not None and self.epochs is None and self.warmup_steps >= self.steps:
             raise ValueError(f"{self.warmup_steps} warm-up steps leave none of {self.steps}; give fewer")
-        check_training(self.train(self.steps), self.lora)
+        check_training(self.train(), self.lora)
 
 
 @dataclass(frozen=True)
@@ -233,6 +242,16 @@ class AttackConfig:
     """Seconds between durable resume points."""
     export: bool = False
     """Keep every attacked model too, in the folder of its run."""
+    attribute: bool = False
+    """Also pull the forget loss after each fine-tuning attack back through attack and unlearning: a score for every
+    forget and retain token of the run of `retrograd unlearn` that left --model. Trains both again, full, in float32 or
+    float64."""
+    subsets: int = 0
+    """With --attribute: retrain unlearning and attack without so many random sets of forget tokens: do the scores
+    predict what happens? Asking for more later adds to them."""
+    fraction: float = 0.1
+    """Share of the forget tokens that such a set leaves out."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
 
 
 @dataclass(frozen=True)
@@ -270,12 +289,23 @@ def check_attack(config: AttackConfig) -> None:
     if config.max_length is not None and config.chunk_length is not None:
         raise ValueError("--max_length and --chunk_length exclude each other: cut documents, or pack them")
     finite({"lr_scale": config.lr_scale, "heartbeat": config.heartbeat})
+    _check_scores(config)
     for bound in config.utility:
         finite({"utility": bound})
     for text in config.data:
         if not re.match(r"[a-z]\w*=.", text):
             raise ValueError(f"--data {text!r} is not understood; write KEY=DATASET, such as forget=papers.jsonl")
     configurations(config)
+
+
+def _check_scores(config: AttackConfig) -> None:
+    if config.subsets and not config.attribute:
+        raise ValueError("--subsets asks whether scores predict: give --attribute too")
+    if config.subsets < 0 or config.subsets == 1 or not 0 < config.fraction < 1:
+        raise ValueError(
+            f"--subsets {config.subsets} of --fraction {config.fraction}: give 0, or 2 sets or more, of a share "
+            "between 0 and 1"
+        )
 
 
 def configurations(config: AttackConfig) -> list[Configuration]:

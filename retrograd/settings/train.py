@@ -14,14 +14,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from retrograd.settings.during import DuringConfig, check_during
+from retrograd.settings.on_the_way import OnTheWayConfig, check_on_the_way
 from retrograd.settings.question import Source
 
 __all__ = [
-    "GONE", "DataConfig", "ExportConfig", "LoraConfig", "RecipeConfig", "ReplayConfig", "RunConfig", "TrainConfig",
-    "TrainRunConfig",
+    "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
+    "TrainConfig", "TrainRunConfig",
     "at_least_1", "check_recipe", "check_train", "check_training", "difference", "finite", "to_dict",
 ]  # fmt: skip
+
+LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TrainConfig:
     """Optimizer; adam is adamw with coupled weight decay; muon acts on hidden matrices and AdamW on the rest."""
     lr: float = 1e-4
     """Peak learning rate."""
-    lr_schedule: Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"] = "constant"
+    lr_schedule: LrSchedule = "constant"
     """How the learning rate moves over the run; one-cycle along half cosines, one-cycle-linear along straight lines."""
     lr_start: float | None = None
     """Learning rate at the first step of the warmup; 0 when None (lr/25 for one-cycle)."""
@@ -143,7 +145,7 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    evaluate: DuringConfig = field(default_factory=DuringConfig)
+    evaluate: OnTheWayConfig = field(default_factory=OnTheWayConfig)
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also show the numbers of metrics.jsonl in tensorboard, wandb (offline) or trackio (local); several may be given.
     Each needs its extra: pip install "retrograd[tensorboard]"."""
@@ -238,7 +240,7 @@ def check_recipe(config: RecipeConfig) -> None:
         raise ValueError("--compile takes --engine blocks, which --train.dropout excludes; leave one of the two out")
     if data.max_length is not None and data.chunk_length is not None:
         raise ValueError("--data.max_length and --data.chunk_length exclude each other: cut documents, or pack them")
-    check_during(config.evaluate)
+    check_on_the_way(config.evaluate)
 
 
 def check_training(train: TrainConfig, lora: LoraConfig) -> None:

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import tyro
 
-from retrograd.settings.during import check_during
+from retrograd.settings.on_the_way import check_on_the_way
 from retrograd.settings.parse import build
 from retrograd.settings.run import AttributedConfig, QueryConfig, ReplayConfig, check_attributed
 from retrograd.settings.train import (
     DataConfig,
     ExportConfig,
     LoraConfig,
+    LrSchedule,
     TrainConfig,
     at_least_1,
     check_training,
@@ -38,9 +39,8 @@ class UnlearnTrainConfig(TrainConfig):
 
     lr: float = 2e-4
     """Peak learning rate."""
-    lr_schedule: Any = "linear"
-    """How the learning rate moves over the run: constant, linear, cosine, polynomial, one-cycle or
-    one-cycle-linear."""
+    lr_schedule: LrSchedule = "linear"
+    """How the learning rate moves over the run; one-cycle along half cosines, one-cycle-linear along straight lines."""
     weight_decay: float = 0.01
     """Decoupled for adamw and muon, added to the gradient for sgd and adam."""
     max_grad_norm: float | None = 1.0
@@ -159,7 +159,7 @@ def check_unlearn(config: UnlearnConfig) -> None:
         ValueError: With the setting, its value and what it has to be.
     """
     check_training(config.train, config.lora)
-    check_during(config.evaluate)
+    check_on_the_way(config.evaluate)
     _check_attribution(config)
     at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,
                 "horizon": config.horizon})  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a validation says: agreement by fraction and query, its files, its picture, its verdict."""
+"""What a validation says: agreement by fraction and query, its files, its verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from retrograd.charts import scatter
 from retrograd.runs.files import write_atomic, write_json
 from retrograd.trust.bank import LeftOut
 from retrograd.trust.left_out import Agreement, agreement, mean_lds
@@ -92,7 +91,7 @@ def validation(
 
 
 def write_validation(run: Path, result: Validation) -> None:
-    """validation.csv, validation.json and validation.html."""
+    """validation.csv and validation.json."""
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(("subset", "fraction", "query", "predicted", "measured"))
@@ -102,11 +101,6 @@ def write_validation(run: Path, result: Validation) -> None:
                              repr(float(measured))))  # fmt: skip
     write_atomic(run / "validation.csv", lambda t: t.write_text(table.getvalue(), encoding="utf8"))
     write_json(run / "validation.json", _record(result))
-    picture = scatter(
-        [(one.left_out.name, one.left_out.fraction, one.predicted, one.measured) for one in result.compared],
-        result.names,
-    )
-    write_atomic(run / "validation.html", lambda t: t.write_text(picture, encoding="utf8"))
 
 
 def show(result: Validation, wanted: int, run: Path, console: Console) -> Validation:
@@ -137,7 +131,7 @@ def show(result: Validation, wanted: int, run: Path, console: Console) -> Valida
     if named:
         console.print(_named(named))
     console.print("Predicted: −Σ score. Positive: without the set, the query loss is higher.", style="dim")
-    console.print(f"Every set: {run / 'validation.csv'}; picture: {run / 'validation.html'}", highlight=False)
+    console.print(f"Every set: {run / 'validation.csv'}", highlight=False)
     return result
 
 

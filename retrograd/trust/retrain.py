@@ -14,13 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from retrograd.core.check import train
 from retrograd.core.optim import Params
 from retrograd.core.step import NonFiniteError, left_finite
 from retrograd.runs.errors import RunError
-from retrograd.runs.machine import free_memory
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.run_folder import Opened, open_run
+from retrograd.runs.states.budget import free_memory
 from retrograd.trust.bank import BASELINE, Failed, LeftOut, Retrained
 from retrograd.trust.ensemble import train_many
 from retrograd.trust.left_out import without
@@ -147,7 +146,7 @@ def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[_Value
 
 def _alone(run: Opened, weights: torch.Tensor) -> _Values:
     try:
-        return _asked(run, train(run.loaded.training, run.loaded.initial.params, weights).params)
+        return _asked(run, run.loaded.final(weights).params)
     except NonFiniteError as error:
         return Failed(str(error))
 

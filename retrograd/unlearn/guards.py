@@ -6,6 +6,7 @@ wrong sign, a module that never trained.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -144,22 +145,26 @@ def check_start(objective: Unlearning, params: Params, batch: Batch) -> None:
 
 
 def check_changed(before: Params, after: Params, expected: Iterable[str] | None = None) -> None:
-    """Every parameter that was to change has.
+    """Every parameter that was to change has; in half precision, whose updates round to nothing, some have.
 
     Args:
         expected: Names; all if not given.
     Raises:
-        ValueError: If one is the same to the bit, with their names.
+        ValueError: If one is the same to the bit, with their names. In half precision that warns, unless all are.
     """
     names = list(before) if expected is None else list(expected)
     if absent := [name for name in names if name not in before]:
         raise ValueError(f"{len(absent)} parameters that were to change are not trained at all, such as {absent[0]}")
     still = [name for name in names if torch.equal(before[name], after[name])]
     if still:
-        raise ValueError(
+        told = (
             f"{len(still)} of {len(names)} parameters that were to change did not: {', '.join(still[:5])}"
             f"{' …' if len(still) > 5 else ''}. No gradient reaches them, or updates round to nothing"
         )
+        half = all(before[name].dtype in (torch.bfloat16, torch.float16) for name in still)
+        if not half or len(still) == len(names):
+            raise ValueError(told)
+        warnings.warn(f"{told}, as they do in half precision: take --dtype float32", stacklevel=2)
 
 
 def flags(objective: Unlearning) -> list[str]:

@@ -139,9 +139,15 @@ def test_another_suite_or_model_joins_and_what_changed_is_refused(
     more.write_text("- {data: retain, lr: 1e-3, steps: 1, batch_size: 4}\n")
     model = tmp_path / "mine"
     shutil.copytree(world / "models/random", model)
-    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    about = json.loads((out / "attack.json").read_text())
+    (out / "attack.json").write_text(json.dumps({**about, "questions": {**about["questions"], "half": []}}))
     assert main([*command(world, out, more), "--model", str(model)]) == 2
-    assert "other questions" in capsys.readouterr().err  # they lie elsewhere now
+    assert "other questions" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    assert main(command(world, tmp_path / "full", more)) == 2
+    assert "holds no attacks" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir() if path.name != ".lock"] == ["mine.txt"]
     assert main([*command(world, attacked, more), "--filtered", str(model)]) == 2
     assert "as its filtered" in capsys.readouterr().err
     assert main([*command(world, attacked, more), "--base", str(world / "models/filtered")]) == 2

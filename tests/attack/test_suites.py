@@ -47,7 +47,7 @@ def test_two_configurations_never_share_a_name() -> None:
         "steps": 101, "epochs": 1, "examples": 3, "before": "benign", "before_steps": 3, "rank": 1, "modules": ("a",),
         "optimizer": "sgd", "lr": 2.0000001e-5, "lr_schedule": "cosine", "warmup_ratio": 0.1, "warmup_steps": 3,
         "weight_decay": 0.0, "max_grad_norm": 1.0, "batch_size": 15, "micro_batch_size": 4, "dtype": "bfloat16",
-        "seed": 1, "data": "half",
+        "seed": 1, "data": "half", "eps_root": 1e-5,
     }  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(Finetune)}
     names = {name_of(dataclasses.replace(one, **{name: value})) for name, value in others.items()}
@@ -67,11 +67,10 @@ def test_rates_steps_and_seeds_are_scaled() -> None:
     assert len(once) == 1
 
 
-def test_warm_up_steps_are_exact() -> None:
-    for steps, warmup in ((3000, 100), (3000, 30), (7, 3), (10622, 107)):
-        ratio = Finetune(warmup_steps=warmup, steps=steps).train(steps).warmup_ratio
-        assert ratio is not None
-        assert -(-ratio * steps // 1) == warmup
+def test_warm_up_is_by_share_or_by_steps() -> None:
+    by_steps, by_share = Finetune(warmup_steps=30).train(), Finetune(warmup_ratio=0.1).train()
+    assert (by_steps.warmup_steps, by_steps.warmup_ratio) == (30, None)
+    assert (by_share.warmup_steps, by_share.warmup_ratio) == (None, 0.1)
 
 
 def test_a_file_of_configurations_is_a_suite(tmp_path: Path) -> None:
@@ -105,6 +104,9 @@ def test_attacks_are_asked_at_geometric_steps() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"lr_scale": -1.0}, "lr_scale is -1"),
         ({"max_length": 3, "chunk_length": 3}, "exclude each other"),
+        ({"subsets": 3}, "give --attribute too"),
+        ({"subsets": 1, "attribute": True}, "2 sets or more"),
+        ({"subsets": 3, "attribute": True, "fraction": 1.0}, "between 0 and 1"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], match: str) -> None:

@@ -97,12 +97,12 @@ def test_it_is_evaluated_on_its_way_and_judged(world: Path, tmp_path: Path, caps
     assert [line["step"] for line in lines if line["phase"] == "evaluate"] == [0, 2, 4, 5]
     assert (tmp_path / "run/best/best.json").exists()
     summary = json.loads((tmp_path / "run/evaluation/summary.json").read_text())
-    assert {"run-model"} <= set(summary["sources"])
+    assert set(summary["sources"]) == {"run", "model"}  # after the run, not after its folder
     capsys.readouterr()
     assert main(arguments) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "is done" in told
-    assert "run-model: " in told  # its verdict
+    assert "run: " in told  # its verdict
 
 
 def test_a_killed_one_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> None:
@@ -172,6 +172,9 @@ def test_a_method_whose_source_trains_adapters_does(world: Path, tmp_path: Path)
     assert {min(x.shape) for x in adapters.values()} == {2}  # a 64th of a width of 16, and at least 2
     assert all(torch.equal(x, found["named"][name]) for name, x in found["own"].items())
     assert {min(x.shape) for name, x in found["four"].items() if ".lora_A." in name} == {4}
+    again = ["unlearn", "orth_circuit_breakers", str(tmp_path / "again"), "--config"]
+    assert main([*again, str(tmp_path / "own/run_config.yaml"), "--export", "False"]) == 0
+    assert all(torch.equal(x, found["own"][name]) for name, x in final(tmp_path / "again").items())
     before, after = load_causal_lm(str(world / "model")), load_causal_lm(str(tmp_path / "own/model"))
     changed = {name for name, x in before.params.items() if not torch.equal(x, after.params[name])}
     assert changed == {f"gpt_neox.layers.{layer}.attention.query_key_value.weight" for layer in (0, 1)}

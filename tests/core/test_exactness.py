@@ -610,6 +610,21 @@ def test_the_moments_around_a_step_give_its_gradient_back(optimizer: SGD | AdamW
     assert check.relative_error(*(torch.cat([x[n].flatten() for n in theta]) for x in (found, grads))) < 1e-14
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith("adam")])
+def test_the_preconditioner_is_the_slope_of_the_update(name: str) -> None:
+    """θ' = (1 − lr·wd)·θ − lr·P⁻¹·m̂, wd where decay is decoupled and not spared."""
+    optimizer, draw = OPTIMIZERS[name], torch.Generator().manual_seed(1)
+    theta = params(1)
+    moments = tree.map(lambda x: torch.rand(x.shape, generator=draw).double() * 0.1, optimizer.init(theta))
+    grads = tree.map(lambda x: torch.randn(x.shape, generator=draw).double() * 0.1, theta)
+    new, after = optimizer.update(theta, moments, grads, 4)
+    lr, found = optimizer.lr, optimizer.preconditioner(theta, moments, grads, 4)
+    for n, x in theta.items():
+        decay = 0.0 if isinstance(optimizer, Adam) or n in optimizer.spared else optimizer.weight_decay
+        moved = found[n] * after["m"][n] / (1 - optimizer.beta1**5)
+        torch.testing.assert_close(new[n], x * (1 - lr * decay) - lr * moved, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("recipe", [
     Recipe(AdamW(0.1, beta1=0.999)), Recipe(SGD(0.1, momentum=0.995)), Recipe(AdamW(0.1), max_grad_norm=1.0),
 ], ids=["beta1", "momentum", "clipping"])  # fmt: skip

@@ -141,6 +141,11 @@ def test_parameters_that_did_not_change_are_named() -> None:
         guards.check_changed(before, after)
     with pytest.raises(ValueError, match="1 parameters that were to change are not trained at all, such as c"):
         guards.check_changed(before, after, ["a", "c"])
+    low, moved = ({name: x.bfloat16() for name, x in one.items()} for one in (before, after))
+    with pytest.warns(UserWarning, match=r"did not: b.*as they do in half precision: take --dtype float32"):
+        guards.check_changed(low, moved)
+    with pytest.raises(ValueError, match=r"of .* parameters that were to change did not"):
+        guards.check_changed(low, low)
 
 
 def test_historical_faults_are_flagged_and_only_where_there_are_some() -> None:

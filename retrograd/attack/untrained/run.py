@@ -56,7 +56,7 @@ def carry_out_untrained(
     texts = {key: _source(key, sources, kind.name) for key in kind.reads}
     if "shots" in texts:
         given = given._replace(shots=[text for source in texts.pop("shots") for text in _solved(source)])
-    given = given._replace(rows={key: _rows(found, lm, tokenizer) for key, found in texts.items()})
+    given = given._replace(rows={key: _rows(found, lm, tokenizer, config.max_length) for key, found in texts.items()})
     ready = {name: prepare(task, lm, tokenizer, config.batch_size) for name, task in asked.items()}
     for number in left:
         altered = kind.alter(given, strengths[number]) if number else None
@@ -105,8 +105,9 @@ def _solved(source: str) -> list[str]:
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"])]
 
 
-def _rows(sources: tuple[str, ...], lm: CausalLM, tokenizer: Any) -> Rows:
-    return joined([load_rows(parse_source(one, UnlearnConfig()), tokenizer, lm, "data")[0] for one in sources])
+def _rows(sources: tuple[str, ...], lm: CausalLM, tokenizer: Any, longest: int | None) -> Rows:
+    given = UnlearnConfig(max_length=longest)
+    return joined([load_rows(parse_source(one, given), tokenizer, lm, "data")[0] for one in sources])
 
 
 def _limited(task: Task, limit: int | None) -> Task:

@@ -25,14 +25,14 @@ from torch import nn
 from retrograd.lm.layout import twice_differentiable
 from retrograd.lm.model import CausalLM
 
-__all__ = ["Harness", "ask_harness", "find_harness", "harness_version", "refuse_task_code"]
+__all__ = ["HarnessTasks", "ask_harness", "find_harness", "harness_version", "refuse_task_code"]
 
 
 _YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Harness:
+class HarnessTasks:
     """lm-eval's task manager, and its name or file for each task, tag or group that was asked for.
 
     specs: By a name that can name a file.
@@ -67,7 +67,7 @@ def harness_version() -> str:
     return str(lm_eval.__version__)
 
 
-def find_harness(asked: Sequence[str], include_path: Path | None = None) -> Harness:
+def find_harness(asked: Sequence[str], include_path: Path | None = None) -> HarnessTasks:
     """Look tasks up; nothing is downloaded yet.
 
     Args:
@@ -88,7 +88,7 @@ def find_harness(asked: Sequence[str], include_path: Path | None = None) -> Harn
         if not name or name in specs:
             raise ValueError(f"--tasks: {spec!r} and {specs.get(name)!r} would have the same file {name!r}; drop one")
         specs[name] = spec
-    return Harness(manager, specs)
+    return HarnessTasks(manager, specs)
 
 
 def refuse_task_code(
@@ -123,7 +123,14 @@ def refuse_task_code(
 
 
 def ask_harness(
-    harness: Harness, name: str, lm: CausalLM, tokenizer: Any, *, shots: int | None, limit: int | None, batch_size: int
+    harness: HarnessTasks,
+    name: str,
+    lm: CausalLM,
+    tokenizer: Any,
+    *,
+    shots: int | None,
+    limit: int | None,
+    batch_size: int,
 ) -> dict[str, Any]:
     """What lm_eval.evaluator.evaluate returns for one name, a record of every question included.
 

@@ -123,8 +123,9 @@ def carriers(run: Attribution, view: View) -> Content | None:
 
 def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places of the lowest values that are negative, and of the highest that are positive, strongest first."""
-    order = np.argsort(values, kind="stable")
-    lowest, highest = order[:TYPES], order[::-1][:TYPES]
+    count = min(TYPES, len(values))
+    sides = [np.sort(np.argpartition(side, count - 1)[:count]) for side in (values, -values)]  # by place where equal
+    lowest, highest = (k[np.argsort(sign * values[k], kind="stable")] for k, sign in zip(sides, (1, -1)))
     return lowest[values[lowest] < 0], highest[values[highest] > 0]
 
 

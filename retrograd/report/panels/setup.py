@@ -115,14 +115,14 @@ def _short(name: Any) -> str:
 
 def _settings(run: Attribution | Training) -> list[tuple[str, str]]:
     config, manifest = run.config, run.manifest
-    train, rows, engine = config["train"], manifest.get("rows", {}), manifest.get("engine", {})
+    train, rows, arithmetic = config["train"], manifest.get("rows", {}), manifest.get("arithmetic", {})
     data = config["data"]["dataset"] if "data" in config else ", ".join(config.get("forget") or ())
     shape = "packed" if rows.get("packed") else "a document each"
     targets = f"{rows.get('targets', 0):,} targets, longest {rows.get('longest', 0)}"
     name = _OPTIMIZERS.get(train["optimizer"], train["optimizer"])
     rate = f"lr {train['lr']:g} {train['lr_schedule']}, ε_root {train['eps_root']:g}, decay {train['weight_decay']:g}"
-    device = f"{manifest.get('device', '?')} ({manifest.get('device_name', '?')})"
-    threads = f"{manifest.get('threads', '?')} threads, engine {engine.get('used', '?')}"
+    device = f"{arithmetic.get('device', '?')} ({arithmetic.get('device_name', '?')})"
+    threads = f"{arithmetic.get('threads', '?')} threads, engine {arithmetic.get('engine', '?')}"
     told = {
         "model": str(config["model"]),
         "data": str(data),

@@ -8,7 +8,7 @@ from typing import Any
 from retrograd.report.panel import Content, Source, View
 from retrograd.report.panels.setup import reproduce
 from retrograd.report.subjects import Attribution, Training
-from retrograd.settings.during import value_of
+from retrograd.settings.on_the_way import value_of
 
 __all__ = ["way"]
 

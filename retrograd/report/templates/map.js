@@ -17,15 +17,26 @@ class Plane {
     this.reach = this.reach.map((r) => Math.min(1.04, Math.max(1e-4, r / by)));
   }
   move(dx, dy) { const [sx, , sy] = this.factors(); this.middle[0] -= dx / sx; this.middle[1] -= dy / sy; }
-  // calls does(point, pixel) for every point in view; the loop is written out, for ten million of them
-  each(points, linear, does) {
+  // the pixel of every point, -1 out of view, and how many points each pixel has; two loops, for ten million points
+  place(points, linear) {
     const { X, Y } = points, [sx, tx, sy, ty] = this.factors(), W = this.width, H = this.height, c = 1 / 32767;
-    const ax = sx * c, ay = sy * c;
-    for (let k = 0; k < X.length; k++) {
-      const qx = X[k], qy = Y[k];
-      const px = linear ? ax * c * qx * (qx < 0 ? -qx : qx) + tx : ax * qx + tx, py = linear ? ay * c * qy * (qy < 0 ? -qy : qy) + ty : ay * qy + ty;
-      if (px >= 0 && px < W && py >= 0 && py < H) does(k, (py | 0) * W + (px | 0));
+    const at = new Int32Array(X.length), counts = new Uint32Array(W * H);
+    let seen = 0;
+    if (linear) {
+      const ax = sx * c * c, ay = sy * c * c;
+      for (let k = 0; k < at.length; k++) {
+        const px = ax * X[k] * Math.abs(X[k]) + tx, py = ay * Y[k] * Math.abs(Y[k]) + ty;
+        at[k] = px >= 0 && px < W && py >= 0 && py < H ? (py | 0) * W + (px | 0) : -1;
+      }
+    } else {
+      const ax = sx * c, ay = sy * c;
+      for (let k = 0; k < at.length; k++) {
+        const px = ax * X[k] + tx, py = ay * Y[k] + ty;
+        at[k] = px >= 0 && px < W && py >= 0 && py < H ? (py | 0) * W + (px | 0) : -1;
+      }
     }
+    for (let k = 0; k < at.length; k++) if (at[k] >= 0) { counts[at[k]]++; seen++; }
+    return { at, counts, seen };
   }
 }
 retrograd.panel("map", async (root, data, section) => {
@@ -37,7 +48,7 @@ retrograd.panel("map", async (root, data, section) => {
   const targets = new Uint32Array(table.targets);
   for (let k = 0, n = 0; k < table.count; k++) if (table.isTarget(k)) targets[n++] = k;
   const documents = [...table.pieces.keys()];
-  let points, how = "", lassoing = true;
+  let points, placed = null, how = "", lassoing = true;
 
   // ---- points: of tokens, or of documents by their sums ----
   function gathered() {
@@ -57,7 +68,6 @@ retrograd.panel("map", async (root, data, section) => {
     return { X: whole[0], Y: whole[1], largest, tokens: false };
   }
   const linear = () => pick("axes").value === "linear";
-  const isChosen = (k) => points.tokens ? chosen[targets[k]] : pieceChosen(documents[k]);
   function pieceChosen(document) {
     for (const [start, stop] of table.pieces.get(document)) for (let k = start; k < stop; k++) if (chosen[k]) return 1;
     return 0;
@@ -65,11 +75,12 @@ retrograd.panel("map", async (root, data, section) => {
 
   // ---- drawing ----
   const rgb = (name) => { const probe = getComputedStyle(document.documentElement).getPropertyValue(name).trim(); const c = document.createElement("canvas").getContext("2d"); c.fillStyle = probe.includes(",") ? `rgb(${probe})` : probe; c.fillRect(0, 0, 1, 1); return c.getImageData(0, 0, 1, 1).data; };
+  const moved = () => { placed = null; draw(); };
   function draw() {
-    const W = plane.width, H = plane.height, counts = new Uint32Array(W * H), lit = new Uint32Array(W * H);
-    let seen = 0;
-    if (points.tokens) plane.each(points, linear(), (k, at) => { counts[at]++; lit[at] += chosen[targets[k]]; seen++; });
-    else plane.each(points, linear(), (k, at) => { counts[at]++; lit[at] += pieceChosen(documents[k]); seen++; });
+    placed ??= plane.place(points, linear());
+    const W = plane.width, H = plane.height, { at: where, counts, seen } = placed, lit = new Uint32Array(W * H);
+    if (points.tokens) { for (let k = 0; k < where.length; k++) if (chosen[targets[k]] && where[k] >= 0) lit[where[k]]++; }
+    else documents.forEach((name, k) => { if (where[k] >= 0) lit[where[k]] += pieceChosen(name); });
     const size = seen > 100000 ? 0 : seen > 10000 ? 1 : 2, most = counts.reduce((a, b) => Math.max(a, b), 1);
     const image = plane.context.createImageData(W, H), out = new Uint32Array(image.data.buffer);
     const colour = ([r, g, b], alpha) => ((Math.round(255 * alpha) << 24) | (b << 16) | (g << 8) | r) >>> 0;
@@ -105,38 +116,36 @@ retrograd.panel("map", async (root, data, section) => {
   }
 
   // ---- selecting ----
-  function select(wanted, told) {  // wanted(k): whether point k is in it
+  function select(told, fill) {  // fill(mark): calls mark(k) for every point k that is in it
     const started = performance.now(), mode = pick("how").value, found = new Uint8Array(table.count);
-    for (let k = 0; k < points.X.length; k++) {
-      if (!wanted(k)) continue;
-      if (points.tokens) found[targets[k]] = 1;
-      else for (const [start, stop] of table.pieces.get(documents[k])) found.fill(1, start, stop);
-    }
+    if (points.tokens) fill((k) => { found[targets[k]] = 1; });
+    else fill((k) => { for (const [start, stop] of table.pieces.get(documents[k])) found.fill(1, start, stop); });
     join(found, mode);
     how = mode === "new" || !how ? told : `${how}; ${told} ${mode === "add" ? "added" : mode === "cut" ? "cut out" : "in both"}`;
     refresh();
     canvas.dataset.ms = (performance.now() - started).toFixed(1);
   }
   function join(found, mode) {
-    for (let k = 0; k < chosen.length; k++) {
-      const other = found[k];
-      chosen[k] = mode === "new" ? other : mode === "add" ? chosen[k] | other : mode === "cut" ? chosen[k] & ~other & 1 : chosen[k] & other;
-    }
+    if (mode === "new") chosen.set(found);
+    else if (mode === "add") for (let k = 0; k < chosen.length; k++) chosen[k] |= found[k];
+    else if (mode === "cut") for (let k = 0; k < chosen.length; k++) chosen[k] &= 1 - found[k];
+    else for (let k = 0; k < chosen.length; k++) chosen[k] &= found[k];
   }
   function lasso(path) {
     const mask = document.createElement("canvas"), W = plane.width;
     mask.width = W; mask.height = plane.height;
     const c = mask.getContext("2d", { willReadFrequently: true });
     c.beginPath(); path.forEach(([px, py], k) => k ? c.lineTo(px, py) : c.moveTo(px, py)); c.closePath(); c.fill();
-    const inside = c.getImageData(0, 0, W, mask.height).data, found = new Uint8Array(points.X.length);
-    plane.each(points, linear(), (k, at) => { if (inside[4 * at + 3] > 127) found[k] = 1; });
-    select((k) => found[k], "lasso");
+    select("lasso", (mark) => {
+      const inside = c.getImageData(0, 0, W, mask.height).data, where = placed.at;
+      for (let k = 0; k < where.length; k++) if (where[k] >= 0 && inside[4 * where[k] + 3] > 127) mark(k);
+    });
   }
   const quadrants = [
     ["lower both losses", (a, b) => a < 0 && b < 0], ["lower only the first", (a, b) => a < 0 && b >= 0],
     ["lower only the second", (a, b) => a >= 0 && b < 0], ["lower neither", (a, b) => a >= 0 && b >= 0],
   ];
-  quadrants.forEach(([name, inside]) => pick("quadrants").append(element("button", { type: "button", on: { click: () => select((k) => inside(points.X[k], points.Y[k]), `quadrant: ${name}`) } }, name)));
+  quadrants.forEach(([name, inside]) => pick("quadrants").append(element("button", { type: "button", on: { click: () => select(`quadrant: ${name}`, (mark) => { for (let k = 0; k < points.X.length; k++) if (inside(points.X[k], points.Y[k])) mark(k); }) } }, name)));
   function word(text) {  // all tokens that hold a part of the word
     const wanted = text.trim().toLowerCase(), found = new Uint8Array(table.count);
     if (!wanted) return;
@@ -172,33 +181,43 @@ retrograd.panel("map", async (root, data, section) => {
   }
 
   // ---- what is selected ----
-  let listed = [], shown = 0, limit = 0;
+  let listed = [], shown = 0, wanted = 5, limit = 0, growing = 0;
   function refresh() {
     draw();
     let count = 0;
-    const sums = [0, 0], by = new Map();
+    const sums = [0, 0], by = new Map(), [p, q] = [table.scores[x.value], table.scores[y.value]];
     table.arrays.start.forEach((start, piece) => {
       const stop = piece + 1 < table.arrays.start.length ? table.arrays.start[piece + 1] : table.count;
-      let here = 0;
-      for (let k = start; k < stop; k++) if (chosen[k]) { if (!table.isTarget(k)) { chosen[k] = 0; continue; } here++; sums[0] += table.score(x.value, k); sums[1] += table.score(y.value, k); }
-      if (here) by.set(table.arrays.document[piece], (by.get(table.arrays.document[piece]) ?? 0) + here);
+      let here = 0, size = 0;
+      for (let k = start; k < stop; k++) {
+        if (!chosen[k]) continue;
+        if (!table.isTarget(k)) { chosen[k] = 0; continue; }
+        here++;
+        size += p[k] * p[k];
+        sums[0] += p[k] * Math.abs(p[k]); sums[1] += q[k] * Math.abs(q[k]);
+      }
+      const name = table.arrays.document[piece], before = by.get(name) ?? [0, 0];
+      if (here) by.set(name, [before[0] + here, before[1] + size]);
       count += here;
     });
+    sums.forEach((_, k) => { sums[k] *= table.largest[[x, y][k].value] / 32767 ** 2; });
     const n = targets.length;
     pick("status").textContent = count ? `${count.toLocaleString("en")} of ${n.toLocaleString("en")} tokens selected (${percent(count / n, 2)}; ${how}), in ${by.size.toLocaleString("en")} documents. Σ score ${table.labels[x.value]} ${signed(sums[0])}, ${table.labels[y.value]} ${signed(sums[1])} nats. Weights it implies: 1 on these and 0 elsewhere for descent; ${number(n / count)} on each of these for removal.` : "Nothing is selected.";
     pick("save").disabled = !count;
     pick("command").textContent = count ? `then: retrograd select OUT --scores ${table.sources[x.value]} --rule selection --selection selection.json` : "";
-    listed = [...by].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
-    limit = listed.slice(0, 30).reduce((most, [name]) => Math.max(most, table.largestIn(Number(x.value), name)), 0);
+    listed = [...by].sort((a, b) => b[1][1] - a[1][1] || a[0] - b[0]);  // by Σ |score| of what is selected
+    limit = listed.slice(0, 20).reduce((most, [name]) => Math.max(most, table.largestIn(Number(x.value), name)), 0);
     root.querySelector(".legend").replaceChildren(...(listed.length ? [element("span", { class: "soft" }, `Colours: score for ${table.labels[x.value]}. `), retrograd.scaleOf(limit)] : []));
-    pick("list").replaceChildren(); shown = 0;
-    grow();
+    pick("list").replaceChildren(); shown = 0; wanted = 5;
+    clearTimeout(growing);
+    growing = setTimeout(grow);  // numbers and points first, text after
   }
-  function grow() {
-    for (const [name, count] of listed.slice(shown, shown + 10)) {
+  function grow() {  // a document at a time, so that the page answers meanwhile
+    if (shown < Math.min(wanted, listed.length)) {
+      const [name, [count]] = listed[shown++];
       pick("list").append(element("div", { class: "document", "data-document": name }, element("p", { class: "soft" }, `document ${name}: ${count} selected`), table.heat(Number(x.value), name, limit, chosen)));
+      growing = setTimeout(grow);
     }
-    shown += 10;
     pick("more").hidden = shown >= listed.length;
   }
   function save() {
@@ -222,7 +241,7 @@ retrograd.panel("map", async (root, data, section) => {
     }
     pick("numbers").replaceChildren(...facts.map((fact) => element("li", {}, fact)));
   }
-  function anew() { points = gathered(); numbers(); refresh(); }
+  function anew() { points = gathered(); placed = null; numbers(); refresh(); }
 
   // ---- hands ----
   const at = (event) => { const box = canvas.getBoundingClientRect(); return [(event.clientX - box.left) * plane.width / box.width, (event.clientY - box.top) * plane.height / box.height]; };
@@ -231,23 +250,23 @@ retrograd.panel("map", async (root, data, section) => {
   canvas.addEventListener("pointermove", (event) => {
     if (!path) return;
     const here = at(event), last = path[path.length - 1];
-    if (!lassoing) { plane.move(here[0] - last[0], here[1] - last[1]); path = [here]; requestAnimationFrame(draw); return; }
+    if (!lassoing) { plane.move(here[0] - last[0], here[1] - last[1]); path = [here]; requestAnimationFrame(moved); return; }
     const c = plane.context;
     c.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--lit"); c.lineWidth = 1.5;
     c.beginPath(); c.moveTo(...last); c.lineTo(...here); c.stroke();
     path.push(here);
   });
   canvas.addEventListener("pointerup", () => { const done = path; path = null; if (done && lassoing && done.length > 2) lasso(done); });
-  canvas.addEventListener("wheel", (event) => { event.preventDefault(); plane.zoom(event.deltaY < 0 ? 1.25 : 0.8, ...at(event)); requestAnimationFrame(draw); }, { passive: false });
+  canvas.addEventListener("wheel", (event) => { event.preventDefault(); plane.zoom(event.deltaY < 0 ? 1.25 : 0.8, ...at(event)); requestAnimationFrame(moved); }, { passive: false });
   canvas.addEventListener("keydown", (event) => {
     const does = { ArrowLeft: () => plane.move(40, 0), ArrowRight: () => plane.move(-40, 0), ArrowUp: () => plane.move(0, 40), ArrowDown: () => plane.move(0, -40), "+": () => plane.zoom(1.25), "-": () => plane.zoom(0.8), 0: () => plane.reset() }[event.key];
-    if (does) { event.preventDefault(); does(); draw(); }
+    if (does) { event.preventDefault(); does(); moved(); }
   });
   const mode = (value) => { lassoing = value; pick("lasso").setAttribute("aria-pressed", value); pick("move").setAttribute("aria-pressed", !value); canvas.style.cursor = value ? "crosshair" : "grab"; };
   const press = (name, does) => pick(name).addEventListener("click", does);
   press("lasso", () => mode(true)); press("move", () => mode(false));
-  press("in", () => { plane.zoom(1.5); draw(); }); press("out", () => { plane.zoom(1 / 1.5); draw(); }); press("whole", () => { plane.reset(); draw(); });
-  press("clear", () => { chosen.fill(0); how = ""; refresh(); }); press("save", save); press("more", grow);
+  press("in", () => { plane.zoom(1.5); moved(); }); press("out", () => { plane.zoom(1 / 1.5); moved(); }); press("whole", () => { plane.reset(); moved(); });
+  press("clear", () => { chosen.fill(0); how = ""; refresh(); }); press("save", save); press("more", () => { wanted += 5; grow(); });
   for (const name of ["x", "y", "unit", "axes"]) pick(name).addEventListener("change", anew);
   const search = root.querySelector("input[type=search]");
   search.addEventListener("change", () => word(search.value));

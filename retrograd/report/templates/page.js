@@ -27,7 +27,7 @@ const retrograd = (() => {
   const meaning = (value) => value < 0 ? "negative: training on this lowers the query loss" : value > 0 ? "positive: training on this raises the query loss" : "zero";
   const colour = (value, limit) => {
     const part = limit > 0 ? Math.min(1, Math.abs(value) / limit) : 0;
-    return value ? `rgba(var(--${value < 0 ? "negative" : "positive"}), ${(0.85 * part).toFixed(3)})` : "transparent";
+    return value ? `rgba(var(--${value < 0 ? "negative" : "positive"}), ${(0.75 * part).toFixed(3)})` : "transparent";
   };
 
   // ---- arrays: base64 → deflate → numbers ----

@@ -8,10 +8,11 @@ one before it by the update alone, at most twice each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from retrograd.core import plan as plans
 
-__all__ = ["Layout", "Replay", "layout"]
+__all__ = ["Layout", "Replay", "free_memory", "layout"]
 
 _REMADE = 0.25  # of a step's time, for a state made again; 0.28 by bench/overhead.py, 0.09 since there is accel.pool
 _WORTH = 2 / 3  # of the bytes that all states take: what else is kept has to be as small, for the time it takes
@@ -92,6 +93,14 @@ def layout(
         return gradients
     fit = [way for way in (room.tried("all"), gradients, room.tried("binomial")) if way is not None]
     return min(fit, key=lambda way: way.extra) if fit else room.laid("binomial")  # which says what is missing
+
+
+def free_memory() -> int:
+    """Bytes of host memory that processes can still take; a guess of 4 GiB where the system does not tell."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return 4 << 30
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Condition", "DuringConfig", "Rule", "best_of", "check_during", "evaluated_steps", "parse_rule", "value_of"]
+__all__ = [
+    "Condition",
+    "OnTheWayConfig",
+    "Rule",
+    "best_of",
+    "check_on_the_way",
+    "evaluated_steps",
+    "parse_rule",
+    "value_of",
+]
 
 ROUNDING = 1e-9  # 0.9 - 0.05 is above 0.85, and 17 of 20 right are exactly 0.85
 
 
 @dataclass(frozen=True)
-class DuringConfig:
+class OnTheWayConfig:
     """Ask questions at chosen steps while it runs; always at the start and at the end. The run's bits stay the same."""
 
     tasks: Path | None = None
@@ -76,7 +85,7 @@ class Rule(NamedTuple):
         return list(dict.fromkeys([self.task, *(condition.task for condition in self.conditions)]))
 
 
-def check_during(config: DuringConfig, prefix: str = "evaluate") -> None:
+def check_on_the_way(config: OnTheWayConfig, prefix: str = "evaluate") -> None:
     """Refuse, before anything is loaded, what cannot work.
 
     Raises:
@@ -84,7 +93,7 @@ def check_during(config: DuringConfig, prefix: str = "evaluate") -> None:
     """
     if config.tasks is not None and config.lab is not None:
         raise ValueError(f"--{prefix}.tasks and --{prefix}.lab exclude each other: give one of them")
-    if not config.wanted and config != DuringConfig():
+    if not config.wanted and config != OnTheWayConfig():
         raise ValueError(
             f"--{prefix} has settings but nothing to ask; give --{prefix}.tasks FILE.yaml or --{prefix}.lab DIR"
         )

@@ -14,10 +14,10 @@ from typing import Any
 from retrograd.durable import foreign
 from retrograd.runs.files import file_digest, write_json
 
-__all__ = ["claim", "content", "plain"]
+__all__ = ["begin_evaluation", "content", "plain"]
 
 
-def claim(output: Path, settings: dict[str, Any], *, write: bool) -> None:
+def begin_evaluation(output: Path, settings: dict[str, Any], *, write: bool) -> None:
     """Make the folder that of this evaluation, or refuse; further models may join.
 
     Args:
@@ -63,16 +63,16 @@ def content(source: str) -> str | None:
 
 def _changes(old: dict[str, Any], new: dict[str, Any], names: Sequence[str] | None = None) -> list[str]:
     """Lines "name: old → new"; of records, only what differs. A file that was not there yet may come."""
-    found = []
+    lines = []
     for name in sorted(old.keys() | new.keys()) if names is None else names:
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             came = a.get("content") is None and b.get("content") is not None
             inner = [key for key in {**a, **b} if not came or key not in ("content", "source", "dataset")]
-            found += [f"{name}.{line}" for line in _changes(a, b, inner)]
+            lines += [f"{name}.{line}" for line in _changes(a, b, inner)]
         elif a != b:
-            found.append(f"{name}: {_short(a)} → {_short(b)}")
-    return found
+            lines.append(f"{name}: {_short(a)} → {_short(b)}")
+    return lines
 
 
 def _short(value: Any) -> str:

@@ -33,7 +33,7 @@ from retrograd.runs.files import read_tensors
 from retrograd.runs.journal import Journal, read_evaluations
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
-from retrograd.settings.during import DuringConfig, best_of, check_during, evaluated_steps, parse_rule
+from retrograd.settings.on_the_way import OnTheWayConfig, best_of, check_on_the_way, evaluated_steps, parse_rule
 from retrograd.settings.tasks import tasks_from
 
 RULE = "min:prose while letters >= start - 1"
@@ -112,7 +112,7 @@ def test_steps(last: int, every: int | None, geometric: bool, steps: list[int]) 
 def test_chosen_steps_join_the_others() -> None:
     assert evaluated_steps(10, 4, at=(1, 2, 5, 50)) == [0, 1, 2, 4, 5, 8, 10]
     with pytest.raises(ValueError, match=r"evaluate\.at names step -1"):
-        check_during(DuringConfig(tasks=Path("tasks.yaml"), at=(3, -1)))
+        check_on_the_way(OnTheWayConfig(tasks=Path("tasks.yaml"), at=(3, -1)))
 
 
 def by_step(**values: list[float | None]) -> dict[int, dict[str, Any]]:
@@ -167,7 +167,7 @@ def test_a_rule_that_is_none(text: str) -> None:
 ])  # fmt: skip
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_during(DuringConfig(**settings))
+        check_on_the_way(OnTheWayConfig(**settings))
 
 
 # What a run leaves
@@ -236,11 +236,10 @@ def test_the_summary_and_the_picture(world: Path, done: Path, capsys: pytest.Cap
     assert "best: 10" in told
     assert f"Best by {RULE}: step 10" in told.replace("\n", " ")
     assert "MISSING" not in told
-    page = (done / "evaluation.html").read_text()
-    assert "best: step 10" in page
+    page = (done / "report.html").read_text()
+    assert told.rstrip().endswith(f"Report: {done / 'report.html'}")
+    assert '"best":{' in page
     assert '"name":"letters"' in page
-    assert "mean loss (nats per token)" in page
-    assert len(page) > 1_000_000  # plotly is inside: it opens without a network
 
 
 def test_a_finished_run_is_not_evaluated_later(world: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,9 +301,9 @@ def interrupt(patch: pytest.MonkeyPatch, place: str) -> None:
         )
         patch.setattr(save, "rename", ends_in_best)
     elif place == "while measuring":
-        measured = stage.During._measured
+        measured = stage.OnTheWay._measured
         stops = Interrupted(measured, lambda self, state: state.step == 4)
-        patch.setattr(stage.During, "_measured", lambda self, state: stops(self, state))
+        patch.setattr(stage.OnTheWay, "_measured", lambda self, state: stops(self, state))
     else:
         stops = Interrupted(evaluation, lambda self, step, **values: step == 4, after=place == "after the line")
         patch.setattr(Journal, "evaluation", lambda self, step, **values: stops(self, step, **values))
@@ -322,9 +321,9 @@ def test_a_run_that_was_cut_off_has_each_step_once_and_the_same_best(
         assert main(arguments) == 130
     assert max(read_evaluations(tmp_path / "run/metrics.jsonl")) == (4 if place == "after the line" else 2)
     counted: list[int] = []
-    measured = stage.During._measured
+    measured = stage.OnTheWay._measured
     monkeypatch.setattr(
-        stage.During, "_measured", lambda self, state: (counted.append(state.step), measured(self, state))[1]
+        stage.OnTheWay, "_measured", lambda self, state: (counted.append(state.step), measured(self, state))[1]
     )
     assert main(arguments) == 0
     assert counted == ([8, 10] if place == "after the line" else [4, 8, 10])  # nor in the sweep's replays
@@ -405,7 +404,7 @@ def test_a_model_that_has_left_the_numbers_is_missing_and_never_the_best(
 def test_an_exam_that_fails_is_missing_with_its_reason_and_training_goes_on(
     world: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepare = stage.prepare_during
+    prepare = stage.prepare_on_the_way
 
     def failing(*arguments: Any) -> Any:
         found = prepare(*arguments)
@@ -416,7 +415,7 @@ def test_an_exam_that_fails_is_missing_with_its_reason_and_training_goes_on(
         object.__setattr__(found.ready["one"], "measure", out_of_memory)
         return found
 
-    monkeypatch.setattr("retrograd.commands.magic.prepare_during", failing)
+    monkeypatch.setattr("retrograd.commands.training.prepare_on_the_way", failing)
     assert main(command(world, tmp_path / "run", *asking(world), "--evaluate.keep_best", "max:both")) == 0
     same_bits(plain, tmp_path / "run")
     told = " ".join(capsys.readouterr().out.split())
@@ -481,13 +480,13 @@ def test_refusals_come_before_anything_is_written(
 def test_evaluating_disturbs_nothing(world: Path, tmp_path: Path) -> None:
     """Random numbers, threads, mode, gradients and parameters, in a model whose dropout is active."""
     lm = load_causal_lm(str(world / "model"), dropout=True)
-    config = DuringConfig(tasks=world / "tasks.yaml", keep_best="max:both")
-    prepared = stage.prepare_during(config, lm, load_tokenizer(str(world / "model")))
+    config = OnTheWayConfig(tasks=world / "tasks.yaml", keep_best="max:both")
+    prepared = stage.prepare_on_the_way(config, lm, load_tokenizer(str(world / "model")))
     before = torch.get_rng_state(), torch.get_num_threads(), tree.digest(lm.params), torch.is_grad_enabled()
     modes = [part.training for part in lm.module.modules()]
     with (
         Bars(0) as bars,
-        stage.During(
+        stage.OnTheWay(
             prepared,
             0,
             tmp_path,
@@ -567,7 +566,7 @@ def test_a_viewer_has_every_number_of_a_cut_off_run_once(
 ) -> None:
     monkeypatch.setitem(loggers.LOGGERS, "tensorboard", _Recorder)
     monkeypatch.setattr(loggers, "check_loggers", lambda names: None)
-    monkeypatch.setattr("retrograd.commands.magic.check_loggers", lambda names: None)
+    monkeypatch.setattr("retrograd.commands.training.check_loggers", lambda names: None)
     arguments = command(world, tmp_path / "run", *asking(world), "--log", "tensorboard", "--replay.heartbeat", "0")
     with monkeypatch.context() as patch:
         stops = Interrupted(Journal._write, lambda self, **v: (v["phase"], v["step"]) == (phase, 5), after=True)

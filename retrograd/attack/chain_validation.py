@@ -1,0 +1,102 @@
+"""Do scores through unlearning and attack predict? Both are trained again without random sets of forget tokens, and the
+forget loss after the attack is held against the prediction −Σ τ.
+
+    validation.jsonl     a line for each set, in the folder of the scores; asking for more sets adds lines
+    validation.json      Spearman's correlation over sets (LDS) by query, with a bootstrap interval of the mean
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from retrograd.attack.finetune import After, set_up_phase
+from retrograd.core.optim import Params
+from retrograd.data.pairs import FORGET, PairStream
+from retrograd.query.columns import Queries
+from retrograd.runs.files import append_line, read_lines, write_json
+from retrograd.runs.setup import Loaded
+from retrograd.runs.states.budget import Replay
+from retrograd.settings.attack import PhaseConfig
+from retrograd.trust.left_out import agreement, mean_lds, predicted, random_subset, without
+
+__all__ = ["attacked", "forget_places", "retrained", "validate_chain"]
+
+_LEAST = Replay(plan="binomial", slots=1)  # nothing is reversed
+
+
+def forget_places(stream: PairStream) -> np.ndarray:
+    """Flat places of the forget rows' targets in the stream's weights, ascending."""
+    longest = stream.weights.shape[1]
+    return np.concatenate([
+        row * longest + np.flatnonzero(stream.rows.target_mask[row]) for row in range(stream.sizes[FORGET])
+    ])  # fmt: skip
+
+
+def retrained(loaded: Loaded, runs: Sequence[PhaseConfig], weights: Tensor) -> Params:
+    """Parameters after unlearning at other data weights and the same attack."""
+    return attacked(loaded, runs, loaded.trajectory(_LEAST, weights=weights, identity="left out").train().params)
+
+
+def attacked(loaded: Loaded, runs: Sequence[PhaseConfig], params: Params) -> Params:
+    """Parameters after an attack that begins with some."""
+    queries = sum(len(one.columns) for one in loaded.asked)
+    for run in runs:
+        setup, _ = set_up_phase(run, After(loaded.model, loaded.tokenizer, params, queries))
+        params = setup.trajectory(_LEAST).train().params
+    return params
+
+
+def validate_chain(
+    loaded: Loaded,
+    runs: Sequence[PhaseConfig],
+    scores: Tensor,
+    values: Tensor,
+    sets: int,
+    fraction: float,
+    folder: Path,
+    tell: Callable[[int], None] = lambda number: None,
+) -> dict[str, Any]:
+    """Measure what is not measured yet, and say how well the scores predict it.
+
+    Args:
+        loaded: The unlearning, with its queries.
+        runs: Phases of the attack.
+        scores: [K, rows, length].
+        values: Query values after unlearning and attack, [K] nats.
+        sets: Random sets of forget tokens, one retraining each.
+        fraction: Share of the forget tokens that a set leaves out.
+        tell: Told how many sets are done.
+    """
+    stream = loaded.stream
+    assert isinstance(stream, PairStream), "an unlearning has forget and retain rows"
+    places, path = forget_places(stream), folder / "validation.jsonl"
+    lines = {(line["set"], line["fraction"]): line for line in map(json.loads, read_lines(path))}
+    queries = Queries([column for one in loaded.asked for column in one.columns])
+    found = []
+    for number in range(sets):
+        if (number, fraction) not in lines:
+            left_out = random_subset(places, fraction, 0, number)
+            measured = (
+                queries.values(retrained(loaded, runs, without(stream.weights, left_out))).double() - values.cpu()
+            )
+            expected = predicted(scores, stream.weights, left_out)
+            line = {"set": number, "fraction": fraction, "tokens": len(left_out), "predicted": expected.tolist(),
+                    "measured": measured.tolist()}  # fmt: skip
+            append_line(path, json.dumps(line))
+            lines[number, fraction] = line
+        found.append(lines[number, fraction])
+        tell(number + 1)
+    prediction, measurement = (np.array([line[key] for line in found]) for key in ("predicted", "measured"))
+    mean, low, high = mean_lds(prediction, measurement)
+    each = [agreement(prediction[:, k], measurement[:, k])._asdict() for k in range(prediction.shape[1])]
+    names = [column.name for one in loaded.asked for column in one.columns]
+    result = {"sets": sets, "fraction": fraction, "lds": mean, "interval": [low, high],
+              "queries": dict(zip(names, each))}  # fmt: skip
+    write_json(folder / "validation.json", result)
+    return result

@@ -1,0 +1,300 @@
+"""`retrograd harden`: weights of forget documents, learnt through unlearning and attack. Running again goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+from retrograd.attack import harden as core
+from retrograd.attack.chain import Link, check_chain, forget_queries, pulled_back, unlearning_of
+from retrograd.attack.chain_validation import attacked, retrained
+from retrograd.attack.finetune import After, phases, set_up_phase
+from retrograd.attack.material import Material, material_of
+from retrograd.core import tree
+from retrograd.core.optim import Params
+from retrograd.core.step import State
+from retrograd.data.pairs import PairStream
+from retrograd.durable import foreign, remove
+from retrograd.query.columns import Column, Queries
+from retrograd.runs.files import read_tensors, write_atomic, write_json, write_tensors
+from retrograd.runs.identity import identify
+from retrograd.runs.lock import locked
+from retrograd.runs.manifest import Manifest
+from retrograd.runs.run_folder import replay_of
+from retrograd.runs.session import Session, open_session
+from retrograd.runs.setup import Loaded, Setup
+from retrograd.select import weights as weights_file
+from retrograd.select.places import places_of
+from retrograd.settings.attack import Finetune, PhaseConfig, name_of
+from retrograd.settings.harden import HardenConfig, attack_config, attacks_of, check_harden
+from retrograd.settings.on_the_way import OnTheWayConfig
+from retrograd.settings.run import QueryConfig
+from retrograd.settings.tasks import tasks_from
+from retrograd.settings.train import difference, to_dict
+from retrograd.settings.unlearn import UnlearnConfig
+from retrograd.trust.smoothness import metasmoothness
+from retrograd.unlearn.setup import assemble
+
+__all__ = ["harden"]
+
+
+class _Attack(NamedTuple):
+    """An attack: its phases, and the forget questions that it does not show."""
+
+    one: Finetune
+    runs: list[PhaseConfig]
+    columns: list[Column]
+
+
+class _World(NamedTuple):
+    """What all iterations have in common."""
+
+    config: HardenConfig
+    unlearning: UnlearnConfig
+    loaded: Loaded
+    documents: core.Documents
+    kl: Column
+    learnt: list[_Attack]
+    held_out: list[_Attack]
+
+
+def harden(config: HardenConfig, console: Console | None = None) -> dict[str, Any]:
+    """Learn weights, keep the best by the held-out attacks, and write them for `retrograd unlearn --weights`.
+
+    Args:
+        config: The resolved configuration.
+        console: Where each iteration is told; standard output when None.
+    Returns:
+        What harden.json says.
+    Raises:
+        ValueError: For anything the user can mend.
+        RunError: For a failure of the machine; the same call resumes.
+    """
+    console = console or Console()
+    check_harden(config)
+    with locked(config.out):
+        _claim(config)
+        world = _world(config)
+        found = [_iteration(world, number, console) for number in range(config.iterations + 1)]
+        best = max(found, key=lambda one: (one["held_out"], -one["iteration"]))
+        _write_weights(world, best["iteration"])
+        told = {"best": best["iteration"], "iterations": found}
+        write_json(config.out / "harden.json", told)
+    start = found[0]
+    gain = best["held_out"] - start["held_out"]
+    console.print(
+        f"The best is iteration {best['iteration']}: held-out objective {best['held_out']:.4f}, uniform weights "
+        f"{start['held_out']:.4f} ({gain:+.4f} nats)."
+    )
+    if not best["iteration"]:
+        console.print("No weights better than uniform ones were found.")
+    console.print(f"{config.out}: harden.json; best/ and matched/ have weights for `retrograd unlearn --weights`.")
+    return told
+
+
+def _claim(config: HardenConfig) -> None:
+    """Make the folder that of this configuration, or refuse; more iterations may be asked for."""
+    path = config.out / "run_config.yaml"
+    if not path.exists():
+        if set(foreign(config.out)) - {"data"}:
+            raise ValueError(f"{config.out} exists and is no folder of `retrograd harden`; choose another one")
+    else:
+        skipped = ("out", "iterations", "device", "heartbeat", "replay")
+        old, new = yaml.safe_load(path.read_text(encoding="utf8")), to_dict(config)
+        parts = ({k: v for k, v in one.items() if k not in skipped} for one in (old, new))
+        if changed := difference(*parts):
+            lines = "\n  ".join(changed)
+            raise ValueError(f"{config.out} was begun otherwise:\n  {lines}\nUse another folder, or put it back.")
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_atomic(path, partial(Path.write_text, data=text, encoding="utf8"))
+
+
+def _world(config: HardenConfig) -> _World:
+    attack, source = attack_config(config), str(config.run / "model")
+    material, given = material_of(attack), unlearning_of(source)
+    if given.weights:
+        raise ValueError(f"{config.run} has --weights of its own, which learnt ones would replace: give a run without")
+    for one in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
+        check_chain(one, given)
+    unlearning = dataclasses.replace(
+        given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), log=(),
+        queries=forget_queries(tasks_from(material.tasks), config.limit), export=False, heartbeat=config.heartbeat,
+        replay=dataclasses.replace(config.replay, keep=False),
+    )  # fmt: skip
+    loaded = assemble(unlearning)
+    assert isinstance(loaded.stream, PairStream)
+
+    def attacks(names: tuple[str, ...]) -> list[_Attack]:
+        return [_attack(one, config, material, loaded, source) for one in attacks_of(names, config)]
+
+    return _World(
+        config, unlearning, loaded, core.documents_of(loaded.stream), core.retain_kl(loaded, config.rows),
+        attacks(config.suite), attacks(config.held_out),
+    )  # fmt: skip
+
+
+def _attack(one: Finetune, config: HardenConfig, material: Material, loaded: Loaded, source: str) -> _Attack:
+    runs = phases(one, source, config.out / name_of(one), material.sources, material.tasks, attack_config(config))
+    shown = set(material.half) if "half" in (one.before, one.data) else set[str]()
+    columns = [column for asked in loaded.asked if asked.name not in shown for column in asked.columns]
+    if not columns:
+        raise ValueError(f"attack {one.readable} shows the answers to all forget tasks: there is nothing left to ask")
+    return _Attack(one, [dataclasses.replace(p.config, evaluate=OnTheWayConfig(), export=False) for p in runs], columns)
+
+
+def _iteration(world: _World, number: int, console: Console) -> dict[str, Any]:
+    """One evaluation of J and its gradient, and the step that follows; read if it is done."""
+    folder = world.config.out / "iterations" / f"{number:03d}"
+    path = folder / "result.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        return found
+    state = _start(world, folder, number)
+    weights = core.weights_of(state.u, world.documents, world.loaded.stream.weights)
+    forget, kl, held, scores = _measured(world, folder, weights)
+    value = sum(forget) / len(forget) - world.config.mu * kl
+    gradient = core.gradient_of(scores.double(), state.u, world.documents)
+    following = core.ascended(state, gradient, world.config.lr)
+    found = {
+        "iteration": number, "objective": value, "forget_after_attack": forget, "retain_kl": kl,
+        "held_out": sum(held) / len(held) - world.config.mu * kl, "held_out_forget": held,
+        "gradient_norm": float(gradient.norm()), "predicted_change": float((following.u - state.u) @ gradient),
+        "metasmoothness": _smoothness(world, state.u, number), "largest_weight": float(weights.max()),
+    }  # fmt: skip
+    found["measured_change"] = None
+    if number:
+        before = json.loads((folder.parent / f"{number - 1:03d}" / "result.json").read_text(encoding="utf8"))
+        found["measured_change"] = value - before["objective"]
+        found["expected_change"] = before["predicted_change"]
+    _write_state(folder.parent / f"{number + 1:03d}", following)
+    write_json(path, found)
+    for left in ("unlearn", *(name_of(attack.one) for attack in world.learnt)):
+        remove(folder / left)
+    _tell(found, world.config.iterations, console)
+    return found
+
+
+def _measured(world: _World, folder: Path, weights: Tensor) -> tuple[list[float], float, list[float], Tensor]:
+    """φ of every attack, the retain KL, φ of the held-out attacks, and ∂J/∂w [rows, length]."""
+    loaded = _weighted(world.loaded, weights)
+    run = folder / "unlearn"
+    with _session(loaded, run, world) as session:
+        final = session.train()
+        (kl,), slope = core.mean_query([world.kl])(final.params)
+        forget, parts = list[float](), [(-world.config.mu, slope)]
+        for attack in world.learnt:
+            phi, gradient = _through(world, loaded, attack, folder / name_of(attack.one), final)
+            forget.append(float(phi))
+            parts.append((1 / len(world.learnt), gradient))
+        held = [
+            float(Queries(attack.columns).values(attacked(loaded, attack.runs, final.params)).mean())
+            for attack in world.held_out
+        ]
+        del final
+        with session.reversing() as trajectory:
+            scores = trajectory.reverse(core.combined(parts))[0]
+    numbers = [*forget, float(kl), *held]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"the objective's parts are {numbers}: lower the learning rates of unlearning or attack")
+    return forget, float(kl), held, scores
+
+
+def _through(world: _World, loaded: Loaded, attack: _Attack, folder: Path, final: State) -> tuple[Tensor, Params]:
+    """φ after an attack, and its gradient at the attack's start."""
+    ask = core.mean_query(attack.columns)
+
+    def set_up(run: PhaseConfig, params: Params) -> Setup:
+        return set_up_phase(run, After(loaded.model, loaded.tokenizer, params, 1))[0]
+
+    links = []
+    for run in attack.runs:
+        placed = dataclasses.replace(run, run=folder / run.run.name)
+        links.append(Link(partial(set_up, placed), partial(_session, run=placed.run, world=world)))
+    values, gradient = pulled_back(links, final.params, lambda setup, state: ask(state.params))
+    return values[0], gradient
+
+
+def _session(setup: Setup, run: Path, world: _World) -> AbstractContextManager[Session]:
+    manifest = Manifest(run / "manifest.json")
+    manifest.update(
+        command="harden", identity=setup.identity, arithmetic=dataclasses.asdict(setup.arithmetic),
+        steps=len(setup.stream), engine_why=setup.engine.why,
+    )  # fmt: skip
+    return open_session(setup, run, manifest, replay_of(dataclasses.replace(world.unlearning, run=run)))
+
+
+def _weighted(loaded: Loaded, weights: Tensor) -> Loaded:
+    """The same unlearning at other data weights."""
+    identity = identify({"run": loaded.identity}, tree.digest(weights))
+    return dataclasses.replace(loaded, training=loaded.training._replace(weights=weights), identity=identity)
+
+
+def _smoothness(world: _World, u: Tensor, seed: int) -> float | None:
+    """Metasmoothness of the chain of unlearning and the first attack, along a random direction of u."""
+    if not world.config.h:
+        return None
+    direction = torch.randn(len(u), generator=torch.Generator().manual_seed(seed), dtype=u.dtype)
+    finals = [
+        retrained(world.loaded, world.learnt[0].runs, core.weights_of(
+            u + k * world.config.h * direction, world.documents, world.loaded.stream.weights
+        ))
+        for k in range(3)
+    ]  # fmt: skip
+    return metasmoothness(*finals)
+
+
+def _start(world: _World, folder: Path, number: int) -> core.Ascent:
+    if not number:
+        zero = torch.zeros(world.documents.number, dtype=torch.float64)
+        return core.Ascent(zero, zero, zero)
+    tensors, about = read_tensors(folder / "start.safetensors")
+    return core.Ascent(tensors["u"], tensors["mean"], tensors["square"], int(about["step"]))
+
+
+def _write_state(folder: Path, state: core.Ascent) -> None:
+    tensors = {"u": state.u, "mean": state.mean, "square": state.square}
+    write_tensors(folder / "start.safetensors", tensors, {"step": str(state.step)})
+
+
+def _write_weights(world: _World, best: int) -> None:
+    """The best weights by forget data set, and the same ones on other documents."""
+    out, stream = world.config.out, world.loaded.stream
+    state = _start(world, out / "iterations" / f"{best:03d}", best)
+    for kind, u in (("best", state.u), ("matched", core.shuffled(state.u, 0))):
+        weights = core.weights_of(u, world.documents, stream.weights).cpu()
+        _write_parts(
+            world.loaded, weights, out / kind, {"use": "removal", "rule": f"harden: {kind}", "iteration": best}
+        )
+
+
+def _write_parts(loaded: Loaded, weights: Tensor, folder: Path, record: dict[str, Any]) -> None:
+    forget: Sequence[Any] = [part for part in loaded.parts if part.side == "forget"]
+    for place, part in enumerate(forget):
+        rows = slice(part.first_row, part.first_row + part.rows)
+        places = places_of(core.part_rows(loaded.rows, part))
+        weights_file.write(
+            folder / f"{place}", places.gather(weights[rows]), None, places, {**record, "dataset": part.dataset}
+        )
+
+
+def _tell(found: dict[str, Any], last: int, console: Console) -> None:
+    smooth = "" if found["metasmoothness"] is None else f", metasmoothness {found['metasmoothness']:.3f}"
+    moved = ""
+    if found["measured_change"] is not None:
+        moved = f", {found['measured_change']:+.4f} ({found['expected_change']:+.4f} expected)"
+    forget = sum(found["forget_after_attack"]) / len(found["forget_after_attack"])
+    console.print(
+        f"{found['iteration']}/{last} objective {found['objective']:.4f}{moved}: forget {forget:.4f}, retain KL "
+        f"{found['retain_kl']:.4f}; held out {found['held_out']:.4f}; |gradient| {found['gradient_norm']:.3g}{smooth}"
+    )

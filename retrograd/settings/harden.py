@@ -1,0 +1,108 @@
+"""The configuration of `retrograd harden`. No heavy imports here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from retrograd.settings.attack import AttackConfig, Finetune, read_suite, scaled
+from retrograd.settings.train import ReplayConfig, at_least_1, finite
+
+__all__ = ["HardenConfig", "attack_config", "attacks_of", "check_harden"]
+
+
+@dataclass(frozen=True)
+class HardenConfig:
+    """Learn weights of the forget documents that make unlearning hold, by metagradients through unlearning and attack.
+
+    Raises J = the forget loss after attacks − μ · the retain KL before them, over weights w ≥ 0 of the forget documents
+    with mean 1, from uniform ones. The best by J under held-out attacks is kept, beside the same weights on other
+    documents, for `retrograd unlearn --weights`.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Folder. Running again goes on, further iterations may be asked for."""
+    run: Path = tyro.MISSING
+    """Folder of a finished `retrograd unlearn`: what is to be hardened. Full training, in float32 or float64."""
+    suite: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Attacks to learn against: a suite's name or YAML file; may be given several times."""
+    held_out: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Attacks that the best weights are chosen by, none of them in --suite."""
+    lab: Path | None = None
+    """A folder of `retrograd lab`: data of the attacks and questions."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Or KEY=DATASET, as for `retrograd attack`; with --tasks."""
+    tasks: Path | None = None
+    """With --data: a YAML file of tasks."""
+    half: tuple[str, ...] = ()
+    """With --data: the forget tasks that the key half is about; attacks with it are asked about the others."""
+    iterations: int = 20
+    """Steps on the weights."""
+    mu: float = 1.0
+    """Nats of forget loss that a nat of retain KL is worth."""
+    lr: float = 0.1
+    """Of Adam, on the logarithms of the weights."""
+    rows: int = 64
+    """Retain rows that the KL is measured on, the first ones."""
+    h: float = 0.1
+    """Size of the perturbation of the logarithms that the chain's metasmoothness is measured by; 0 leaves it out."""
+    lr_scale: float = 1.0
+    """Multiplies the learning rates of the attacks."""
+    steps: int | None = None
+    """Steps of every phase of every attack, in place of its own."""
+    limit: int | None = None
+    """The first questions of each task only."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    heartbeat: float = 60.0
+    """Seconds between durable resume points of a training."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+
+def attack_config(config: HardenConfig) -> AttackConfig:
+    """The same for attacks."""
+    return AttackConfig(
+        config.out, model=(str(config.run / "model"),), lab=config.lab, data=config.data, tasks=config.tasks,
+        half=config.half, lr_scale=config.lr_scale, steps=config.steps, limit=config.limit, device=config.device,
+        heartbeat=config.heartbeat, replay=config.replay,
+    )  # fmt: skip
+
+
+def attacks_of(names: tuple[str, ...], config: HardenConfig) -> list[Finetune]:
+    """The fine-tuning attacks of some suites, scaled, each once.
+
+    Raises:
+        ValueError: If a suite is unknown, or one of its attacks trains nothing.
+    """
+    found = [scaled(one, attack_config(config)) for name in names for one in read_suite(name)]
+    for one in found:
+        one.check()
+        if not isinstance(one, Finetune):
+            raise ValueError(
+                f"{one.readable} trains nothing, so it has no derivative: harden against fine-tuning alone"
+            )
+    return [one for one in dict.fromkeys(found) if isinstance(one, Finetune)]
+
+
+def check_harden(config: HardenConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
+    if not config.suite or not config.held_out:
+        raise ValueError("give --suite, the attacks to learn against, and --held_out, those to choose by")
+    if (config.lab is None) == (not config.data) or (config.data and config.tasks is None):
+        raise ValueError("give either --lab DIR, or --data KEY=DATASET with --tasks FILE.yaml")
+    at_least_1({"iterations": config.iterations, "rows": config.rows, "steps": config.steps, "limit": config.limit})
+    finite(
+        {"mu": config.mu, "lr": config.lr, "h": config.h, "lr_scale": config.lr_scale, "heartbeat": config.heartbeat}
+    )
+    both = set(attacks_of(config.suite, config)) & set(attacks_of(config.held_out, config))
+    if both:
+        raise ValueError(
+            f"{next(iter(both)).readable} is in --suite and --held_out: choose by attacks that are not learnt"
+        )
