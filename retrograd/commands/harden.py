@@ -227,8 +227,10 @@ def _through(world: _World, loaded: Loaded, attack: _Attack, folder: Path, final
 
 def _session(setup: Setup, run: Path, world: _World) -> AbstractContextManager[Session]:
     manifest = Manifest(run / "manifest.json")
-    manifest.update(command="harden", identity=setup.identity, steps=len(setup.stream),
-                    engine={"used": setup.engine.name, "why": setup.engine.why})  # fmt: skip
+    manifest.update(
+        command="harden", identity=setup.identity, arithmetic=dataclasses.asdict(setup.arithmetic),
+        steps=len(setup.stream), engine_why=setup.engine.why,
+    )  # fmt: skip
     return open_session(setup, run, manifest, replay_of(dataclasses.replace(world.unlearning, run=run)))
 
 
