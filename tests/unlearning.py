@@ -70,6 +70,8 @@ def evened(method: Method, **changes: Any) -> Any:
     found = replace(method.defaults, forget=0.5, retain=0.7, retain_ramp=(0.5, 1.0))
     if method.name == "orth_circuit_breakers":
         found = replace(found, orth=0.3, orth_ramp=(0.4, 1.0))
+    if method.name == "weighted_ascent_orth":
+        found = replace(found, orth=0.3)
     if method.name == "satimp":
         found = replace(found, beta1=0.5, beta2=2)
     return replace(found, **changes)

@@ -71,7 +71,8 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     """Make a model forget some documents and keep others, by a method of unlearning.
 
     The methods: grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy,
-    weighted_sft, orth_circuit_breakers, or a Python file with a METHOD. Each has settings of its own, --objective.*:
+    weighted_sft, two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, task_arithmetic, or a
+    Python file with a METHOD. Each has settings of its own, --objective.*:
     `retrograd unlearn METHOD --help` shows them.
 
     A data set is a hub name or a file, and may be followed by what to read of it, as in

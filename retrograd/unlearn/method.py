@@ -9,7 +9,7 @@ whether w may be negative. A method is one file with one `Method`; `retrograd.un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -54,6 +54,11 @@ class Method:
         adapters: Whether its source trains adapters, so that it does unless --lora.rank says otherwise.
         rank: Rank of adapters as a share of the model's width, see `adapter_rank`.
         fault: What `as_run` permits, in a sentence; empty where there is nothing.
+        trained: (settings, module) → names of the parameters that are trained, where the source trains a few and there
+            are no adapters; all where it is None.
+        schedule: (settings, progress) → what the coefficients of F and R are multiplied by besides their ramps.
+        at: (settings, params, the reference's) → the parameters that F is computed at; the current ones where it is
+            None.
         no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
             between steps": attribution is then refused with it. Empty where they are, and runs can be attributed.
     """
@@ -77,6 +82,9 @@ class Method:
     adapters: bool = False
     rank: float = 1 / 64
     fault: str = ""
+    trained: Callable[[Any, torch.nn.Module], Collection[str]] | None = None
+    schedule: Callable[[Any, Tensor], tuple[Tensor | float, Tensor | float]] | None = None
+    at: Callable[[Any, Params, Params], Params] | None = None
     no_gradient: str = ""
 
     def objective(
@@ -106,10 +114,16 @@ class Method:
                 f"{self.name} needs a reference for {why}: reference_of(lm) before training, which is the frozen copy "
                 "of a model or, for adapters, the model without them"
             )
+        if self.at is not None and reference is not None and not reference.adapters:
+            raise ValueError(
+                f"{self.name} computes its forget term at other parameters, and those of adapters are no sum of the "
+                "model's: train the whole model, with --lora.rank 0"
+            )
         hold = settings.retain > 0
-        states = self.states or (hold and settings.retain_term == "l2")
+        compares = settings.retain_term in ("l2", "mse")
+        states = self.states or (hold and compares)
         blocks = chosen_blocks(settings, len(decoder_blocks(lm.module))) if states else ()
-        logits = self.logits or (hold and settings.retain_term != "l2")
+        logits = self.logits or (hold and not compares)
         outputs = outputs_of(lm, blocks, logits=logits)
         return Unlearning(self, settings, outputs, lm.module, reference)
 
@@ -127,7 +141,7 @@ class Method:
         return " | ".join((formula, needs, weights, "yes" if self.linear else "no", self.source))
 
     def needs_reference(self, settings: Settings | None = None) -> bool:
-        """Whether the objective looks at a reference: its forget term, or the retain terms kl and l2."""
+        """Whether the objective looks at a reference: its forget term, or every retain term but ce."""
         settings = self.defaults if settings is None else settings
         return self.reference or (settings.retain > 0 and settings.retain_term != "ce")
 
@@ -189,15 +203,22 @@ class Unlearning:
         return {name: (float(term.coefficient), float(term.value)) for name, term in found.items()}
 
     def _terms(self, params: Params, inputs: Any, coefficients: Tensor) -> tuple[Terms, Outputs]:
-        now = self.outputs(params, inputs)
-        view = View(now, self._then(inputs), inputs, coefficients)
-        settings, terms = self.settings, Terms()
-        if view.forget is not None:
-            terms |= self.method.forget(settings, view, view.forget)
+        method, settings, terms = self.method, self.settings, Terms()
+        view = forgetting = View(self.outputs(params, inputs), self._then(inputs), inputs, coefficients)
+        if method.at is not None:
+            assert self.reference is not None, "a method that looks at a reference says so"
+            moved = method.at(settings, params, self.reference.params)
+            forgetting = View(self.outputs(moved, inputs), view.then, inputs, coefficients)
+        if forgetting.forget is not None:
+            terms |= method.forget(settings, forgetting, forgetting.forget)
         if settings.retain > 0 and view.retain is not None:
             coefficient = ramped(settings.retain, settings.retain_ramp, view.progress)
             terms["retain"] = Term(coefficient, retain_value(settings, view.retain))
-        return terms, now
+        if method.schedule is not None:
+            forget, retain = method.schedule(settings, view.progress)
+            factors = {name: retain if name == "retain" else forget for name in terms}
+            terms = {name: Term(factors[name] * term.coefficient, term.value) for name, term in terms.items()}
+        return terms, view.now
 
     def _then(self, inputs: Any) -> Outputs | None:
         """The reference's outputs, dropout off."""

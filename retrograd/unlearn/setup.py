@@ -14,7 +14,7 @@ from retrograd.core.step import coefficients, micro_batches
 from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
 from retrograd.lm.checkpoint import model_width
-from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
+from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer, only_trained
 from retrograd.query.load import load_rows
 from retrograd.query.named import load_queries
 from retrograd.runs.arithmetic import begun_with
@@ -125,7 +125,10 @@ def _read(config: UnlearnConfig, method: Method) -> _Read:
     """The model, and forget, retain and alternative rows under one weight tensor."""
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, _adapters(config, method), config.train)
+    adapters = _adapters(config, method)
+    model = load_model(config.model, config.dtype, device, adapters, config.train)
+    if method.trained is not None and not adapters.rank:
+        model = only_trained(model, method.trained(_settings(config, method), model.module))
     named, texts = list[tuple[str, str, Rows]](), list[str]()
     for side, sources in (
         ("forget", config.forget), ("retain", config.retain), ("alternative", config.alternative),
