@@ -57,8 +57,8 @@ class Method:
         trained: (settings, module) → names of the parameters that are trained, where the source trains a few and there
             are no adapters; all where it is None.
         schedule: (settings, progress) → what the coefficients of F and R are multiplied by besides their ramps.
-        at: (settings, params, the reference's) → the parameters that F is computed at; the current ones where it is
-            None.
+        at: (settings, params, reference, progress, module) → the parameters that F is computed at; the current ones
+            where it is None.
         no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
             between steps": attribution is then refused with it. Empty where they are, and runs can be attributed.
     """
@@ -84,7 +84,7 @@ class Method:
     fault: str = ""
     trained: Callable[[Any, torch.nn.Module], Collection[str]] | None = None
     schedule: Callable[[Any, Tensor], tuple[Tensor | float, Tensor | float]] | None = None
-    at: Callable[[Any, Params, Params], Params] | None = None
+    at: Callable[[Any, Params, Reference, Tensor, torch.nn.Module], Params] | None = None
     no_gradient: str = ""
 
     def objective(
@@ -113,11 +113,6 @@ class Method:
             raise ValueError(
                 f"{self.name} needs a reference for {why}: reference_of(lm) before training, which is the frozen copy "
                 "of a model or, for adapters, the model without them"
-            )
-        if self.at is not None and reference is not None and not reference.adapters:
-            raise ValueError(
-                f"{self.name} computes its forget term at other parameters, and those of adapters are no sum of the "
-                "model's: train the whole model, with --lora.rank 0"
             )
         hold = settings.retain > 0
         compares = settings.retain_term in ("l2", "mse")
@@ -207,7 +202,7 @@ class Unlearning:
         view = forgetting = View(self.outputs(params, inputs), self._then(inputs), inputs, coefficients)
         if method.at is not None:
             assert self.reference is not None, "a method that looks at a reference says so"
-            moved = method.at(settings, params, self.reference.params)
+            moved = method.at(settings, params, self.reference, view.progress, self.module)
             forgetting = View(self.outputs(moved, inputs), view.then, inputs, coefficients)
         if forgetting.forget is not None:
             terms |= method.forget(settings, forgetting, forgetting.forget)

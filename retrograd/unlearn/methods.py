@@ -10,7 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from retrograd.unlearn.activation import circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth
+from retrograd.unlearn.activation import (
+    circuit_breakers,
+    orth_circuit_breakers,
+    rmu,
+    sequential,
+    weighted_ascent_orth,
+)
 from retrograd.unlearn.likelihood import (
     ce_u,
     dpo,
@@ -33,7 +39,7 @@ __all__ = ["METHODS", "find_method"]
 
 _FILES = (
     grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy, weighted_sft,
-    two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth,
+    two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, sequential,
     task_arithmetic,
 )  # fmt: skip
 

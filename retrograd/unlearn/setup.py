@@ -86,7 +86,7 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
     visited = (
         "unlearn", known, settings, reference.digest if reference else None, stream.sizes, stream.batches,
         stream.epochs, stream.shuffle, stream.seed, stream.horizon, tree.digest(stream.token_weights), config.dtype,
-        *([config.attribute] if config.attribute else []),
+        *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
     )  # fmt: skip
     how = Differentiated(queries=queries, run=config.run, begun=begun)
     return set_up(model, read.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
@@ -147,7 +147,7 @@ def _read(config: UnlearnConfig, method: Method) -> _Read:
     stream = PairStream(
         joined(forget), joined(retain) if retain else None, joined(alternative) if alternative else None,
         forget_batch=train.batch_size, retain_batch=train.retain_batch_size or train.batch_size, epochs=train.epochs,
-        shuffle=config.shuffle, seed=train.seed, horizon=config.horizon,
+        shuffle=config.shuffle, order=config.order, seed=train.seed, horizon=config.horizon,
         weights=_weights(config, method, forget, [*retain, *alternative]), per_token=config.attribute != "examples",
         dtype=dtype, device=device,
     )  # fmt: skip

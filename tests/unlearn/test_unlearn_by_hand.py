@@ -22,6 +22,7 @@ from retrograd.lm.model import CausalLM, bound_model, only_trained, trainable
 from retrograd.unlearn.activation import rmu
 from retrograd.unlearn.methods import METHODS
 from retrograd.unlearn.reference import reference_of
+from retrograd.unlearn.settings import Settings, chosen_blocks
 
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -170,7 +171,43 @@ def test_task_arithmetic_is_fine_tuning_taken_away() -> None:
     with pytest.raises(ValueError, match="scale is 0"):
         replace(method.defaults, scale=0)
     adapted = language_model(lora=True, layers=1)
-    with pytest.raises(
-        ValueError, match=r"task_arithmetic computes its forget term at other parameters.*--lora.rank 0"
-    ):
-        method.objective(adapted, reference_of(adapted))
+    objective, params = started(method, adapted)
+    with pytest.raises(ValueError, match=r"that of adapters is a product of them: .* --lora.rank 0"):
+        objective(params, stream[0].inputs, stream[0].scale)
+
+
+@pytest.mark.parametrize(("step", "block"), [(0, 1), (1, 1), (2, 0), (3, 0)])
+def test_sequential_reads_the_visited_block_by_the_original_rest(step: int, block: int) -> None:
+    """The plain way: a copy of the model whose blocks up to the visited one are the current ones."""
+    method, lm = METHODS["sequential"], language_model()
+    objective, params = started(method, lm, evened(method, retain=0.0, visits=(0.0, 1.0), top_k=5))
+    stream = pairs(method, epochs=2, horizon=4)
+    weights = drawn(stream.weights.shape)
+    c = coefficients(stream[step], weights)
+    moved = {n: p if any(f"layers.{at}." in n for at in range(block + 1)) else lm.params[n] for n, p in params.items()}
+    losses, count = [], 0
+    for _, _, z, y, w in rows_of(lm, moved, stream, weights, step)[0]:
+        best = z.sort(-1, descending=True).values[:, :5]
+        losses.append(torch.sum(w * F.cross_entropy(best, torch.full_like(best, 0.2), reduction="none")))
+        count += len(y)
+    (value,) = objective.terms(params, stream[step].inputs, c).values()
+    expected = sum(losses) / count / torch.tensor(5.0, dtype=torch.float64).log()
+    assert value[1] == pytest.approx(float(expected), rel=1e-12)
+    slopes = gradient(objective, params, stream[step].inputs, c)[1]
+    reached = {int(n.split(".")[2]) for n, g in slopes.items() if "layers" in n and float(g.norm()) > 0}
+    assert reached == set(range(block + 1))
+
+
+def test_sequential_visits_are_shares_of_the_depth_and_adapters_begin_as_no_change() -> None:
+    method, lm = METHODS["sequential"], language_model(lora=True)
+    assert chosen_blocks(Settings(depths=method.defaults.visits), 32) == (16, 20, 24, 28)
+    assert chosen_blocks(Settings(depths=method.defaults.visits), 4) == (2, 3)
+    objective, params = started(method, lm, evened(method, retain=0.0, visits=(0.0,)))
+    inputs = pairs(method)[0].inputs
+    found = method.at(objective.settings, params, objective.reference, inputs["progress"][0], lm.module)
+    off = objective.outputs(lm.params, inputs, adapters=False).logits
+    early = {n: p if "layers.0" in n else lm.params[n] for n, p in params.items()}
+    assert all(torch.equal(found[n], early[n]) for n in found)
+    assert apart(objective.outputs({**found, **{n: lm.params[n] for n in found}}, inputs).logits, off) < 1e-12
+    with pytest.raises(ValueError, match="visits is empty"):
+        replace(method.defaults, visits=())

@@ -15,9 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from retrograd.core.optim import Params
 from retrograd.unlearn.method import Method
+from retrograd.unlearn.reference import Reference
 from retrograd.unlearn.settings import Settings
 from retrograd.unlearn.terms import Term, Terms, ramped
 from retrograd.unlearn.view import Side, View
@@ -45,8 +47,16 @@ def _forget(settings: TaskArithmeticSettings, view: View, side: Side) -> Terms:
     return {"forget": Term(coefficient, torch.sum(side.c * side.ce))}
 
 
-def _fine_tuned(settings: TaskArithmeticSettings, params: Params, reference: Params) -> Params:
-    return {name: reference[name] - (theta - reference[name]) / settings.scale for name, theta in params.items()}
+def _fine_tuned(
+    settings: TaskArithmeticSettings, params: Params, reference: Reference, progress: Tensor, module: nn.Module
+) -> Params:
+    if not reference.adapters:
+        raise ValueError(
+            "task_arithmetic takes a change of parameters away, and that of adapters is a product of them: train the "
+            "whole model, with --lora.rank 0"
+        )
+    then = reference.params
+    return {name: then[name] - (theta - then[name]) / settings.scale for name, theta in params.items()}
 
 
 METHOD = Method(
