@@ -83,7 +83,9 @@ def started(method: Method, lm: CausalLM, settings: Settings | None = None) -> t
     Ramps begin above 0 and coefficients are of one size, or a law would look at one term alone.
     """
     settings = settings or evened(method)
-    return method.objective(lm, reference_of(lm), settings), perturbed(lm.params, 0.1, 3)
+    reference = reference_of(lm)
+    fitted = method.fitted_to(lm, reference, pairs(method), settings)
+    return method.objective(lm, reference, settings, fitted), perturbed(lm.params, 0.1, 3)
 
 
 def training(name: str, optimizer: str, lm: CausalLM, **options: Any) -> tuple[Training, dict[str, Tensor]]:

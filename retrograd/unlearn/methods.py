@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from retrograd.unlearn.activation import (
+    checkpoint_transfer,
     circuit_breakers,
     orth_circuit_breakers,
     rmu,
     sequential,
+    tuned_lens,
     weighted_ascent_orth,
 )
 from retrograd.unlearn.likelihood import (
@@ -39,7 +41,8 @@ __all__ = ["METHODS", "find_method"]
 
 _FILES = (
     grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy, weighted_sft,
-    two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, sequential,
+    two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, sequential, tuned_lens,
+    checkpoint_transfer,
     task_arithmetic,
 )  # fmt: skip
 

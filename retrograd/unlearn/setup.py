@@ -75,7 +75,8 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
     model, stream, train = read.model, read.stream, config.train
     settings = _settings(config, method)
     reference = reference_of(model) if method.needs_reference(settings) else None
-    objective = method.objective(model, reference, settings)
+    fitted = method.fitted_to(model, reference, stream, settings)
+    objective = method.objective(model, reference, settings, fitted)
     guards.check_stream(objective, stream, train.micro_batch_size)
     guards.check_reference(objective, model.params, stream[0])
     start = perturbed(model.params, method.perturb, train.seed) if method.perturb else model.params
@@ -87,6 +88,7 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
         "unlearn", known, settings, reference.digest if reference else None, stream.sizes, stream.batches,
         stream.epochs, stream.shuffle, stream.seed, stream.horizon, tree.digest(stream.token_weights), config.dtype,
         *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
+        *([fitted.digest] if fitted else []),
     )  # fmt: skip
     how = Differentiated(queries=queries, run=config.run, begun=begun)
     return set_up(model, read.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)

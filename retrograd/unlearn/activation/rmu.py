@@ -30,13 +30,13 @@ __all__ = ["METHOD", "RMUSettings", "output_projections"]
 class RMUSettings(Settings):
     """Representation misdirection."""
 
-    retain: float = 100.0
+    retain: float = 2.0
     """Coefficient of the retain term; 0 leaves it out."""
     retain_term: RetainTerm = "mse"
     """As for the other methods; mse is what this one is defined with."""
     depths: tuple[float, ...] = (7 / 31,)
     """Blocks whose states are steered, as shares of the depth: block 7 of 32."""
-    steer: float = 4.0
+    steer: float = 6.0
     """Length of the vector that states are steered to, in lengths of the reference's state."""
     span: float = 3 / 32
     """Blocks whose MLP projections are trained, up to each steered one, as a share of the depth; at least one."""
@@ -77,7 +77,7 @@ def output_projections(settings: RMUSettings, module: nn.Module) -> Collection[s
 METHOD = Method(
     name="rmu",
     formula="mean_l (1/Z) Σ w·‖h_l − steer·‖h0_l‖·u‖²/D",
-    source="Li et al. 2403.03218; block and trained matrices as open-unlearning; steer is ours",
+    source="Li et al. 2403.03218; block and trained matrices as open-unlearning; steer and coefficients are ours",
     defaults=RMUSettings(),
     forget=_forget,
     family="activation",
