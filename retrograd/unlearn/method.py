@@ -60,8 +60,8 @@ class Method:
         schedule: (settings, progress) → what the coefficients of F and R are multiplied by besides their ramps.
         at: (settings, params, reference, progress, module) → the parameters that F is computed at; the current ones
             where it is None.
-        fit: (settings, model, reference, stream) → what F needs besides, made before the first step of the model as it is
-            and of the rows, whatever they weigh; nothing where it is None.
+        fit: (settings, model, reference, stream) → what F needs besides, made before the first step of the model as it
+            is and of the rows, whatever they weigh; nothing where it is None.
         no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
             between steps": attribution is then refused with it. Empty where they are, and runs can be attributed.
     """
@@ -105,7 +105,8 @@ class Method:
             settings: The method's defaults if not given.
             fitted: From `fitted_to`, where the method has something to fit.
         Raises:
-            ValueError: If a reference or what is fitted is missing, a block is absent, or settings are not the method's.
+            ValueError: If a reference or what is fitted is missing, a block is absent, or the settings are another
+                method's.
         """
         settings = self.defaults if settings is None else settings
         if not isinstance(settings, type(self.defaults)):
