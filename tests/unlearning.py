@@ -70,6 +70,8 @@ def evened(method: Method, **changes: Any) -> Any:
     found = replace(method.defaults, forget=0.5, retain=0.7, retain_ramp=(0.5, 1.0))
     if method.name == "orth_circuit_breakers":
         found = replace(found, orth=0.3, orth_ramp=(0.4, 1.0))
+    if method.name == "weighted_ascent_orth":
+        found = replace(found, orth=0.3)
     if method.name == "satimp":
         found = replace(found, beta1=0.5, beta2=2)
     return replace(found, **changes)
@@ -81,7 +83,9 @@ def started(method: Method, lm: CausalLM, settings: Settings | None = None) -> t
     Ramps begin above 0 and coefficients are of one size, or a law would look at one term alone.
     """
     settings = settings or evened(method)
-    return method.objective(lm, reference_of(lm), settings), perturbed(lm.params, 0.1, 3)
+    reference = reference_of(lm)
+    fitted = method.fitted_to(lm, reference, pairs(method), settings)
+    return method.objective(lm, reference, settings, fitted), perturbed(lm.params, 0.1, 3)
 
 
 def training(name: str, optimizer: str, lm: CausalLM, **options: Any) -> tuple[Training, dict[str, Tensor]]:

@@ -146,7 +146,11 @@ def _world(config: HardenConfig) -> _World:
 
 def _attack(one: Finetune, config: HardenConfig, material: Material, loaded: Loaded, source: str) -> _Attack:
     runs = phases(one, source, config.out / name_of(one), material.sources, material.tasks, attack_config(config))
-    shown = set(material.half) if "half" in (one.before, one.data) else set[str]()
+    shown = set[str]()
+    if "half" in (one.before, one.data):
+        shown |= set(material.half)
+    if "other_half" in (one.before, one.data):
+        shown |= {asked.name for asked in loaded.asked} - set(material.half)
     columns = [column for asked in loaded.asked if asked.name not in shown for column in asked.columns]
     if not columns:
         raise ValueError(f"attack {one.readable} shows the answers to all forget tasks: there is nothing left to ask")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class PairStream:
         forget_batch, retain_batch: b_f and b_r; b_r is ignored without retain rows.
         epochs: Passes over the longer side.
         shuffle: Visit rows in a new random order in each pass, or as given.
+        order: A curriculum: every pass visits the forget rows by the mean weight of their valid targets, the heaviest
+            first or last, equal ones as given. None: as `shuffle` says.
         seed: Of that order; the retain side draws from seed + 1,000,003.
         horizon: Steps until p_k is 1; those of the stream if not given.
         weights: Weights of the tokens [N, L], L at least the longest row; ones if not given.
@@ -83,6 +85,7 @@ class PairStream:
         retain_batch: int,
         epochs: int = 1,
         shuffle: bool = True,
+        order: Literal["heaviest", "lightest"] | None = None,
         seed: int = 0,
         horizon: int | None = None,
         weights: Tensor | None = None,
@@ -117,6 +120,7 @@ class PairStream:
         self.token_weights: Tensor = checked.weights
         examples = torch.ones(self.rows.documents, dtype=dtype, device=device)
         self.weights = self.token_weights if per_token else examples
+        self.order, self._ranked = order, self._by_weight(order)
         self.horizon = len(self) if horizon is None else horizon
         self._order = lru_cache(maxsize=8)(self._permutation)
 
@@ -200,9 +204,19 @@ class PairStream:
         return chosen.reshape(-1), sides.reshape(-1), pair
 
     def _permutation(self, side: int, number: int) -> np.ndarray:
+        if side == FORGET and self._ranked is not None:
+            return self._ranked
         if not self.shuffle:
             return np.arange(self.sizes[side])
         return np.random.default_rng(self.seed + 1_000_003 * side + number).permutation(self.sizes[side])
+
+    def _by_weight(self, order: str | None) -> np.ndarray | None:
+        """The forget rows in the order of a curriculum."""
+        if order is None:
+            return None
+        weights, masks = self.side_weights(FORGET).cpu(), self.rows.target_mask
+        means = [float(row[: len(mask)][torch.from_numpy(mask)].mean()) for row, mask in zip(weights, masks)]
+        return np.argsort(np.array(means) * (-1 if order == "heaviest" else 1), kind="stable")
 
 
 class Part(NamedTuple):

@@ -9,7 +9,7 @@ objective is given out that has not been held against the model's own logits (`p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ __all__ = [
     "load_tokenizer",
     "norms_and_biases",
     "objective_of",
+    "only_trained",
     "trainable",
 ]
 
@@ -152,6 +153,21 @@ def load_causal_lm(
     module.to(device).train(dropout)
     objective, fused = causal_objective(module)
     return CausalLM(module, trainable(module)[0], objective, fused)
+
+
+def only_trained(model: CausalLM, names: Collection[str]) -> CausalLM:
+    """The model with these parameters alone to train, by the names of its module; the others are frozen.
+
+    Raises:
+        ValueError: If the model has no such parameter, or none is named.
+    """
+    known = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
+    if absent := sorted(set(names) - known):
+        raise ValueError(f"{len(absent)} parameters to train are not in the model, such as {absent[0]}")
+    for name, parameter in model.module.named_parameters():
+        parameter.requires_grad_(name in names)
+    objective, fused = causal_objective(model.module)
+    return CausalLM(model.module, trainable(model.module)[0], objective, fused)
 
 
 def causal_objective(module: nn.Module) -> tuple[Callable[[Params, Any, Tensor], Tensor], bool]:

@@ -71,8 +71,9 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     """Make a model forget some documents and keep others, by a method of unlearning.
 
     The methods: grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy,
-    weighted_sft, orth_circuit_breakers, or a Python file with a METHOD. Each has settings of its own, --objective.*:
-    `retrograd unlearn METHOD --help` shows them.
+    weighted_sft, two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, sequential,
+    tuned_lens, checkpoint_transfer, task_arithmetic, or a Python file with a METHOD. Each has settings of its
+    own, --objective.*: `retrograd unlearn METHOD --help` shows them.
 
     A data set is a hub name or a file, and may be followed by what to read of it, as in
     `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`.
@@ -98,6 +99,9 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     """Skip documents with fewer characters."""
     shuffle: bool = True
     """Visit rows in a new random order in each pass, or in file order."""
+    order: Literal["heaviest", "lightest"] | None = None
+    """A curriculum for any method: in each pass forget rows come by the mean weight of their tokens, the heaviest first
+    or last, and only retain rows are shuffled. As `shuffle` says when None."""
     horizon: int | None = None
     """Steps until the progress of the ramps is 1; those of the run when None."""
     lora: UnlearnLoraConfig = field(default_factory=UnlearnLoraConfig)

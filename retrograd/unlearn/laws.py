@@ -75,7 +75,7 @@ def broken_laws(method: Method, settings: Settings | None = None, names: Sequenc
     stream = PairStream(
         rows[0], rows[1], rows[2] if method.alternatives else None, forget_batch=4, retain_batch=4, dtype=_TYPE
     )
-    case = _Case(method, settings, *_started(method, settings, lm), stream)
+    case = _Case(method, settings, *_started(method, settings, lm, stream), stream)
     told = {name: LAWS[name](case) for name in names or LAWS}
     return [f"{method.name} breaks the law of {name}: {why}" for name, why in told.items() if why is not None]
 
@@ -155,7 +155,7 @@ def _length(case: _Case) -> str | None:
         rows = [[[a, b] * repeats + [a] for a, b in side] for side in sides]
         other = rows[2] if case.method.alternatives else None
         stream = PairStream(rows[0], rows[1], other, forget_batch=2, retain_batch=2, epochs=2, dtype=_TYPE)
-        objective, params = _started(case.method, case.settings, lm)
+        objective, params = _started(case.method, case.settings, lm, stream)
         params = {name: lm.params[name] if "attention.dense" in name else p for name, p in params.items()}
         values.append(objective(params, stream[1].inputs, stream[1].scale))
     return _differ("rows twice as long", *values[::-1])
@@ -198,8 +198,10 @@ def _slopes(case: _Case, inputs: Any, c: Tensor) -> tuple[Tensor, Params, Tensor
     return value.detach(), dict(zip(live, found)), slopes
 
 
-def _started(method: Method, settings: Settings, lm: CausalLM) -> tuple[Unlearning, Params]:
-    return method.objective(lm, reference_of(lm), settings), perturbed(lm.params, 0.1, 3)
+def _started(method: Method, settings: Settings, lm: CausalLM, stream: PairStream) -> tuple[Unlearning, Params]:
+    reference = reference_of(lm)
+    fitted = method.fitted_to(lm, reference, stream, settings)
+    return method.objective(lm, reference, settings, fitted), perturbed(lm.params, 0.1, 3)
 
 
 def _draw(seed: int) -> torch.Generator:

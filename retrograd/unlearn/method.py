@@ -9,7 +9,7 @@ whether w may be negative. A method is one file with one `Method`; `retrograd.un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from retrograd.core.optim import Params
 from retrograd.core.optim.elementwise import is_traced
+from retrograd.data.pairs import PairStream
 from retrograd.lm.model import CausalLM
 from retrograd.lm.outputs import Outputs, decoder_blocks, outputs_of
-from retrograd.unlearn.reference import Reference
+from retrograd.unlearn.reference import Fitted, Reference
 from retrograd.unlearn.settings import Settings, chosen_blocks
 from retrograd.unlearn.terms import Term, Terms, ramped, retain_value
 from retrograd.unlearn.view import Side, View
@@ -54,6 +55,13 @@ class Method:
         adapters: Whether its source trains adapters, so that it does unless --lora.rank says otherwise.
         rank: Rank of adapters as a share of the model's width, see `adapter_rank`.
         fault: What `as_run` permits, in a sentence; empty where there is nothing.
+        trained: (settings, module) → names of the parameters that are trained, where the source trains a few and there
+            are no adapters; all where it is None.
+        schedule: (settings, progress) → what the coefficients of F and R are multiplied by besides their ramps.
+        at: (settings, params, reference, progress, module) → the parameters that F is computed at; the current ones
+            where it is None.
+        fit: (settings, model, reference, stream) → what F needs besides, made before the first step of the model as it
+            is and of the rows, whatever they weigh; nothing where it is None.
         no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
             between steps": attribution is then refused with it. Empty where they are, and runs can be attributed.
     """
@@ -77,18 +85,28 @@ class Method:
     adapters: bool = False
     rank: float = 1 / 64
     fault: str = ""
+    trained: Callable[[Any, torch.nn.Module], Collection[str]] | None = None
+    schedule: Callable[[Any, Tensor], tuple[Tensor | float, Tensor | float]] | None = None
+    at: Callable[[Any, Params, Reference, Tensor, torch.nn.Module], Params] | None = None
+    fit: Callable[[Any, CausalLM, Reference, PairStream], Fitted] | None = None
     no_gradient: str = ""
 
     def objective(
-        self, lm: CausalLM, reference: Reference | None = None, settings: Settings | None = None
+        self,
+        lm: CausalLM,
+        reference: Reference | None = None,
+        settings: Settings | None = None,
+        fitted: Fitted | None = None,
     ) -> Unlearning:
         """(params, inputs, coefficients) → scalar, for `Double`.
 
         Args:
             reference: From `reference_of(lm)` before the first step; unused where `needs_reference` says no.
             settings: The method's defaults if not given.
+            fitted: From `fitted_to`, where the method has something to fit.
         Raises:
-            ValueError: If a reference is missing, a block is absent, or settings are another method's.
+            ValueError: If a reference or what is fitted is missing, a block is absent, or the settings are another
+                method's.
         """
         settings = self.defaults if settings is None else settings
         if not isinstance(settings, type(self.defaults)):
@@ -106,12 +124,28 @@ class Method:
                 f"{self.name} needs a reference for {why}: reference_of(lm) before training, which is the frozen copy "
                 "of a model or, for adapters, the model without them"
             )
+        if self.fit is not None and fitted is None:
+            raise ValueError(f"{self.name} needs what it fits before the first step: fitted_to(…), given as `fitted`")
         hold = settings.retain > 0
-        states = self.states or (hold and settings.retain_term == "l2")
+        compares = settings.retain_term in ("l2", "mse")
+        states = self.states or (hold and compares)
         blocks = chosen_blocks(settings, len(decoder_blocks(lm.module))) if states else ()
-        logits = self.logits or (hold and settings.retain_term != "l2")
+        logits = self.logits or (hold and not compares)
         outputs = outputs_of(lm, blocks, logits=logits)
-        return Unlearning(self, settings, outputs, lm.module, reference)
+        return Unlearning(self, settings, outputs, lm.module, reference, fitted)
+
+    def fitted_to(
+        self, lm: CausalLM, reference: Reference | None, stream: PairStream, settings: Settings | None = None
+    ) -> Fitted | None:
+        """What it needs of the model as it is and the rows, besides the reference; None for most methods.
+
+        Raises:
+            ValueError: If that cannot be made of them.
+        """
+        if self.fit is None:
+            return None
+        assert reference is not None, "a method that fits has a reference"
+        return self.fit(self.defaults if settings is None else settings, lm, reference, stream)
 
     @property
     def differentiable(self) -> bool:
@@ -127,7 +161,7 @@ class Method:
         return " | ".join((formula, needs, weights, "yes" if self.linear else "no", self.source))
 
     def needs_reference(self, settings: Settings | None = None) -> bool:
-        """Whether the objective looks at a reference: its forget term, or the retain terms kl and l2."""
+        """Whether the objective looks at a reference: its forget term, or every retain term but ce."""
         settings = self.defaults if settings is None else settings
         return self.reference or (settings.retain > 0 and settings.retain_term != "ce")
 
@@ -145,6 +179,7 @@ class Unlearning:
     outputs: Callable[..., Outputs]
     module: torch.nn.Module
     reference: Reference | None
+    fitted: Fitted | None = None
     chained: ClassVar[bool] = False  # read by `choose_engine`: the chain of `blocks` ends in a cross-entropy
 
     def __post_init__(self) -> None:
@@ -189,15 +224,23 @@ class Unlearning:
         return {name: (float(term.coefficient), float(term.value)) for name, term in found.items()}
 
     def _terms(self, params: Params, inputs: Any, coefficients: Tensor) -> tuple[Terms, Outputs]:
-        now = self.outputs(params, inputs)
-        view = View(now, self._then(inputs), inputs, coefficients)
-        settings, terms = self.settings, Terms()
-        if view.forget is not None:
-            terms |= self.method.forget(settings, view, view.forget)
+        method, settings, terms = self.method, self.settings, Terms()
+        made = None if self.fitted is None else self.fitted.value
+        view = forgetting = View(self.outputs(params, inputs), self._then(inputs), inputs, coefficients, made)
+        if method.at is not None:
+            assert self.reference is not None, "a method that looks at a reference says so"
+            moved = method.at(settings, params, self.reference, view.progress, self.module)
+            forgetting = View(self.outputs(moved, inputs), view.then, inputs, coefficients)
+        if forgetting.forget is not None:
+            terms |= method.forget(settings, forgetting, forgetting.forget)
         if settings.retain > 0 and view.retain is not None:
             coefficient = ramped(settings.retain, settings.retain_ramp, view.progress)
             terms["retain"] = Term(coefficient, retain_value(settings, view.retain))
-        return terms, now
+        if method.schedule is not None:
+            forget, retain = method.schedule(settings, view.progress)
+            factors = {name: retain if name == "retain" else forget for name in terms}
+            terms = {name: Term(factors[name] * term.coefficient, term.value) for name, term in terms.items()}
+        return terms, view.now
 
     def _then(self, inputs: Any) -> Outputs | None:
         """The reference's outputs, dropout off."""

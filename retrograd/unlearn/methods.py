@@ -10,7 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from retrograd.unlearn.activation import orth_circuit_breakers
+from retrograd.unlearn.activation import (
+    checkpoint_transfer,
+    circuit_breakers,
+    orth_circuit_breakers,
+    rmu,
+    sequential,
+    tuned_lens,
+    weighted_ascent_orth,
+)
 from retrograd.unlearn.likelihood import (
     ce_u,
     dpo,
@@ -21,17 +29,21 @@ from retrograd.unlearn.likelihood import (
     satimp,
     simnpo,
     topk_entropy,
+    two_phase,
     undial,
     weighted_sft,
     wga,
 )
 from retrograd.unlearn.method import Method
+from retrograd.unlearn.weights import task_arithmetic
 
 __all__ = ["METHODS", "find_method"]
 
 _FILES = (
     grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy, weighted_sft,
-    orth_circuit_breakers,
+    two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, sequential, tuned_lens,
+    checkpoint_transfer,
+    task_arithmetic,
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}

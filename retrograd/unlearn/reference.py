@@ -7,6 +7,7 @@ to, which is there when they are turned off. Dropout is off in a reference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +15,19 @@ from retrograd.core import tree
 from retrograd.core.optim import Params
 from retrograd.lm.model import CausalLM
 
-__all__ = ["Reference", "adapters_off", "frozen_copy", "perturbed", "reference_of"]
+__all__ = ["Fitted", "Reference", "adapters_off", "frozen_copy", "perturbed", "reference_of"]
+
+
+class Fitted(NamedTuple):
+    """What a method makes before the first step, a constant of the objective like the reference.
+
+    Args:
+        value: As the method's forget term takes it.
+        digest: Hash of it, for a run's identity.
+    """
+
+    value: Any
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)

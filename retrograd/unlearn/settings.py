@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Settings", "chosen_blocks"]
+__all__ = ["RetainTerm", "Settings", "chosen_blocks"]
+
+RetainTerm = Literal["ce", "kl", "l2", "mse"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Settings:
     """What the forget coefficient is multiplied by at the first step and at progress 1."""
     retain_ramp: tuple[float, float] = (1.0, 1.0)
     """What the retain coefficient is multiplied by at the first step and at progress 1."""
-    retain_term: Literal["ce", "kl", "l2"] = "ce"
+    retain_term: RetainTerm = "ce"
     """ce: cross-entropy on retain rows; kl: divergence from the reference's predictions; l2: distance of the hidden
-    states from the reference's."""
+    states from the reference's; mse: its square over the width."""
     depths: tuple[float, ...] = ()
     """Blocks whose hidden states are used, as shares of the depth: 0 the first, 1 the last. All when empty."""
     blocks: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ from retrograd.core.step import coefficients, micro_batches
 from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
 from retrograd.lm.checkpoint import model_width
-from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
+from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer, only_trained
 from retrograd.query.load import load_rows
 from retrograd.query.named import load_queries
 from retrograd.runs.arithmetic import begun_with
@@ -75,7 +75,8 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
     model, stream, train = read.model, read.stream, config.train
     settings = _settings(config, method)
     reference = reference_of(model) if method.needs_reference(settings) else None
-    objective = method.objective(model, reference, settings)
+    fitted = method.fitted_to(model, reference, stream, settings)
+    objective = method.objective(model, reference, settings, fitted)
     guards.check_stream(objective, stream, train.micro_batch_size)
     guards.check_reference(objective, model.params, stream[0])
     start = perturbed(model.params, method.perturb, train.seed) if method.perturb else model.params
@@ -86,7 +87,8 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
     visited = (
         "unlearn", known, settings, reference.digest if reference else None, stream.sizes, stream.batches,
         stream.epochs, stream.shuffle, stream.seed, stream.horizon, tree.digest(stream.token_weights), config.dtype,
-        *([config.attribute] if config.attribute else []),
+        *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
+        *([fitted.digest] if fitted else []),
     )  # fmt: skip
     how = Differentiated(queries=queries, run=config.run, begun=begun)
     return set_up(model, read.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
@@ -125,7 +127,10 @@ def _read(config: UnlearnConfig, method: Method) -> _Read:
     """The model, and forget, retain and alternative rows under one weight tensor."""
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, _adapters(config, method), config.train)
+    adapters = _adapters(config, method)
+    model = load_model(config.model, config.dtype, device, adapters, config.train)
+    if method.trained is not None and not adapters.rank:
+        model = only_trained(model, method.trained(_settings(config, method), model.module))
     named, texts = list[tuple[str, str, Rows]](), list[str]()
     for side, sources in (
         ("forget", config.forget), ("retain", config.retain), ("alternative", config.alternative),
@@ -144,7 +149,7 @@ def _read(config: UnlearnConfig, method: Method) -> _Read:
     stream = PairStream(
         joined(forget), joined(retain) if retain else None, joined(alternative) if alternative else None,
         forget_batch=train.batch_size, retain_batch=train.retain_batch_size or train.batch_size, epochs=train.epochs,
-        shuffle=config.shuffle, seed=train.seed, horizon=config.horizon,
+        shuffle=config.shuffle, order=config.order, seed=train.seed, horizon=config.horizon,
         weights=_weights(config, method, forget, [*retain, *alternative]), per_token=config.attribute != "examples",
         dtype=dtype, device=device,
     )  # fmt: skip

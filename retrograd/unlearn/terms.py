@@ -107,7 +107,7 @@ def distance(x: Tensor, fixed: Tensor) -> Tensor:
 def retain_value(settings: Settings, side: Side) -> Tensor:
     """R, [], a weighted token mean over the retain rows of the whole batch.
 
-    ce: Σ c·CE.   kl: Σ c·KL(p_ref ‖ p).   l2: Σ c·mean_l ‖h_l − h0_l‖.
+    ce: Σ c·CE.   kl: Σ c·KL(p_ref ‖ p).   l2: Σ c·mean_l ‖h_l − h0_l‖.   mse: Σ c·mean_l ‖h_l − h0_l‖²/D.
     """
     match settings.retain_term:
         case "ce":
@@ -118,7 +118,11 @@ def retain_value(settings: Settings, side: Side) -> Tensor:
             then = side.reference.states
             each = [distance(h, then[block]) for block, h in side.now.states.items()]
             return torch.sum(side.c * torch.stack(each).mean(0))
-    raise ValueError(f"unknown retain_term {settings.retain_term!r}; there are ce, kl and l2")
+        case "mse":
+            then = side.reference.states
+            each = [(h - then[block]).square().mean(-1) for block, h in side.now.states.items()]
+            return torch.sum(side.c * torch.stack(each).mean(0))
+    raise ValueError(f"unknown retain_term {settings.retain_term!r}; there are ce, kl, l2 and mse")
 
 
 def _divergence(side: Side) -> Tensor:

@@ -85,12 +85,14 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A micro-batch: the model's and the reference's outputs, coefficients [B, L], and the stream's `inputs`."""
+    """A micro-batch: the model's and the reference's outputs, coefficients [B, L], the stream's `inputs`, and what the
+    method fitted before the first step."""
 
     now: Outputs
     then: Outputs | None
     inputs: dict[str, Any]
     coefficients: Tensor
+    fitted: Any = None
 
     @property
     def progress(self) -> Tensor:

@@ -59,6 +59,7 @@ RUNS = [
     ("npo", "kl", ()), ("orth_circuit_breakers", "l2", ()), ("grad_diff", "ce", ("--lora.rank", "2")),
     ("grad_diff", "l2", ()), ("simnpo", "ce", ()), ("dpo", "kl", ("--train.micro_batch_size", "3")),
     ("max_entropy", "ce", ("--train.optimizer", "sgd", "--train.lr", "0.1")), ("weighted_sft", "kl", ()), ("undial", "l2", ()),
+    ("rmu", "mse", ("--objective.forget", "1e4", "--objective.retain", "1e6", "--train.lr", "0.03")), ("task_arithmetic", "ce", ("--objective.retain", "0.5")), ("two_phase", "ce", ()),
 ]  # fmt: skip
 
 

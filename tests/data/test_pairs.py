@@ -178,3 +178,25 @@ def test_sides_that_cannot_be_paired_are_refused() -> None:
     packed = Rows(rows.input_ids, rows.target_mask, rows.doc_ids, rows.documents, {}, packed=True)
     with pytest.raises(ValueError, match="the retain rows are packed"):
         PairStream(FORGET, packed, forget_batch=1, retain_batch=1)
+
+
+def test_a_curriculum_visits_forget_rows_by_the_mean_weight_of_their_targets() -> None:
+    """The weight of the first token, which predicts nothing, and of columns beyond a row count for nothing."""
+    means = [0.5, 2.0, 1.0, 2.0, 0.1]
+    weights = torch.ones(8, 6, dtype=torch.float64)
+    for row, mean in enumerate(means):
+        weights[row, 1 : len(FORGET[row])] = mean
+        weights[row, 0] = weights[row, len(FORGET[row]) :] = 50.0 - 10 * row
+    heavy, light = ([1, 3, 2, 0, 4], [4, 0, 2, 1, 3])
+
+    def visited(**options: Any) -> tuple[list[int], list[int]]:
+        pairs = stream(weights=weights, forget_batch=1, retain_batch=1, epochs=2, **options)
+        rows = [pairs.rows_at(step) for step in range(len(pairs))]
+        return [int(pair[0]) for pair in rows], [int(pair[1]) for pair in rows]
+
+    assert visited(order="heaviest")[0] == heavy * 2
+    assert visited(order="lightest", shuffle=False)[0] == light * 2
+    shuffled = visited()
+    assert sorted(shuffled[0][:5]) == [0, 1, 2, 3, 4]
+    assert shuffled[0][:5] not in (heavy, light)
+    assert visited(order="heaviest")[1] == shuffled[1]  # retain rows as before

@@ -29,7 +29,7 @@ from retrograd.unlearn.method import Method
 from retrograd.unlearn.methods import METHODS
 from retrograd.unlearn.reference import perturbed, reference_of
 
-SIGNED = ("grad_ascent", "grad_diff", "weighted_sft")
+SIGNED = ("grad_ascent", "grad_diff", "weighted_sft", "task_arithmetic")
 
 
 @pytest.fixture(params=METHODS)
@@ -283,7 +283,7 @@ def published(name: str, settings: Any, forget: list[Row], others: list[Row]) ->
         case "undial":
             teacher = (then - settings.beta * onehot).softmax(-1)
             return torch.sum(w * F.cross_entropy(z, teacher, reduction="none")) / count
-        case "max_entropy":
+        case "max_entropy" | "two_phase":  # in its first phase
             return (
                 torch.sum(w * F.cross_entropy(z, torch.full_like(z, 1 / vocabulary), reduction="none"))
                 / count

@@ -17,17 +17,16 @@ micro-batches of one forget row, in which orth is 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from retrograd.unlearn.method import Method
-from retrograd.unlearn.settings import Settings
+from retrograd.unlearn.settings import RetainTerm, Settings
 from retrograd.unlearn.terms import Term, Terms, cosine, ramped, unit
 from retrograd.unlearn.view import Side, View
 
-__all__ = ["METHOD", "OrthCircuitBreakersSettings"]
+__all__ = ["METHOD", "OrthCircuitBreakersSettings", "alike"]
 
 
 _SMALL = 0.01  # of the mean norm of a row's states: ε of its pool's norm
@@ -49,7 +48,7 @@ class OrthCircuitBreakersSettings(Settings):
     """What the coefficient of orth is multiplied by at the first step and at progress 1."""
     retain_ramp: tuple[float, float] = (0.0, 1.0)
     """What the retain coefficient is multiplied by at the first step and at progress 1."""
-    retain_term: Literal["ce", "kl", "l2"] = "l2"
+    retain_term: RetainTerm = "l2"
     """As for the other methods; l2 is what this one is defined with."""
 
 
@@ -63,11 +62,11 @@ def _forget(settings: OrthCircuitBreakersSettings, view: View, side: Side) -> Te
     if settings.orth > 0 and not gated and (side.sequences > 1 or not settings.as_run):
         ramp = (1.0, 0.75) if settings.as_run else settings.orth_ramp
         tokens = 1.0 if settings.as_run else side.per_sequence(side.w).mean()
-        terms["orth"] = Term(ramped(settings.orth, ramp, view.progress) * tokens, _alike(side))
+        terms["orth"] = Term(ramped(settings.orth, ramp, view.progress) * tokens, alike(side))
     return terms
 
 
-def _alike(side: Side) -> Tensor:
+def alike(side: Side) -> Tensor:
     """Mean relu cosine of the pooled states of two forget rows: 1 for one shared direction, 0 for orthogonal ones.
 
     Of a micro-batch, times its share of the batch's forget rows.

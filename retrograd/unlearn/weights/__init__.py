@@ -1,0 +1,1 @@
+"""Methods on the parameters themselves: one file a method."""
