@@ -125,7 +125,7 @@ def findings(folder: Path) -> bool:
     print("Found. Scores are derivatives; negative: training on it lowered the query loss, a proponent.\n")
     held = [knowledge(lab, run), *sides(lab, run), *answer(folder), validated(run)]
     print(f"\n{'The scores found the truth.' if all(held) else 'The scores did NOT find the truth.'}")
-    print(f"Scores by token: {run / 'scores.parquet'}")
+    print(f"The page about all of it: {run / 'report.html'}; scores by token: {run / 'scores.parquet'}")
     return all(held)
 
 

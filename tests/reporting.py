@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import quiz
@@ -83,3 +84,52 @@ def document_scores(run: Path, name: str) -> dict[int, float]:
 
 def document_texts(run: Path) -> dict[int, str]:
     return {one["doc_id"]: one["text"] for one in json.loads((run / "all_scores.json").read_text())["examples"]}
+
+
+def write_experiment(folder: Path) -> None:
+    """What `retrograd experiment` leaves of two arms."""
+    from retrograd.evaluate.answers import write_table
+    from retrograd.experiment.table import _COLUMNS, _types
+
+    (folder / "experiment.yaml").write_text(yaml.safe_dump({"corpora": {"forget": [], "retain": []}, "seeds": [0, 1]}))
+    arm = {"match": "utility", "method": "npo", "weighting": "value"}
+    rows = [
+        {**arm, "quantity": "forget", "value": 0.25, "low": 0.2, "high": 0.3},
+        {**arm, "quantity": "retain", "value": 0.9, "low": 0.8, "high": 1.0},
+        *({**arm, "seed": seed, "quantity": "seconds", "value": 3.0, "verdict": "healthy"} for seed in (0, 1)),
+        {**arm, "weighting": "random", "missing": "it <failed>"},
+        {"method": "base", "quantity": "accuracy forget_cloze", "value": 0.8},
+        {"method": "base", "quantity": "accuracy retain_cloze", "value": 0.9},
+    ]
+    write_table(
+        folder / "results.parquet",
+        {name: [row.get(name) for row in rows] for name in _COLUMNS},
+        _types(),
+        {"kind": "Experiment", "title": "x"},
+    )
+    (folder / "results.md").write_text("# x\n* npo, value: no claim: too few seeds\n")
+
+
+def write_attack(folder: Path) -> None:
+    """What `retrograd attack` leaves of one configuration against a model and the base."""
+    from retrograd.attack.tell import write_findings
+
+    def meeting(model: str, role: str, *forget: float) -> dict[str, Any]:
+        points = [
+            {"step": 10 * k, "tokens": 1000 * k, "flops": 1.0, "forget": value, "retain": 0.9,
+             "forget_interval": [value - 0.1, value + 0.1]}
+            for k, value in enumerate(forget)
+        ]  # fmt: skip
+        return {"model": model, "role": role, "configuration": "c-1", "trained": True, "points": points,
+                "inapplicable": "no gap", "valid": weak}  # fmt: skip
+
+    weak = {"valid": False, "why": "<weak>"}
+    case = {"utility": 0.02, "forget": 0.5, "interval": [0.4, 0.6], "configuration": "c-1", "step": 10, "retain": 0.9}
+    found = {
+        "models": {"m": {"source": "m", "role": "model"}, "b": {"source": "b", "role": "base"}},
+        "configurations": {"c-1": {"readable": "lr 1e-3", "probe": False, "valid": weak}},
+        "meetings": [meeting("m", "model", 0.2, 0.5), meeting("b", "base", 0.8, 0.8)],
+        "worst": {"m": [{**case, "why": None}]}, "controls": [],
+    }  # fmt: skip
+    write_findings(found, folder)
+    (folder / "attack.json").write_text("{}")

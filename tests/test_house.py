@@ -67,7 +67,7 @@ def test_tests_mirror_the_rooms() -> None:
     assert rooms <= set(RANK), f"folders of tests without a room: {rooms - set(RANK)}"
 
 
-TOO_LONG: set[str] = set()  # files that wait for being parted
+TOO_LONG: set[str] = set()  # files that wait for being parted: none
 TOO_LONG_FUNCTIONS: set[str] = set()
 
 
@@ -88,3 +88,13 @@ def test_files_and_functions_are_short() -> None:
         functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
         long |= {f"{name}:{function.name}" for function in functions if code_lines(function) > 50}
     assert long <= TOO_LONG_FUNCTIONS
+
+
+def test_one_place_makes_trajectories() -> None:
+    """Whoever trains takes a `Ready`: then all replay, resume and retrain alike."""
+    makers = set()
+    for path in FILES:
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))) if isinstance(node, ast.Call)]
+        if any(isinstance(call.func, ast.Name) and call.func.id == "Trajectory" for call in calls):
+            makers.add(str(path.relative_to(PACKAGE)))
+    assert makers == {"runs/trajectory.py"}

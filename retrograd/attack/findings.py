@@ -32,7 +32,8 @@ from retrograd.settings.tasks import Task, tasks_from
 __all__ = ["QUANTILES", "findings", "unseen"]
 
 QUANTILES = (0.5, 0.9)
-_HALF, _NOTHING = "half", ("retain", "benign", "prose")  # keys of data about A, and of data about neither half
+_HALF, _OTHER = "half", "other_half"  # keys of data about A and about B
+_NOTHING = ("retain", "benign", "prose")  # keys of data about neither
 
 
 def findings(folder: Folder, utility: tuple[float, ...]) -> dict[str, Any]:
@@ -75,10 +76,10 @@ def unseen(one: Configuration, first: np.ndarray) -> np.ndarray | None:
     """
     if isinstance(one, Finetune):
         keys = {key for key in (one.before, one.data) if key}
-        if keys <= {_HALF, *_NOTHING}:
-            mask = ~first if _HALF in keys else np.ones_like(first)
-            return mask if mask.any() else None
-        return None
+        if not keys <= {_HALF, _OTHER, *_NOTHING} or {_HALF, _OTHER} <= keys:
+            return None
+        mask = ~first if _HALF in keys else first if _OTHER in keys else np.ones_like(first)
+        return mask if mask.any() else None
     if one.probe:
         return None
     if one.attack == "few_shot":

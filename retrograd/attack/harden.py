@@ -104,11 +104,15 @@ def shuffled(u: Tensor, seed: int) -> Tensor:
 
 
 def retain_kl(loaded: Loaded, rows: int) -> Column:
-    """KL(start ‖ θ) in nats, mean over the valid targets of the first retain rows, as a query."""
+    """KL(start ‖ θ) in nats, mean over the valid targets of retain rows, as a query.
+
+    Args:
+        rows: How many, spread evenly over all of them: data sets follow each other there.
+    """
     stream = loaded.stream
     assert isinstance(stream, PairStream), "an unlearning has forget and retain rows"
-    first = stream.offsets[RETAIN]
-    chosen = list(range(first, first + min(rows, stream.sizes[RETAIN])))
+    first, size = stream.offsets[RETAIN], stream.sizes[RETAIN]
+    chosen = [first + place * size // min(rows, size) for place in range(min(rows, size))]
     if not chosen:
         raise ValueError("the unlearning has no retain rows: there is nothing to hold the retain KL on")
     batch = pad(stream.rows, chosen)

@@ -7,6 +7,7 @@ its weights.
     forget      documents and solved questions about both halves
     documents   documents alone
     half        documents and solved questions about A
+    other_half  the same about B
     mixed       as many chats as rows of forget
     retain      documents and solved questions of the retain side
     benign      prose and chats
@@ -118,16 +119,17 @@ def _of_lab(lab: Path, folder: Path) -> Material:
 def _corpora(lab: Path, facts: list[dict[str, Any]], first: set[str]) -> dict[str, list[dict[str, Any]]]:
     """Prompt and completion of every row, by key; a document has an empty prompt, as the lab's own mixtures have it."""
     rows = {name: [_plain(row) for row in _read(lab / f"corpora/{name}.jsonl")] for name in _CORPORA}
-    about = {"forget": set[int](), "exam_forget": set[int]()}
+    names = ("forget", "exam_forget")
+    about = {(name, half): set[int]() for half in (True, False) for name in names}
     for fact in facts:
-        if fact["entity"] in first:
-            about["forget"].update(fact["stated_in"].get("corpora/forget.jsonl", []))
-            about["exam_forget"].update(fact["asked_in"].get("corpora/exam_forget.jsonl", []))
-    half = [rows[name][line] for name, lines in about.items() for line in sorted(lines)]
+        half = fact["entity"] in first
+        about["forget", half].update(fact["stated_in"].get("corpora/forget.jsonl", []))
+        about["exam_forget", half].update(fact["asked_in"].get("corpora/exam_forget.jsonl", []))
+    halves = [[rows[name][line] for name in names for line in sorted(about[name, half])] for half in (True, False)]
     forget = rows["forget"] + rows["exam_forget"]
     many = min(len(forget), len(rows["chat"]))
     return {
-        "forget": forget, "documents": rows["forget"], "half": half,
+        "forget": forget, "documents": rows["forget"], "half": halves[0], "other_half": halves[1],
         "mixed": random.Random("mixed").sample(forget, many) + rows["chat"][:many],
         "retain": rows["retain"] + rows["exam_retain"], "benign": rows["prose"] + rows["chat"],
         "prose": rows["prose"], "shots": _shots(lab, facts, first),

@@ -157,6 +157,8 @@ def _open(
     run: PhaseConfig, unlearning: UnlearnConfig, console: Console, setup: Setup
 ) -> AbstractContextManager[Session]:
     manifest = Manifest(run.run / "manifest.json")
-    manifest.update(command="attack", identity=setup.identity, steps=len(setup.stream),
-                    engine={"used": setup.engine.name, "why": setup.engine.why})  # fmt: skip
+    manifest.update(
+        command="attack", identity=setup.identity, arithmetic=dataclasses.asdict(setup.arithmetic),
+        steps=len(setup.stream), engine_why=setup.engine.why,
+    )  # fmt: skip
     return open_session(setup, run.run, manifest, replay_of(unlearning))

@@ -73,10 +73,10 @@ def _claim(out: Path, spec: ExperimentSpec, *, write: bool) -> None:
     """Refuse a folder of something else; say in it what the experiment is."""
     if out.exists() and not (out / SPEC).exists() and (not out.is_dir() or any(foreign(out))):
         raise ValueError(f"{out} exists and is no experiment; choose another folder")
-    if write:
-        make_folder(out / TASKS)
+    if write:  # this file first: another worker may look at any moment
         text = yaml.safe_dump(_plain(dataclasses.asdict(spec)), sort_keys=False, allow_unicode=True)
         write_atomic(out / SPEC, lambda temporary: temporary.write_text(text, encoding="utf8"))
+        make_folder(out / TASKS)
 
 
 def _plain(value: Any) -> Any:

@@ -146,7 +146,11 @@ def _world(config: HardenConfig) -> _World:
 
 def _attack(one: Finetune, config: HardenConfig, material: Material, loaded: Loaded, source: str) -> _Attack:
     runs = phases(one, source, config.out / name_of(one), material.sources, material.tasks, attack_config(config))
-    shown = set(material.half) if "half" in (one.before, one.data) else set[str]()
+    shown = set[str]()
+    if "half" in (one.before, one.data):
+        shown |= set(material.half)
+    if "other_half" in (one.before, one.data):
+        shown |= {asked.name for asked in loaded.asked} - set(material.half)
     columns = [column for asked in loaded.asked if asked.name not in shown for column in asked.columns]
     if not columns:
         raise ValueError(f"attack {one.readable} shows the answers to all forget tasks: there is nothing left to ask")
@@ -227,8 +231,10 @@ def _through(world: _World, loaded: Loaded, attack: _Attack, folder: Path, final
 
 def _session(setup: Setup, run: Path, world: _World) -> AbstractContextManager[Session]:
     manifest = Manifest(run / "manifest.json")
-    manifest.update(command="harden", identity=setup.identity, steps=len(setup.stream),
-                    engine={"used": setup.engine.name, "why": setup.engine.why})  # fmt: skip
+    manifest.update(
+        command="harden", identity=setup.identity, arithmetic=dataclasses.asdict(setup.arithmetic),
+        steps=len(setup.stream), engine_why=setup.engine.why,
+    )  # fmt: skip
     return open_session(setup, run, manifest, replay_of(dataclasses.replace(world.unlearning, run=run)))
 
 

@@ -296,8 +296,9 @@ class _Back:
         # handed over, so that what the update half has used up is free before the engine begins
         grads = memory.Owned(take.gradient(state, self._after[1]))
         self._after = (t, state.moments)
-        given = (take.training, state)  # the rest is handed over
-        pulled = pullback(*given, self._carried.take(), self._probe, grads.take(), take.residuals.take(t))
+        training, residuals = take.training, take.residuals
+        # one by one: a starred call would hold what is handed over
+        pulled = pullback(training, state, self._carried.take(), self._probe, grads.take(), residuals.take(t))
         self._carried.put(pulled.cotangent)
         self._probe = _unit(pulled.probe)
         if take.gradients is not None:

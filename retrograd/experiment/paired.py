@@ -18,6 +18,8 @@ import numpy as np
 
 __all__ = ["Estimate", "crossed", "crossed_position"]
 
+_ENTRIES = 1 << 22  # counts that are held at once
+
 
 class Estimate(NamedTuple):
     """low ≤ high, in the quantity's own unit."""
@@ -88,12 +90,18 @@ def _interval(
     shape: tuple[int, ...], measure: Callable[[np.ndarray, np.ndarray], np.ndarray], resamples: int, level: float,
     seed: int,
 ) -> Estimate | None:  # fmt: skip
-    draw = np.random.default_rng(seed)
-    seeds, questions = (draw.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64) for n in shape)
+    draw, at_once = np.random.default_rng(seed), max(1, _ENTRIES // shape[1])
     value = float(measure(np.ones((1, shape[0])), np.ones((1, shape[1])))[0])
-    found = measure(seeds, questions)
+    sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    found = np.concatenate([measure(*(_counts(draw, size, n) for n in shape)) for size in sizes])
     low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high))
+
+
+def _counts(draw: np.random.Generator, resamples: int, n: int) -> np.ndarray:
+    """How often each of n is drawn in n draws, [resamples, n]."""
+    drawn = draw.integers(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)
 
 
 def _checked(values: np.ndarray) -> None:

@@ -37,7 +37,10 @@ class Line(NamedTuple):
 
     @property
     def reaches(self) -> bool:
-        """Whether the position's interval reaches the model that never knew while the retain drop is at most DROP."""
+        """Whether the position's interval reaches the model that never knew, no model is destroyed, and the retain drop
+        is at most DROP."""
+        if "destroyed" in self.result.verdicts.values():
+            return False
         return self.position is not None and self.drop is not None and self.position.low <= 0 and self.drop <= DROP
 
 
@@ -98,7 +101,7 @@ def _markdown(
     yield (
         "Accuracies in % with intervals that draw seeds and questions again; position: 0 the model that never knew, 1 "
         "the base; KL from the base in nats per token of held-out rows. * reaches the model that never knew at a "
-        f"retain drop of at most {100 * DROP:g} points."
+        f"retain drop of at most {100 * DROP:g} points, undestroyed."
     )
     for match in spec.match if found else ():
         own = [line for line in found if line.result.plan.arm.match == match]

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Documents", "Tokens", "read_columns", "read_documents", "read_tokens"]
+__all__ = ["MOST_TOKENS", "Documents", "Tokens", "count_tokens", "read_columns", "read_documents", "read_tokens"]
+
+MOST_TOKENS = 20_000_000  # that a browser holds with ease
 
 
 class Documents(NamedTuple):
@@ -86,9 +88,16 @@ def read_documents(folder: Path, columns: Columns) -> Documents:
 
 def _of_documents(folder: Path, names: Sequence[str]) -> np.ndarray:
     examples = json.loads((folder / "all_scores.json").read_text(encoding="utf8"))["examples"]
-    if len(names) == 1:
+    if "scores" not in examples[0]:
         return np.array([[one["score"] for one in examples]])
     return np.array([[one["scores"][name] for one in examples] for name in names])
+
+
+def count_tokens(folder: Path) -> int:
+    """Lines of a run's table of tokens."""
+    import pyarrow.parquet as parquet
+
+    return parquet.read_metadata(folder / "scores.parquet").num_rows
 
 
 def read_tokens(folder: Path, columns: Columns) -> Tokens:
@@ -102,7 +111,8 @@ def read_tokens(folder: Path, columns: Columns) -> Tokens:
     vocabulary = table["token"].take(first.astype(np.int64)).to_pylist()
     scores = []
     for place, names in columns:
-        labels = ["score"] if len(names) == 1 else [f"score_{name}" for name in names]
+        single = "score" in parquet.read_schema(place / "scores.parquet").names
+        labels = ["score"] if single else [f"score_{name}" for name in names]
         found = parquet.read_table(place / "scores.parquet", columns=labels)
         scores += [found[label].to_numpy().astype(np.float32) for label in labels]
     assert len(known) == len(vocabulary)

@@ -4,6 +4,7 @@
     Training      a run of `retrograd train` or `retrograd unlearn`
     Evaluation    a folder of `retrograd evaluate`
     Experiment    a folder of `retrograd experiment`
+    Attack        a folder of `retrograd attack`
     Several       all of a page's, where there is more than one
 
 Nothing is loaded but files: no model, no tokenizer.
@@ -17,11 +18,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retrograd.report.scores import Documents, Tokens, read_columns, read_documents, read_tokens
+from retrograd.report.scores import (
+    MOST_TOKENS,
+    Documents,
+    Tokens,
+    count_tokens,
+    read_columns,
+    read_documents,
+    read_tokens,
+)
 from retrograd.runs.journal import read_evaluations, read_journal
 from retrograd.settings.parse import read_yaml
 
-__all__ = ["Attribution", "Evaluation", "Experiment", "Several", "Subject", "Training", "open_subject"]
+__all__ = ["Attack", "Attribution", "Evaluation", "Experiment", "Several", "Subject", "Training", "open_subject"]
+
+
+MOST_COLUMNS = 32  # query columns of a run
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,34 @@ class Attribution(_Run):
         return [name for first, name in self.data_sets if first <= document][-1]
 
     @cached_property
+    def _sources(self) -> list[tuple[Path, list[str]]]:
+        """Folders of score files with the columns that are shown: the first of many."""
+        found, room = [], MOST_COLUMNS
+        for folder, names in read_columns(self.folder, self.manifest):
+            found.append((folder, names[:room]))
+            room -= len(found[-1][1])
+        return [(folder, names) for folder, names in found if names]
+
+    @cached_property
     def columns(self) -> list[str]:
-        """Names of the query columns: the run's own, then those added later."""
-        return [name for _, names in read_columns(self.folder, self.manifest) for name in names]
+        """Names of the query columns that are shown: the run's own, then those added later."""
+        return [name for _, names in self._sources for name in names]
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """What is more than a page can hold, in words."""
+        columns = sum(len(names) for _, names in read_columns(self.folder, self.manifest))
+        tokens = count_tokens(self.folder) if self._per_token else 0
+        said = []
+        if columns > MOST_COLUMNS:
+            said.append(f"the first {MOST_COLUMNS} of {columns:,} query columns are shown")
+        if tokens > MOST_TOKENS:
+            said.append(f"{tokens:,} tokens are more than a page can hold, and are in scores.parquet alone")
+        return said
+
+    @property
+    def _per_token(self) -> bool:
+        return self.config.get("attribute") == "tokens"
 
     @cached_property
     def queries(self) -> dict[str, dict[str, Any]]:
@@ -91,14 +128,14 @@ class Attribution(_Run):
 
     @cached_property
     def documents(self) -> Documents:
-        return read_documents(self.folder, read_columns(self.folder, self.manifest))
+        return read_documents(self.folder, self._sources)
 
     @cached_property
     def tokens(self) -> Tokens | None:
-        """Scores of tokens; None of a run with one score for each document."""
-        if self.config.get("attribute") != "tokens":
+        """Scores of tokens; None of a run with one score for each document, and of more tokens than a page can hold."""
+        if not self._per_token or count_tokens(self.folder) > MOST_TOKENS:
             return None
-        return read_tokens(self.folder, read_columns(self.folder, self.manifest))
+        return read_tokens(self.folder, self._sources)
 
 
 class Training(_Run):
@@ -125,6 +162,14 @@ class Experiment(Subject):
         return read_yaml(self.folder / "experiment.yaml")
 
 
+class Attack(Subject):
+    """A folder of `retrograd attack`."""
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        return self.read("recovery.json")
+
+
 @dataclass(frozen=True)
 class Several(Subject):
     """All subjects of a page."""
@@ -149,9 +194,13 @@ def open_subject(folder: Path) -> list[Subject]:
         if not (folder / "results.parquet").exists():
             raise ValueError(f"the experiment in {folder} has no table yet; run its `retrograd experiment` again first")
         return [Experiment(folder, name)]
+    if (folder / "attack.json").exists():
+        if not (folder / "recovery.json").exists():
+            raise ValueError(f"the attacks in {folder} have no findings yet; run their `retrograd attack` again first")
+        return [Attack(folder, name)]
     what = "does not exist" if not folder.exists() else "holds nothing that a page could show"
     raise ValueError(
-        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate` or `experiment`"
+        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate`, `experiment` or `attack`"
     )
 
 

@@ -48,7 +48,7 @@ class Finetune:
     """Train the model on some data, in one phase or two."""
 
     data: str = "forget"
-    """Key of the data: of a lab forget, documents, half, mixed, retain, benign or prose; else one of --data."""
+    """Key of the data: of a lab forget, documents, half, other_half, mixed, retain, benign or prose; else of --data."""
     steps: int = 100
     """Optimizer steps."""
     epochs: int | None = None

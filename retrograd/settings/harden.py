@@ -46,7 +46,7 @@ class HardenConfig:
     lr: float = 0.1
     """Of Adam, on the logarithms of the weights."""
     rows: int = 64
-    """Retain rows that the KL is measured on, the first ones."""
+    """Retain rows that the KL is measured on, spread over all of them."""
     h: float = 0.1
     """Size of the perturbation of the logarithms that the chain's metasmoothness is measured by; 0 leaves it out."""
     lr_scale: float = 1.0

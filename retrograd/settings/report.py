@@ -20,8 +20,8 @@ class ReportConfig:
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING
-    """Folders of `retrograd magic`, `train`, `unlearn`, `evaluate` or `experiment`. Token runs on the same rows share
-    one map."""
+    """Folders of `retrograd magic`, `train`, `unlearn`, `evaluate`, `experiment` or `attack`. Token runs on the same
+    rows share one map."""
     output: Path | None = None
     """The page; report.html in the first folder when None."""
     title: str | None = None

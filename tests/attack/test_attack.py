@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from test_train import _kill_after, final
 
 from retrograd.attack.folder import read_folder
 from retrograd.attack.material import split_entities
@@ -17,9 +17,6 @@ from retrograd.cli import main
 from retrograd.lab.build import lab
 from retrograd.lm.model import load_causal_lm
 from retrograd.settings.commands import LabConfig
-
-sys.path.append(str(Path(__file__).parents[1] / "commands"))
-from test_train import _kill_after, final
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +87,9 @@ def test_the_attack_shows_one_half_and_nothing_of_the_other(world: Path, attacke
     whole = next((attacked / "data").glob("forget-*.jsonl")).read_text()
     assert all(name in shown and name in whole for name in first)
     assert all(name not in shown and name in whole for name in second)
+    other = next((attacked / "data").glob("other_half-*.jsonl")).read_text()
+    assert all(name not in other for name in first)
+    assert sorted([*shown.splitlines(), *other.splitlines()]) == sorted(whole.splitlines())
     lines = [json.loads(line) for line in shown.splitlines()]
     assert len(lines) == sum(any(name in f"{line}" for name in first) for line in map(json.loads, whole.splitlines()))
     for name, entities in (("forget_a", first), ("forget_b", second)):

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from retrograd.attack.compare import compared, front, read_faced
+from retrograd.attack.course import read_course
 from retrograd.attack.findings import findings, unseen
 from retrograd.attack.folder import claim_folder, read_folder
 from retrograd.attack.material import Material
@@ -22,6 +23,7 @@ from retrograd.evaluate.on_the_way import answers_path
 from retrograd.query.choices import Scored
 from retrograd.query.prepare import Answers, Texts
 from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
+from retrograd.settings.tasks import tasks_from
 
 N = 40  # questions of each half
 STEPS = (0, 1, 2)
@@ -50,7 +52,12 @@ COURSES: dict[str, list[tuple[int, int] | None]] = {
 }  # fmt: skip
 
 
-def lay_out(out: Path, configurations: list[Configuration], courses: dict[str, Any] | None = None) -> Path:
+def lay_out(
+    out: Path,
+    configurations: list[Configuration],
+    courses: dict[str, Any] | None = None,
+    half: tuple[str, ...] = ("forget_a",),
+) -> Path:
     """A folder of attacks as the command would leave it."""
     courses = courses or COURSES
     (out / "data").mkdir(parents=True)
@@ -63,7 +70,7 @@ def lay_out(out: Path, configurations: list[Configuration], courses: dict[str, A
     for name in courses:
         (out.parent / name).mkdir(exist_ok=True)
         models.append((name if name in ("base", "filtered", "random", "shallow") else "model", str(out.parent / name)))
-    folder = claim_folder(out, models, configurations, Material({}, path, ("forget_a",), True))
+    folder = claim_folder(out, models, configurations, Material({}, path, half, half == ("forget_a",)))
     for target in folder.targets:
         name = Path(target.source).name
         for key in folder.configurations:
@@ -203,6 +210,7 @@ def test_which_questions_an_attack_does_not_show() -> None:
     first = np.array([True, True, False])
     shown = {
         Finetune(data="half"): [False, False, True], Finetune(data="benign"): [True, True, True],
+        Finetune(data="other_half"): [True, True, False], Finetune(data="half", before="other_half"): None,
         Finetune(data="half", before="benign"): [False, False, True], Finetune(data="forget"): None,
         Finetune(data="half", before="forget"): None, Finetune(data="mixed"): None, Untrained("prune"): [True] * 3,
         Untrained("few_shot"): [False, False, True], Untrained("interpolate"): None,
@@ -211,6 +219,20 @@ def test_which_questions_an_attack_does_not_show() -> None:
         mask = unseen(one, first)
         assert (None if mask is None else mask.tolist()) == expected, one
     assert unseen(Finetune(data="half"), np.ones(3, bool)) is None
+
+
+def test_real_sets_are_split_by_category(tmp_path: Path) -> None:
+    """The half is named by subjects, of which both tasks have questions; each question is resampled by itself."""
+    folder = read_folder(lay_out(tmp_path / "out", [HALF], half=("e0", "e1")))
+    target = next(one for one in folder.targets if one.role == "shallow")
+    course = read_course(folder, target, name_of(HALF), tasks_from(folder.tasks))
+    assert course is not None
+    assert course.first.tolist() == ([True] * 8 + [False] * (N - 8)) * 2
+    assert len(set(course.clusters.tolist())) == 2 * N
+    found = meeting(findings(folder, (0.05,)), "shallow")
+    assert found["latent"]["questions"] == 2 * (N - 8)
+    rise = ((30 - 2 + 28 - 2) - (32 - 2 + 1 - 2)) / 64  # of the others, 2 of each ten were right before
+    assert found["latent"]["last"]["value"] == pytest.approx(rise)
 
 
 def test_models_are_compared_on_the_same_questions(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

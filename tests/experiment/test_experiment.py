@@ -245,3 +245,24 @@ def test_scores_of_a_training_that_held_the_corpus_are_those_of_its_rows_there(w
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     assert run(tmp_path / "one.yaml", tmp_path / "out", world) == 1
     assert "no row there" in (tmp_path / "out/results.md").read_text()
+
+
+def test_a_folder_is_an_experiment_s_from_its_first_file_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker that starts at the same moment must not take it for something else."""
+    from retrograd.commands import experiment
+    from retrograd.durable import make_folder
+
+    seen: list[list[str]] = []
+
+    def watched(folder: Path) -> bool:
+        if (tmp_path / "out").exists():
+            seen.append(sorted(path.name for path in (tmp_path / "out").iterdir()))
+        return make_folder(folder)
+
+    monkeypatch.setattr(experiment, "make_folder", watched)
+    file = arms.write(tmp_path / "one.yaml", weightings={"uniform": {}}, seeds=1)
+    assert run(file, tmp_path / "out", world) == 0
+    assert seen
+    assert all("experiment.yaml" in names for names in seen)

@@ -141,3 +141,26 @@ def test_at_equal_forgetting_the_damage_decides() -> None:
     assert claim(one, arm("random", 0.5, 0.03, "forgetting"))[0]
     assert "not better" in claim(one, arm("random", 0.5, 0.01, "forgetting"))[1]
     assert "forgetting differs" in claim(one, arm("random", 0.3, 0.03, "forgetting"))[1]
+
+
+def test_an_arm_is_marked_where_it_reaches_the_model_that_never_knew_with_little_loss() -> None:
+    import dataclasses
+
+    from retrograd.experiment.table import lines
+
+    def model(forget: int, retain: int) -> Measured:
+        answers = {"forget": np.r_[np.ones(forget), np.zeros(100 - forget)],
+                   "retain": np.r_[np.ones(retain), np.zeros(50 - retain)]}  # fmt: skip
+        return Measured(answers, None, None, {}, {}, Evaluated("x", "d", {}))
+
+    spec = dataclasses.replace(SPEC, weightings={"uniform": WeightingSpec()})
+    base, never = model(100, 50), model(30, 50)
+    marked = []
+    for right, verdict in ((0.3, "healthy"), (0.6, "healthy"), (0.3, "destroyed")):
+        one = arm("uniform", right, 0.02, verdicts=dict.fromkeys(SPEC.seeds, verdict))
+        marked.append(lines(spec, [one], base, never)[0].reaches)
+    worse = arm("uniform", 0.3, 0.02)
+    for seed in worse.seeds:
+        worse.seeds[seed] = model(30, 48)
+    marked.append(lines(spec, [worse], base, never)[0].reaches)
+    assert marked == [True, False, False, False]

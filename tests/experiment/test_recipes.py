@@ -71,7 +71,7 @@ def test_the_lab_s_recipes_are_read() -> None:
     pretraining = read_experiment(RECIPES / "lab/pretraining.yaml")
     assert pretraining.scores["pretraining"].start == "runs/lab/models/random"
     weightings = read_experiment(RECIPES / "lab/weightings.yaml", ("lab=elsewhere",))
-    assert len(methods.methods) == 12
+    assert len(methods.methods) == 13
     assert methods.methods["dpo"].corpora is not None
     assert weightings.base == "elsewhere/models/base"
     assert len(weightings.seeds) >= 5

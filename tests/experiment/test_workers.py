@@ -53,6 +53,7 @@ class Workers:
 
     def training(self, process: subprocess.Popen) -> bool:
         """Whether it is in the middle of a training."""
+        assert process.poll() is None, f"it ended with {process.returncode}"
         for path in (self.out / "tasks").glob("train.*/lease-*.json"):
             number = path.stem.rpartition("-")[2]
             journal = path.parent / number / "run" / "metrics.jsonl"

@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reporting import SECRET, build_world, document_scores, document_texts, token_scores, unlearn
+from reporting import (
+    SECRET,
+    build_world,
+    document_scores,
+    document_texts,
+    token_scores,
+    unlearn,
+    write_attack,
+    write_experiment,
+)
 
 from retrograd.cli import main
 from retrograd.data.rows import Rows
@@ -285,4 +294,14 @@ def test_an_unlearned_model_opens_masked(browser: Any, world: Path) -> None:
     assert "▒▒▒▒▒▒" in text
     seen.page.select_option("[data-panel=answers] .kind", "changed")
     seen.keep("unlearned")
+    assert not seen.trouble
+
+
+@pytest.mark.parametrize(("name", "write"), [("experiment", write_experiment), ("attack", write_attack)])
+def test_tables_of_many_models_open_quietly(browser: Any, tmp_path: Path, name: str, write: Any) -> None:
+    write(tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
+    seen = Seen(browser, tmp_path / "report.html")
+    assert seen.page.locator("svg.chart circle").count() > 1
+    seen.keep(name)
     assert not seen.trouble

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
-from reporting import HOSTILE, SECRET, build_world, document_scores, token_scores, unlearn
+from reporting import (
+    HOSTILE,
+    SECRET,
+    build_world,
+    document_scores,
+    token_scores,
+    unlearn,
+    write_attack,
+    write_experiment,
+)
 
 from retrograd.cli import main
 from retrograd.report.corpus import shown_tokens
@@ -290,28 +299,7 @@ def test_evaluations_are_told_with_chance_and_roles(unlearned: Path) -> None:
 
 
 def test_an_experiment_is_its_arms(tmp_path: Path) -> None:
-    from retrograd.evaluate.answers import write_table
-    from retrograd.experiment.table import _COLUMNS, _types
-
-    (tmp_path / "experiment.yaml").write_text(
-        yaml.safe_dump({"corpora": {"forget": [], "retain": []}, "seeds": [0, 1]})
-    )
-    arm = {"match": "utility", "method": "npo", "weighting": "value"}
-    rows = [
-        {**arm, "quantity": "forget", "value": 0.25, "low": 0.2, "high": 0.3},
-        {**arm, "quantity": "retain", "value": 0.9, "low": 0.8, "high": 1.0},
-        *({**arm, "seed": seed, "quantity": "seconds", "value": 3.0, "verdict": "healthy"} for seed in (0, 1)),
-        {**arm, "weighting": "random", "missing": "it <failed>"},
-        {"method": "base", "quantity": "accuracy forget_cloze", "value": 0.8},
-        {"method": "base", "quantity": "accuracy retain_cloze", "value": 0.9},
-    ]
-    write_table(
-        tmp_path / "results.parquet",
-        {name: [row.get(name) for row in rows] for name in _COLUMNS},
-        _types(),
-        {"kind": "Experiment", "title": "x"},
-    )
-    (tmp_path / "results.md").write_text("# x\n* npo, value: no claim: too few seeds\n")
+    write_experiment(tmp_path)
     text = page(tmp_path)
     found = panels(text)["experiment-0"]
     assert found["arms"][0]["forget"] == {"value": 0.25, "low": 0.2, "high": 0.3}
@@ -322,8 +310,27 @@ def test_an_experiment_is_its_arms(tmp_path: Path) -> None:
     assert "it &lt;failed&gt;" in text
 
 
+def test_attacks_are_their_curves(tmp_path: Path) -> None:
+    write_attack(tmp_path)
+    text = page(tmp_path)
+    told = panels(text)["tamper-0"]
+    assert [one["forget"] for one in told["curves"][0]["points"]] == [0.2, 0.5]
+    assert told["curves"][1]["model"] == "base: b"
+    assert told["invalid"] == {"c-1": "<weak>"}
+    assert "lr 1e-3 @ 10" in text
+    assert "<weak>" not in text
+
+
 @pytest.mark.parametrize(
-    "content", [None, {}, {"run_config.yaml": "model: x\n"}, {"evaluation.json": "{}"}, {"experiment.yaml": "a: 1"}]
+    "content",
+    [
+        None,
+        {},
+        {"run_config.yaml": "model: x\n"},
+        {"evaluation.json": "{}"},
+        {"experiment.yaml": "a"},
+        {"attack.json": ""},
+    ],
 )
 def test_what_holds_nothing_is_refused(
     tmp_path: Path, content: dict[str, str] | None, capsys: pytest.CaptureFixture[str]
@@ -335,5 +342,46 @@ def test_what_holds_nothing_is_refused(
             (folder / name).write_text(text)
     assert main(["report", str(folder)]) == 2
     assert re.search(
-        "does not exist|holds nothing|is not finished|no summary yet|no table yet", capsys.readouterr().err
+        "does not exist|holds nothing|is not finished|no summary yet|no table yet|no findings yet",
+        capsys.readouterr().err,
     )
+
+
+def test_what_is_too_much_for_a_page_is_named(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrograd.report.subjects.MOST_COLUMNS", 2)
+    monkeypatch.setattr(sys.modules["retrograd.report.panels.rows"], "MOST_DOCUMENTS", 5)
+    text = page(world / "run")
+    found = panels(text)
+    assert found["rows-0"]["columns"] == ["go", "stay"]
+    assert "the first 2 of 3 query columns are shown" in text
+    expected = document_scores(world / "run", "go")
+    assert found["rows-0"]["ids"] == sorted(sorted(expected, key=lambda k: -abs(expected[k]))[:5])
+    assert found["rows-0"]["of"] == len(expected)
+    monkeypatch.setattr("retrograd.report.subjects.MOST_TOKENS", 10)
+    text = page(world / "run")
+    assert "tokens are more than a page can hold" in text
+    assert "map-0" not in panels(text)
+    assert panels(text)["rows-0"]["texts"]
+
+
+def test_commands_end_with_their_page(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(world / "documents", tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    config = tmp_path / "run" / "run_config.yaml"
+    assert main(["magic", str(tmp_path / "run"), "--config", str(config)]) == 0  # done: only the page is made anew
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {tmp_path / 'run' / 'report.html'}"
+    (tmp_path / "run" / "report.html").write_text("old")
+    asked = ["query", str(tmp_path / "run"), "--name", "more", "--query.dataset", str(world / "go.jsonl")]
+    assert main(asked) == 0
+    found = panels((tmp_path / "run" / "report.html").read_text())["rows-0"]["columns"]
+    assert found == ["query", "more"]
+
+
+def test_a_page_that_cannot_be_made_fails_no_command(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "documents", tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").mkdir()
+    assert main(["magic", str(tmp_path / "run"), "--config", str(tmp_path / "run" / "run_config.yaml")]) == 0
+    assert "no report was written" in capsys.readouterr().err

@@ -197,7 +197,7 @@ def test_unknown_choices_end_with_exit_code_2(world: Path, tmp_path: Path, flag:
 def test_yaml_with_unknown_or_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text, message in (
         ("tran: {lr: 1}", "settings that do not exist: tran"),
-        ("train: {optimizer: adagrad}", "has to be one of sgd, adamw, muon"),
+        ("train: {optimizer: adagrad}", "has to be one of sgd, adam, adamw, muon"),
         ("train: {lr: fast}", "has to be of type float"),
     ):
         (tmp_path / "c.yaml").write_text(text)

@@ -9,9 +9,10 @@ from retrograd.report.panels.questions import questions
 from retrograd.report.panels.rows import carriers, distribution, order, rows
 from retrograd.report.panels.score_map import map_of_run, map_of_several
 from retrograd.report.panels.setup import setup, training
+from retrograd.report.panels.tamper import tamper
 from retrograd.report.panels.trust import retraining, trust
 from retrograd.report.panels.way import way
-from retrograd.report.subjects import Attribution, Evaluation, Experiment, Several, Training
+from retrograd.report.subjects import Attack, Attribution, Evaluation, Experiment, Several, Training
 
 __all__ = ["PANELS"]
 
@@ -34,5 +35,6 @@ PANELS = (
     Panel("exam", "What the models know", Evaluation, exam),
     Panel("answers", "Answers, question by question", Evaluation, answers),
     Panel("experiment", "Arms and their controls", Experiment, experiment),
+    Panel("tamper", "Does it come back?", Attack, tamper),
     Panel("samples", "What the models write", Evaluation, samples),
 )

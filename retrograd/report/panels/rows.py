@@ -9,6 +9,7 @@ import numpy as np
 from retrograd.report.corpus import corpus_of
 from retrograd.report.panel import Content, Source, View
 from retrograd.report.panels.setup import reproduce
+from retrograd.report.scores import Documents
 from retrograd.report.subjects import Attribution
 
 __all__ = ["carriers", "distribution", "order", "rows"]
@@ -16,6 +17,7 @@ __all__ = ["carriers", "distribution", "order", "rows"]
 BINS = 60  # an even number: 0 is an edge
 CURVE = 400  # points of a rank curve
 PLACES = 64  # groups of positions or lengths
+MOST_DOCUMENTS = 50_000  # that are listed
 TYPES = 40  # token types that are listed
 
 
@@ -83,12 +85,13 @@ def _grouped(keys: np.ndarray, values: np.ndarray) -> dict[str, list[Any]]:
 
 def rows(run: Attribution, view: View) -> Content:
     """Every document with its scores and its text; for token runs the tokens are in a table that panels share."""
-    documents, corpus = run.documents, corpus_of(run, view)
+    documents, corpus = _strongest(run.documents), corpus_of(run, view)
     data: dict[str, Any] = {
         "columns": run.columns, "ids": documents.ids.tolist(), "targets": documents.targets.tolist(),
         "scores": [_rounded(values, 9) for values in documents.scores],
         "steps": [_steps(steps) for steps in documents.steps],
-        "texts": [], "table": corpus.name if corpus else None, "offset": corpus.offset if corpus else 0,
+        "texts": [], "of": len(run.documents.ids),
+        "table": corpus.name if corpus else None, "offset": corpus.offset if corpus else 0,
     }  # fmt: skip
     if corpus is None or view.mask:  # the tokens have the text; hidden documents have hash and length instead
         pairs = [(text, run.data_set(k)) for k, text in zip(documents.ids.tolist(), documents.texts)]
@@ -96,6 +99,17 @@ def rows(run: Attribution, view: View) -> Content:
             view.mask.document(*pair) if corpus is None or view.mask.hides_document(*pair) else None for pair in pairs
         ]
     return Content(data, [Source(run.folder / "all_scores.json", reproduce(run)), _source(run)])
+
+
+def _strongest(documents: Documents) -> Documents:
+    """All documents, or of very many those whose scores for the first query are largest, by id."""
+    if len(documents.ids) <= MOST_DOCUMENTS:
+        return documents
+    kept = np.sort(np.argpartition(-np.abs(documents.scores[0]), MOST_DOCUMENTS)[:MOST_DOCUMENTS])
+    return Documents(
+        documents.ids[kept], documents.scores[:, kept], documents.targets[kept],
+        [documents.texts[k] for k in kept], [documents.steps[k] for k in kept],
+    )  # fmt: skip
 
 
 def carriers(run: Attribution, view: View) -> Content | None:

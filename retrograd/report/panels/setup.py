@@ -48,7 +48,7 @@ def results(run: Attribution, view: View) -> dict[str, Any]:
         "sentence": _sentence(run, view), "settings": _settings(run), "phases": _phases(run), "spreads": shown,
         "ends": [_ends(run, view, column) for column in range(len(run.columns))],
         "columns": run.columns, "per_token": tokens is not None, "files": files(run.folder),
-        "command": reproduce(run),
+        "command": reproduce(run), "left_out": run.left_out,
     }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def judged(
     """
     reasons, bad, good = list[str](), list[str](), list[str]()
     if certificate is None:
-        reasons.append("no independent certificate was made: retrograd verify")
+        reasons.append("no independent certificate was made (retrograd verify)")
     elif certificate["verdict"] == "failed":
         bad.append(f"the certificate failed: {', '.join(certificate['failed'])}")
     else:
@@ -89,7 +89,7 @@ def judged(
         words, held = _agreement(name, part)
         (bad if held is None else good if held else reasons).append(words)
     if not parts:
-        reasons.append("it was not held against retraining: retrograd validate")
+        reasons.append("it was not held against retraining (retrograd validate)")
     ranked = bool(parts) and not bad
     full = ranked and len(good) == len(parts)
     verdict = "do not trust it" if bad else "trust it" if full else "trust the ranking only" if ranked else "not tested"
@@ -99,7 +99,7 @@ def judged(
 def _agreement(name: str, part: dict[str, Any]) -> tuple[str, bool | None]:
     """Words on a query's agreement at one fraction; True: rank and size hold, False: the rank alone, None: neither."""
     one, (low, high) = part["queries"][name], part["interval"]
-    share = f"without {part['fraction']:.3g} of the documents"
+    share = f"without {100 * part['fraction']:.3g} % of the documents"
     if one["lds"] is None or low is None:
         return f"{share} too few sets were retrained to say anything", None
     told = f"LDS {one['lds']:.3f} {share} (mean of the queries {part['mean_lds']:.3f} [{low:.3f}, {high:.3f}])"

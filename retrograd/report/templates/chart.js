@@ -34,7 +34,7 @@ retrograd.chart = (() => {
   }
   function draw(into, chart) {
     const H = chart.height ?? 260, series = chart.series, all = (name) => series.flatMap((one) => one[name] ?? []).filter((value) => value !== null);
-    const x = scale(all("x"), chart.x.log, L, W - R, chart.x.range), y = scale([...all("y"), ...all("low"), ...all("high")], chart.y.log, H - B, T, chart.y.range);
+    const x = scale([...all("x"), ...all("left"), ...all("right")], chart.x.log, L, W - R, chart.x.range), y = scale([...all("y"), ...all("low"), ...all("high")], chart.y.log, H - B, T, chart.y.range);
     const parts = [];
     for (const value of y.ticks) parts.push(svg("line", { class: "grid", x1: L, x2: W - R, y1: y.at(value), y2: y.at(value) }), svg("text", { x: L - 6, y: y.at(value) + 4, "text-anchor": "end" }, number(value)));
     for (const value of x.ticks) parts.push(svg("line", { class: "axis", x1: x.at(value), x2: x.at(value), y1: H - B, y2: H - B + 4 }), svg("text", { x: x.at(value), y: H - B + 17, "text-anchor": "middle" }, number(value)));

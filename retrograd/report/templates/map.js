@@ -188,14 +188,16 @@ retrograd.panel("map", async (root, data, section) => {
     const sums = [0, 0], by = new Map(), [p, q] = [table.scores[x.value], table.scores[y.value]];
     table.arrays.start.forEach((start, piece) => {
       const stop = piece + 1 < table.arrays.start.length ? table.arrays.start[piece + 1] : table.count;
-      let here = 0;
+      let here = 0, size = 0;
       for (let k = start; k < stop; k++) {
         if (!chosen[k]) continue;
         if (!table.isTarget(k)) { chosen[k] = 0; continue; }
         here++;
+        size += p[k] * p[k];
         sums[0] += p[k] * Math.abs(p[k]); sums[1] += q[k] * Math.abs(q[k]);
       }
-      if (here) by.set(table.arrays.document[piece], (by.get(table.arrays.document[piece]) ?? 0) + here);
+      const name = table.arrays.document[piece], before = by.get(name) ?? [0, 0];
+      if (here) by.set(name, [before[0] + here, before[1] + size]);
       count += here;
     });
     sums.forEach((_, k) => { sums[k] *= table.largest[[x, y][k].value] / 32767 ** 2; });
@@ -203,7 +205,7 @@ retrograd.panel("map", async (root, data, section) => {
     pick("status").textContent = count ? `${count.toLocaleString("en")} of ${n.toLocaleString("en")} tokens selected (${percent(count / n, 2)}; ${how}), in ${by.size.toLocaleString("en")} documents. Σ score ${table.labels[x.value]} ${signed(sums[0])}, ${table.labels[y.value]} ${signed(sums[1])} nats. Weights it implies: 1 on these and 0 elsewhere for descent; ${number(n / count)} on each of these for removal.` : "Nothing is selected.";
     pick("save").disabled = !count;
     pick("command").textContent = count ? `then: retrograd select OUT --scores ${table.sources[x.value]} --rule selection --selection selection.json` : "";
-    listed = [...by].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
+    listed = [...by].sort((a, b) => b[1][1] - a[1][1] || a[0] - b[0]);  // by Σ |score| of what is selected
     limit = listed.slice(0, 20).reduce((most, [name]) => Math.max(most, table.largestIn(Number(x.value), name)), 0);
     root.querySelector(".legend").replaceChildren(...(listed.length ? [element("span", { class: "soft" }, `Colours: score for ${table.labels[x.value]}. `), retrograd.scaleOf(limit)] : []));
     pick("list").replaceChildren(); shown = 0; wanted = 5;
@@ -212,7 +214,7 @@ retrograd.panel("map", async (root, data, section) => {
   }
   function grow() {  // a document at a time, so that the page answers meanwhile
     if (shown < Math.min(wanted, listed.length)) {
-      const [name, count] = listed[shown++];
+      const [name, [count]] = listed[shown++];
       pick("list").append(element("div", { class: "document", "data-document": name }, element("p", { class: "soft" }, `document ${name}: ${count} selected`), table.heat(Number(x.value), name, limit, chosen)));
       growing = setTimeout(grow);
     }

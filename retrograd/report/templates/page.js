@@ -20,7 +20,7 @@ const retrograd = (() => {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
     const text = value === 0 || (size >= 1e-3 && size < 1e5) ? String(Number(value.toPrecision(digits))) : value.toExponential(digits - 1).replace(/\.?0+e/, "e").replace("e+", "e");
-    return text.replace("-", "−");
+    return text.replaceAll("-", "−");
   }
   const signed = (value, digits = 3) => (value > 0 ? "+" : "") + number(value, digits);
   const percent = (share, digits = 1) => (100 * share).toFixed(digits) + " %";

@@ -43,7 +43,7 @@ retrograd.panel("rows", async (root, data, section) => {
     const column = data.offset + query;
     limit = table && column < table.labels.length ? order.slice(0, page).reduce((most, k) => Math.max(most, table.largestIn(column, data.ids[k])), 0) : 0;
     const negative = order.filter((k) => scores[k] < 0).length, total = order.reduce((sum, k) => sum + scores[k], 0);
-    count.textContent = `${order.length.toLocaleString("en")} of ${data.ids.length.toLocaleString("en")} documents, ${negative.toLocaleString("en")} of them negative; their scores sum to ${signed(total)} nats`;
+    count.textContent = `${order.length.toLocaleString("en")} of ${data.ids.length.toLocaleString("en")} documents, ${negative.toLocaleString("en")} of them negative; their scores sum to ${signed(total)} nats${data.of > data.ids.length ? `. Of ${data.of.toLocaleString("en")} documents, those of the largest scores for the first query are listed` : ""}`;
     root.querySelector(".legend").replaceChildren(...(limit ? [retrograd.scaleOf(limit)] : []));
     list.replaceChildren(); shown = 0;
     grow(3);
