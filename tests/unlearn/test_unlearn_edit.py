@@ -146,7 +146,7 @@ def test_repselect_by_hand() -> None:
 
 
 def test_elicitation_says_the_forget_rows_again_and_turns_the_direction() -> None:
-    lm, stream = language_model(layers=1), pairs(SELECT)
+    lm, stream = language_model(layers=1), pairs(SELECT, forget_batch=5, retain_batch=3)
     settings = replace(SELECT.defaults, elicit_lr=0.5)
     names = repselect._matrices(settings, lm.module)
     elicited = repselect._elicited(settings, lm, stream, names)
@@ -158,7 +158,7 @@ def test_elicitation_says_the_forget_rows_again_and_turns_the_direction() -> Non
 
 
 def test_what_repselect_cannot_do_is_refused() -> None:
-    lm, stream = language_model(layers=1), pairs(SELECT)
+    lm, stream = language_model(layers=1), pairs(SELECT, forget_batch=5, retain_batch=3)
     with pytest.raises(ValueError, match=r"is more than the budget, 1e-20 nats a token: raise --objective.budget"):
         SELECT.edit(replace(SELECT.defaults, budget=1e-20), lm, reference_of(lm), stream)
     with pytest.raises(ValueError, match="gradient is 0 at every matrix"):
