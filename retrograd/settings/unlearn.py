@@ -72,8 +72,8 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
 
     The methods: grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy,
     weighted_sft, two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, sequential,
-    tuned_lens, checkpoint_transfer, task_arithmetic, or a Python file with a METHOD. Each has settings of its
-    own, --objective.*: `retrograd unlearn METHOD --help` shows them.
+    tuned_lens, checkpoint_transfer, task_arithmetic, representation_edit, repselect, or a Python file with a METHOD.
+    Each has settings of its own, --objective.*: `retrograd unlearn METHOD --help` shows them.
 
     A data set is a hub name or a file, and may be followed by what to read of it, as in
     `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`.

@@ -62,6 +62,8 @@ class Method:
             where it is None.
         fit: (settings, model, reference, stream) → what F needs besides, made before the first step of the model as it
             is and of the rows, whatever they weigh; nothing where it is None.
+        edit: (settings, model, reference, stream) → the parameters that training starts from, where the method makes a
+            change instead of descending F; its runs cannot be attributed.
         no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
             between steps": attribution is then refused with it. Empty where they are, and runs can be attributed.
     """
@@ -89,7 +91,12 @@ class Method:
     schedule: Callable[[Any, Tensor], tuple[Tensor | float, Tensor | float]] | None = None
     at: Callable[[Any, Params, Reference, Tensor, torch.nn.Module], Params] | None = None
     fit: Callable[[Any, CausalLM, Reference, PairStream], Fitted] | None = None
+    edit: Callable[[Any, CausalLM, Reference, PairStream], Params] | None = None
     no_gradient: str = ""
+
+    def __post_init__(self) -> None:
+        if self.edit is not None and not self.no_gradient:
+            raise ValueError(f"{self.name} edits parameters: say in no_gradient why its runs cannot be attributed")
 
     def objective(
         self,
@@ -105,8 +112,7 @@ class Method:
             settings: The method's defaults if not given.
             fitted: From `fitted_to`, where the method has something to fit.
         Raises:
-            ValueError: If a reference or what is fitted is missing, a block is absent, or the settings are another
-                method's.
+            ValueError: If a reference or what is fitted is missing, a block is absent, or settings are another's.
         """
         settings = self.defaults if settings is None else settings
         if not isinstance(settings, type(self.defaults)):

@@ -35,7 +35,7 @@ from retrograd.unlearn.likelihood import (
     wga,
 )
 from retrograd.unlearn.method import Method
-from retrograd.unlearn.weights import task_arithmetic
+from retrograd.unlearn.weights import representation_edit, repselect, task_arithmetic
 
 __all__ = ["METHODS", "find_method"]
 
@@ -43,7 +43,7 @@ _FILES = (
     grad_ascent, grad_diff, npo, simnpo, dpo, undial, wga, satimp, ce_u, max_entropy, topk_entropy, weighted_sft,
     two_phase, circuit_breakers, orth_circuit_breakers, rmu, weighted_ascent_orth, sequential, tuned_lens,
     checkpoint_transfer,
-    task_arithmetic,
+    task_arithmetic, representation_edit, repselect,
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {file.METHOD.name: file.METHOD for file in _FILES}

@@ -80,6 +80,9 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
     guards.check_stream(objective, stream, train.micro_batch_size)
     guards.check_reference(objective, model.params, stream[0])
     start = perturbed(model.params, method.perturb, train.seed) if method.perturb else model.params
+    if method.edit is not None:
+        assert reference is not None, "a method that edits has a reference"
+        start = method.edit(settings, model, reference, stream)
     guards.check_start(objective, start, stream[0])
     nowhere = config.overwrite or not isinstance(config.run, Path)  # a configuration without its folder
     begun = None if nowhere else begun_with(config.run)

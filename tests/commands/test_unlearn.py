@@ -108,12 +108,23 @@ def test_it_is_evaluated_on_its_way_and_judged(world: Path, tmp_path: Path, caps
     assert "run: " in told  # its verdict
 
 
-def test_a_killed_one_goes_on_to_the_same_bits(world: Path, tmp_path: Path) -> None:
+MADE_BEFORE = (
+    "rmu",
+    "sequential",
+    "tuned_lens",
+    "checkpoint_transfer",
+    "task_arithmetic",
+    "repselect",
+)  # what is made again
+
+
+@pytest.mark.parametrize("method", ["npo", *(pytest.param(name, marks=pytest.mark.slow) for name in MADE_BEFORE)])
+def test_a_killed_one_goes_on_to_the_same_bits(method: str, world: Path, tmp_path: Path) -> None:
     more = ["--heartbeat", "0", "--train.epochs", "6"]
-    arguments = command(world, tmp_path / "run", "npo", *more)
+    arguments = command(world, tmp_path / "run", method, *more)
     _kill_after(arguments, tmp_path / "run", 4)
     assert main(arguments) == 0
-    assert main(command(world, tmp_path / "whole", "npo", *more)) == 0
+    assert main(command(world, tmp_path / "whole", method, *more)) == 0
     ours, whole = final(tmp_path / "run"), final(tmp_path / "whole")
     assert all(torch.equal(x, whole[name]) for name, x in ours.items())
 

@@ -25,7 +25,7 @@ from retrograd.unlearn.settings import RetainTerm, Settings, chosen_blocks
 from retrograd.unlearn.terms import Terms, flat, forget_term, top
 from retrograd.unlearn.view import Side, View
 
-__all__ = ["METHOD", "SequentialSettings"]
+__all__ = ["METHOD", "SequentialSettings", "of_blocks"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def _parameters(module: nn.Module, blocks: list[nn.Module]) -> set[str]:
     return {name for name, p in module.named_parameters() if id(p) in inside}
 
 
-def _blocks(settings: SequentialSettings, module: nn.Module) -> Collection[str]:
+def of_blocks(settings: Settings, module: nn.Module) -> Collection[str]:
+    """Names of all parameters of the blocks: what is trained where embeddings, final norm and head are fixed."""
     return _parameters(module, decoder_blocks(module))
 
 
@@ -86,6 +87,6 @@ METHOD = Method(
     reference=True,
     adapters=True,
     rank=1 / 256,  # 16 of width 4096
-    trained=_blocks,
+    trained=of_blocks,
     at=_stitched,
 )

@@ -3,7 +3,9 @@
     F = mean_l (1/Z) Σ w·(logsumexp z_l − mean z_l)/log V        z_l = head(norm(h_l + A_l h_l + b_l))
 
 The lenses A_l, b_l are trained on the forget rows before the first step (`retrograd.unlearn.lens`) and fixed from then
-on, with norm and head; of the last block z_l is the model's own. A resumed run trains them again, to the same bits.
+on, with norm and head; of the last block z_l is the model's own. Only blocks are trained, or adapters.
+A resumed run trains the lenses again, to the same bits.
+
 What is broken may be this way of reading alone: try another one on the result, such as a lens trained anew.
 """
 
@@ -16,6 +18,7 @@ import torch
 from retrograd.data.pairs import PairStream
 from retrograd.lm.model import CausalLM
 from retrograd.lm.outputs import decoder_blocks
+from retrograd.unlearn.activation.sequential import of_blocks
 from retrograd.unlearn.lens import fit_lens
 from retrograd.unlearn.method import Method
 from retrograd.unlearn.reference import Fitted, Reference
@@ -69,5 +72,6 @@ METHOD = Method(
     logits=False,
     adapters=True,
     rank=1 / 256,  # 16 of width 4096
+    trained=of_blocks,
     fit=_fit,
 )
