@@ -44,6 +44,7 @@ from retrograd.settings.tasks import tasks_from
 from retrograd.settings.train import difference, to_dict
 from retrograd.settings.unlearn import UnlearnConfig
 from retrograd.trust.smoothness import metasmoothness
+from retrograd.unlearn.methods import find_method
 from retrograd.unlearn.setup import assemble
 
 __all__ = ["harden"]
@@ -126,7 +127,7 @@ def _world(config: HardenConfig) -> _World:
     if given.weights:
         raise ValueError(f"{config.run} has --weights of its own, which learnt ones would replace: give a run without")
     for one in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
-        check_chain(one, given)
+        check_chain(one, given, whole=find_method(given.method).trained is None)
     unlearning = dataclasses.replace(
         given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), log=(),
         queries=forget_queries(tasks_from(material.tasks), config.limit), export=False, heartbeat=config.heartbeat,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from retrograd.data.documents import load_documents
-from retrograd.experiment.tasks import dataset_of
+from retrograd.experiment.tasks import dataset_of, texts_in
 from retrograd.settings.experiment import ExperimentSpec, Match
 from retrograd.settings.question import Source
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
@@ -41,11 +41,11 @@ def tuning_value(match: Match, measure: str, outcome: dict[str, Any], base: dict
         return math.inf if value is None and outcome["finite"] is False else value
     side = "retain" if match == "utility" else "forget"
     accuracy = outcome["accuracy"][side]
+    if accuracy is None and outcome["finite"] is False:
+        return math.inf
     if side == "forget":
         return None if accuracy is None else 1 - accuracy
     known = None if base is None else base["accuracy"][side]
-    if accuracy is None and outcome["finite"] is False:
-        return math.inf
     return None if accuracy is None or known is None else known - accuracy
 
 
@@ -82,6 +82,13 @@ def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
             yield f"scores {name}", path
         for query, one in scores.queries.items():
             yield f"query {query} of scores {name}", str(one.dataset)
+    settings = {"settings of all methods": spec.settings,
+                **{f"method {name}": one.settings for name, one in spec.methods.items()},
+                **{f"scores {name}": one.settings for name, one in spec.scores.items()}}  # fmt: skip
+    for who, values in settings.items():
+        for text in texts_in(values):
+            if text == spec.never or Path(text).exists():  # a teacher, say
+                yield who, text
     for name, task in spec.tune.tasks.items():
         yield f"tune task {name}", task.dataset
     for text in spec.tune.rows:

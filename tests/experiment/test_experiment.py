@@ -198,6 +198,8 @@ SAME = {"dataset": "${world}/q_report_go.jsonl", "form": "cloze"}
     ({"base": "${nothing}"}, "a word that `names` does not have"),
     ({"corpora": {"forget": ["${world}/report.jsonl"]}}, "4 documents or questions are in `report`"),
     ({"base": "${world}/never"}, "the model that never knew"),
+    ({"methods": {"checkpoint_transfer": {"objective": {"teacher": "${world}/never"}}}},
+     "method checkpoint_transfer reads"),
     ({"scores": {"asked": {"queries": {"go": SAME}}}, "weightings": {"uniform": {}}}, "query go of scores asked reads"),
     ({"match": "utility", "tune": {**arms.tuning(), "tasks": {"x": {**SAME, "role": "forget"}}}}, "tune task x reads"),
     ({"seeds": [1, 1]}, "seeds that differ"),
