@@ -119,7 +119,11 @@ class Maker:
                 weights.append(made.name)
         chosen = f"-{setting[1]:g}" if setting else ""
         read = [self.spec.base, *(dataset_of(text) for text in (*config.forget, *config.retain, *config.alternative))]
-        what = {"method": config.method, "settings": to_dict(config), "weights": weights or [ONES] * len(config.forget)}
+        what: dict[str, Any] = {
+            "method": config.method,
+            "settings": to_dict(config),
+            "weights": weights or [ONES] * len(config.forget),
+        }
         if config.method.endswith(".py"):
             read.append(config.method)
         read += [text for text in texts_in(what["settings"]["objective"]) if Path(text).exists()]  # a teacher, say

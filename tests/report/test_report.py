@@ -242,9 +242,7 @@ def test_nothing_of_a_corpus_to_forget_is_in_the_page(world: Path, unlearned: Pa
     assert any("samples" in name for name in found)
 
 
-def test_the_corpora_of_every_model_that_is_evaluated_are_hidden(
-    world: Path, unlearned: Path, tmp_path: Path
-) -> None:
+def test_the_corpora_of_every_model_that_is_evaluated_are_hidden(world: Path, unlearned: Path, tmp_path: Path) -> None:
     """An evaluation of two runs that forgot different corpora."""
     evaluation = shutil.copytree(unlearned / "evaluation", tmp_path / "evaluation")
     about = json.loads((evaluation / "evaluation.json").read_text())
