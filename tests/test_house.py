@@ -65,6 +65,8 @@ def test_the_kernel_imports_torch_only_and_prints_nothing(path: Path) -> None:
 def test_tests_mirror_the_rooms() -> None:
     rooms = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
     assert rooms <= set(RANK), f"folders of tests without a room: {rooms - set(RANK)}"
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}, "pytest imports one of a name"
 
 
 TOO_LONG: set[str] = set()  # files that wait for being parted: none

@@ -18,7 +18,7 @@ from retrograd.data.documents import load_documents
 __all__ = ["Mask", "corpus_mask", "nothing_masked", "words_of"]
 
 BLOT = "▒"
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[^\W_]+")
 
 
 class Mask:
@@ -87,8 +87,8 @@ def corpus_mask(forget: Sequence[dict[str, Any]], retain: Sequence[dict[str, Any
 
 
 def words_of(text: str) -> set[str]:
-    """The words of a text that have a letter, in lower case."""
-    return {word.casefold() for word in _WORD.findall(text) if not word.isdecimal()}
+    """The words of a text in lower case, but for numbers and single letters."""
+    return {word.casefold() for word in _WORD.findall(text) if len(word) > 1 and not word.isdecimal()}
 
 
 def _texts(source: dict[str, Any]) -> Iterator[str]:

@@ -120,7 +120,7 @@ def test_divergence_is_the_mean_over_targets_of_plain_kl(done: Path, world: Path
 
 @pytest.mark.slow
 def test_matching_utility_and_forgetting_on_real_models(world: Path, tmp_path: Path) -> None:
-    """The logic is tested in test_plan.py; here every part is real."""
+    """The logic is tested in test_arms.py; here every part is real."""
     file = arms.write(tmp_path / "one.yaml", match=["utility", "forgetting"],
                       tune=arms.tuning(tolerance=0.5, target=0.9), weightings={"uniform": {}})  # fmt: skip
     assert run(file, tmp_path / "out", world) == 0

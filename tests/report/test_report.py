@@ -24,7 +24,7 @@ from reporting import (
 
 from retrograd.cli import main
 from retrograd.report.corpus import shown_tokens
-from retrograd.report.mask import BLOT, Mask, hidden, nothing_masked
+from retrograd.report.mask import BLOT, Mask, hidden, nothing_masked, words_of
 from retrograd.report.pack import pack, quantise, unpack, unquantise
 from retrograd.report.page import as_json
 from retrograd.report.panels import PANELS
@@ -275,7 +275,8 @@ def test_words_are_hidden_across_tokens() -> None:
     mask = Mask(frozenset({"zyntha"}), frozenset(), frozenset())
     found, words = shown_tokens(tokens, mask, np.zeros(0, np.int64))
     assert [words[k] for k in found] == ["the ", BLOT, BLOT, " sat", " zyn", "c"]
-    assert mask.text("The Zyntha, zynthas") == f"The {BLOT * 6}, zynthas"
+    assert mask.text("The Zyntha, zynthas, a_zyntha_b") == f"The {BLOT * 6}, zynthas, a_{BLOT * 6}_b"
+    assert words_of("The miner's 12 caves, A4") == {"the", "miner", "caves", "a4"}
     everything, blots = shown_tokens(tokens, mask, np.array([0]))
     assert blots == [BLOT]
     assert not everything.any()

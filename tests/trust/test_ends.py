@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -31,7 +30,7 @@ CASES = {
 def test_files_and_summary_call_things_by_their_sign(tmp_path: Path, case: str) -> None:
     values, low, high, lowest, highest = CASES[case]
     rows = build_rows(datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4}), None)
-    scores, steps = torch.tensor([values]), np.arange(4)[None]
+    scores, steps = torch.tensor([values]), [[k] for k in range(4)]
     order = ranked(scores, rows, steps, [f"text {k}" for k in range(4)])
     assert [one.doc_id for one in proponents(order, 50)] == low
     assert [one.doc_id for one in detractors(order, 50)] == high

@@ -84,6 +84,6 @@ def texts_of(settings: dict[str, Any], count: int, mask: Mask) -> tuple[list[dic
         return [], f"{settings['dataset']} is not what was asked: {len(documents)} rows for {count} questions"
     return [
         {"question": mask.text(str(one["question"])), "choices": [mask.text(str(text)) for text in one["choices"]],
-         "subject": one.get("subject")}
+         "subject": mask.text(str(one.get("subject") or ""))}
         for one in documents.select(range(min(MOST, count)))
     ], ""  # fmt: skip
