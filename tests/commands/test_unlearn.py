@@ -64,7 +64,7 @@ def alternatives(world: Path, method: str) -> list[str]:
     return ["--alternative", str(world / "other.jsonl")] if METHODS[method].alternatives else []
 
 
-QUICK = ("grad_diff", "npo", "dpo", "orth_circuit_breakers", "rmu", "task_arithmetic")  # one of each kind
+QUICK = ("grad_diff", "npo", "dpo", "orth_circuit_breakers", "rmu")  # one of each kind
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
 
 
