@@ -10,9 +10,11 @@ from typing import Any
 import arms
 import pytest
 
+from retrograd.experiment import measure as measuring
 from retrograd.experiment.plan import Plan, planned
 from retrograd.experiment.seen import tuning_value
 from retrograd.experiment.tasks import Maker, Task
+from retrograd.runs.errors import RunError
 from retrograd.settings.experiment import read_experiment
 
 
@@ -174,3 +176,18 @@ def test_a_teacher_that_changed_makes_another_task(world: Path, tmp_path: Path) 
     assert first == trained()
     (teacher / "config.json").write_text("{} ")
     assert not first & trained()
+
+
+def test_a_full_disk_is_no_missing_answer(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stay missing: the task would be done."""
+    asked = maker_of(world, tmp_path).measure(str(world / "base"), "report")
+
+    def full(*given: Any) -> None:
+        raise RunError("the disk is full while writing x")
+
+    for write in ("write_measured", "write_table"):
+        with monkeypatch.context() as patched:
+            patched.setattr(measuring, write, full)
+            with pytest.raises(RunError, match="the disk is full"):
+                measuring.measure(asked.what, str(world / "base"), tmp_path / "answers")
+    assert not measuring.measure(asked.what, str(world / "base"), tmp_path / "answers")["missing"]
