@@ -172,6 +172,7 @@ def test_adapters_are_merged(world: Path, tmp_path: Path) -> None:
     assert before.params.keys() == after.params.keys()
 
 
+@pytest.mark.slow
 def test_a_method_whose_source_trains_adapters_does(world: Path, tmp_path: Path) -> None:
     """Rank and scale are its own for the model's width; those that are named, and 0, are taken instead."""
     found = {}
