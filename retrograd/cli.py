@@ -80,7 +80,7 @@ _COMMANDS = {
         AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
     ),
     "report": _Command(
-        ReportConfig, "one offline page for a run, several, an evaluation, an experiment", "commands.report", "PATH…"
+        ReportConfig, "one offline page about runs, evaluations, experiments and attacks", "commands.report", "PATH…"
     ),
     "harden": _Command(
         HardenConfig, "weights of forget documents, learnt through unlearning and attack", "commands.harden", "OUT"

@@ -152,7 +152,7 @@ def _latent(one: dict[str, Any]) -> str:
     if last is None or one["role"] == "filtered":
         return "–"
     low, high = last["interval"]
-    return f"{100 * last['value']:+.0f} ({100 * low:+.0f}–{100 * high:+.0f})"
+    return f"{100 * last['value']:+.0f} ({100 * low:+.0f} to {100 * high:+.0f})"
 
 
 def _percent(value: float | None) -> str:

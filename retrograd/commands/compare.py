@@ -33,15 +33,24 @@ def compare(config: CompareConfig, console: Console | None = None) -> None:
     output = config.output or config.folders[0]
     write_json(output / "compare.json", {"utility": config.utility, **found})
     _write_parquet(output / "compare.parquet", found["table"])
-    sections = _sections(found)
+    every = _sections(found)
+    sections = [section for section in every if section[2]]
+    empty = ", ".join(title.split(",")[0].split(":")[0].lower() for title, _, rows in every if not rows)
+    missing = (
+        f"No {empty}: they take attacks that bring back the shallow model and are no probes, and models that kept their "
+        "general ability."
+    )
     text = f"# Models under attack\n\nGeneral accuracy lost at most: {config.utility:g}.\n\n"
     text += "".join(f"## {title}\n\n{markdown_table(head, rows)}\n" for title, head, rows in sections)
+    text += f"{missing}\n" if empty else ""
     write_atomic(output / "compare.md", partial(Path.write_text, data=text, encoding="utf8"))
     for title, head, rows in sections:
         table = Table(*head, title=title)
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    if empty:
+        console.print(missing)
     console.print(f"{output}: compare.json, compare.parquet and compare.md")
 
 

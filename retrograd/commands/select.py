@@ -66,12 +66,12 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
         if _done(config.out, settings):  # by another process, while this one was reading
             return _told(config.out, console)
         _write(arms, forget, record)
-    return show(files.info(config.out), console)
+    return show(files.info(config.out), config.out, console)
 
 
 def _told(out: Path, console: Console) -> dict[str, Any]:
     console.print(f"{out} is done; this is what it holds. Delete the folder to select again.")
-    return show(files.info(out), console)
+    return show(files.info(out), out, console)
 
 
 _NOT_THE_SELECTION = ("out", "trust_code")

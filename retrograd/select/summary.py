@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,8 +38,8 @@ def counted(weights: Tensor, kept: list[int] | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(info: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Print what info.json says, and return it."""
+def show(info: dict[str, Any], out: Path, console: Console) -> dict[str, Any]:
+    """Print what the info.json in `out` says, and what takes the weights; return it."""
     data, signs = info["data"], info["signs"]
     items = "documents" if signs["items"] != data["real_tokens"] else "real tokens"
     console.print(Text(
@@ -60,7 +61,12 @@ def show(info: dict[str, Any], console: Console) -> dict[str, Any]:
     console.print(table)
     console.print(Text(info["meaning"], style="dim"))
     if info["rule"] == "documents":
-        console.print(f"{info['counts']['documents']} documents are kept; they are also in documents.jsonl.")
+        console.print(Text(f"{info['counts']['documents']} documents are kept; they are also in {out}/documents.jsonl."))
+    console.print(Text(
+        f"`retrograd unlearn {'weighted_sft' if info['use'] == 'descent' else 'METHOD'}` takes them for the same data set: "
+        f"--weights {out}"
+        + (f", and a control's: --weights {out}/controls/{next(iter(info['controls']))}" if info["controls"] else "")
+    ))  # fmt: skip
     return info
 
 

@@ -21,7 +21,7 @@ __all__ = ["DESCENT", "REMOVAL", "documents", "info", "read", "write"]
 
 DESCENT = (
     "Weights of the token loss, which training descends: a positive weight lowers the token's loss, a negative weight "
-    "raises it (ascent). For methods of the cross-entropy family."
+    "raises it (ascent). For weighted_sft, which descends it; methods that ascend or take shares want --use removal."
 )
 REMOVAL = (
     "How much of the forget term a token gets: 0 or more, as many in sum as there are real tokens. A larger weight "

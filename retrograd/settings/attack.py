@@ -191,7 +191,7 @@ class AttackConfig:
     never knew (filtered), one that knows nothing (random), and one whose unlearning is known to be shallow.
     """
 
-    out: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the attacks. Running again does what is not done; further models and suites may join."""
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Unlearned model: hub name or local folder; may be given several times."""
@@ -258,7 +258,7 @@ class AttackConfig:
 class CompareConfig:
     """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
 
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH…")] = tyro.MISSING
     """Folders of `retrograd attack`."""
     output: Path | None = None
     """Where compare.json, .parquet and .md go; the first folder when None."""

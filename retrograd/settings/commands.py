@@ -22,7 +22,7 @@ __all__ = [
 class QueryRunConfig:
     """Ask a trained run another question: its scores from the kept states, without training again."""
 
-    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a finished run. With `--replay.keep` its states or gradients are on disk; otherwise it is replayed."""
     name: str | None = None
     """Name of the query; its files go to RUN/queries/NAME."""
@@ -39,7 +39,7 @@ class QueryRunConfig:
 class ValidateConfig:
     """Retrain without random subsets and compare with what the scores predict: LDS, Pearson, slope."""
 
-    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a finished run."""
     subsets: int = 50
     """Random subsets for each fraction. Asking for more later reuses those that are done."""
@@ -101,7 +101,7 @@ class VerifyConfig:
     The verdict is certified, partly certified (with what is missing) or failed.
     """
 
-    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of a finished run."""
     steps: int = 6
     """Steps of the shortened run that is checked in float64; 0 leaves that check out."""
@@ -119,7 +119,7 @@ class VerifyConfig:
 class LabConfig:
     """Build a fictional world: corpora, questions, a model that knows it and one that never saw a part of it."""
 
-    dir: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")] = tyro.MISSING
     """Folder of the lab. Running again continues, or answers that it is done."""
     seed: int = 0
     """Of the world, the untrained model and the order of training rows."""
@@ -150,7 +150,7 @@ class EvaluateConfig:
     Exit code 0 if everything was measured, 1 if something is missing; the same command tries what is missing again.
     """
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = tyro.MISSING
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL…")] = tyro.MISSING
     """Causal language models: hub names or local folders."""
     output: Path = tyro.MISSING
     """Folder of the results. Running again does what is not done; further models may join."""

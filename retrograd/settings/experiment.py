@@ -38,9 +38,9 @@ class ExperimentConfig:
     and started again, they do what is missing.
     """
 
-    file: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = tyro.MISSING
     """YAML file: base, corpora, scores, weightings, methods, seeds, match, tune, report. See docs/experiment.md."""
-    out: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the experiment. A changed file may use the same folder: what is the same is not computed again."""
     workers: int = 1
     """Workers that this call starts, itself one of them."""

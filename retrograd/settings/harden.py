@@ -23,7 +23,7 @@ class HardenConfig:
     documents, for `retrograd unlearn --weights`.
     """
 
-    out: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder. Running again goes on, further iterations may be asked for."""
     run: Path = tyro.MISSING
     """Folder of a finished `retrograd unlearn`: what is to be hardened. Full training, in float32 or float64."""

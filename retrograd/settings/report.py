@@ -13,13 +13,13 @@ __all__ = ["ReportConfig"]
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One page that opens offline: of a run, several runs, an evaluation, an experiment, or any of them together.
+    """One page that opens offline: of runs, evaluations, experiments and attacks, one or any of them together.
 
     Text of a corpus to forget is masked, with its hash and its length: that of --forget, and that of each run of
     `retrograd unlearn` among the folders, or which a folder's models were made with.
     """
 
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = tyro.MISSING
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH…")] = tyro.MISSING
     """Folders of `retrograd magic`, `train`, `unlearn`, `evaluate`, `experiment` or `attack`. Token runs on the same
     rows share one map."""
     output: Path | None = None

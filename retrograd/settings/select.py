@@ -49,7 +49,7 @@ class SelectConfig:
     it raises that loss. Strengths: p = max(0, −score) of --scores, g = max(0, −score) of --against.
     """
 
-    out: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the selection. Running again answers that it is done."""
     scores: tuple[str, ...] = tyro.MISSING
     """Scores of what is to go: RUN, RUN:query or RUN:query/column, or a file of another method: .pt, .npy, .parquet
@@ -65,8 +65,8 @@ class SelectConfig:
     selection: the tokens of --selection."""
     use: Use = "descent"
     """descent: weights of the token loss, which training descends: negative on proponents means ascent. Signed, for
-    methods of the cross-entropy family alone. removal: how much of a forget term a token gets, 0 or more, larger for
-    stronger proponents, as many in sum as there are real tokens: for every method."""
+    `unlearn weighted_sft`. removal: how much of a forget term a token gets, 0 or more, larger for stronger proponents,
+    as many in sum as there are real tokens: for every other method."""
     alpha: float = 1.0
     """α of two_objective, documents, and with --against of top_q: what a unit of retain strength costs."""
     soft: float | None = None

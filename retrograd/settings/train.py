@@ -134,7 +134,7 @@ class LoraConfig:
 class RunConfig:
     """What every run in a folder has in common, whatever it is trained on."""
 
-    run: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Folder of the run. Running again continues, or answers that it is done."""
     model: str = tyro.MISSING
     """Causal language model: hub name or local folder."""

@@ -179,7 +179,12 @@ def _weights(config: UnlearnConfig, method: Method, forget: Sequence[Rows], othe
     for name, rows in zip(config.weights, forget, strict=True):
         part = torch.ones(len(rows), longest)
         if name != ONES:
-            read = weights_file.read(Path(name), rows, signed=method.signed)
+            read = weights_file.read(Path(name), rows, signed=method.signed and not _reversed(method, Path(name)))
             part[:, : read.shape[1]] = read[:, :longest]
         parts.append(part)
     return torch.cat([*parts, *(torch.ones(len(rows), longest) for rows in others)])
+
+
+def _reversed(method: Method, weights: Path) -> bool:
+    """Whether weights are for descent and the method ascends: what they mean to unlearn it would teach."""
+    return not method.descends and weights_file.info(weights)["use"] == "descent"

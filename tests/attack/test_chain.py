@@ -121,6 +121,7 @@ def test_scores_are_what_retraining_both_measures(attacked: Path, world: Path, t
         assert abs(float((a - b) / (2 * h)) / measured - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_sets_left_out_are_retrained_and_held_against_the_scores(attacked: Path, world: Path, tmp_path: Path) -> None:
     run = place_of(attacked) / "unlearn"
     lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]

@@ -172,6 +172,7 @@ def test_adapters_are_merged(world: Path, tmp_path: Path) -> None:
     assert before.params.keys() == after.params.keys()
 
 
+@pytest.mark.slow
 def test_a_method_whose_source_trains_adapters_does(world: Path, tmp_path: Path) -> None:
     """Rank and scale are its own for the model's width; those that are named, and 0, are taken instead."""
     found = {}
@@ -210,6 +211,8 @@ def test_a_model_whose_modules_to_adapt_are_unknown_is_refused(
 
 @pytest.mark.parametrize("method,more,told", [
     ("npo", ["--weights", "{0}/signed"], "and this method takes none"),
+    ("grad_diff", ["--weights", "{0}/signed"], "select with --use removal"),  # its ascent would teach the proponents
+    ("task_arithmetic", ["--weights", "{0}/signed"], "select with --use removal"),
     ("npo", ["--weights", "{0}/nothing"], "the forget set is empty"),
     ("npo", ["--weights", "{0}/ones", "--max_length", "3"], "weighs another data set"),
     ("npo", ["--weights", "{0}/ones", "--weights", "ones"], "2 --weights for 1 --forget"),

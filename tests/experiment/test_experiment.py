@@ -221,6 +221,7 @@ def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path, caps
     assert "is no experiment" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scores_of_a_training_that_held_the_corpus_are_those_of_its_rows_there(world: Path, tmp_path: Path) -> None:
     """Rows in another order, among others, each with an end of sequence of its own."""
     from retrograd.runs.scores import read_scores

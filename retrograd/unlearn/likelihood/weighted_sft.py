@@ -36,4 +36,5 @@ METHOD = Method(
     defaults=WeightedSFTSettings(),
     forget=_forget,
     signed=True,
+    descends=True,
 )
