@@ -37,8 +37,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> None:
     sections = [section for section in every if section[2]]
     empty = ", ".join(title.split(",")[0].split(":")[0].lower() for title, _, rows in every if not rows)
     missing = (
-        f"No {empty}: they take attacks that bring back the shallow model and are no probes, and models that kept their "
-        "general ability."
+        f"No {empty}: they take attacks that bring back the shallow model and are no probes, and models that kept "
+        "their general ability."
     )
     text = f"# Models under attack\n\nGeneral accuracy lost at most: {config.utility:g}.\n\n"
     text += "".join(f"## {title}\n\n{markdown_table(head, rows)}\n" for title, head, rows in sections)

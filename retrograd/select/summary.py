@@ -61,9 +61,11 @@ def show(info: dict[str, Any], out: Path, console: Console) -> dict[str, Any]:
     console.print(table)
     console.print(Text(info["meaning"], style="dim"))
     if info["rule"] == "documents":
-        console.print(Text(f"{info['counts']['documents']} documents are kept; they are also in {out}/documents.jsonl."))
+        kept = info["counts"]["documents"]
+        console.print(Text(f"{kept} documents are kept; they are also in {out}/documents.jsonl."))
+    method = "weighted_sft" if info["use"] == "descent" else "METHOD"
     console.print(Text(
-        f"`retrograd unlearn {'weighted_sft' if info['use'] == 'descent' else 'METHOD'}` takes them for the same data set: "
+        f"`retrograd unlearn {method}` takes them for the same data set: "
         f"--weights {out}"
         + (f", and a control's: --weights {out}/controls/{next(iter(info['controls']))}" if info["controls"] else "")
     ))  # fmt: skip
