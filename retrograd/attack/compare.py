@@ -2,7 +2,8 @@
 
     after       forget accuracy at the attack's step that is the worst for the model while general ability holds; chosen
                 on half of the questions, told on the other half
-    pair        two models under the same attack: the paired difference of `after`, on the same questions
+    pair        two models under the same attack: the paired difference of `after`, on the same questions; its interval
+                draws their clusters again, McNemar's p takes each by itself
     front       models that no other one beats in forget accuracy (lower) and general ability (higher) at once, before
                 attacks and after the worst of them
     rank        1 for the lowest `after` under an attack; its mean over attacks, with an interval over attacks and
@@ -25,7 +26,7 @@ import numpy as np
 from retrograd.attack.course import Course, read_course
 from retrograd.attack.findings import findings
 from retrograd.attack.folder import Attacked, read_folder
-from retrograd.attack.recovery import means, selected
+from retrograd.attack.recovery import means, resampled, selected
 from retrograd.evaluate.intervals import compare, wilson
 from retrograd.runs.manifest import Manifest
 from retrograd.settings.tasks import tasks_from
@@ -174,15 +175,17 @@ def _pairs(faced: Sequence[Faced], after: dict[tuple[str, str], _After | None]) 
     """Every two models under every attack that both met: the second minus the first."""
     attacks = dict.fromkeys(one.attack for one in faced)
     for attack in attacks:
-        models = [one.model for one in faced if one.attack == attack and one.role in ("model", "filtered")]
+        met = [one for one in faced if one.attack == attack]
+        clusters = met[0].course.clusters
+        models = [one.model for one in met if one.role in ("model", "filtered")]
         for first, second in itertools.combinations(dict.fromkeys(models), 2):
             a, b = after[first, attack], after[second, attack]
             if a is None or b is None:
                 continue
             assert (a.reported == b.reported).all(), "the halves are drawn alike"
-            found = compare(a.right, b.right)
-            yield {"attack": attack, "first": first, "second": second, "difference": found.difference,
-                   "interval": list(found.interval), "p": found.p}  # fmt: skip
+            found = resampled(b.right - a.right, clusters[a.reported])
+            yield {"attack": attack, "first": first, "second": second, "difference": found.value,
+                   "interval": list(found.interval), "p": compare(a.right, b.right).p}  # fmt: skip
 
 
 def _fronts(faced: Sequence[Faced], after: dict[tuple[str, str], _After | None]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from retrograd.evaluate.intervals import Interval, wilson
 
 __all__ = [
     "Gap", "Measure", "Reached", "area", "draws", "gap_of", "latent_rise", "means", "recovered", "recovery_measures",
-    "recovery_step", "selected",
+    "recovery_step", "resampled", "selected",
 ]  # fmt: skip
 
 RESAMPLES = 2000
@@ -155,6 +155,16 @@ def recovery_measures(
     return {name: Measure(value, _percentiles(resampled)) for name, (value, resampled) in found.items()}
 
 
+def resampled(values: np.ndarray, clusters: np.ndarray) -> Measure:
+    """The mean of a number for each question, drawing clusters again.
+
+    Args:
+        values, clusters: [n].
+    """
+    weights, values = draws(clusters), np.asarray(values, float)
+    return Measure(float(values.mean()), _percentiles(weights @ values / weights.sum(1)))
+
+
 def latent_rise(right: np.ndarray, never: np.ndarray, clusters: np.ndarray) -> list[Measure | None]:
     """By evaluation: the rise since the start beyond that of the model that never knew; None where one failed.
 
@@ -165,14 +175,7 @@ def latent_rise(right: np.ndarray, never: np.ndarray, clusters: np.ndarray) -> l
     """
     right, never = np.asarray(right, float), np.asarray(never, float)
     rise = (right - right[:1]) - (never - never[:1])
-    weights = draws(clusters)
-    found: list[Measure | None] = []
-    for one in rise:
-        if np.isnan(one).any():
-            found.append(None)
-            continue
-        found.append(Measure(float(one.mean()), _percentiles(weights @ one / weights.sum(1))))
-    return found
+    return [None if np.isnan(one).any() else resampled(one, clusters) for one in rise]
 
 
 def selected(values: Sequence[np.ndarray], clusters: np.ndarray, seed: int = 0) -> tuple[int, np.ndarray] | None:

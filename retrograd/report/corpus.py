@@ -113,7 +113,7 @@ def _hidden(tokens: Tokens, mask: Mask, already: np.ndarray) -> np.ndarray:
             found[start:stop] = True
             continue
         ends = np.cumsum([len(text) for text in texts])
-        for first, last in mask.spans(text):
+        for first, last in mask.spans(text, cut=True):
             found[start + np.searchsorted(ends, first, "right") : start + np.searchsorted(ends, last, "left") + 1] = (
                 True
             )

@@ -7,6 +7,7 @@ words (templates/grammar.txt). That is strict: a word is hidden even where it st
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ class Mask:
 
     def __init__(self, words: frozenset[str], texts: frozenset[str], data_sets: frozenset[str]) -> None:
         self.words, self.texts, self.data_sets = words, texts, data_sets
+        self._ordered = sorted(words)
 
     def __bool__(self) -> bool:
         return bool(self.words or self.texts or self.data_sets)
@@ -36,7 +38,7 @@ class Mask:
 
     def document(self, text: str, data_set: Any = None) -> str:
         """A document as it may be shown."""
-        return hidden(text) if self.hides_document(text, data_set) else self.text(text)
+        return hidden(text) if self.hides_document(text, data_set) else self.text(text, cut=True)
 
     def hides_document(self, text: str, data_set: Any) -> bool:
         """Whether a document is hidden whole."""
@@ -46,19 +48,25 @@ class Mask:
         """Whether a text is a document, or a column of one, of a corpus to forget."""
         return bool(self.texts) and _plain(text) in self.texts
 
-    def text(self, text: str) -> str:
-        """Any other text as it may be shown."""
+    def text(self, text: str, *, cut: bool = False) -> str:
+        """Any other text as it may be shown. cut: whether it may end within a word."""
         found, end = [], 0
-        for start, stop in self.spans(text):
+        for start, stop in self.spans(text, cut=cut):
             found += [text[end:start], BLOT * (stop - start)]
             end = stop
         return "".join([*found, text[end:]])
 
-    def spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where hidden words stand in a text."""
+    def spans(self, text: str, *, cut: bool = False) -> Iterator[tuple[int, int]]:
+        """Where hidden words stand in a text, and at its end, if it may be cut, the beginning of one."""
         for match in _WORD.finditer(text) if self.words else ():
-            if match.group().casefold() in self.words:
+            word = match.group().casefold()
+            if word in self.words or (cut and match.end() == len(text) and self._begins(word)):
                 yield match.span()
+
+    def _begins(self, word: str) -> bool:
+        """Whether a hidden word begins with these letters, of which there are enough to tell."""
+        place = bisect.bisect_left(self._ordered, word)
+        return len(word) > 2 and place < len(self._ordered) and self._ordered[place].startswith(word)
 
 
 def hidden(text: str) -> str:

@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 
-from retrograd.attack.compare import compared, front, read_faced
+from retrograd.attack.compare import _after, compared, front, read_faced
 from retrograd.attack.course import read_course
 from retrograd.attack.findings import findings, unseen
 from retrograd.attack.folder import claim_folder, read_folder
 from retrograd.attack.material import Material
+from retrograd.attack.recovery import resampled
 from retrograd.attack.tell import write_findings
 from retrograd.cli import main
 from retrograd.evaluate.answers import write_measured
@@ -244,6 +245,14 @@ def test_models_are_compared_on_the_same_questions(out: Path, capsys: pytest.Cap
     sign = 1 if pair["second"] == names["leaky"] else -1
     assert sign * pair["difference"] > 0.1
     assert pair["p"] < 0.05
+    faced = {one.model: one for one in read_faced([out], 0.05) if one.attack == pair["attack"]}
+    one, two = (_after(faced[pair[which]]) for which in ("first", "second"))
+    assert one is not None
+    assert two is not None
+    clusters = faced[pair["first"]].course.clusters[one.reported]
+    assert len(set(clusters)) < len(clusters)
+    assert pair["interval"] == list(resampled(two.right - one.right, clusters).interval)
+    assert np.ptp(pair["interval"]) > 0
     assert names["filtered"] in found["fronts"]["after"]["front"]
     assert names["shallow"] not in found["fronts"]["after"]["front"]
     ranks = found["ranks"]

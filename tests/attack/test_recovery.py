@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from retrograd.attack import recovery
-from retrograd.attack.recovery import Reached
+from retrograd.attack.recovery import Reached, resampled
 
 N = 40
 BASE = np.ones(N)
@@ -120,3 +120,10 @@ def test_the_worst_case_is_reported_on_questions_it_was_not_chosen_by() -> None:
     halves = recovery.selected([better[0]], np.repeat(np.arange(10), 4))
     assert halves is not None
     assert (halves[1].reshape(10, 4) == halves[1].reshape(10, 4)[:, :1]).all()
+
+
+def test_questions_of_one_cluster_count_as_one() -> None:
+    values = np.repeat([1.0, 0.0, 0.0, 1.0, 0.0], 8)
+    whole, apart = resampled(values, np.repeat(range(5), 8)), resampled(values, np.arange(40))
+    assert whole.value == apart.value == pytest.approx(0.4)
+    assert np.ptp(whole.interval) > 2 * np.ptp(apart.interval)

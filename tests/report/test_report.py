@@ -290,6 +290,8 @@ def test_words_are_hidden_across_tokens() -> None:
     found, words = shown_tokens(tokens, mask, np.zeros(0, np.int64))
     assert [words[k] for k in found] == ["the ", BLOT, BLOT, " sat", " zyn", "c"]
     assert mask.text("The Zyntha, zynthas, a_zyntha_b") == f"The {BLOT * 6}, zynthas, a_{BLOT * 6}_b"
+    assert mask.document("The zynt") == f"The {BLOT * 4}"
+    assert mask.document("The zynt, zy") == "The zynt, zy"
     assert words_of("The miner's 12 caves, A4") == {"the", "miner", "caves", "a4"}
     everything, blots = shown_tokens(tokens, mask, np.array([0]))
     assert blots == [BLOT]
