@@ -61,11 +61,13 @@ def show(info: dict[str, Any], out: Path, console: Console) -> dict[str, Any]:
     console.print(table)
     console.print(Text(info["meaning"], style="dim"))
     if info["rule"] == "documents":
-        console.print(Text(f"{info['counts']['documents']} documents are kept; they are also in {out}/documents.jsonl."))
+        console.print(
+            Text(f"{info['counts']['documents']} documents are kept; they are also in {out}/documents.jsonl.")
+        )
     console.print(Text(
-        f"`retrograd unlearn {'weighted_sft' if info['use'] == 'descent' else 'METHOD'}` takes them for the same data set: "
-        f"--weights {out}"
-        + (f", and a control's: --weights {out}/controls/{next(iter(info['controls']))}" if info["controls"] else "")
+        f"For the same data set: `retrograd unlearn {'weighted_sft' if info['use'] == 'descent' else 'METHOD'} … "
+        f"--weights {out}`"
+        + (f", or a control's, {out}/controls/{next(iter(info['controls']))}" if info["controls"] else "")
     ))  # fmt: skip
     return info
 

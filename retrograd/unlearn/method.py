@@ -43,8 +43,8 @@ class Method:
         family: Of the file's folder.
         linear: Whether the objective is linear in the coefficients.
         signed: Whether data weights may be negative: only where w multiplies a token's cross-entropy.
-        descends: Whether descending F descends w·CE, as weights of `select --use descent` mean it. Where F ascends, their
-            negative weights would teach what is to go, and are refused.
+        descends: Whether descending F descends w·CE, as weights of `select --use descent` mean it. Where F ascends,
+            their negative weights would teach what is to go, and are refused.
         reference: Whether F needs a reference.
         states: Whether F needs hidden states.
         logits: Whether F needs logits.
