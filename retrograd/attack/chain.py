@@ -57,16 +57,24 @@ def pulled_back(
     return values, reached.pop().params
 
 
-def check_chain(one: Finetune, unlearning: UnlearnConfig) -> None:
+def check_chain(one: Finetune, unlearning: UnlearnConfig, *, whole: bool) -> None:
     """Refuse what derivatives cannot pass through.
 
+    Args:
+        whole: Whether the unlearning's method trains every parameter, as an attack does.
     Raises:
         ValueError: With the setting and what it has to be.
     """
-    if one.rank or unlearning.lora.rank:
+    if one.rank or unlearning.lora.rank != 0:  # None: the method's own rank
         which = f"attack {one.readable}" if one.rank else str(unlearning.run)
         raise ValueError(
-            f"{which} trains adapters, which are merged between the phases: --attribute takes full training"
+            f"{which} trains adapters, which are merged between the phases: --attribute takes full training, "
+            "--lora.rank 0"
+        )
+    if not whole:
+        raise ValueError(
+            f"{unlearning.run}: {unlearning.method} trains some of the parameters and an attack trains all: there are "
+            "no derivatives through both. Give a run of a method that trains the whole model, such as npo"
         )
     if one.dtype == "bfloat16" or unlearning.dtype == "bfloat16":
         raise ValueError(f"attack {one.readable}: derivatives in bfloat16 are mostly noise; --attribute takes float32")

@@ -27,6 +27,7 @@ from retrograd.attack.findings import findings
 from retrograd.attack.folder import Attacked, read_folder
 from retrograd.attack.recovery import means, selected
 from retrograd.evaluate.intervals import compare, wilson
+from retrograd.runs.manifest import Manifest
 from retrograd.settings.tasks import tasks_from
 
 __all__ = ["Faced", "compared", "front", "read_faced"]
@@ -58,13 +59,15 @@ class _After(NamedTuple):
 
 
 def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
-    """Every meeting of a model and an attack in some folders.
+    """Every meeting of a model and an attack in some folders, each once.
 
     Raises:
-        ValueError: If one is no folder of attacks, or they were asked different questions.
+        ValueError: If one is no folder of attacks, they were asked different questions, or an attack of one name was
+            of different rows.
     """
-    found: list[Faced] = []
+    found: dict[tuple[str, str], Faced] = {}
     asked: set[str] = set()
+    trained: dict[str, tuple[Path, list[str | None]]] = {}
     for path in folders:
         folder = read_folder(path)
         tasks = tasks_from(folder.tasks)
@@ -73,21 +76,33 @@ def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
         base = folder.of_role("base")
         for name, one in folder.configurations.items():
             reference = read_course(folder, base, name, tasks) if base is not None else None
+            if base is not None and reference is not None:
+                _check_rows(trained, name, path, folder.place(base, name))
             for target in folder.targets if reference is not None else ():
                 course = read_course(folder, target, name, tasks)
                 if course is None or reference is None:
                     continue
                 asked.add(_questions(path))
                 meeting = of[target.name, name]
-                found.append(Faced(
+                found.setdefault((target.name, name), Faced(
                     target.name, _method(target), target.role, name, course, means(reference.retain)[0] - utility,
                     meeting.get("latent"), meeting["valid"]["valid"], one.probe,
                 ))  # fmt: skip
     if len(asked) > 1:
         raise ValueError("these folders were asked different questions: attack all models in one folder")
-    if not any(one.role == "model" for one in found):
+    if not any(one.role == "model" for one in found.values()):
         raise ValueError(f"{', '.join(map(str, folders))}: no model has met an attack yet; run `retrograd attack`")
-    return found
+    return list(found.values())
+
+
+def _check_rows(trained: dict[str, tuple[Path, list[str | None]]], name: str, path: Path, place: Path) -> None:
+    """Refuse an attack that trained on other rows in another folder: a name tells its settings alone."""
+    manifests = [Manifest(place / phase / "manifest.json").values for phase in ("before", "attack")]
+    rows = [one.get("hashes", {}).get("rows") for one in manifests]
+    first, others = trained.setdefault(name, (path, rows))
+    if rows != others:
+        raise ValueError(f"attack {name} trained on other rows in {path} than in {first}: attack all models in one "
+                         "folder")  # fmt: skip
 
 
 def compared(faced: Sequence[Faced]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import tasks_from
 from retrograd.settings.unlearn import UnlearnConfig
+from retrograd.unlearn.methods import find_method
 from retrograd.unlearn.setup import assemble
 
 __all__ = ["attribute", "check_attribution"]
@@ -46,7 +47,8 @@ def check_attribution(config: AttackConfig, one: Finetune) -> None:
         ValueError: With what it is.
     """
     for model in config.model:
-        check_chain(one, unlearning_of(model))
+        unlearning = unlearning_of(model)
+        check_chain(one, unlearning, whole=find_method(unlearning.method).trained is None)
 
 
 def attribute(

@@ -26,6 +26,7 @@ from retrograd.core.optim import Params
 from retrograd.core.step import State
 from retrograd.data.pairs import PairStream
 from retrograd.durable import foreign, remove
+from retrograd.evaluate.folder import content
 from retrograd.query.columns import Column, Queries
 from retrograd.runs.files import read_tensors, write_atomic, write_json, write_tensors
 from retrograd.runs.identity import identify
@@ -42,8 +43,9 @@ from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import tasks_from
 from retrograd.settings.train import difference, to_dict
-from retrograd.settings.unlearn import UnlearnConfig
+from retrograd.settings.unlearn import UnlearnConfig, parse_source
 from retrograd.trust.smoothness import metasmoothness
+from retrograd.unlearn.methods import find_method
 from retrograd.unlearn.setup import assemble
 
 __all__ = ["harden"]
@@ -88,6 +90,7 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
         world = _world(config)
         text = yaml.safe_dump(to_dict(config), sort_keys=False)  # what was refused has not claimed the folder
         write_atomic(config.out / "run_config.yaml", partial(Path.write_text, data=text, encoding="utf8"))
+        _claim_world(config.out, _made_of(world))
         found = [_iteration(world, number, console) for number in range(config.iterations + 1)]
         best = max(found, key=lambda one: (one["held_out"], -one["iteration"]))
         _write_weights(world, best["iteration"])
@@ -123,13 +126,36 @@ def _check_folder(config: HardenConfig) -> None:
             raise ValueError(f"{config.out} was begun otherwise:\n  {lines}\nUse another folder, or put it back.")
 
 
+def _made_of(world: _World) -> dict[str, Any]:
+    """What iterations are made of besides the configuration: the unlearning, its questions, and the attacks' data."""
+    runs = [run for attack in (*world.learnt, *world.held_out) for run in attack.runs]
+    sources = sorted({str(parse_source(text, world.unlearning).dataset) for run in runs for text in run.sources})
+    return {"unlearning": world.loaded.identity, "questions": [one.digest for one in world.loaded.asked],
+            "data": {source: content(source) for source in sources}}  # fmt: skip
+
+
+def _claim_world(out: Path, made_of: dict[str, Any]) -> None:
+    """Let iterations be of one unlearning and one set of attacks, or refuse.
+
+    Raises:
+        ValueError: If those in the folder are of another.
+    """
+    path = out / "made_of.json"
+    if not path.exists():
+        write_json(path, made_of)
+        return
+    if changed := difference(json.loads(path.read_text(encoding="utf8")), made_of):
+        lines = "\n  ".join(changed)
+        raise ValueError(f"what {out} is made of has changed:\n  {lines}\nUse another folder, or put it back.")
+
+
 def _world(config: HardenConfig) -> _World:
     attack, source = attack_config(config), str(config.run / "model")
     given = unlearning_of(source)
     if given.weights:
         raise ValueError(f"{config.run} has --weights of its own, which learnt ones would replace: give a run without")
     for one in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
-        check_chain(one, given)
+        check_chain(one, given, whole=find_method(given.method).trained is None)
     material = material_of(attack)
     unlearning = dataclasses.replace(
         given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), log=(),

@@ -178,7 +178,8 @@ class Queue:
     def _inherit(self, lease: Lease) -> None:
         """What the last owner left, as its files are whole at every moment and what is told comes before its state."""
         new = self.place(lease)
-        there = [int(path.name) for path in new.parent.iterdir() if path.name.isdecimal()]
+        found = [int(path.name) for path in new.parent.iterdir() if path.name.isdecimal()]
+        there = [number for number in found if number < lease.number]  # a later owner's is not ours to take
         if not there:
             make_folder(new)
             return

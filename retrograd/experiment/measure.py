@@ -2,7 +2,8 @@
 
     KL = Σ over targets of KL(p_base ‖ p) / targets, nats per token; each document's part is kept, for intervals
 
-What fails is missing, with its reason, and never a number.
+What fails is missing, with its reason, and never a number; but a full disk or memory is a failure of the whole task,
+which can be tried again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
 from retrograd.lm.outputs import Outputs, outputs_of
 from retrograd.query.load import load_rows
 from retrograd.query.prepare import Answers, Measured, prepare
+from retrograd.runs.errors import RunError
 from retrograd.runs.progress import counting
 from retrograd.runs.setup import find_device
 from retrograd.settings.parse import build
@@ -30,7 +32,8 @@ from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
 __all__ = ["Divergence", "divergence", "measure", "read_answers", "read_divergence"]
 
-_FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)
+_MACHINE = (RunError, MemoryError, torch.OutOfMemoryError)
+_FAILURES = (ValueError, OSError, RuntimeError, ArithmeticError)
 _KL = "divergence.parquet"
 
 
@@ -55,6 +58,8 @@ def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
         folder: Where the answers go, a file for each task.
     Returns:
         split; accuracy by role; perplexity of each text; kl; finite: whether all numbers are; missing: reasons by task.
+    Raises:
+        RunError, MemoryError, OutOfMemoryError: If the disk or memory is full.
     """
     tasks = {name: build(Task, one, name) for name, one in what["tasks"].items()}
     tokenizer = load_tokenizer(what["tokenizer"] or model)
@@ -69,12 +74,16 @@ def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
                 try:
                     ready = prepare(task, lm, tokenizer, what["batch_size"])
                     write_measured(path, ready.measure(lm.params), {"task": name, **about, **ready.asked})
+                except _MACHINE:
+                    raise
                 except _FAILURES as error:
                     missing[name] = " ".join(f"{type(error).__name__}: {error}".split())
             tick(1, name)
         if what["rows"]:
             try:
                 _diverged(what, lm, tokenizer, folder / _KL, about)
+            except _MACHINE:
+                raise
             except _FAILURES as error:
                 missing["kl"] = " ".join(f"{type(error).__name__}: {error}".split())
             tick(1, "kl")

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from retrograd.data.documents import load_documents
-from retrograd.experiment.tasks import dataset_of
+from retrograd.experiment.tasks import dataset_of, texts_in
 from retrograd.settings.experiment import ExperimentSpec, Match
+from retrograd.settings.parse import read_yaml
 from retrograd.settings.question import Source
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
@@ -41,11 +43,11 @@ def tuning_value(match: Match, measure: str, outcome: dict[str, Any], base: dict
         return math.inf if value is None and outcome["finite"] is False else value
     side = "retain" if match == "utility" else "forget"
     accuracy = outcome["accuracy"][side]
+    if accuracy is None and outcome["finite"] is False:
+        return math.inf
     if side == "forget":
         return None if accuracy is None else 1 - accuracy
     known = None if base is None else base["accuracy"][side]
-    if accuracy is None and outcome["finite"] is False:
-        return math.inf
     return None if accuracy is None or known is None else known - accuracy
 
 
@@ -82,6 +84,13 @@ def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
             yield f"scores {name}", path
         for query, one in scores.queries.items():
             yield f"query {query} of scores {name}", str(one.dataset)
+    settings = {"settings of all methods": spec.settings,
+                **{f"method {name}": one.settings for name, one in spec.methods.items()},
+                **{f"scores {name}": one.settings for name, one in spec.scores.items()}}  # fmt: skip
+    for who, values in settings.items():
+        for text in texts_in(values):
+            if text == spec.never or Path(text).exists():  # a teacher, say
+                yield who, text
     for name, task in spec.tune.tasks.items():
         yield f"tune task {name}", task.dataset
     for text in spec.tune.rows:
@@ -94,12 +103,36 @@ def _sources(spec: ExperimentSpec) -> Iterator[tuple[str, Source]]:
         for query, one in scores.queries.items():
             if one.dataset is not None:
                 yield f"query {query} of scores {name}", one
+        for folder in scores.folders:
+            yield from _asked_in(spec, name, folder)
     for name, task in spec.tune.tasks.items():
         yield f"tune task {name}", task
     for text in spec.tune.rows:
         yield "tune.rows", parse_source(text, UnlearnConfig())
     for side, text in _corpora(spec):
         yield side, parse_source(text, UnlearnConfig())
+
+
+def _asked_in(spec: ExperimentSpec, name: str, text: str) -> Iterator[tuple[str, Source]]:
+    """The queries of a run whose scores are taken, as far as weightings name them; files of scores tell none."""
+    place, _, own = text.partition(":")
+    if not (Path(place) / "run_config.yaml").exists():
+        return
+    used = {own} | {source.partition(":")[2] for one in (*spec.weightings.values(), *spec.analyses.values())
+                    for source in (*one.scores, *one.against) if source.partition(":")[0] == name}  # fmt: skip
+    wanted = {query.partition("/")[0] for query in used if query}
+    values = read_yaml(Path(place) / "run_config.yaml")
+    asked = dict(values.get("queries") or {"query": values.get("query")})
+    asked |= {path.parent.name: read_yaml(path) for path in sorted(Path(place).glob("queries/*/query_config.yaml"))}
+    for query, one in asked.items():
+        if not one or not one.get("dataset") or (len(asked) > 1 and wanted and query not in wanted):
+            continue
+        who = f"query {query} of {place}, scores {name},"
+        if Path(one["dataset"]).exists():
+            yield who, Source(one["dataset"], one.get("subset"), one.get("split") or "train", limit=one.get("limit"))
+        else:
+            warnings.warn(f"{who} asked {one['dataset']}, which is not here: it is not known whether it is reported",
+                          stacklevel=2)  # fmt: skip
 
 
 def _corpora(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:

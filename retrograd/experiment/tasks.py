@@ -14,8 +14,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from retrograd.evaluate.folder import content
@@ -25,7 +26,7 @@ from retrograd.settings.run import MagicConfig, to_dict
 from retrograd.settings.unlearn import ONES, UnlearnConfig, check_unlearn, parse_source, with_objective
 from retrograd.unlearn.methods import find_method
 
-__all__ = ["Kind", "Maker", "Task", "dataset_of", "merged", "unlearn_config"]
+__all__ = ["Kind", "Maker", "Task", "dataset_of", "merged", "texts_in", "unlearn_config"]
 
 T = TypeVar("T")
 Kind = Literal["scores", "select", "analyse", "train", "measure"]
@@ -118,9 +119,14 @@ class Maker:
                 weights.append(made.name)
         chosen = f"-{setting[1]:g}" if setting else ""
         read = [self.spec.base, *(dataset_of(text) for text in (*config.forget, *config.retain, *config.alternative))]
-        what = {"method": config.method, "settings": to_dict(config), "weights": weights or [ONES] * len(config.forget)}
+        what: dict[str, Any] = {
+            "method": config.method,
+            "settings": to_dict(config),
+            "weights": weights or [ONES] * len(config.forget),
+        }
         if config.method.endswith(".py"):
             read.append(config.method)
+        read += [text for text in texts_in(what["settings"]["objective"]) if Path(text).exists()]  # a teacher, say
         return [*before, self._task("train", f"{method}-{weighting}-s{seed}{chosen}", weights, what, read)]
 
     @_once
@@ -206,6 +212,16 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
             inner = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
             found[name] = merged(found[name], value) if inner else value
     return found
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in plain values, such as settings: what may name a file or a model."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for inner in value.values() for text in texts_in(inner))
+    elif isinstance(value, (list, tuple)):
+        yield from (text for inner in value for text in texts_in(inner))
 
 
 def dataset_of(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -68,24 +68,24 @@ def _mask(config: ReportConfig, subjects: Sequence[Subject]) -> Mask:
     if config.show_forget:
         return nothing_masked()
     forget, retain = list(map(_source, config.forget)), list(map(_source, config.retain))
-    for settings in filter(None, map(_unlearned, subjects)):
+    for settings in (one for subject in subjects for one in _unlearned(subject)):
         forget += map(_source, settings.get("forget") or ())
         retain += map(_source, settings.get("retain") or ())
     return corpus_mask(forget, retain) if forget else nothing_masked()
 
 
-def _unlearned(subject: Subject) -> dict[str, Any] | None:
-    """The settings of the unlearning that a subject is about, or that made a model of it."""
-    if isinstance(subject, (Training, Attribution)):
-        return subject.config if "forget" in subject.config else None
+def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
+    """The settings of every unlearning that a subject is about, or that made a model of it."""
+    if isinstance(subject, (Training, Attribution)) and "forget" in subject.config:
+        yield subject.config
     if isinstance(subject, Experiment):
-        return subject.spec["corpora"]
+        yield subject.spec["corpora"]
+        yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
     if isinstance(subject, Evaluation):
         for one in subject.settings.get("models", {}).values():
             path = Path(one["source"]).parent / "run_config.yaml"
             if path.exists() and "forget" in (settings := read_yaml(path)):
-                return settings
-    return None
+                yield settings
 
 
 def _source(text: str) -> dict[str, Any]:

@@ -61,12 +61,11 @@ def show(info: dict[str, Any], out: Path, console: Console) -> dict[str, Any]:
     console.print(table)
     console.print(Text(info["meaning"], style="dim"))
     if info["rule"] == "documents":
-        console.print(
-            Text(f"{info['counts']['documents']} documents are kept; they are also in {out}/documents.jsonl.")
-        )
+        kept = info["counts"]["documents"]
+        console.print(Text(f"{kept} documents are kept; they are also in {out}/documents.jsonl."))
+    method = "weighted_sft" if info["use"] == "descent" else "METHOD"
     console.print(Text(
-        f"For the same data set: `retrograd unlearn {'weighted_sft' if info['use'] == 'descent' else 'METHOD'} … "
-        f"--weights {out}`"
+        f"For the same data set: `retrograd unlearn {method} … --weights {out}`"
         + (f", or a control's, {out}/controls/{next(iter(info['controls']))}" if info["controls"] else "")
     ))  # fmt: skip
     return info

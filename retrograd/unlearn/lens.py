@@ -41,7 +41,7 @@ class Lens:
     def __call__(self, block: int, h: Tensor) -> Tensor:
         if block in self.maps:
             a, b = self.maps[block]
-            h = h + h @ a.T + b
+            h = h + (h.to(a) @ a.T + b).to(h)
         return self.end(h)
 
 
@@ -60,9 +60,10 @@ def fit_lens(
     wanted = sorted({*blocks, last})
     outputs, end = outputs_of(lm, wanted), read_out(lm.module)
     like = next(iter(lm.params.values()))
+    dtype = torch.promote_types(like.dtype, torch.float32)
     width = inner(lm.module).get_input_embeddings().weight.shape[1]
     maps: Any = {
-        block: tuple(torch.zeros(size, dtype=like.dtype, device=like.device, requires_grad=True)
+        block: tuple(torch.zeros(size, dtype=dtype, device=like.device, requires_grad=True)
                      for size in ((width, width), (width,)))
         for block in blocks if block != last
     }  # fmt: skip
@@ -135,7 +136,7 @@ def _is_list(part: nn.Module) -> bool:
 def _check_end(side: Side, end: Callable[[Tensor], Tensor], last: int) -> None:
     with torch.no_grad():
         far = float((end(side.now.states[last]) - side.logits).norm() / side.logits.norm())
-    if not far <= (2e-2 if side.logits.dtype in (torch.bfloat16, torch.float16) else 1e-2):
+    if not far <= 0.02:  # half precision is that coarse
         raise ValueError(
             f"norm and head of the last block's states are not the model's logits, but {far:.2g} of their norm away: "
             "it scales or caps them, and a lens through norm and head alone would read something else"

@@ -239,7 +239,7 @@ class Unlearning:
         if method.at is not None:
             assert self.reference is not None, "a method that looks at a reference says so"
             moved = method.at(settings, params, self.reference, view.progress, self.module)
-            forgetting = View(self.outputs(moved, inputs), view.then, inputs, coefficients)
+            forgetting = View(self.outputs(moved, inputs), view.then, inputs, coefficients, made)
         if forgetting.forget is not None:
             terms |= method.forget(settings, forgetting, forgetting.forget)
         if settings.retain > 0 and view.retain is not None:

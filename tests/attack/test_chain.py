@@ -21,7 +21,7 @@ from retrograd.settings.attack import Finetune, PhaseConfig
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import Task
 from retrograd.settings.train import LoraConfig, TrainConfig
-from retrograd.settings.unlearn import UnlearnConfig
+from retrograd.settings.unlearn import UnlearnConfig, UnlearnLoraConfig
 from retrograd.trust.left_out import random_subset, without
 from retrograd.unlearn.setup import assemble
 
@@ -121,6 +121,7 @@ def test_scores_are_what_retraining_both_measures(attacked: Path, world: Path, t
         assert abs(float((a - b) / (2 * h)) / measured - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_sets_left_out_are_retrained_and_held_against_the_scores(attacked: Path, world: Path, tmp_path: Path) -> None:
     run = place_of(attacked) / "unlearn"
     lines = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
@@ -157,15 +158,19 @@ def test_it_is_done_once_and_resumes(attacked: Path, world: Path, capsys: pytest
 
 def test_what_derivatives_cannot_pass_through_is_refused(world: Path, tmp_path: Path) -> None:
     full = UnlearnConfig(run=tmp_path)
-    check_chain(Finetune(), full)
+    check_chain(Finetune(), full, whole=True)
+    own_rank = UnlearnConfig(run=tmp_path, method="circuit_breakers", lora=UnlearnLoraConfig(rank=None, alpha=None))
     for one, given, match in (
         (Finetune(rank=2), full, "trains adapters"),
         (Finetune(), UnlearnConfig(run=tmp_path, lora=LoraConfig(2)), "trains adapters"),
+        (Finetune(), own_rank, "trains adapters"),
         (Finetune(dtype="bfloat16"), full, "bfloat16 are mostly noise"),
         (Finetune(dtype="float64"), full, "one precision"),
     ):
         with pytest.raises(ValueError, match=match):
-            check_chain(one, given)
+            check_chain(one, given, whole=True)
+    with pytest.raises(ValueError, match="an attack trains all"):
+        check_chain(Finetune(), full, whole=False)
     with pytest.raises(ValueError, match="no run of `retrograd unlearn`"):
         unlearning_of(str(world / "model"))
 
@@ -175,3 +180,13 @@ def test_forget_tasks_are_queries() -> None:
              "c": Task("c.jsonl", form="text", role="forget")}  # fmt: skip
     found = forget_queries(tasks, 5)
     assert found == {"a": QueryConfig("a.jsonl", form="cloze", limit=3)}
+
+
+def test_a_run_that_trained_a_part_of_the_model_is_refused_before_the_attack(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The attack would train that part alone, which is another attack than the one that is measured."""
+    run = unlearned(world, tmp_path / "run", "rmu")
+    assert main(command(world, tmp_path / "out", run)) == 2
+    assert "rmu trains some of the parameters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

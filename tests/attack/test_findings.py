@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -279,4 +280,15 @@ def test_folders_of_other_questions_are_not_compared(out: Path, tmp_path: Path) 
     about["questions"]["content"] = "other"
     (other / "attack.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="different questions"):
+        read_faced([out, other], 0.05)
+
+
+def test_an_attack_of_other_rows_is_another_one_and_a_meeting_counts_once(out: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(out, tmp_path / "other")
+    assert len(read_faced([out, other], 0.05)) == len(read_faced([out], 0.05))
+    folder = read_folder(other)
+    for target in folder.targets:
+        path = folder.place(target, name_of(HALF)) / "attack/manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "hashes": {"rows": "other"}}))
+    with pytest.raises(ValueError, match="trained on other rows"):
         read_faced([out, other], 0.05)

@@ -117,7 +117,9 @@ def command(world: Path, out: Path, run: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_weights_are_learnt_and_read_by_the_next_unlearning(world: Path, tmp_path: Path) -> None:
+def test_weights_are_learnt_and_read_by_the_next_unlearning(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = unlearned(world, tmp_path / "run", "grad_diff")
     arguments = command(world, tmp_path / "out", run)
     assert main([*arguments, "--iterations", "1"]) == 0
@@ -136,6 +138,14 @@ def test_weights_are_learnt_and_read_by_the_next_unlearning(world: Path, tmp_pat
     assert one["measured_change"] == pytest.approx(one["expected_change"], rel=0.5)
     assert two["retain_kl"] > 0
     assert -1 <= two["metasmoothness"] <= 1
+    text = (world / "attack.jsonl").read_text()
+    (world / "attack.jsonl").write_text(text + text.splitlines()[0] + "\n")
+    try:  # other data of an attack: iterations would not belong together
+        assert main([*arguments, "--iterations", "3"]) == 2
+    finally:
+        (world / "attack.jsonl").write_text(text)
+    assert "has changed" in capsys.readouterr().err
+    assert main([*arguments, "--iterations", "2"]) == 0
     best = tmp_path / "out/best/0"
     info = weights_file.info(best)
     assert info["use"] == "removal"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import quiz
@@ -210,3 +211,23 @@ def test_another_architecture_is_no_base(world: Path, tmp_path: Path) -> None:
 def test_a_model_has_matrices(given: Given) -> None:
     assert isinstance(given.lm, CausalLM)
     assert MATRIX in matrices(given.lm.params)
+
+
+def test_answers_of_other_questions_or_data_are_not_gone_on_with(world: Path, tmp_path: Path) -> None:
+    def carry_out(**more: Any) -> None:
+        config = AttackConfig(tmp_path, device="cpu", **more)
+        sources = {"shots": (str(world / "shots.jsonl"),)}
+        one = Untrained("few_shot", strengths=(1,))
+        carry_out_untrained(one, str(world / "model"), None, tmp_path / "x", sources, world / "tasks.yaml", config)
+
+    carry_out(limit=2)
+    with pytest.raises(ValueError, match="limit: 2 → None"):
+        carry_out()
+    carry_out(limit=2)
+    text = (world / "shots.jsonl").read_text()
+    (world / "shots.jsonl").write_text(text + text.splitlines()[0] + "\n")
+    try:
+        with pytest.raises(ValueError, match="data: "):
+            carry_out(limit=2)
+    finally:
+        (world / "shots.jsonl").write_text(text)

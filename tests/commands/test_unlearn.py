@@ -64,7 +64,7 @@ def alternatives(world: Path, method: str) -> list[str]:
     return ["--alternative", str(world / "other.jsonl")] if METHODS[method].alternatives else []
 
 
-QUICK = ("grad_diff", "npo", "dpo", "orth_circuit_breakers", "rmu", "task_arithmetic")  # one of each kind
+QUICK = ("grad_diff", "npo", "dpo", "orth_circuit_breakers", "rmu")  # one of each kind
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
 
 
@@ -172,6 +172,7 @@ def test_adapters_are_merged(world: Path, tmp_path: Path) -> None:
     assert before.params.keys() == after.params.keys()
 
 
+@pytest.mark.slow
 def test_a_method_whose_source_trains_adapters_does(world: Path, tmp_path: Path) -> None:
     """Rank and scale are its own for the model's width; those that are named, and 0, are taken instead."""
     found = {}

@@ -198,6 +198,7 @@ def _query(bars: Params, k: int) -> Params:
     return {name: bar[k : k + 1] for name, bar in bars.items()}
 
 
+@pytest.mark.slow
 def test_leaves_that_are_views_of_one_buffer_cost_no_more() -> None:
     """Kept states are such views; forward AD gives a view's tangent storage of the whole buffer's size."""
     from torch.profiler import ProfilerActivity, profile
@@ -279,7 +280,9 @@ def test_scores_equal_retraining_and_every_plan_gives_the_same_bits(family: str)
 
 
 @pytest.mark.parametrize("kind", ["double", "blocks"])
-@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float64, 22), (torch.float32, 2003)])
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary"), [(torch.float64, 22), pytest.param(torch.float32, 2003, marks=pytest.mark.slow)]
+)
 def test_what_gradients_leave_saves_products_and_changes_no_bit(
     dtype: torch.dtype, vocabulary: int, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -362,6 +362,7 @@ def test_steps_passed_before_evaluation_was_asked_for_are_told(
     same_bits(plain, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_other_tasks_or_another_rule_do_not_join_the_lines_of_a_run(
     world: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import arms
 import pytest
 
+from retrograd.experiment import measure as measuring
 from retrograd.experiment.plan import Plan, planned
 from retrograd.experiment.seen import tuning_value
 from retrograd.experiment.tasks import Maker, Task
+from retrograd.runs.errors import RunError
 from retrograd.settings.experiment import read_experiment
 
 
@@ -115,6 +117,7 @@ def test_what_is_not_finite_lies_above_the_budget_and_what_is_missing_ends_the_t
     outcome = {"split": "tune", "kl": None, "finite": True, "accuracy": {"forget": None, "retain": None}}
     assert tuning_value("utility", "kl", outcome, None) is None
     assert tuning_value("forgetting", "kl", outcome, None) is None
+    assert tuning_value("forgetting", "kl", {**outcome, "finite": False}, None) == math.inf
 
 
 def test_tuning_is_refused_whatever_was_measured_on_the_report() -> None:
@@ -157,3 +160,34 @@ def test_names_tell_apart_all_that_tasks_are_made_of_and_nothing_else(world: Pat
         assert {name for name in names() & first if name.startswith("scores")}
     finally:
         (world / "retain.jsonl").write_text(text)
+
+
+def test_a_teacher_that_changed_makes_another_task(world: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text("{}")
+    more = {"methods": {"checkpoint_transfer": {"objective": {"teacher": str(teacher)}}}, "weightings": {"uniform": {}}}
+
+    def trained() -> set[str]:
+        found = planned(maker_of(world, tmp_path, **more), Made(lambda lr: lr)).tasks
+        return {name for name in found if name.startswith("train")}
+
+    first = trained()
+    assert first == trained()
+    (teacher / "config.json").write_text("{} ")
+    assert not first & trained()
+
+
+def test_a_full_disk_is_no_missing_answer(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stay missing: the task would be done."""
+    asked = maker_of(world, tmp_path).measure(str(world / "base"), "report")
+
+    def full(*given: Any) -> None:
+        raise RunError("the disk is full while writing x")
+
+    for write in ("write_measured", "write_table"):
+        with monkeypatch.context() as patched:
+            patched.setattr(measuring, write, full)
+            with pytest.raises(RunError, match="the disk is full"):
+                measuring.measure(asked.what, str(world / "base"), tmp_path / "answers")
+    assert not measuring.measure(asked.what, str(world / "base"), tmp_path / "answers")["missing"]

@@ -13,8 +13,10 @@ import pytest
 
 from retrograd.cli import main
 from retrograd.experiment.measure import divergence, read_divergence
+from retrograd.experiment.seen import refuse_oracles
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.query.load import load_rows
+from retrograd.settings.experiment import read_experiment
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
 
@@ -201,6 +203,8 @@ SAME = {"dataset": "${world}/q_report_go.jsonl", "form": "cloze"}
     ({"base": "${nothing}"}, "a word that `names` does not have"),
     ({"corpora": {"forget": ["${world}/report.jsonl"]}}, "4 documents or questions are in `report`"),
     ({"base": "${world}/never"}, "the model that never knew"),
+    ({"methods": {"checkpoint_transfer": {"objective": {"teacher": "${world}/never"}}}},
+     "method checkpoint_transfer reads"),
     ({"scores": {"asked": {"queries": {"go": SAME}}}, "weightings": {"uniform": {}}}, "query go of scores asked reads"),
     ({"match": "utility", "tune": {**arms.tuning(), "tasks": {"x": {**SAME, "role": "forget"}}}}, "tune task x reads"),
     ({"seeds": [1, 1]}, "seeds that differ"),
@@ -220,6 +224,7 @@ def test_a_folder_of_something_else_is_refused(world: Path, tmp_path: Path, caps
     assert "is no experiment" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scores_of_a_training_that_held_the_corpus_are_those_of_its_rows_there(world: Path, tmp_path: Path) -> None:
     """Rows in another order, among others, each with an end of sequence of its own."""
     from retrograd.runs.scores import read_scores
@@ -269,3 +274,23 @@ def test_a_folder_is_an_experiment_s_from_its_first_file_on(
     assert run(file, tmp_path / "out", world) == 0
     assert seen
     assert all("experiment.yaml" in names for names in seen)
+
+
+def test_scores_for_what_is_reported_are_refused_though_another_call_made_them(world: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    queries = {name: {"dataset": str(world / f"q_{name}.jsonl")} for name in ("go", "report_go")}
+    (made / "run_config.yaml").write_text(json.dumps({"queries": queries}))
+
+    def refused(query: str) -> str:
+        file = arms.write(tmp_path / "one.yaml", scores={"asked": {"folders": [str(made)]}},
+                          weightings={"value": {"scores": f"asked:{query}"}})  # fmt: skip
+        spec = read_experiment(file, (f"world={world}",))
+        try:
+            refuse_oracles(spec)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert "query report_go of" in refused("report_go")
+    assert not refused("go")

@@ -110,6 +110,28 @@ def test_the_next_but_one_finds_what_was_left_although_one_between_died_at_once(
     assert (last.place(taken) / "state").read_text() == "half"
 
 
+def test_one_that_wakes_between_its_lease_and_its_folder_takes_nothing_from_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, other = Queue(tmp_path, 0), Queue(tmp_path, 0)
+    inherit = Queue._inherit
+
+    def slept(queue: Queue, lease: Lease) -> None:
+        monkeypatch.setattr(Queue, "_inherit", inherit)
+        taken = other.take("task")
+        assert taken == Lease("task", 2)
+        (other.place(taken) / "model").write_text("done")
+        other.finish(taken, {})
+        other.give_back(taken)
+        inherit(queue, lease)
+
+    monkeypatch.setattr(Queue, "_inherit", slept)
+    assert late.take("task") == Lease("task", 1)
+    result = Queue(tmp_path, 0).result("task")
+    assert result is not None
+    assert (Path(result["place"]) / "model").read_text() == "done"
+
+
 def _takes(folder: str, number: int) -> list[str]:
     queue = Queue(Path(folder), 60)
     return [name for name in map(str, range(60)) if queue.take(name) is not None and os.getpid()]

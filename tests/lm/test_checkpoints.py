@@ -110,7 +110,9 @@ def test_the_objective_is_the_modules_and_is_differentiable_twice(tmp_path: Path
     assert error(1.0) < 1e-6 < error(1.001)
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("mixtral", "float32"), ("gpt-oss", "float64")])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("mixtral", "float32"), pytest.param("gpt-oss", "float64", marks=pytest.mark.slow)]
+)
 def test_mixtures_of_experts_run_with_both_engines(tmp_path: Path, family: str, dtype: str) -> None:
     source, kind = saved(tmp_path, family), getattr(torch, dtype)
     found = []

@@ -48,6 +48,7 @@ def recorded(world: Path, run: str) -> tuple[str, str]:
     return manifest["arithmetic"]["engine"], manifest["engine_why"]
 
 
+@pytest.mark.slow
 def test_both_engines_give_a_run_the_same_scores(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for engine in ("auto", "double", "blocks"):
         assert magic(world, engine, "--engine", engine) == 0

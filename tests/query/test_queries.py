@@ -209,7 +209,9 @@ def test_token_scores_of_a_choice_query_sum_to_example_scores(together: Path, wo
     torch.testing.assert_close(sums, scores(together / "queries/letters"), rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("keep", [(), ("--replay.keep",)], ids=["replayed", "kept"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param((), marks=pytest.mark.slow), ("--replay.keep",)], ids=["replayed", "kept"]
+)
 def test_a_later_query_has_the_bits_of_an_original_one(
     together: Path, world: Path, tmp_path: Path, keep: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,7 +237,9 @@ def test_a_later_query_has_the_bits_of_an_original_one(
     assert (run / "queries/letters/health.json").exists()
 
 
-@pytest.mark.parametrize("keep", [(), ("--replay.keep",)], ids=["replayed", "kept"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param((), marks=pytest.mark.slow), ("--replay.keep",)], ids=["replayed", "kept"]
+)
 def test_an_interrupted_later_query_resumes_to_the_same_bits(
     world: Path, tmp_path: Path, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,20 @@ def test_nothing_of_a_corpus_to_forget_is_in_the_page(world: Path, unlearned: Pa
     assert any("samples" in name for name in found)
 
 
+def test_the_corpora_of_every_model_that_is_evaluated_are_hidden(world: Path, unlearned: Path, tmp_path: Path) -> None:
+    """An evaluation of two runs that forgot different corpora."""
+    evaluation = shutil.copytree(unlearned / "evaluation", tmp_path / "evaluation")
+    about = json.loads((evaluation / "evaluation.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/run_config.yaml").write_text(f"forget: [{world}/retain.jsonl]\nretain: []\n")
+    first = {"other": {**next(iter(about["models"].values())), "source": str(tmp_path / "other/model")}}
+    about["models"] = first | {**about["models"], "last": {"source": str(unlearned / "model")}}
+    (evaluation / "evaluation.json").write_text(json.dumps(about))
+    assert any(word in page(evaluation, "--show_forget") for word in SECRET)
+    masked = page(evaluation)
+    assert not [word for word in SECRET if word in masked.casefold()]
+
+
 def test_a_run_on_the_corpus_itself_has_hashes_for_texts(world: Path, tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in (world / "forget.jsonl").read_text().splitlines()]
     text = page(world / "run", "--forget", str(world / "train.jsonl"))

@@ -212,7 +212,7 @@ def test_a_folder_with_other_things_is_not_touched(world: Path, tmp_path: Path) 
     assert (tmp_path / "letter.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
+@pytest.mark.parametrize("damage", [pytest.param("truncate", marks=pytest.mark.slow), "flip"])
 def test_a_broken_snapshot_is_refused_and_the_run_resumes_without_it(
     done: Path, world: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

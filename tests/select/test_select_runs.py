@@ -357,6 +357,7 @@ def test_bad_input(world: Path, tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_original_layout_gives_what_the_run_gave(world: Path, tmp_path: Path) -> None:
     """Weights and gradient controls of a written layout, read again with the run's rows and model."""
     controls = ("--controls", "gradient_cosine", "gradient_norm")

@@ -144,6 +144,7 @@ def test_slices_add_up_to_the_whole(done: Path, tmp_path: Path) -> None:
     assert len(bank(first)) == lines
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits(done: Path, tmp_path: Path) -> None:
     one, two = (Path(shutil.copytree(done, tmp_path / name)) for name in ("one", "two"))
     options = ("--subsets", "4", "--fraction", "0.2", "--together", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from retrograd.data.documents import load_documents
 from retrograd.data.pairs import joined
 from retrograd.data.rows import Rows
 from retrograd.evaluate.answers import write_measured
+from retrograd.evaluate.folder import content
 from retrograd.evaluate.on_the_way import answers_path
 from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
 from retrograd.query.load import load_rows
@@ -23,6 +25,7 @@ from retrograd.runs.files import write_json
 from retrograd.runs.setup import find_device
 from retrograd.settings.attack import AttackConfig, Untrained
 from retrograd.settings.tasks import Task, tasks_from
+from retrograd.settings.train import DataConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
 __all__ = ["carry_out_untrained"]
@@ -42,7 +45,13 @@ def carry_out_untrained(
     """
     kind, strengths = find_untraining(one), strengths_of(one)
     asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.form != "generate"}
-    write_json(folder / "strengths.json", {"attack": kind.name, "formula": kind.formula, "strengths": strengths})
+    told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
+    texts = {key: _source(key, sources, kind.name) for key in kind.reads}
+    _claim(folder, told, {
+        "limit": config.limit, "tokenizer": config.tokenizer, "max_length": config.max_length if texts else None,
+        "base": base and content(base) if kind.needs_base else None,
+        "data": [content(str(_data(text).dataset)) or text for found in texts.values() for text in found],
+    })  # fmt: skip
     left = [
         number
         for number in range(len(strengths))
@@ -53,7 +62,6 @@ def carry_out_untrained(
     device = find_device(config.device)
     lm, tokenizer = load_causal_lm(model, device=device), load_tokenizer(config.tokenizer or model)
     given = Given(lm, _base(lm, base, kind.name) if kind.needs_base else None, {}, [], one.seed)
-    texts = {key: _source(key, sources, kind.name) for key in kind.reads}
     if "shots" in texts:
         given = given._replace(shots=[text for source in texts.pop("shots") for text in _solved(source)])
     given = given._replace(rows={key: _rows(found, lm, tokenizer, config.max_length) for key, found in texts.items()})
@@ -67,6 +75,21 @@ def carry_out_untrained(
         for name, prepared in ready.items():
             measured = _prefixed(prepared, prefix).measure(params)
             write_measured(answers_path(folder, number, name), measured, {**about, "task": name})
+
+
+def _claim(folder: Path, told: dict[str, Any], made_of: dict[str, Any]) -> None:
+    """Let answers be of one set of questions and data, or refuse."""
+    path = folder / "strengths.json"
+    old = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    if (before := old.get("made_of", made_of)) != made_of:
+        lines = "\n  ".join(f"{key}: {before.get(key)!r} → {made_of[key]!r}" for key in made_of
+                            if before.get(key) != made_of[key])  # fmt: skip
+        raise ValueError(f"{folder} has answers of another attack:\n  {lines}\nUse another folder, or put it back.")
+    write_json(path, {**told, "made_of": made_of})
+
+
+def _data(source: str) -> DataConfig:
+    return parse_source(source, UnlearnConfig())
 
 
 def _prefixed(prepared: Prepared, prefix: str) -> Prepared:
@@ -97,7 +120,7 @@ def _source(key: str, sources: dict[str, tuple[str, ...]], name: str) -> tuple[s
 
 
 def _solved(source: str) -> list[str]:
-    data = parse_source(source, UnlearnConfig())
+    data = _data(source)
     assert data.dataset is not None, "a source has a name"
     rows = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
     if not {"prompt", "completion"} <= set(rows.column_names):

@@ -147,7 +147,8 @@ def _elicited(settings: RepSelectSettings, lm: CausalLM, stream: PairStream, nam
 
 def _gradient(lm: CausalLM, params: Params, stream: PairStream, names: list[str], side: int) -> Params:
     """Step 2: the mean of −∇ (1/Z) Σ w·CE over one pass, for each matrix."""
-    total, count = {name: torch.zeros_like(params[name]) for name in names}, 0
+    dtype = torch.promote_types(params[names[0]].dtype, torch.float32)
+    total, count = {name: torch.zeros_like(params[name], dtype=dtype) for name in names}, 0
     for batch in _passes(stream):
         with torch.enable_grad():
             live = {name: params[name].detach().requires_grad_() for name in names}
@@ -165,7 +166,7 @@ def _within_budget(
     outputs = outputs_of(lm)
 
     def moved(s: float) -> Params:
-        return {**lm.params, **{name: lm.params[name] - s * step for name, step in steps.items()}}
+        return {**lm.params, **{name: (lm.params[name] - s * step).to(lm.params[name]) for name, step in steps.items()}}
 
     @torch.no_grad()
     def divergence(params: Params) -> float:
