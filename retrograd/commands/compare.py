@@ -35,21 +35,17 @@ def compare(config: CompareConfig, console: Console | None = None) -> None:
     _write_parquet(output / "compare.parquet", found["table"])
     every = _sections(found)
     sections = [section for section in every if section[2]]
-    empty = ", ".join(title.split(",")[0].split(":")[0].lower() for title, _, rows in every if not rows)
-    missing = (
-        f"No {empty}: they take attacks that bring back the shallow model and are no probes, and models that kept "
-        "their general ability."
-    )
+    missing = _missing(every)
     text = f"# Models under attack\n\nGeneral accuracy lost at most: {config.utility:g}.\n\n"
     text += "".join(f"## {title}\n\n{markdown_table(head, rows)}\n" for title, head, rows in sections)
-    text += f"{missing}\n" if empty else ""
+    text += f"{missing}\n" if missing else ""
     write_atomic(output / "compare.md", partial(Path.write_text, data=text, encoding="utf8"))
     for title, head, rows in sections:
         table = Table(*head, title=title)
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    if empty:
+    if missing:
         console.print(missing)
     console.print(f"{output}: compare.json, compare.parquet and compare.md")
 
@@ -66,6 +62,15 @@ def _write_parquet(path: Path, table: list[dict[str, Any]]) -> None:
              for name in names}  # fmt: skip
     types["step"] = pyarrow.int64()
     write_table(path, {name: [row[name] for row in flat] for name in names}, types, {"kind": "Compared"})
+
+
+def _missing(sections: list[tuple[str, list[str], list[list[str]]]]) -> str:
+    """Why some tables have no rows; empty where all have."""
+    empty = ", ".join(title.split(",")[0].split(":")[0].lower() for title, _, rows in sections if not rows)
+    return empty and (
+        f"No {empty}: they take attacks that are no probes and bring back the shallow model, and models that "
+        "keep their general ability."
+    )
 
 
 def _sections(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:

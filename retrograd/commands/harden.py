@@ -86,8 +86,10 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
     console = console or Console()
     check_harden(config)
     with locked(config.out):
-        _claim(config)
+        _check_folder(config)
         world = _world(config)
+        text = yaml.safe_dump(to_dict(config), sort_keys=False)  # what was refused has not claimed the folder
+        write_atomic(config.out / "run_config.yaml", partial(Path.write_text, data=text, encoding="utf8"))
         _claim_world(config.out, _made_of(world))
         found = [_iteration(world, number, console) for number in range(config.iterations + 1)]
         best = max(found, key=lambda one: (one["held_out"], -one["iteration"]))
@@ -102,12 +104,15 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
     )
     if not best["iteration"]:
         console.print("No weights better than uniform ones were found.")
-    console.print(f"{config.out}: harden.json; best/ and matched/ have weights for `retrograd unlearn --weights`.")
+    console.print(
+        f"{config.out}: harden.json; the weights are in best/N and matched/N of the Nth --forget, as in "
+        f"`retrograd unlearn … --weights {config.out}/best/0`."
+    )
     return told
 
 
-def _claim(config: HardenConfig) -> None:
-    """Make the folder that of this configuration, or refuse; more iterations may be asked for."""
+def _check_folder(config: HardenConfig) -> None:
+    """Refuse a folder of something else, or of another configuration; more iterations may be asked for."""
     path = config.out / "run_config.yaml"
     if not path.exists():
         if set(foreign(config.out)) - {"data"}:
@@ -119,8 +124,6 @@ def _claim(config: HardenConfig) -> None:
         if changed := difference(*parts):
             lines = "\n  ".join(changed)
             raise ValueError(f"{config.out} was begun otherwise:\n  {lines}\nUse another folder, or put it back.")
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    write_atomic(path, partial(Path.write_text, data=text, encoding="utf8"))
 
 
 def _made_of(world: _World) -> dict[str, Any]:
@@ -148,11 +151,12 @@ def _claim_world(out: Path, made_of: dict[str, Any]) -> None:
 
 def _world(config: HardenConfig) -> _World:
     attack, source = attack_config(config), str(config.run / "model")
-    material, given = material_of(attack), unlearning_of(source)
+    given = unlearning_of(source)
     if given.weights:
         raise ValueError(f"{config.run} has --weights of its own, which learnt ones would replace: give a run without")
     for one in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
         check_chain(one, given, whole=find_method(given.method).trained is None)
+    material = material_of(attack)
     unlearning = dataclasses.replace(
         given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), log=(),
         queries=forget_queries(tasks_from(material.tasks), config.limit), export=False, heartbeat=config.heartbeat,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,10 +114,18 @@ def _markdown(
         yield from ("", f"## Analysis: {name}", "")
         for outcome in filter(None, map(results.result, tasks)):
             yield from _analysis(outcome)
-    lost = plan.lost(results)
-    if lost:
-        yield from ("", "## Missing", "")
-        yield from (f"* `{name}`: {reason}" for name, reason in lost.items())
+    gone = [f"* `{name}`: {reason}" for name, reason in plan.lost(results).items()]
+    gone += _unmeasured(found, base, never)
+    if gone:
+        yield from ("", "## Missing", "", *gone)
+
+
+def _unmeasured(found: list[Line], base: Measured | None, never: Measured | None) -> Iterator[str]:
+    """What could not be measured, a line for each task and reason with the number of models."""
+    models = [*(line.result.seeds[seed] for line in found for seed in line.result.seeds), base, never]
+    reasons = Counter(pair for model in models if model is not None for pair in model.missing.items())
+    for (task, reason), count in reasons.items():
+        yield f"* `{task}` of {count} models: {reason}"
 
 
 def _matched(spec: ExperimentSpec, match: str) -> str:
@@ -170,7 +179,7 @@ def _position(line: Line) -> str:
 
 
 def _verdicts(arm: ArmResult) -> str:
-    found = [verdict or "none" for verdict in arm.verdicts.values()]
+    found = [verdict or "without verdict" for verdict in arm.verdicts.values()]
     return ", ".join(f"{found.count(one)} {one}" if len(found) > 1 else one for one in dict.fromkeys(found))
 
 

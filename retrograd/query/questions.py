@@ -129,7 +129,7 @@ def build_questions(
     if missing:
         raise ValueError(
             f"no column {min(missing)!r}; the data set has {', '.join(documents.column_names)}. Questions need "
-            "question, choices and answer: rename its columns"
+            "question, choices and answer: rename its columns, or, to measure the text, give the task form: text"
         )
     count = len(documents) if limit is None else min(limit, len(documents))
     if not count:

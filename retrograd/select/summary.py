@@ -65,9 +65,8 @@ def show(info: dict[str, Any], out: Path, console: Console) -> dict[str, Any]:
         console.print(Text(f"{kept} documents are kept; they are also in {out}/documents.jsonl."))
     method = "weighted_sft" if info["use"] == "descent" else "METHOD"
     console.print(Text(
-        f"`retrograd unlearn {method}` takes them for the same data set: "
-        f"--weights {out}"
-        + (f", and a control's: --weights {out}/controls/{next(iter(info['controls']))}" if info["controls"] else "")
+        f"For the same data set: `retrograd unlearn {method} … --weights {out}`"
+        + (f", or a control's, {out}/controls/{next(iter(info['controls']))}" if info["controls"] else "")
     ))  # fmt: skip
     return info
 

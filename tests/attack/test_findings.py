@@ -262,8 +262,20 @@ def test_models_are_compared_on_the_same_questions(out: Path, capsys: pytest.Cap
     assert {"compare.json", "compare.md", "compare.parquet"} <= {path.name for path in out.iterdir()}
     text = (out / "compare.md").read_text()
     assert "general ability is lost" in text
+    assert "they take attacks that" not in text
     assert main(["compare", str(out.parent)]) == 2
     assert "no folder of" in capsys.readouterr().err
+
+
+def test_a_comparison_without_a_valid_attack_says_what_it_leaves_out(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invalid = [one._replace(valid=False) for one in read_faced([out], 0.05)]
+    monkeypatch.setattr("retrograd.commands.compare.read_faced", lambda *_: invalid)
+    assert main(["compare", str(out)]) == 0
+    text = (out / "compare.md").read_text()
+    assert "## Ranks" not in text
+    assert "No pairs, fronts, ranks: they take attacks that" in text
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

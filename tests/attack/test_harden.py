@@ -178,3 +178,9 @@ def test_what_cannot_work_is_refused(world: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "full/mine.txt").write_text("mine")
     assert main(command(world, tmp_path / "full", tmp_path)) == 2
     assert "no folder of `retrograd harden`" in capsys.readouterr().err
+
+
+def test_a_refusal_does_not_claim_the_folder(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(world, tmp_path / "out", tmp_path)) == 2  # tmp_path is no run
+    assert "run" in capsys.readouterr().err
+    assert not (tmp_path / "out/run_config.yaml").exists()

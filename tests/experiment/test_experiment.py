@@ -171,6 +171,9 @@ def test_a_failed_evaluation_stays_missing(world: Path, tmp_path: Path) -> None:
     assert run(file, tmp_path / "out", world) == 0
     rows = table(tmp_path / "out")
     assert next(row for row in rows if row["quantity"] == "forget")["value"] is None
+    text = (tmp_path / "out/results.md").read_text()
+    assert "## Missing" in text
+    assert "* `odd` of 3 models: " in text  # base, never, and the one seed
     assert "another set" in next(row for row in rows if row["quantity"] == "odd" and row["seed"] == 0)["missing"]
     assert next(row for row in rows if row["quantity"] == "retain")["value"] is not None
 
