@@ -169,10 +169,13 @@ class Durable:
         metadata = {"step": str(event.step), "identity": self.identity, "digest": digest, "query": query}
         self._sync_logs()
         write_tensors(path, tensors, metadata)
-        if not self.replay.keep:
-            for step in self.store.durable():
-                if step >= event.step and step not in self.store.held:
-                    self.store.remove(step)
+        self.let_go(event.step)
+
+    def let_go(self, step: int) -> None:
+        """Remove what a kill may have left of the states that a durable cotangent at `step` is done with."""
+        for later in () if self.replay.keep else self.store.durable():
+            if later >= step and later not in self.store.held:
+                self.store.remove(later)
 
     def read_reverse(self, cotangent: Cotangent, scores: Tensor, key: str, query: str) -> tuple[Cotangent, Tensor, int]:
         """The last durable cotangent, scores and the step they are of; or those given, and the last.

@@ -152,6 +152,8 @@ class Trajectory:
         scores = torch.zeros((queries, *weights.shape), dtype=weights.dtype)
         cotangent, scores, left = self.durable.read_reverse(cotangent, scores, key, query)
         actions, state = self._reverse_plan(left)
+        if left < self.steps:
+            self.durable.let_go(left)
         self.durable.rest()
         events = self._sweep(actions, state=state, cotangent=cotangent, after=self._final, curvature=curvature)
         self._final = None

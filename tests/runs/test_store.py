@@ -22,7 +22,7 @@ import worlds
 from retrograd.core import memory, tree
 from retrograd.core.optim import AdamW, Moments, Params, Updated
 from retrograd.core.step import Recipe, State, initial_state
-from retrograd.core.sweep import Event, seed_cotangent
+from retrograd.core.sweep import Event, Reversed, seed_cotangent
 from retrograd.runs import resume
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
@@ -448,6 +448,31 @@ def test_after_an_error_nothing_is_written_any_more(tmp_path: Path, monkeypatch:
     time.sleep(0.5)
     assert done == before
     assert [path.name for path in before] == [f"state-00000{step}.safetensors" for step in (1, 2, 3)]
+
+
+def test_a_state_that_a_kill_left_behind_is_removed(tmp_path: Path) -> None:
+    def fail(event: Event) -> None:
+        if isinstance(event, Reversed) and event.step == 2:
+            raise KeyboardInterrupt
+
+    def trajectory(heartbeat: float, observe: Any = lambda event: None) -> Trajectory:
+        training = worlds.training(Recipe(AdamW(1e-2, eps_root=1e-6)))
+        replay = Replay("all", memory=0, disk=1 << 30, heartbeat=heartbeat)
+        return Trajectory(training, initial_state(training.recipe, worlds.params()), replay, tmp_path, "run", observe)
+
+    whole = trajectory(0.0, fail)
+    gradient = worlds.query(whole.train().params)[1]
+    stale = tmp_path / "state-000004.safetensors"
+    content = stale.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        whole.reverse(gradient)
+    assert not stale.exists()
+    stale.write_bytes(content)
+    whole = trajectory(1e6)
+    whole.train()
+    scores = whole.reverse(gradient)
+    assert not list(tmp_path.glob("state-*"))
+    assert torch.equal(scores, run(None, Replay("all")))
 
 
 ALL_ON_DISK = Replay("all", memory=0, disk=1 << 30)
