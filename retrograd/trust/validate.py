@@ -86,10 +86,8 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
         )
     missing = [one for one in wanted if not bank.done(one.key)]
     result = validation(found, run.loaded.queries.names, _unchanged(run, bank, conditions), failed, missing)
-    groups, filtered = (
-        standings(methods[: 0 if len(methods) == 1 else None], found, missing, weights),
-        filtering(plans, bank),
-    )
+    groups = standings(methods, found, missing, weights) if len(methods) > 1 else []
+    filtered = filtering(plans, bank)
     more = {"methods": record(groups, result.names), "filtering": filtering_record(filtered)}
     write_validation(config.run, result, more)
     show(result, len(wanted), config.run, console)
