@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig, CompareConfig
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
+    CompareConfig,
     EvaluateConfig,
     LabConfig,
     MetasmoothnessConfig,
