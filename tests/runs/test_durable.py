@@ -49,8 +49,8 @@ def test_a_bank_with_a_torn_line_goes_on(tmp_path: Path) -> None:
     from retrograd.trust.bank import LeftOut, Retrained
 
     one = LeftOut("0", 0.5, torch.tensor([1]).numpy())
-    Bank(tmp_path, "id", {}, ["q"]).add([(one, Retrained([1.0], [2.0]))], {"threads": 1})
-    assert Bank(tmp_path, "id", {}, ["q"]).known[one.key] == Retrained([1.0], [2.0])
+    Bank(tmp_path, "id", {"q": "of q"}, ["q"]).add([(one, Retrained([1.0], [2.0]))], {"threads": 1})
+    assert Bank(tmp_path, "id", {"q": "of q"}, ["q"]).known[one.key] == Retrained([1.0], [2.0])
 
 
 @pytest.mark.parametrize("megabytes", [1, 16])
