@@ -173,6 +173,8 @@ class EvaluateConfig:
     tasks: str | Path | None = None
     """Or a YAML file of tasks, settings by name: {mmlu: , mine: {dataset: questions.jsonl, form: cloze}}.
     With --backend lm-eval: names of its tasks, tags and groups, and YAML files of its tasks, as a,b,c."""
+    metrics: bool = False
+    """With --lab: also what the metrics of unlearning need, docs/metrics.md: documents by heart, KL, depth, probes."""
     reference: str | None = None
     """The model that the others are compared with; the lab's base model, or else the first, when None."""
     knows: str | None = None
