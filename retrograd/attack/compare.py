@@ -28,7 +28,8 @@ import numpy as np
 
 from retrograd.attack.faced import Faced
 from retrograd.attack.recovery import means, selected
-from retrograd.evaluate.crossed import Estimate, clustered, crossed, crossed_difference, drawn_counts
+from retrograd.evaluate.crossed import clustered, crossed, crossed_difference, drawn_counts
+from retrograd.evaluate.intervals import Estimate
 
 __all__ = ["compared", "front"]
 

@@ -25,6 +25,7 @@ from retrograd.commands.compare import written
 from retrograd.commands.magic import magic
 from retrograd.commands.unlearn import unlearn
 from retrograd.durable import LOCK, foreign, make_folder
+from retrograd.evaluate.metrics import check_column
 from retrograd.experiment.attacked import ATTACKS, gathered
 from retrograd.experiment.carry import Runners
 from retrograd.experiment.lease import Queue
@@ -68,6 +69,8 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
         _claim(config.out, spec, write=True)
         _build(built, console)
     refuse_oracles(spec)
+    for column in spec.columns:
+        check_column(column, spec.report.tasks)
     maker = Maker(spec)
     for method in spec.methods:
         maker.config(method, spec.seeds[0], None)  # what cannot work is told now

@@ -15,26 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Estimate", "clustered", "crossed", "crossed_difference", "crossed_position", "drawn_counts"]
+from retrograd.evaluate.intervals import Estimate
+
+__all__ = ["clustered", "crossed", "crossed_difference", "crossed_position", "drawn_counts"]
 
 _ENTRIES = 1 << 22  # counts that are held at once
-
-
-class Estimate(NamedTuple):
-    """low ≤ high, in the quantity's own unit."""
-
-    value: float
-    low: float
-    high: float
-
-    def told(self, scale: float = 1.0, digits: int = 1) -> str:
-        """value [low, high]."""
-        value, low, high = (f"{scale * x:.{digits}f}" for x in self)
-        return f"{value} [{low}, {high}]"
 
 
 def crossed(
