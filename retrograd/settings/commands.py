@@ -13,7 +13,8 @@ from retrograd.settings.run import MagicConfig, QueryConfig
 from retrograd.settings.unlearn import UnlearnConfig
 
 __all__ = [
-    "BankConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig", "QueryRunConfig",
+    "BankConfig", "CompareConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig",
+    "QueryRunConfig",
     "ValidateConfig", "VerifyConfig", "perturbed",
 ]  # fmt: skip
 
@@ -127,6 +128,18 @@ class VerifyConfig:
     """Exit code 3 instead of 0 where the run is certified only partly."""
     trust_code: bool = False
     """As in `retrograd magic`."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH…")] = tyro.MISSING
+    """Folders of `retrograd attack`."""
+    output: Path | None = None
+    """Where compare.json, .parquet and .md go; the first folder when None."""
+    utility: float = 0.05
+    """How much general accuracy an attacker may lose against the base model."""
 
 
 @dataclass(frozen=True)
