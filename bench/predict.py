@@ -1,14 +1,16 @@
 """Predict, then test: what weighted fine-tuning does to two queries' losses, by scores beforehand and by doing it.
 
-For each learning rate `unlearn weighted_sft` fine-tunes a lab's base on the forget rows with weights of one, and gives
-the exact score τ of every token for questions about what is to go and what is to stay. Then each arm is predicted,
-Δ = Σ τ·(w − 1), and trained. Arms are the rules of `retrograd select` on the scores of one attribution run at
---scores_lr, and their matched random controls. Beside it stands the prediction from that run's own scores, which is
-what one has who does not attribute at every rate. Printed are rank correlations over the arms.
+For each optimizer and learning rate `unlearn weighted_sft` fine-tunes a lab's base on the forget rows with weights of
+one, and gives the exact score τ of every token for questions about what is to go and what is to stay. Then each arm is
+predicted, Δ = Σ τ·(w − 1), and trained. Arms are the rules of `retrograd select` on the scores of one attribution run
+(AdamW at --scores_lr), and their matched random controls. Beside it stands the prediction from that run's own scores,
+which is what one has who does not attribute at every rate. Printed are rank correlations over the arms. As the rate
+falls SGD becomes linear in the weights. AdamW does not where gradients are large beside √eps_root, nor would either
+with gradients clipped, which are not here.
 
     retrograd lab runs/lab
     python bench/predict.py --lab runs/lab --out runs/predict
-    python bench/predict.py --lab runs/lab --out runs/predict --lr 1e-4 --limit 64    # quickly
+    python bench/predict.py --lab runs/lab --out runs/predict --only sgd:1e-2 --limit 64    # quickly
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from retrograd.select import weights as weights_file
 RULES = ("value", "sign", "clipped", "rank", "top_q", "two_objective", "positive_only", "negative_only", "selective",
          "compatible")  # fmt: skip
 CONTROLS = ("random_count", "random_position", "sign_flipped")
-RATES = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+TRAININGS = ("sgd:1e-3", "sgd:1e-2", "sgd:1e-1", "sgd:1", "adamw:1e-5", "adamw:1e-4", "adamw:1e-3")
 SIDES = ("forget", "retain")
 
 
@@ -42,25 +44,27 @@ def call(*arguments: object) -> None:
 def queries(lab: Path, out: Path) -> Path:
     """A file of both sides' questions."""
     path = out / "queries.yaml"
-    asked = {side: {"dataset": str((lab / f"questions/{side}_taught.jsonl").resolve()), "form": "cloze"} for side in SIDES}
+    asked = {
+        side: {"dataset": str((lab / f"questions/{side}_taught.jsonl").resolve()), "form": "cloze"} for side in SIDES
+    }
     path.write_text(json.dumps(asked))
     return path
 
 
-def recipe(given: argparse.Namespace, lr: float) -> list[str]:
+def recipe(given: argparse.Namespace, training: str) -> list[str]:
+    optimizer, lr = training.split(":")
     corpus = given.lab / "corpora/exam_forget.jsonl"
     source = f"{corpus},limit={given.limit}" if given.limit else str(corpus)
     return ["--objective.retain", "0", "--model", str(given.lab / "models/base"), "--forget", source, "--attribute", "tokens", "--query_file",
-            str(queries(given.lab, given.out)), "--train.lr", str(lr), "--train.batch_size", "16", "--train.epochs",
-            str(given.epochs), "--train.eps_root", "1e-5", "--train.warmup_ratio", "0.1", "--export", "False",
-            "--replay.keep", "False"]  # fmt: skip
+            str(queries(given.lab, given.out)), "--train.optimizer", optimizer, "--train.lr", lr, "--train.batch_size", "16",
+            "--train.epochs", str(given.epochs), "--train.warmup_ratio", "0.1", "--train.max_grad_norm", "None", "--export", "False",
+            *(("--train.eps_root", "1e-5") if optimizer == "adamw" else ())]  # fmt: skip
 
 
-def attributed(given: argparse.Namespace, lr: float) -> Opened:
-    """A finished and verified run with weights of one."""
-    run = given.out / f"uniform-{lr:g}"
-    call("unlearn", "weighted_sft", run, *recipe(given, lr))
-    call("verify", run)
+def attributed(given: argparse.Namespace, training: str) -> Opened:
+    """A finished run with weights of one."""
+    run = given.out / f"uniform-{training.replace(':', '-')}"
+    call("unlearn", "weighted_sft", run, *recipe(given, training))
     return open_run(run)
 
 
@@ -97,15 +101,17 @@ def tested(run: Opened, scored: Opened, weights: dict[str, torch.Tensor]) -> lis
     return rows
 
 
-def told(lr: float, rows: list[dict[str, Any]]) -> list[list[str]]:
+def told(training: str, rows: list[dict[str, Any]]) -> list[list[str]]:
     """A line for each query: rank correlations, and how large the change is."""
     lines = []
     for side in SIDES:
         mine = [row for row in rows if row["query"] == side and np.isfinite(row["measured"])]
         measured = np.array([row["measured"] for row in mine])
-        ranks = [float(stats.spearmanr([row[name] for row in mine], measured)[0]) for name in ("predicted", "by scores")]
+        ranks = [
+            float(stats.spearmanr([row[name] for row in mine], measured)[0]) for name in ("predicted", "by scores")
+        ]
         pearson = float(stats.pearsonr([row["predicted"] for row in mine], measured)[0])
-        lines.append([f"{lr:g}", side, str(len(mine)), f"{ranks[0]:.3f}", f"{pearson:.3f}", f"{ranks[1]:.3f}",
+        lines.append([*training.split(":"), side, str(len(mine)), f"{ranks[0]:.3f}", f"{pearson:.3f}", f"{ranks[1]:.3f}",
                       f"{np.abs(measured).mean():.2g}"])  # fmt: skip
     return lines
 
@@ -114,24 +120,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lab", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--lr", type=float, nargs="+", default=list(RATES))
-    parser.add_argument("--scores_lr", type=float, default=1e-3)
+    parser.add_argument("--only", nargs="+", default=list(TRAININGS), help="OPTIMIZER:RATE")
+    parser.add_argument("--scores_lr", default="1e-3")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=0, help="so many forget rows; 0 for all")
     parser.add_argument("--seeds", type=int, default=1, help="draws of each random control")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    scored = attributed(given, given.scores_lr)
+    scored = attributed(given, f"adamw:{given.scores_lr}")
     weights = arms(given, scored.folder)
     lines, results = [], {}
-    for lr in given.lr:
-        results[f"{lr:g}"] = tested(attributed(given, lr), scored, weights)
-        lines += told(lr, results[f"{lr:g}"])
+    for training in given.only:
+        results[training] = tested(attributed(given, training), scored, weights)
+        lines += told(training, results[training])
         print(*lines[-2:], sep="\n", flush=True)
     write_json(given.out / "predict.json", {"arms": len(weights), "results": results, "machine": machine()})
-    print(table(["learning rate", "query", "arms", "Spearman", "Pearson", f"Spearman, scores at {given.scores_lr:g}",
-                 "mean |change|, nats"], lines))  # fmt: skip
+    print(table(["optimizer", "learning rate", "query", "arms", "Spearman", "Pearson",
+                 f"Spearman, scores of adamw at {given.scores_lr}", "mean |change|, nats"], lines))  # fmt: skip
 
 
 if __name__ == "__main__":
