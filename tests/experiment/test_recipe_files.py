@@ -8,11 +8,13 @@ import arms
 import pytest
 
 from retrograd.cli import main
+from retrograd.evaluate.metrics import check_column
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import planned
 from retrograd.experiment.seen import refuse_oracles
 from retrograd.experiment.tasks import Maker
 from retrograd.settings.experiment import read_experiment
+from retrograd.unlearn.methods import METHODS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -71,7 +73,9 @@ def test_the_lab_s_recipes_are_read() -> None:
     pretraining = read_experiment(RECIPES / "lab/pretraining.yaml")
     assert pretraining.scores["pretraining"].start == "runs/lab/models/random"
     weightings = read_experiment(RECIPES / "lab/weightings.yaml", ("lab=elsewhere",))
-    assert len(methods.methods) == 13
+    assert {one.method for one in methods.methods.values()} == set(METHODS) - {"weighted_sft"}
+    for column in methods.columns:
+        check_column(column, methods.report.tasks)
     assert methods.methods["dpo"].corpora is not None
     assert weightings.base == "elsewhere/models/base"
     assert len(weightings.seeds) >= 5
