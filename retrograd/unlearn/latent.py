@@ -25,11 +25,10 @@ from retrograd.core.optim import Params
 from retrograd.data.pairs import FORGET
 from retrograd.lm.outputs import Outputs, decoder_blocks, recorded, replaced
 from retrograd.lm.spans import inner
-from retrograd.unlearn.terms import unit
 
 __all__ = ["LatentAttack"]
 
-_TINY = 1e-30  # under the norm of a gradient: 0 where there is none
+_TINY = 1e-30  # below every gradient that is one
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class LatentAttack:
                 loss = _said(_under(outputs, fixed, inputs, sites, change), inputs)
                 slopes = iter(torch.autograd.grad(loss, flat, allow_unused=True))
             for site, parts in change.items():
-                moved = [part.detach() if g is None else part.detach() - length * unit(g, _TINY)
+                moved = [part.detach() if g is None else part.detach() - length * _direction(g)
                          for part, length, g in zip(parts, lengths[site], slopes)]  # fmt: skip
                 change[site] = moved
         return _under(outputs, params, inputs, sites, change)
@@ -80,6 +79,11 @@ def _adding(parts: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """Adds a part to each call's output, in their order."""
     calls = itertools.count()
     return lambda h: h + parts[next(calls)]
+
+
+def _direction(g: Tensor) -> Tensor:
+    """g/‖g‖ along the last dimension, and 0 where g is."""
+    return g / g.norm(dim=-1, keepdim=True).clamp_min(_TINY)
 
 
 def _said(out: Outputs, inputs: Any) -> Tensor:

@@ -140,8 +140,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("method", [
+    "circuit_breakers", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "circuit_breakers")
+])  # fmt: skip
 def test_a_killed_variant_goes_on_to_the_same_bits(method: str, world: Path, tmp_path: Path) -> None:
     _killed_and_resumed(method, world, tmp_path, *VARIANTS[method])
 
