@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig, CompareConfig
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
     BankConfig,
+    CompareConfig,
     EvaluateConfig,
     LabConfig,
     MetasmoothnessConfig,

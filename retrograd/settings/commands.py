@@ -14,7 +14,8 @@ from retrograd.settings.select import Alignment
 from retrograd.settings.unlearn import UnlearnConfig
 
 __all__ = [
-    "BankConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig", "QueryRunConfig",
+    "BankConfig", "CompareConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig",
+    "QueryRunConfig",
     "ValidateConfig", "VerifyConfig", "perturbed",
 ]  # fmt: skip
 
@@ -148,6 +149,18 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH…")] = tyro.MISSING
+    """Folders of `retrograd attack`."""
+    output: Path | None = None
+    """Where compare.json, .parquet and .md go; the first folder when None."""
+    utility: float = 0.05
+    """How much general accuracy an attacker may lose against the base model."""
+
+
+@dataclass(frozen=True)
 class LabConfig:
     """Build a fictional world: corpora, questions, a model that knows it and one that never saw a part of it."""
 
@@ -191,6 +204,8 @@ class EvaluateConfig:
     tasks: str | Path | None = None
     """Or a YAML file of tasks, settings by name: {mmlu: , mine: {dataset: questions.jsonl, form: cloze}}.
     With --backend lm-eval: names of its tasks, tags and groups, and YAML files of its tasks, as a,b,c."""
+    metrics: bool = False
+    """With --lab: also what the metrics of unlearning need, docs/metrics.md: documents by heart, KL, depth, probes."""
     reference: str | None = None
     """The model that the others are compared with; the lab's base model, or else the first, when None."""
     knows: str | None = None
