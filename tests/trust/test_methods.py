@@ -182,3 +182,19 @@ def test_scores_that_cannot_be_compared(
     assert main(["validate", str(run), "--subsets", "3", "--fraction", "0.2", "--scores", *files, *more]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (run / "validation").exists()
+
+
+@pytest.mark.slow
+def test_ekfac_scores_of_the_example(banked: Path, tmp_path: Path) -> None:
+    pytest.importorskip("kronfluence")
+    import subprocess
+    import sys
+
+    example = Path(__file__).parents[2] / "examples" / "ekfac.py"
+    command = [sys.executable, str(example), str(banked), str(tmp_path / "ekfac.npy")]
+    subprocess.run(command, check=True, capture_output=True)
+    scores = np.load(tmp_path / "ekfac.npy")
+    assert scores.shape == (20, 2)
+    call = ["validate", str(banked), *CALL, "--scores", str(tmp_path / "ekfac.npy"), "--higher_is", "proponent"]
+    assert main(call) == 0
+    assert found(banked)["methods"]["ekfac"]["pearson"] > 0
