@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "load_module", "model_width", "told"]
+__all__ = ["DTYPES", "configuration", "load_module", "model_width", "told"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -86,10 +86,15 @@ def model_width(name: str) -> int:
     Raises:
         ValueError: If there is none.
     """
-    return int(_configuration(name).get_text_config(decoder=True).hidden_size)
+    return int(configuration(name).get_text_config(decoder=True).hidden_size)
 
 
-def _configuration(name: str) -> Any:
+def configuration(name: str) -> Any:
+    """A model's config.json, by hub name or local folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
     from transformers import AutoConfig
 
     try:
@@ -104,7 +109,7 @@ def _configuration(name: str) -> Any:
 def _check_causal(name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = _configuration(name)
+    config = configuration(name)
     found = getattr(config, "architectures", None) or []
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
