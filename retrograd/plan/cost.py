@@ -223,7 +223,7 @@ def _seconds(work: Work, machine: Machine, layout: Layout | None, pace: Pace | N
 
 
 def _disk(work: Work, machine: Machine, kept: Kept, seconds: float) -> dict[str, int]:
-    """The final state and scores stay; a resume point is there meanwhile if a heartbeat passes, and two for a moment."""
+    """Final state and scores stay; a resume point is there meanwhile if a heartbeat passes, and two for a moment."""
     state, params, k = work.matter.state // machine.shards, work.matter.params // machine.shards, work.queries
     found = {"final state": state, "states and gradients kept": kept.disk}
     points = 2 if not seconds else min(2, int(seconds / max(1e-9, work.heartbeat)))

@@ -88,7 +88,7 @@ def described(config: RunConfig, plan: PlanConfig) -> Described:
     Raises:
         ValueError: If model or data are not there, or cannot work.
     """
-    config = dataclasses.replace(config, device="cpu")
+    config = dataclasses.replace(config, device="cpu", tf32=False)
     sources = Sources(model=weightless, narrow=narrowed)
     if plan.rows is not None:
         sources = sources._replace(tokenizer=lambda name: None, rows=rows_of(plan))

@@ -25,8 +25,9 @@ from retrograd.runs.files import write_tensors
 from retrograd.runs.setup import Setup
 from retrograd.runs.states.budget import TRAINED_ONLY, Layout, Replay
 from retrograd.runs.trajectory import Ready
+from retrograd.trust.ensemble import train_many
 
-__all__ = ["disk_rate", "probe"]
+__all__ = ["disk_rate", "probe", "stack_seconds"]
 
 STEPS = 3  # the first of each kind is a warm-up and is not counted
 _ASKED = 2  # batches of a query that are timed
@@ -88,6 +89,19 @@ def probe(
     step = scale * _median(times["step"])
     again = _median(times["again"]) if times.get("again") else step
     return Pace(step, again, scale * _median(times.get("reverse", [0.0])), query)
+
+
+def stack_seconds(setup: Setup, work: Work, members: int, clock: Clock = time.perf_counter) -> float:
+    """Of a step of so many models batched in one process, as `validate` retrains small ones."""
+    stream = _typical(setup.stream, STEPS)
+    weights = torch.stack([setup.training.weights] * members)
+    marks = [clock()]
+    training = setup.training._replace(stream=stream)
+    train_many(
+        training, setup.initial.params, weights, objective=setup.objective,
+        observe=lambda step, losses, norms: marks.append(clock()),
+    )  # fmt: skip
+    return _median([b - a for a, b in zip(marks, marks[1:])])
 
 
 def disk_rate(folder: Path, clock: Clock = time.perf_counter) -> float:

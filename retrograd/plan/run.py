@@ -70,7 +70,7 @@ def precision_of(config: RunConfig) -> Precision | None:
     """What products are computed in, for a data sheet's rate; None where it has none."""
     if config.dtype != "float32":
         return "bfloat16" if config.dtype == "bfloat16" else None
-    return "tf32" if getattr(config, "tf32", False) else "float32"
+    return "tf32" if config.tf32 else "float32"
 
 
 def _folder(config: RunConfig) -> Path:

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from retrograd.plan.cost import Forecast
+from retrograd.plan.many import PlannedMany
 from retrograd.plan.run import Planned
 from retrograd.runs.run_folder import describe
 
-__all__ = ["duration", "show", "size", "values_of"]
+__all__ = ["duration", "show", "show_many", "size", "values_of", "values_of_many"]
 
 
 def size(count: float) -> str:
@@ -77,6 +78,38 @@ def _verdict(planned: Planned, console: Console) -> None:
     else:
         after = f": {duration(remedy.total)}, {remedy.device_hours:.3g} device hours" if remedy.seconds else ""
         console.print(f"It would with {', '.join(remedy.changes) or 'what is free given to it'}{after}.")
+
+
+def show_many(planned: PlannedMany, console: Console) -> None:
+    """Print the plan of a command that is many trainings."""
+    table = Table(box=None, padding=(0, 2))
+    for name in ("", "number", "done", "each", "left", "of a worker", "on disk", "by"):
+        table.add_column(name, justify="left" if name in ("", "by") else "right")
+    for part in planned.parts:
+        each, left = ("?", "?") if part.seconds is None else (duration(part.seconds), duration(part.left))
+        sizes = (size(part.memory) if part.memory else "", size(part.disk) if part.disk else "")
+        table.add_row(part.what, str(part.number), str(part.done), each, left, *sizes, part.source)
+    console.print(table)
+    if planned.more:
+        console.print(f"At most {planned.more} tasks more are not known before some of these are done; not counted.")
+    unknown = [part.what for part in planned.parts if part.seconds is None and part.number > part.done]
+    console.print(
+        f"{planned.workers} worker{'s' * (planned.workers > 1)}: {duration(planned.seconds)} if none waits for another"
+        + (f", without {', '.join(unknown)}" if unknown else "")
+        + f"; {size(planned.memory)} of memory, {size(planned.disk)} of disk."
+    )
+    if planned.memory > planned.host:
+        console.print(f"[red]It does not fit: {size(planned.memory - planned.host)} of memory too little. "
+                      "Start fewer workers, or those of another machine.")  # fmt: skip
+
+
+def values_of_many(planned: PlannedMany) -> dict[str, Any]:
+    """All numbers, as JSON has them."""
+    return {
+        "parts": [{**part._asdict(), "left": part.left} for part in planned.parts], "workers": planned.workers,
+        "more": planned.more, "seconds": planned.seconds, "memory": planned.memory, "disk": planned.disk,
+        "fits": planned.memory <= planned.host,
+    }  # fmt: skip
 
 
 def values_of(planned: Planned) -> dict[str, Any]:

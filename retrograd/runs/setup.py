@@ -34,7 +34,7 @@ from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
-from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
+from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.states.budget import free_memory
@@ -155,7 +155,7 @@ def load_recipe(
 ) -> tuple[CausalLM, Any, DataStream, list[str]]:
     """Model, tokenizer, stream and an excerpt of each document."""
     sources = sources or Sources()
-    device, train, data = find_device(config.device), config.train, config.data
+    device, train, data = find_device(config.device, tf32=config.tf32), config.train, config.data
     tokenizer = sources.tokenizer(config.tokenizer or config.model)
     model = sources.model(config.model, config.dtype, device, config.lora, train)
     given: dict[str, Any] = {"chunk_length": data.chunk_length, "min_chars": data.min_chars}
@@ -206,7 +206,8 @@ def set_up(
     size = train.micro_batch_size or stream.batch_size
     recipe = recipe_of(train, model, len(stream))
     dtype = next(model.module.parameters()).dtype
-    kind = (stream.batch_size, len(stream.rows), str(dtype).removeprefix("torch."))
+    tf32 = torch.get_float32_matmul_precision() != "highest" and dtype == torch.float32
+    kind = (stream.batch_size, len(stream.rows), "tf32" if tf32 else str(dtype).removeprefix("torch."))
     findings = recipe_findings(recipe, *kind) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
     shape = (min(size, len(stream.rows)), stream.rows.max_length)
@@ -353,11 +354,13 @@ def _embeddings(model: CausalLM) -> tuple[str, ...]:
     return tuple(name for name in model.params if name in found)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, *, tf32: bool = False) -> torch.device:
     """The device of a name; "auto" is a GPU if there is one.
 
+    Args:
+        tf32: Let float32 products round their factors.
     Raises:
-        ValueError: If it cannot be used here.
+        ValueError: If it cannot be used here, or has no TF32.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -367,4 +370,5 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     deterministic(device)
+    precise(device, tf32=tf32)
     return device

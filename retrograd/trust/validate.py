@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from retrograd.trust.evidence import stored_scores
 from retrograd.trust.left_out import predicted, random_subset
 from retrograd.trust.retrain import NOTHING, Conditions, conditions_of, retrain_all
 
-__all__ = ["validate"]
+__all__ = ["Retraining", "check_validate", "prepared", "validate"]
 
 
 def validate(config: ValidateConfig, console: Console | None = None) -> Validation | None:
@@ -39,7 +40,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         RunError: If retraining with everything does not reproduce the run, or every retraining diverges.
     """
     console = console or Console()
-    _check(config)
+    check_validate(config)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
@@ -48,20 +49,47 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         return _validate(config, run[1], rank, ranks, console)
 
 
-def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
+class Retraining(NamedTuple):
+    """What a call of `validate` is made of: every set, those of this call, and how they are retrained without."""
+
+    run: Opened
+    conditions: Conditions
+    scores: torch.Tensor
+    wanted: list[LeftOut]
+    mine: list[LeftOut]
+    bank: Bank
+
+    @property
+    def missing(self) -> list[LeftOut]:
+        """Sets of this call that are not in the bank, each once."""
+        return _missing(self.mine, self.bank)
+
+
+def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Console) -> Retraining:
+    """Load a run and what is to be retrained without, and read its bank.
+
+    Args:
+        part: Ends the name of this process's own file of the bank.
+    Raises:
+        ValueError: For anything the user can mend.
+    """
     number = config.subsets * len(config.fraction)
     conditions = conditions_of(manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
-    conditions = _stackable(run, conditions, config, console)
-    scores = stored_scores(run)
+    conditions, scores = _stackable(run, conditions, config, console), stored_scores(run)
     wanted = _wanted(config, run, scores)
     mine = [one for one in wanted if _is_mine(one, config)]
-    bank = _bank(config, run, _part(config, rank, ranks))
-    _carry_out(run, mine[rank::ranks], bank, conditions, console)
+    return Retraining(run, conditions, scores, wanted, mine, _bank(config, run, part))
+
+
+def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
+    made = prepared(config, manifest, _part(config, rank, ranks), console)
+    run, conditions, bank, wanted = made.run, made.conditions, made.bank, made.wanted
+    _carry_out(run, made.mine[rank::ranks], bank, conditions, console)
     if rank:
         return None
-    _await(mine, bank, ranks)
-    weights = run.loaded.training.weights
+    _await(made.mine, bank, ranks)
+    scores, weights = made.scores, run.loaded.training.weights
     found = [
         Compared(one, predicted(scores, weights, one.places).numpy(), np.subtract(*bank.known[one.key]))
         for one in wanted
@@ -78,7 +106,12 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
     return show(result, len(wanted), config.run, console)
 
 
-def _check(config: ValidateConfig) -> None:
+def check_validate(config: ValidateConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
     for name, number in (("subsets", config.subsets), ("start", config.start), ("workers", config.workers),
                          ("together", config.together), ("stop", config.stop or 0)):  # fmt: skip
         if number < 0:
@@ -194,7 +227,7 @@ def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, cons
 
 
 def _carry_out(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, console: Console) -> None:
-    missing = list({one.key: one for one in sets if not bank.done(one.key)}.values())
+    missing = _missing(sets, bank)
     if not missing:
         return
     console.print(
@@ -210,6 +243,10 @@ def _carry_out(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditi
             else:
                 bank.add(group, conditions.bits)
                 tick(len(group))
+
+
+def _missing(sets: list[LeftOut], bank: Bank) -> list[LeftOut]:
+    return list({one.key: one for one in sets if not bank.done(one.key)}.values())
 
 
 def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> None:

@@ -129,7 +129,7 @@ def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
 def read(config: UnlearnConfig, method: Method, sources: Sources | None = None) -> Read:
     """The model, and forget, retain and alternative rows under one weight tensor."""
     sources = sources or Sources()
-    device = find_device(config.device)
+    device = find_device(config.device, tf32=config.tf32)
     tokenizer = sources.tokenizer(config.tokenizer or config.model)
     adapters = _adapters(config, method)
     model = sources.model(config.model, config.dtype, device, adapters, config.train)
