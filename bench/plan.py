@@ -171,10 +171,54 @@ def report(found: dict[str, dict[str, Any]]) -> str:
     return table(("case", "time", "memory", "disk", "CPU time measured", "peak measured", "disk measured"), rows)
 
 
+QUESTION = 150  # tokens of a question with its answers, taken
+HARDWARE = (("h100", 1), ("h200", 1), ("gh200", 4), ("h100", 8))
+PRECISIONS = {"float32": [], "TF32": ["--tf32"], "bfloat16 *": ["--dtype", "bfloat16"]}
+BEGIN, END = "<!-- bench/plan.py --headline -->", "<!-- end of bench/plan.py --headline -->"
+
+
+def headline() -> str:
+    """The table of docs/plan.md: one plan by arithmetic for each kind of machine and precision."""
+    from retrograd import cli
+    from retrograd.plan.run import plan_run
+    from retrograd.plan.show import duration, size
+
+    rows = []
+    for (hardware, ranks), (name, more) in ((where, how) for where in HARDWARE for how in PRECISIONS.items()):
+        asked = cli._parse("plan", [
+            "--hardware", hardware, "--ranks", str(ranks), "--layout", "shard" if ranks > 1 else "replicate",
+            "--disk", "2TB", "--rows", "1000", "--row_tokens", "104", "--questions", "868",
+            "--question_tokens", str(QUESTION), "magic", "runs/headline",
+            "--config", str(ROOT / "recipes/original/headline.yaml"), "--model", str(ROOT / "recipes/original/model"),
+            *more,
+        ])  # fmt: skip
+        planned = plan_run(asked.config, asked.plan)
+        found, remedy = planned.forecast, planned.remedy
+        assert found.layout is not None
+        assert found.floor is not None
+        needs, has = sum(found.device.values()), found.machine.memory or 0
+        change = "fits" if not found.missing else "nothing tried" if remedy is None else ", ".join(remedy.changes)
+        rows.append((
+            f"{ranks} × {found.machine.name}", name, f"{size(needs)} of {size(has)}",
+            f"{found.layout.cost.slots} ({found.layout.on_disk} on disk)", found.layout.cost.replays,
+            duration(found.floor), duration(found.total), f"{found.device_hours:.2f}", change,
+        ))  # fmt: skip
+    return table(("machine", "products", "memory a rank", "states held", "replays", "floor", "time", "GPU-hours",
+                  "fits, or would with"), rows)  # fmt: skip
+
+
+def write_docs(text: str) -> None:
+    page = ROOT / "docs/plan.md"
+    whole = page.read_text(encoding="utf8")
+    before, rest = whole.split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--headline", action="store_true", help="print the table of docs/plan.md")
+    parser.add_argument("--write-docs", action="store_true", help="with --headline: into docs/plan.md too")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -182,6 +226,10 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         return child(given.child, json.loads(given.arguments), given.out)
+    if given.headline:
+        text = headline()
+        print(text, end="")
+        return write_docs(text) if given.write_docs else None
     found = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

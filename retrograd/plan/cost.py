@@ -158,7 +158,7 @@ def forecast(
     floor = floor_of(work) / rate / machine.ranks if rate else None
     return Forecast(
         work, machine, engine, rows, layout, seconds, floor, {} if on_host else {"CUDA": machine.base, **device}, host,
-        _disk(work, machine, kept, sum(seconds.values())), known=activations is not None, pace=pace,
+        _disk(work, machine, layout, kept, sum(seconds.values())), known=activations is not None, pace=pace,
     )  # fmt: skip
 
 
@@ -222,13 +222,14 @@ def _seconds(work: Work, machine: Machine, layout: Layout | None, pace: Pace | N
     return {**found, "query": pace.query, "reverse": back}
 
 
-def _disk(work: Work, machine: Machine, kept: Kept, seconds: float) -> dict[str, int]:
-    """Final state and scores stay; a resume point is there meanwhile if a heartbeat passes, and two for a moment."""
+def _disk(work: Work, machine: Machine, layout: Layout | None, kept: Kept, seconds: float) -> dict[str, int]:
+    """Final state, query gradients and scores stay; resume points are there meanwhile, if a heartbeat passes."""
     state, params, k = work.matter.state // machine.shards, work.matter.params // machine.shards, work.queries
     found = {"final state": state, "states and gradients kept": kept.disk}
-    points = 2 if not seconds else min(2, int(seconds / max(1e-9, work.heartbeat)))
-    if points:
-        found["resume points"] = points * max(1, k) * state
+    beats = 2.0 if not seconds else seconds / max(1e-9, work.heartbeat)
+    if beats >= 1:  # the last on the way forward, and those that became slots; the last two on the way back
+        slots = 0 if layout is None else int(min(1.0, beats / work.steps.steps) * (layout.cost.slots - 1))
+        found["resume points"] = (1 + slots + k * min(2, int(beats))) * state
     if k:
         found |= {"query gradients": k * params, "scores": 12 * work.scores}
     if work.exported:

@@ -180,8 +180,8 @@ def _part(
     forward: float | None, clock: Callable[[], float],
 ) -> tuple[Part, float | None]:  # fmt: skip
     """A group, and seconds of a forward pass of one token, where its own plan says so."""
-    results = [found for task in members if (found := queue.result(task.name)) is not None]
-    done, times = len(results), [float(found["seconds"]) for found in results if "seconds" in found]
+    results = [result for task in members if (result := queue.result(task.name)) is not None]
+    done, times = len(results), [float(result["seconds"]) for result in results if "seconds" in result]
     seconds, source = (sum(times) / len(times), f"mean of {len(times)} that are done") if times else (None, "not known")
     first = members[0]
     if first.kind not in ("scores", "train"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -101,7 +102,7 @@ def stack_seconds(setup: Setup, work: Work, members: int, clock: Clock = time.pe
         training, setup.initial.params, weights, objective=setup.objective,
         observe=lambda step, losses, norms: marks.append(clock()),
     )  # fmt: skip
-    return _median([b - a for a, b in zip(marks, marks[1:])])
+    return _median([b - a for a, b in itertools.pairwise(marks)])
 
 
 def disk_rate(folder: Path, clock: Clock = time.perf_counter) -> float:
