@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig, CompareConfig
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
+    BankConfig,
+    CompareConfig,
     EvaluateConfig,
     LabConfig,
     MetasmoothnessConfig,
@@ -64,6 +66,7 @@ _COMMANDS = {
     "validate": _Command(
         ValidateConfig, "retrain without random subsets: do the scores predict what happens?", "trust.validate"
     ),
+    "bank": _Command(BankConfig, "what a bank of retrainings holds, and what is missing from it", "trust.holdings"),
     "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact", "trust.verify"),
     "metasmoothness": _Command(
         MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?", "trust.metasmoothness"

@@ -118,13 +118,15 @@ def plan_validate(
     )  # fmt: skip
     pace = probe(loaded, work, loaded.asked, None, clock)
     seconds = work.steps.steps * pace.step + pace.query / 3  # values alone
-    source, sets = "three steps timed here", len(made.missing)
+    sets = {one.key for one in made.mine if not made.bank.done(one.key, model=config.save_models)}
+    number, source = len({one.key for one in made.mine}), "three steps timed here"
     if conditions.together > 1:
         stacked = stack_seconds(loaded, work, conditions.together, clock)
         seconds = work.steps.steps * stacked / max(1, conditions.together - 1) + pace.query / 3
         source = f"three steps of a stack of {conditions.together} timed here"
     memory = max(resident("VmHWM"), machine.base + 4 * work.matter.state * conditions.together)
-    own = Part("retrainings", len(made.mine), len(made.mine) - sets, seconds, source, memory)
+    disk = work.matter.params if config.save_models else 0
+    own = Part("retrainings", number, number - len(sets), seconds, source, memory, disk)
     alone = work.steps.steps * pace.step + pace.query / 3
     known = made.bank.baseline(conditions.alone.bits) is not None or not sets
     parts = [own, Part("with everything", 1, int(known), alone, "three steps timed here", memory)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from retrograd.core.optim import Params
 from retrograd.data.rows import Rows
 from retrograd.data.stream import token_rows
-from retrograd.lm.checkpoint import DTYPES, configuration
+from retrograd.lm.checkpoint import DTYPES, read_config
 from retrograd.lm.engines import Curve, graph_curve
 from retrograd.lm.load import adapters_of
 from retrograd.lm.model import CausalLM, adapted, causal_objective, trainable
@@ -40,7 +40,7 @@ def weightless(
         ValueError: If it has no configuration, or no causal language model is of that type.
     """
     with torch.device("meta"):
-        module = _built(configuration(name), name, DTYPES[dtype])
+        module = _built(read_config(name), name, DTYPES[dtype])
         if lora.rank:
             module = adapted(module, adapters_of(lora), train.seed)
     return CausalLM(module, trainable(module)[0], _nothing, True)
@@ -67,7 +67,7 @@ def activations_of(name: str, dtype: str) -> tuple[Curve, Curve] | None:
     Returns:
         None, with a warning that says why, where no small model of the architecture can be made.
     """
-    whole = configuration(name)
+    whole = read_config(name)
     try:
         near, far = (_small(whole, layers) for layers in (1, 2))
         curves = [(graph_curve(*near, twice=twice), graph_curve(*far, twice=twice)) for twice in (True, False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from retrograd.report.panel import Panel
+from retrograd.report.panels.compare import compare
 from retrograd.report.panels.exam import answers, exam, samples, tradeoff, tradeoff_of_several
 from retrograd.report.panels.experiment import experiment
 from retrograd.report.panels.questions import questions
@@ -35,6 +36,7 @@ PANELS = (
     Panel("exam", "What the models know", Evaluation, exam),
     Panel("answers", "Answers, question by question", Evaluation, answers),
     Panel("experiment", "Arms and their controls", Experiment, experiment),
+    Panel("compare", "Which hold, under the same attacks?", Attack, compare),
     Panel("tamper", "Does it come back?", Attack, tamper),
     Panel("samples", "What the models write", Evaluation, samples),
 )
