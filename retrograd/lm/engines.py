@@ -216,7 +216,7 @@ def graph_curve(module: nn.Module, objective: _Objective, *, twice: bool = True)
     return Curve(near - slope * _LENGTHS[0] - bend * _LENGTHS[0] ** 2, slope, bend)
 
 
-def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int, twice: bool) -> int:
+def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int, twice: bool = True) -> int:
     """Bytes that autograd holds on one row; what the module owns is not counted."""
     params = trainable(module)[0]
     own = {x.untyped_storage().data_ptr() for x in (*params.values(), *module.parameters(), *module.buffers())}
