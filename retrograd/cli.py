@@ -37,7 +37,7 @@ from retrograd.settings.harden import HardenConfig
 from retrograd.settings.plan import PLANNED, PlanConfig, PlanOf
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
-from retrograd.settings.select import SelectConfig
+from retrograd.settings.select import MaskConfig, SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
 from retrograd.settings.unlearn import UnlearnConfig, refuse_method, with_objective
 
@@ -79,6 +79,9 @@ _COMMANDS = {
     ),
     "select": _Command(
         SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
+    ),
+    "mask": _Command(
+        MaskConfig, "token weights by keywords, or by hidden states like theirs, without scores", "commands.mask", "OUT"
     ),
     "unlearn": _Command(
         UnlearnConfig, "RUN: forget some documents, keep others; with a verdict or scores", "commands.unlearn", "METHOD"
@@ -151,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 # the setting that names the folder; whether the command writes the page, or only one that is there anew
 _REPORTED = {
     "train": ("run", True), "magic": ("run", True), "unlearn": ("run", True), "validate": ("run", True),
-    "evaluate": ("output", True), "experiment": ("out", True), "attack": ("out", True),
+    "evaluate": ("output", True), "experiment": ("out", True), "attack": ("out", True), "harden": ("out", True),
     "query": ("run", False), "verify": ("run", False), "metasmoothness": ("run", False),
 }  # fmt: skip
 

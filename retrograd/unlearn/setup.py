@@ -62,7 +62,7 @@ def assemble(config: UnlearnConfig) -> Loaded:
     """
     method = find_method(config.method)
     if config.attribute is not None:
-        guards.check_attributable(method)
+        guards.check_attributable(method, settings_of(config, method))
     loaded = read(config, method)
     size = config.train.micro_batch_size or loaded.stream.batch_size
     given = (queries_of(config), loaded.model, loaded.tokenizer)
