@@ -78,7 +78,7 @@ def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Con
     Raises:
         ValueError: For anything the user can mend.
     """
-    number = config.subsets * len(config.fraction) * len(config.weight)
+    number = (config.subsets * len(config.fraction) + len(config.top) * (config.controls + 1)) * len(config.weight)
     conditions = conditions_of(manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
     conditions, scores = stackable(run, conditions, config, console), stored_scores(run)
