@@ -91,7 +91,8 @@ def _found(config: MetasmoothnessConfig, manifest: Manifest, loaded: Loaded) -> 
     if path.exists():
         value = json.loads(path.read_text(encoding="utf8"))["value"]
     else:
-        value = smoothness(*_finals(config, loaded, manifest, folder / key))
+        finals = _finals(config, loaded, manifest, folder / key)
+        value = smoothness(*(finals if loaded.after is None else map(loaded.after, finals)))
         judged = _judge(value, config.train)._asdict()
         del judged["forecast"]  # in a file of its own
         write_json(path, {**judged, "h": config.h, "seed": config.noise_seed})
