@@ -16,6 +16,8 @@ from retrograd.core import tree
 from retrograd.core.step import State
 from retrograd.evaluate.on_the_way import prepare_on_the_way, show_again, watching
 from retrograd.lm.save import save_causal_lm
+from retrograd.parallel.group import here
+from retrograd.parallel.split import serve
 from retrograd.runs.begin import begin, check_folder, empty
 from retrograd.runs.files import write_json
 from retrograd.runs.lock import locked
@@ -66,6 +68,8 @@ def open_folder(
     Raises:
         ValueError: For anything the user can mend, another process in the folder too; nothing has been changed then.
     """
+    if here().rank:
+        serve(load()[0].training.engine)
     check_loggers(config.log)
     check_folder(config, command)  # before anything is made there
     with locked(config.run):

@@ -192,8 +192,9 @@ def _weight_tangent(
     """∂g/∂w · direction."""
     if training.engine.linear:
         return training.engine.gradient(params, batches, direction, seed)[1]
-    assert isinstance(training.engine, Double), "the engine of objectives that are not linear in their coefficients"
-    return training.engine.tangent(params, batches, training.weights, direction, seed)
+    engine: Any = training.engine
+    assert hasattr(engine, "tangent"), "the engine of objectives that are not linear in their coefficients"
+    return engine.tangent(params, batches, training.weights, direction, seed)
 
 
 def _update_tangent(

@@ -22,6 +22,7 @@ from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
+from retrograd.parallel.group import here
 from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
@@ -29,6 +30,7 @@ from retrograd.query.named import Asked, load_queries
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
+from retrograd.runs.shares import logical_shards, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
@@ -99,6 +101,7 @@ class Differentiated(NamedTuple):
         queries: Cotangents that the way back carries at once; 0 for a training that is not attributed.
         run: Folder of the run, for what is said of it.
         begun: The arithmetic of a run that was begun: its replay takes no other.
+        shards: Logical shards; as many as there are processes when None.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -106,6 +109,7 @@ class Differentiated(NamedTuple):
     queries: int = 0
     run: Path | None = None
     begun: Arithmetic | None = None
+    shards: int | None = 1
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -118,7 +122,7 @@ def assemble(config: MagicConfig) -> Loaded:
     size = config.train.micro_batch_size or config.train.batch_size
     asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
     queries = sum(len(one.columns) for one in asked) + config.sharpness
-    how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config))
+    how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config), config.shards)
     visited = visits(stream, config.attribute, config.dtype)
     setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
     return attributed(setup, texts, asked)
@@ -138,7 +142,7 @@ def set_up_recipe(config: RecipeConfig) -> Setup:
         ValueError: As `assemble`.
     """
     model, tokenizer, stream, _ = load_recipe(config)
-    how = Differentiated(config.engine, config.compile, 0, config.run, _begun(config))
+    how = Differentiated(config.engine, config.compile, 0, config.run, _begun(config), config.shards)
     return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
 
 
@@ -189,8 +193,11 @@ def set_up(
         ValueError: If the engine cannot work, the first step is no function or, where a query is to come, it is not
             differentiated right.
     """
+    group = here()
+    how = how._replace(begun=group.agreed(how.begun))  # another rank may have looked later
     if how.begun is not None:
         how.begun.apply()
+    shards = logical_shards(how.shards, how.begun, group, how.run)
     size = train.micro_batch_size or stream.batch_size
     recipe = Recipe(
         optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
@@ -200,10 +207,16 @@ def set_up(
     kind = (stream.batch_size, len(stream.rows), str(dtype).removeprefix("torch."))
     findings = recipe_findings(recipe, *kind) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
-    shape = (min(size, len(stream.rows)), stream.rows.max_length)
+    shape = (-(-min(size, len(stream.rows)) // group.world), stream.rows.max_length)
     loss: Objective = model.objective if objective is None else objective
+    if group.rank:  # what fits differs by rank
+        how = how._replace(engine=group.agreed(how.engine))
     engine = _engine(how, model, loss, shape, train, initial, stream)
-    arithmetic = Arithmetic.here(dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None)
+    if not group.rank:
+        group.agreed(engine.name)
+    arithmetic = Arithmetic.here(
+        dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards
+    )
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
@@ -214,6 +227,8 @@ def set_up(
         "frozen weights and buffers": fingerprint(held_tensors(model.module)),
         "the model's configuration and code": architecture(model.module),
     }
+    refuse_unequal(group, hashes, arithmetic)
+    training = training._replace(engine=shared(engine.engine, shards, group, stream))
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)
@@ -350,6 +365,8 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in name and here().world > 1:
+        raise ValueError(f"--device {name} would be the device of every rank: give cuda, and each takes its own")
     try:
         device = torch.device(name)
         torch.zeros((), device=device)

@@ -20,6 +20,7 @@ from retrograd.settings.train import (
     LrSchedule,
     TrainConfig,
     at_least_1,
+    check_ranks,
     check_training,
     finite,
 )
@@ -163,6 +164,7 @@ def check_unlearn(config: UnlearnConfig) -> None:
         ValueError: With the setting, its value and what it has to be.
     """
     check_training(config.train, config.lora)
+    check_ranks(config)
     check_on_the_way(config.evaluate)
     _check_attribution(config)
     at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,

@@ -93,7 +93,7 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
         *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
         *([fitted.digest] if fitted else []),
     )  # fmt: skip
-    how = Differentiated(queries=queries, run=config.run, begun=begun)
+    how = Differentiated(queries=queries, run=config.run, begun=begun, shards=config.shards)
     return set_up(model, read.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
 
 

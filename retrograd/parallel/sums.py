@@ -1,0 +1,77 @@
+"""Sums over logical shards, in their order, whatever processes hold the terms.
+
+    Σ_s x_s = (((x_0 + x_1) + x_2) + …)
+
+A sum of floating-point numbers depends on its order. With W processes and S shards, rank r has the terms r, W + r,
+2W + r, …; in round j the terms jW … jW + W − 1 are exchanged, and each process adds its part of the entries to what it
+has, in the order of ranks. So every entry is summed in the order of shards for every W that divides S, and nobody holds
+more than one term and a part of the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retrograd.core.optim import Params
+from retrograd.parallel.group import Group
+
+__all__ = ["OrderedSum"]
+
+_BUCKET = 1 << 24  # entries that are exchanged at once
+
+
+class OrderedSum:
+    """Σ_s x_s of tensors by name. Each process adds its terms, one a round, and all of them in every round.
+
+    >>> total = OrderedSum(Group()); total.add({"x": torch.ones(2)}); total.add({"x": torch.ones(2)}); total.whole()
+    {'x': tensor([2., 2.])}
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self._shapes: list[list[tuple[str, torch.Size]]] = []  # by bucket
+        self._parts: list[Tensor] = []  # this process's part of each bucket, [⌈n/W⌉]
+
+    def add(self, term: Params) -> None:
+        """The next of this process's terms."""
+        world, first = self.group.world, not self._parts
+        for place, names in enumerate(_buckets(term)):
+            tensors = [term[name].reshape(-1) for name in names]
+            flat = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            width = -(-len(flat) // world)
+            rows = self.group.exchanged(F.pad(flat, (0, world * width - len(flat))).view(world, width))
+            if first:
+                self._shapes.append([(name, term[name].shape) for name in names])
+                self._parts.append(rows[0].clone())
+            for row in rows[1:] if first else rows:
+                self._parts[place] += row
+
+    def whole(self) -> Params:
+        """The sum; of rank 0's use only, the others get nothing."""
+        found: Params = {}
+        for part, shapes in zip(self._parts, self._shapes, strict=True):
+            rows = self.group.gathered(part)
+            flat = torch.cat(rows) if len(rows) > 1 else part
+            start = 0
+            for name, shape in shapes if rows else ():
+                x = flat[start : start + shape.numel()].view(shape)
+                found[name] = x if len(shapes) == 1 else x.clone()  # aligned, as a kept gradient is
+                start += shape.numel()
+        return found
+
+
+def _buckets(tensors: Params) -> Iterator[list[str]]:
+    """Names of neighbours of one dtype, exchanged together; a large one by itself."""
+    bucket, size, kind = list[str](), 0, None
+    for name, x in tensors.items():
+        if bucket and (size + x.numel() > _BUCKET or x.dtype != kind):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(name)
+        size, kind = size + x.numel(), x.dtype
+    if bucket:
+        yield bucket
