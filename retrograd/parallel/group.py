@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 -m retrograd magic runs/x …
 
-Every rank loads model and rows by the same code, with whatever could differ taken from rank 0 (`agreed`), and shows that
-it has the same bits (`collected`). Then rank 0 goes on alone; it has the folder, the states, the optimizer and the
+Every rank loads model and rows by the same code, with whatever could differ taken from rank 0 (`agreed`), and shows
+that it has the same bits (`collected`). Then rank 0 goes on alone; it has the folder, the states, the optimizer and the
 journal. The others wait in `serve` for its calls: a name, and arguments whose tensors are broadcast. So a run on many
 ranks is the run on one, but for whoever takes a step's rows.
 
@@ -104,7 +104,7 @@ class Group:
             doing[name](*_Unpickler(io.BytesIO(text), tensors).load())
 
     def exchanged(self, parts: Tensor) -> Tensor:
-        """Row q of every rank's [world, n] for rank q: what they have for this one, [world, n] in the order of ranks."""
+        """Of every rank's [world, n], whose row q is for rank q, the rows for this one, in the order of ranks."""
         if self.world == 1:
             return parts
         import torch.distributed as dist
@@ -141,14 +141,13 @@ class Group:
             dist.recv(found, rank)
         return found
 
-    def end(self, error: BaseException | None = None) -> None:
+    def end(self, error: BaseException | None = None) -> bool:
         """Nothing more comes from this rank; of rank 0, the others then end too.
 
-        Raises:
-            SystemExit: On another rank that failed as rank 0 did, which has said why.
+        Returns:
+            Whether rank 0 has failed too, and says what of.
         """
-        if self._store is None:
-            return
+        told = False
         with contextlib.suppress(RuntimeError):  # whoever has the store may be gone
             if self.rank == 0:
                 self._store.set("ended", "")
@@ -156,11 +155,10 @@ class Group:
             elif error is not None and not self._ended():
                 self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
             else:
+                told = error is not None
                 self._store.set(f"left/{self.rank}", "")
-                error = None
         self._stop.set()
-        if self.rank and error is None:
-            raise SystemExit(0)
+        return told
 
     def _ended(self) -> bool:
         """Whether rank 0 ends too, in a moment."""
@@ -280,7 +278,9 @@ def joined(patience: float) -> Iterator[Group]:
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=wait))
         store = dist.PrefixStore("retrograd", store)
-        dist.init_process_group(backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=world, timeout=wait)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=world, timeout=wait
+        )
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"the processes of this job did not come together within {patience:g} s: {error}. Start them with torchrun"
@@ -289,7 +289,8 @@ def joined(patience: float) -> Iterator[Group]:
     try:
         yield _here
     except BaseException as error:
-        _here.end(None if isinstance(error, SystemExit) and not error.code else error)
+        if _here.end(None if isinstance(error, SystemExit) and not error.code else error):
+            raise SystemExit(0) from None
         raise
     else:
         _here.end()
@@ -348,7 +349,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _as_bytes(x: Tensor) -> Tensor:
-    return x.detach().reshape(-1).view(torch.uint8)
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -123,6 +123,7 @@ class Split:
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
     ) -> tuple[Tensor, Params]:
         total, told = OrderedSum(self.group), []
+        self._note()  # of what was tried before
         for shard, mine in self._own(batches):
             loss, grads = 0.0, {name: torch.zeros_like(theta) for name, theta in params.items()}
             if mine:

@@ -1,4 +1,4 @@
-"""How the processes of a job share a run: in how many logical shards, and that every one of them has loaded the same."""
+"""How the processes of a job share a run: its logical shards, and that every process has loaded the same."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
 from retrograd.lm.checkpoint import model_width
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer, only_trained
+from retrograd.parallel.group import here
 from retrograd.query.load import load_rows
 from retrograd.query.named import load_queries
 from retrograd.runs.arithmetic import begun_with
@@ -78,6 +79,7 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
     fitted = method.fitted_to(model, reference, stream, settings)
     objective = method.objective(model, reference, settings, fitted)
     guards.check_stream(objective, stream, train.micro_batch_size)
+    guards.check_shards(method, config.shards or here().world)
     guards.check_reference(objective, model.params, stream[0])
     start = perturbed(model.params, method.perturb, train.seed) if method.perturb else model.params
     if method.edit is not None:
