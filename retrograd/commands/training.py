@@ -17,7 +17,7 @@ from retrograd.core.step import State
 from retrograd.evaluate.on_the_way import prepare_on_the_way, show_again, watching
 from retrograd.lm.save import save_causal_lm
 from retrograd.parallel.group import here
-from retrograd.parallel.split import serve
+from retrograd.runs.arithmetic import WHOLE
 from retrograd.runs.begin import begin, check_folder, empty
 from retrograd.runs.files import write_json
 from retrograd.runs.lock import locked
@@ -69,13 +69,18 @@ def open_folder(
         ValueError: For anything the user can mend, another process in the folder too; nothing has been changed then.
     """
     if here().rank:
-        serve(load()[0].training.engine)
+        load()[0].follow()
     check_loggers(config.log)
     check_folder(config, command)  # before anything is made there
     with locked(config.run):
         check_folder(config, command)
         setup, told = load()
         finished = "" if config.overwrite else done(Manifest(config.run / "manifest.json"))
+        if setup.arithmetic.layout != WHOLE and config.evaluate.wanted:
+            raise ValueError(
+                "--parallel shard leaves no process with the whole model between steps, so nothing can be evaluated on "
+                "the way: leave --evaluate out and evaluate the model that is left, or take --parallel replicate"
+            )
         prepared = prepare_on_the_way(OnTheWayConfig() if finished else config.evaluate, setup.model, setup.tokenizer)
         if config.overwrite:
             empty(config.run)  # only now that the new run is known to be sound

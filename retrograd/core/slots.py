@@ -65,13 +65,17 @@ class Ledger:
 
     digests: dict[int, str] = field(default_factory=dict)
 
+    def digest(self, state: State) -> str:
+        """What tells the state's bits."""
+        return tree.digest((state.params, state.moments))
+
     def check(self, state: State) -> None:
         """Record the state's digest, or compare it.
 
         Raises:
             ReplayDriftError: If it was recorded with other bits.
         """
-        found = tree.digest((state.params, state.moments))
+        found = self.digest(state)
         expected = self.digests.setdefault(state.step, found)
         if found != expected:
             raise ReplayDriftError(

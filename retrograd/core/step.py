@@ -384,4 +384,6 @@ def _counted(step: int) -> bool:
 def _swallowed(before: Params, after: Params, grads: Params) -> float:
     moved = [(g != 0, before[name] == after[name]) for name, g in grads.items()]
     live = sum(int(pushed.count_nonzero()) for pushed, _ in moved)  # a sum would make numbers of them first
-    return sum(int((pushed & still).count_nonzero()) for pushed, still in moved) / max(1, live)
+    lost = sum(int((pushed & still).count_nonzero()) for pushed, still in moved)
+    live, lost = tree.total(torch.tensor([live, lost])).tolist()
+    return lost / max(1, live)

@@ -19,7 +19,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -78,9 +78,18 @@ class Group:
             self._store.delete_key(f"{key}/{rank}")
         return found
 
+    def everywhere(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        return self.agreed(self.collected(value))
+
+    def common(self, values: Iterable[int]) -> list[int]:
+        """Those that every rank has, ascending, on every rank."""
+        every = self.everywhere(list(values))
+        return sorted(set(every[0]).intersection(*every[1:]))
+
     def call(self, name: str, *arguments: Any) -> None:
-        """Have the other ranks do what they have under this name. By rank 0 alone."""
-        if self.world == 1:
+        """Have the other ranks do what they have under this name. Of rank 0's use alone; what they do calls nobody."""
+        if self.world == 1 or self.rank:
             return
         text = io.BytesIO()
         pickler = _Pickler(text)
@@ -112,6 +121,18 @@ class Group:
         found = torch.empty_like(parts)
         with self._together():
             dist.all_to_all_single(found, parts)
+        return found
+
+    def shared(self, part: Tensor) -> list[Tensor]:
+        """Every rank's tensor of one shape, in the order of ranks, on every rank."""
+        if self.world == 1:
+            return [part]
+        import torch.distributed as dist
+
+        part = part.contiguous()
+        found = [torch.empty_like(part) for _ in range(self.world)]
+        with self._together():
+            dist.all_gather(found, part)
         return found
 
     def gathered(self, part: Tensor) -> list[Tensor]:

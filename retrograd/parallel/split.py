@@ -114,6 +114,10 @@ class Split:
         self.group.call(name, *arguments)
         return self.doing[name](*arguments)
 
+    def _sum(self, like: Params) -> OrderedSum:
+        """For sums of tensors like these over shards."""
+        return OrderedSum(self.group)
+
     def _own(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Batch]]]:
         """This process's shards in order, with their parts of the micro-batches; none where there are few rows."""
         for shard in range(self.group.rank, self.shards, self.group.world):
@@ -122,7 +126,7 @@ class Split:
     def _gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
     ) -> tuple[Tensor, Params]:
-        total, told = OrderedSum(self.group), []
+        total, told = self._sum(params), []
         self._note()  # of what was tried before
         for shard, mine in self._own(batches):
             loss, grads = 0.0, {name: torch.zeros_like(theta) for name, theta in params.items()}
@@ -131,10 +135,10 @@ class Split:
                 loss = float(found)
             told.append((shard, loss, self._note()))
             total.add({name: grads[name] for name in params})
-        return self._told(told), total.whole()
+        return self._told(told), total.result()
 
     def _linearize(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Params:
-        total = OrderedSum(self.group)
+        total = self._sum(params)
         self._held.clear()
         for shard, mine in self._own(batches):
             grads = {name: torch.zeros_like(theta) for name, theta in params.items()}
@@ -143,7 +147,7 @@ class Split:
                 self._held.append((shard, pull))
             total.add({name: grads[name] for name in params})
         self._note()
-        return total.whole()
+        return total.result()
 
     def _pull(self, batches: Sequence[Batch], bars: Params) -> tuple[Params, list[Tensor]]:
         pulls = dict(self._held)
@@ -162,7 +166,7 @@ class Split:
         self, batches: Sequence[Batch], bars: Params, pull: Callable[[int, list[Batch]], tuple[Params, Tensor]]
     ) -> tuple[Params, list[Tensor]]:
         """H ḡ, and the scores of this process's shards, sent to rank 0."""
-        total, scores = OrderedSum(self.group), []
+        total, scores = self._sum(bars), []
         queries = len(next(iter(bars.values())))
         for shard, mine in self._own(batches):
             curvature = {name: torch.zeros_like(bar) for name, bar in bars.items()}
@@ -171,7 +175,7 @@ class Split:
                 curvature, slopes = pull(shard, mine)
             total.add({name: curvature[name] for name in bars})
             scores.append(slopes)
-        found = total.whole()
+        found = total.result()
         return found, self._scores(batches, scores)
 
     def _scores(self, batches: Sequence[Batch], mine: list[Tensor]) -> list[Tensor]:
@@ -204,14 +208,14 @@ class Split:
     def _tangent(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, direction: Tensor, seed: str | None
     ) -> Params:
-        total = OrderedSum(self.group)
+        total = self._sum(params)
         for shard, mine in self._own(batches):
             found = {name: torch.zeros_like(theta) for name, theta in params.items()}
             if mine:
                 engine: Any = self.engine
                 found = engine.tangent(params, mine, weights, direction, _seed(seed, shard))
             total.add({name: found[name] for name in params})
-        return total.whole()
+        return total.result()
 
     def _note(self) -> dict[str, float]:
         objective = getattr(self.engine, "objective", None)
@@ -219,11 +223,14 @@ class Split:
 
     def _told(self, mine: list[tuple[int, float, dict[str, float]]]) -> Tensor:
         """Σ loss [] in float64, in the order of shards, and the terms noted; of rank 0's use only."""
-        told = sorted(one for rank in self.group.collected(mine) for one in rank)
-        for _, _, terms in told:
+        return self._added([one for rank in self.group.collected(mine) for one in rank])
+
+    def _added(self, told: list[tuple[int, float, dict[str, float]]]) -> Tensor:
+        for _, _, terms in sorted(told, key=lambda one: one[0]):
             for name, value in terms.items():
                 self._terms[name] = self._terms.get(name, 0.0) + value
-        return torch.tensor(sum(loss for _, loss, _ in told), dtype=torch.float64)
+        losses = [loss for _, loss, _ in sorted(told, key=lambda one: one[0])]
+        return torch.tensor(sum(losses), dtype=torch.float64)
 
 
 def serve(engine: Engine) -> NoReturn:

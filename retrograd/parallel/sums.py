@@ -27,33 +27,37 @@ _BUCKET = 1 << 24  # entries that are exchanged at once
 class OrderedSum:
     """Σ_s x_s of tensors by name. Each process adds its terms, one a round, and all of them in every round.
 
-    >>> total = OrderedSum(Group()); total.add({"x": torch.ones(2)}); total.add({"x": torch.ones(2)}); total.whole()
+    >>> total = OrderedSum(Group()); total.add({"x": torch.ones(2)}); total.add({"x": torch.ones(2)}); total.result()
     {'x': tensor([2., 2.])}
     """
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self._shapes: list[list[tuple[str, torch.Size]]] = []  # by bucket
-        self._parts: list[Tensor] = []  # this process's part of each bucket, [⌈n/W⌉]
+        self.shapes: list[list[tuple[str, torch.Size]]] = []  # by bucket
+        self.parts: list[Tensor] = []  # this process's part of each bucket, [⌈n/W⌉]
 
     def add(self, term: Params) -> None:
         """The next of this process's terms."""
-        world, first = self.group.world, not self._parts
+        first = not self.parts
         for place, names in enumerate(_buckets(term)):
-            tensors = [term[name].reshape(-1) for name in names]
-            flat = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            width = -(-len(flat) // world)
-            rows = self.group.exchanged(F.pad(flat, (0, world * width - len(flat))).view(world, width))
+            rows = self.group.exchanged(self.dealt(names, term))
             if first:
-                self._shapes.append([(name, term[name].shape) for name in names])
-                self._parts.append(rows[0].clone())
+                self.shapes.append([(name, term[name].shape) for name in names])
+                self.parts.append(rows[0].clone())
             for row in rows[1:] if first else rows:
-                self._parts[place] += row
+                self.parts[place] += row
 
-    def whole(self) -> Params:
+    def dealt(self, names: list[str], term: Params) -> Tensor:
+        """[W, n]: what each process adds up of these tensors."""
+        tensors, world = [term[name].reshape(-1) for name in names], self.group.world
+        flat = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        width = -(-len(flat) // world)
+        return F.pad(flat, (0, world * width - len(flat))).view(world, width)
+
+    def result(self) -> Params:
         """The sum; of rank 0's use only, the others get nothing."""
         found: Params = {}
-        for part, shapes in zip(self._parts, self._shapes, strict=True):
+        for part, shapes in zip(self.parts, self.shapes, strict=True):
             rows = self.group.gathered(part)
             flat = torch.cat(rows) if len(rows) > 1 else part
             start = 0

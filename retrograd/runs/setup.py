@@ -23,6 +23,7 @@ from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
 from retrograd.parallel.group import here
+from retrograd.parallel.shard import Sharded, release
 from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
@@ -30,7 +31,7 @@ from retrograd.query.named import Asked, load_queries
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
-from retrograd.runs.shares import logical_shards, refuse_unequal, shared
+from retrograd.runs.shares import layout_of, logical_shards, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
@@ -102,6 +103,7 @@ class Differentiated(NamedTuple):
         run: Folder of the run, for what is said of it.
         begun: The arithmetic of a run that was begun: its replay takes no other.
         shards: Logical shards; as many as there are processes when None.
+        parallel: How processes share: "replicate", "shard", or "auto".
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -110,6 +112,7 @@ class Differentiated(NamedTuple):
     run: Path | None = None
     begun: Arithmetic | None = None
     shards: int | None = 1
+    parallel: str = "replicate"
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -122,7 +125,7 @@ def assemble(config: MagicConfig) -> Loaded:
     size = config.train.micro_batch_size or config.train.batch_size
     asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
     queries = sum(len(one.columns) for one in asked) + config.sharpness
-    how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config), config.shards)
+    how = _how(config, queries)
     visited = visits(stream, config.attribute, config.dtype)
     setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
     return attributed(setup, texts, asked)
@@ -142,7 +145,7 @@ def set_up_recipe(config: RecipeConfig) -> Setup:
         ValueError: As `assemble`.
     """
     model, tokenizer, stream, _ = load_recipe(config)
-    how = Differentiated(config.engine, config.compile, 0, config.run, _begun(config), config.shards)
+    how = _how(config, 0)
     return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
 
 
@@ -203,6 +206,7 @@ def set_up(
         optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
         train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout,
     )  # fmt: skip
+    layout = layout_of(how.parallel, how.begun, recipe.optimizer, how.run)
     dtype = next(model.module.parameters()).dtype
     kind = (stream.batch_size, len(stream.rows), str(dtype).removeprefix("torch."))
     findings = recipe_findings(recipe, *kind) if how.queries else []
@@ -215,8 +219,9 @@ def set_up(
     if not group.rank:
         group.agreed(engine.name)
     arithmetic = Arithmetic.here(
-        dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards
-    )
+        dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards,
+        layout=layout,
+    )  # fmt: skip
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
@@ -228,7 +233,11 @@ def set_up(
         "the model's configuration and code": architecture(model.module),
     }
     refuse_unequal(group, hashes, arithmetic)
-    training = training._replace(engine=shared(engine.engine, shards, group, stream))
+    chosen = shared(engine.engine, arithmetic, group, stream, initial.params)
+    training = training._replace(engine=chosen)
+    if isinstance(chosen, Sharded) and group.world > 1 and not hasattr(model.module, "merge_and_unload"):
+        own = [x for x in model.module.parameters() if x.requires_grad]
+        release(*initial.params.values(), *model.params.values(), *own)
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)
@@ -262,6 +271,11 @@ def _schedule(train: TrainConfig, steps: int) -> Schedule:
     warmup = min(steps - 1, math.ceil(ratio * steps)) if train.warmup_steps is None else train.warmup_steps
     power = 2.0 if train.lr_power is None else train.lr_power
     return Schedule(train.lr_schedule, train.lr, steps, warmup, power, train.lr_start, train.lr_end)
+
+
+def _how(config: RecipeConfig, queries: int) -> Differentiated:
+    asked = (config.engine, config.compile, queries, config.run)
+    return Differentiated(*asked, _begun(config), config.shards, config.parallel)
 
 
 def _begun(config: RecipeConfig) -> Arithmetic | None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from retrograd.core.optim import ELEMENTWISE, Optimizer, Params
 from retrograd.core.step import Engine
 from retrograd.data.pairs import PairStream
 from retrograd.data.stream import DataStream
 from retrograd.parallel.group import Group
+from retrograd.parallel.pieces import Pieces
+from retrograd.parallel.shard import Sharded
 from retrograd.parallel.split import Split
-from retrograd.runs.arithmetic import Arithmetic
+from retrograd.runs.arithmetic import WHOLE, Arithmetic
 
-__all__ = ["logical_shards", "refuse_unequal", "shared"]
+__all__ = ["PIECES", "layout_of", "logical_shards", "refuse_unequal", "shared"]
+
+PIECES = "pieces"
 
 
 def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None) -> int:
@@ -39,9 +44,39 @@ def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, ru
     return shards
 
 
-def shared(engine: Engine, shards: int, group: Group, stream: DataStream | PairStream) -> Engine:
-    """The engine over logical shards; itself where there is one."""
-    return engine if shards == 1 else Split(engine, shards, group, stream.unit if isinstance(stream, PairStream) else 1)
+def layout_of(asked: str, begun: Arithmetic | None, optimizer: Optimizer, run: Path | None) -> str:
+    """How a run's parameters lie over processes: as it was begun, else as asked for.
+
+    Args:
+        asked: "auto", "replicate" or "shard".
+    Raises:
+        ValueError: If a run that was begun lies otherwise, or the optimizer needs whole matrices.
+    """
+    wanted = {"replicate": WHOLE, "shard": PIECES}.get(asked)
+    if begun is not None and wanted not in (None, begun.layout):
+        was = "shard" if begun.layout == PIECES else "replicate"
+        raise ValueError(
+            f"{run} was begun with --parallel {was}, now it is {asked}: norms would be added up in another order. "
+            "Leave --parallel out, use another folder, or --overwrite to start afresh."
+        )
+    layout = begun.layout if begun is not None else wanted or WHOLE
+    if layout == PIECES and not isinstance(optimizer, ELEMENTWISE):
+        raise ValueError(
+            f"--parallel shard gives every process a piece of each matrix, and {type(optimizer).__name__} needs whole "
+            "ones: take --parallel replicate, or adamw, adam or sgd"
+        )
+    return layout
+
+
+def shared(
+    engine: Engine, arithmetic: Arithmetic, group: Group, stream: DataStream | PairStream, params: Params
+) -> Engine:
+    """The engine over the logical shards of a run; itself where there is one and parameters are whole."""
+    shards, unit = arithmetic.shards, stream.unit if isinstance(stream, PairStream) else 1
+    if arithmetic.layout == PIECES:
+        pieces = Pieces(params, shards, group)
+        return Sharded(engine, shards, group, unit, pieces=pieces, first=pieces.own(params))
+    return engine if shards == 1 else Split(engine, shards, group, unit)
 
 
 def refuse_unequal(group: Group, hashes: dict[str, str], arithmetic: Arithmetic) -> None:

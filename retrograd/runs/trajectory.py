@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from retrograd.core import plan as plans
 from retrograd.core.optim import ELEMENTWISE, Cotangent, Moments
 from retrograd.core.residuals import Residuals
 from retrograd.core.slots import BlankLedger, Ledger
-from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
+from retrograd.core.step import State, Training, initial_state, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
     Advanced,
     Event,
@@ -31,11 +31,15 @@ from retrograd.core.sweep import (
     sweep,
 )
 from retrograd.durable import make_folder
+from retrograd.parallel.group import ALONE
+from retrograd.parallel.pieces import PieceLedger, Pieces
+from retrograd.parallel.shard import Sharded
+from retrograd.parallel.split import serve
 from retrograd.runs.resume import Durable, first_missing, read_digests
 from retrograd.runs.states.budget import Replay, layout
 from retrograd.runs.states.store import Gradients, Store
 
-__all__ = ["Ready", "Trajectory"]
+__all__ = ["InPieces", "Ready", "Trajectory"]
 
 
 class Trajectory:
@@ -50,6 +54,7 @@ class Trajectory:
         observe: Called with every event.
         logs: Files that `observe` appends to; they are synced before a resume point that comes after.
         ledger: What replayed states are held against; that of the folder when None.
+        pieces: How states lie over processes, each of which has a trajectory of its pieces; None where they are whole.
     """
 
     def __init__(
@@ -62,22 +67,27 @@ class Trajectory:
         observe: Callable[[Event], None] = lambda event: None,
         logs: Sequence[Path] = (),
         ledger: Ledger | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         self.training, self.initial, self.folder, self.observe = training, initial, folder, observe
         self.replay = replay or Replay()
         if folder is not None:
             make_folder(folder)
         self.start, self.steps = initial.step, len(training.stream)
-        sizes = (tree.nbytes(initial), tree.nbytes(initial.params))
+        group = ALONE if pieces is None else pieces.group
+        sizes = group.agreed((tree.nbytes(initial), tree.nbytes(initial.params)))
         elementwise = isinstance(training.recipe.optimizer, ELEMENTWISE)
         on_host = all(leaf.device.type == "cpu" for leaf in tree.leaves(initial))
         self.layout = layout(self.replay, self.steps - self.start, *sizes, elementwise=elementwise, on_host=on_host)
-        self.ledger = ledger or Ledger(read_digests(folder) if folder else {})
+        digests = read_digests(folder) if folder else {}
+        digests = {step: digests[step] for step in group.common(digests)}
+        self.ledger = ledger or (Ledger(digests) if pieces is None else PieceLedger(digests, pieces))
         self.residuals = Residuals.of(training, initial)
-        self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
-        self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk)
+        known = self.ledger.digests if pieces is None else {}  # a store's are of what it holds
+        self.store = Store(initial, folder, identity, self.layout.on_disk, known)
+        self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk, group)
         kept = (self.layout, self.store, self.gradients, self.ledger.digests)
-        self.durable = Durable(folder, self.steps, self.replay, *kept, logs)
+        self.durable = Durable(folder, self.steps, self.replay, *kept, logs, group)
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
         self._final: State | None = None
 
@@ -219,6 +229,63 @@ class Trajectory:
         return self.durable.resumed(left, turn=False), None
 
 
+class InPieces(Trajectory):
+    """A trajectory whose states lie in pieces: every process of a job has one, of its own pieces in its own folder.
+
+    Rank 0's is called by whoever trains, and the others follow it: they are made, train and reverse when it does. What
+    it is given, and gives, is whole. Arguments as for `Trajectory`; of the first state the engine has the pieces.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        initial: State,
+        replay: Replay,
+        folder: Path | None = None,
+        identity: str = "",
+        observe: Callable[[Event], None] = lambda event: None,
+        logs: Sequence[Path] = (),
+        ledger: Ledger | None = None,
+    ) -> None:
+        engine = training.engine
+        assert isinstance(engine, Sharded), "parameters in pieces have an engine that gathers them"
+        self.lying, group = engine.pieces, engine.group
+        training = training._replace(recipe=self.lying.recipe_of(training.recipe))
+        own = initial_state(training.recipe, engine.first)._replace(step=initial.step)
+        part = None if folder is None else folder / f"of-{group.world}" / f"rank-{group.rank}"
+        super().__init__(training, own, replay, part, identity, observe, logs, ledger, self.lying)
+
+    def train(self) -> State:
+        """As `Trajectory.train`; the parameters are whole, the moments are not."""
+        self.lying.group.call("train")
+        with tree.lying(self.lying):
+            final = super().train()
+        return final._replace(params=self.lying.whole(final.params))
+
+    def reverse(
+        self,
+        gradient: dict[str, Tensor],
+        key: str = "",
+        *,
+        curvature: bool = False,
+        moments: Moments | None = None,
+        reached: Callable[[Cotangent], None] | None = None,
+    ) -> Tensor:
+        """As `Trajectory.reverse`, of a whole gradient; the first state's cotangent is not shown."""
+        assert moments is None, "a query of the parameters"
+        assert reached is None, "a cotangent in pieces is of no use to others"
+        self.lying.group.call("reverse", gradient, key, curvature)
+        own = self.lying.own({name: gradient[name] for name in self.lying.shapes})
+        del gradient
+        with tree.lying(self.lying):
+            return super().reverse(own, key, curvature=curvature)
+
+    def clean(self, key: str = "") -> None:
+        """As `Trajectory.clean`."""
+        self.lying.group.call("clean", key)
+        super().clean(key)
+
+
 @dataclass(frozen=True, eq=False)
 class Ready:
     """A training ready for its first step: the one place that makes a `Trajectory`.
@@ -247,7 +314,29 @@ class Ready:
             weights: Other data weights than the run's own; `identity` then tells that run from this one.
         """
         training = self.training if weights is None else self.training._replace(weights=weights)
-        return Trajectory(training, self.initial, replay, folder, identity or self.identity, observe, logs)
+        given = (replay, folder, identity or self.identity)
+        if isinstance(training.engine, Sharded):
+            training.engine.group.call("trajectory", *given)
+            return InPieces(training, self.initial, *given, observe, logs)
+        return Trajectory(training, self.initial, *given, observe, logs)
+
+    def follow(self) -> NoReturn:
+        """Do what rank 0 does with this training, until it has ended, and end. By the other ranks of a job."""
+        engine = self.training.engine
+        if not isinstance(engine, Sharded):
+            serve(engine)
+        made = list[InPieces]()
+
+        def make(replay: Replay, folder: Path | None, identity: str) -> None:
+            made.append(InPieces(self.training, self.initial, replay, folder, identity))
+
+        engine.group.serve({
+            "trajectory": make,
+            "train": lambda: made[-1].train(),
+            "reverse": lambda gradient, key, curvature: made[-1].reverse(gradient, key, curvature=curvature),
+            "clean": lambda key: made[-1].clean(key),
+        })  # fmt: skip
+        raise SystemExit(0)
 
     def final(self, weights: Tensor) -> State:
         """The final state at these data weights. Of the way there nothing is kept: for retraining.
@@ -255,5 +344,6 @@ class Ready:
         Raises:
             NonFiniteError: If training diverges; it names the step.
         """
-        training = self.training._replace(weights=weights)
-        return Trajectory(training, self.initial, Replay(plan="binomial", slots=1), ledger=BlankLedger()).train()
+        training, replay = self.training._replace(weights=weights), Replay(plan="binomial", slots=1)
+        kind = InPieces if isinstance(training.engine, Sharded) else Trajectory
+        return kind(training, self.initial, replay, ledger=BlankLedger()).train()

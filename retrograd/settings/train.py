@@ -153,9 +153,10 @@ class RunConfig:
     """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
     overwrite: bool = False
     """Start afresh where the folder holds another run."""
-    parallel: Literal["auto", "replicate"] = "auto"
-    """How the processes of a torchrun job share a step: each has the whole model, and takes some of the rows of every
-    micro-batch. auto is replicate; without torchrun there is one process."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """How the processes of a torchrun job share a run. Each takes some of the rows of every micro-batch. replicate: rank
+    0 has parameters, optimizer and states between steps; shard: each has its pieces of them. auto is replicate, or how
+    the run was begun; without torchrun there is one process."""
     shards: int | None = None
     """Logical shards: the parts of a micro-batch that sums over rows are taken in, whose order the bits depend on. Any
     number of processes that divides it goes on with the run. As many as processes when None."""

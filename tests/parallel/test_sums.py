@@ -28,7 +28,7 @@ def summed(group: Group) -> Params:
     total = OrderedSum(group)
     for shard in range(group.rank, SHARDS, group.world):
         total.add(term(shard))
-    return total.whole()
+    return total.result()
 
 
 def folded(order: list[int]) -> Params:

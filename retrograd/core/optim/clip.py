@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from retrograd.core import tree
 from retrograd.core.optim.protocol import Params
 
 __all__ = ["clip", "clip_pullback"]
@@ -29,12 +30,11 @@ def clip_pullback(grads: Params, max_norm: float, bars: Params) -> Params:
     scale = max_norm / (total + _TINY)
     if scale >= 1:
         return bars
-    inner = sum(
-        (bars[name].reshape(len(bars[name]), -1) @ g.flatten() for name, g in grads.items()), start=torch.zeros(())
-    )
+    parts = torch.stack([bars[name].reshape(len(bars[name]), -1) @ g.flatten() for name, g in grads.items()])
+    inner = sum(tree.across(parts), start=torch.zeros(()))
     slope = -inner * scale / (total + _TINY) / total  # [K]
     return {n: bars[n] * scale + slope.view(-1, *[1] * grads[n].ndim) * grads[n] for n in grads}
 
 
 def _norm(grads: Params) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]).square().sum().sqrt()
+    return tree.across(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])).square().sum().sqrt()
