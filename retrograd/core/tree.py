@@ -10,6 +10,7 @@ over several processes, whoever knows how hands that in (`lying`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from torch import Tensor
 from torch.utils import _pytree
 
 __all__ = [
-    "Frame", "Lying", "across", "bit_sums", "digest", "dot", "frame", "leaves", "lying", "map", "named", "nbytes",
-    "nonfinite", "norm", "stacked", "total", "unnamed",
+    "Frame", "Lying", "across", "bit_sums", "cut", "digest", "dot", "frame", "leaves", "lying", "map", "named",
+    "nbytes", "nonfinite", "norm", "stacked", "total", "unnamed",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -81,6 +82,23 @@ def map(function: Callable[..., Any], tree: T, *rest: Any) -> T:
         return function(leaf, *others) if isinstance(leaf, Tensor) else leaf
 
     return _pytree.tree_map(apply, tree, *rest)
+
+
+def cut(leaf: Tensor, pieces: int, dim: int = 0) -> list[Tensor]:
+    """Copies of a leaf's pieces: ⌈n/pieces⌉ of a dimension each, the last ones shorter or empty. A scalar is one row.
+
+    >>> [x.tolist() for x in cut(torch.arange(5), 4)]
+    [[0, 1], [2, 3], [4], []]
+    """
+    if pieces == 1:
+        return [leaf]
+    rows = leaf.unsqueeze(dim) if leaf.ndim == dim else leaf
+    height = -(-rows.shape[dim] // pieces)
+    starts = [min(s * height, rows.shape[dim]) for s in range(pieces + 1)]
+    return [
+        rows.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+        for start, stop in itertools.pairwise(starts)
+    ]
 
 
 def leaves(tree: Any) -> list[Tensor]:

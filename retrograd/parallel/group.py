@@ -107,10 +107,15 @@ class Group:
             called = self._wait(f"call/{self._calls}", ends=True)
             if called is None:
                 return
-            name, told, text = pickle.loads(called)
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in told]
-            self._broadcast(tensors)
-            doing[name](*_Unpickler(io.BytesIO(text), tensors).load())
+            name, arguments = self._called(called)
+            doing[name](*arguments)
+            del arguments  # or they would live until the next
+
+    def _called(self, called: bytes) -> tuple[str, Any]:
+        name, told, text = pickle.loads(called)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in told]
+        self._broadcast(tensors)
+        return name, _Unpickler(io.BytesIO(text), tensors).load()
 
     def exchanged(self, parts: Tensor) -> Tensor:
         """Of every rank's [world, n], whose row q is for rank q, the rows for this one, in the order of ranks."""

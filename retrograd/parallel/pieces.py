@@ -4,12 +4,12 @@
 
 The last pieces are shorter, or empty, where S does not divide n; a scalar is one row. A piece is a leaf of its own in
 every tree of a process, so that whatever is computed leaf by leaf (an update, a norm before it is added up, a digest)
-does not depend on how many processes there are.
+does not depend on how many processes there are; and where the pieces are cut from whole leaves for those numbers alone
+(`Recipe.pieces`), it has the same bits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from retrograd.core import tree
 from retrograd.core.optim import Params
-from retrograd.core.slots import Ledger
+from retrograd.core.slots import Ledger, joined_digest
 from retrograd.core.step import Recipe, State
 from retrograd.parallel.group import Group
 from retrograd.parallel.sums import OrderedSum
@@ -131,7 +131,7 @@ class Pieces:
         """The recipe by the names of this process's pieces; its optimizer is elementwise."""
         optimizer: Any = recipe.optimizer
         spared = tuple(label for name in optimizer.spared for label in self.names(name))
-        return replace(recipe, optimizer=replace(optimizer, spared=spared))
+        return replace(recipe, optimizer=replace(optimizer, spared=spared), pieces=1)
 
 
 class PieceSum(OrderedSum):
@@ -157,17 +157,17 @@ class PieceSum(OrderedSum):
 
 
 class PieceLedger(Ledger):
-    """Digests of states that lie in pieces: of each logical piece, wherever it is, then of all in their order."""
+    """Digests of states that lie in pieces, those of the whole states."""
 
-    def __init__(self, digests: dict[int, str], pieces: Pieces) -> None:
-        super().__init__(digests)
-        self.pieces = pieces
+    def __init__(self, digests: dict[int, str], lying: Pieces) -> None:
+        super().__init__(digests, lying.shards)
+        self.lying = lying
 
     def digest(self, state: State) -> str:
-        leaves, each = tree.leaves((state.params, state.moments)), self.pieces.each
+        leaves, each = tree.leaves((state.params, state.moments)), self.lying.each
         own = [tree.digest(leaves[place::each]) for place in range(each)]
-        every = self.pieces.group.everywhere(own)
-        return hashlib.blake2b("".join(x for rank in every for x in rank).encode(), digest_size=16).hexdigest()
+        every = self.lying.group.everywhere(own)
+        return joined_digest(x for rank in every for x in rank)
 
 
 def name_of(name: str, piece: int) -> str:

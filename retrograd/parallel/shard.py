@@ -31,18 +31,18 @@ class Sharded(Split):
     """The gradient half over logical shards, of parameters in pieces. Every process calls it, with its own pieces.
 
     Args:
-        pieces: How parameters lie.
+        lying: How parameters lie.
         first: This process's pieces of the parameters that training starts from.
     """
 
-    pieces: Pieces
+    lying: Pieces
     first: Params
 
     def _all(self, name: str, *arguments: Any) -> Any:
-        return self.doing[name](*(self.pieces.whole(x) if isinstance(x, dict) else x for x in arguments))
+        return self.doing[name](*(self.lying.whole(x) if isinstance(x, dict) else x for x in arguments))
 
     def _sum(self, like: Params) -> OrderedSum:
-        return PieceSum(self.pieces, like)
+        return PieceSum(self.lying, like)
 
     def _told(self, mine: list[tuple[int, float, dict[str, float]]]) -> Tensor:
         return self._added([one for rank in self.group.everywhere(mine) for one in rank])

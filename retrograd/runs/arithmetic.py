@@ -17,9 +17,7 @@ import torch
 from retrograd.runs.identity import EDITION, told_apart
 from retrograd.runs.manifest import Manifest
 
-__all__ = ["WHOLE", "Arithmetic", "begun_with", "deterministic", "refuse_other_arithmetic"]
-
-WHOLE = "whole"  # the layout of parameters that every process has
+__all__ = ["Arithmetic", "begun_with", "deterministic", "refuse_other_arithmetic"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Arithmetic:
         device, device_name: Where it computes, and what that is.
         threads: Of the host; sums are split by thread.
         shards: Logical shards that each step's rows are summed in; any number of processes that divides it shares them.
-        layout: How parameters lie over processes: whole on each, or in as many "pieces" as there are shards.
+        layout: How parameters lie over processes, where bits depend on it.
     """
 
     dtype: str
@@ -45,19 +43,18 @@ class Arithmetic:
     device_name: str
     threads: int
     shards: int = 1
-    layout: str = WHOLE
+    layout: str = "whole"
 
     @classmethod
     def here(
-        cls, dtype: torch.dtype, device: torch.device, engine: str, *, compiled: bool, shards: int = 1,
-        layout: str = WHOLE,
-    ) -> Arithmetic:  # fmt: skip
+        cls, dtype: torch.dtype, device: torch.device, engine: str, *, compiled: bool, shards: int = 1
+    ) -> Arithmetic:
         """With what this process has of threads and precision."""
         name = platform.processor() or platform.machine()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
         tf32 = torch.get_float32_matmul_precision() != "highest"
         kind = (str(dtype).removeprefix("torch."), engine, compiled, tf32)
-        return cls(*kind, str(device), name, torch.get_num_threads(), shards, layout)
+        return cls(*kind, str(device), name, torch.get_num_threads(), shards)
 
     @property
     def chosen(self) -> tuple[Any, ...]:

@@ -23,7 +23,6 @@ from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
 from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
 from retrograd.parallel.group import here
-from retrograd.parallel.shard import Sharded, release
 from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
@@ -31,7 +30,7 @@ from retrograd.query.named import Asked, load_queries
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
-from retrograd.runs.shares import layout_of, logical_shards, refuse_unequal, shared
+from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
@@ -103,7 +102,7 @@ class Differentiated(NamedTuple):
         run: Folder of the run, for what is said of it.
         begun: The arithmetic of a run that was begun: its replay takes no other.
         shards: Logical shards; as many as there are processes when None.
-        parallel: How processes share: "replicate", "shard", or "auto".
+        parallel: How several processes share: "shard", or else every one computes with the whole parameters it is sent.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -204,9 +203,8 @@ def set_up(
     size = train.micro_batch_size or stream.batch_size
     recipe = Recipe(
         optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
-        train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout,
+        train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout, shards,
     )  # fmt: skip
-    layout = layout_of(how.parallel, how.begun, recipe.optimizer, how.run)
     dtype = next(model.module.parameters()).dtype
     kind = (stream.batch_size, len(stream.rows), str(dtype).removeprefix("torch."))
     findings = recipe_findings(recipe, *kind) if how.queries else []
@@ -219,9 +217,8 @@ def set_up(
     if not group.rank:
         group.agreed(engine.name)
     arithmetic = Arithmetic.here(
-        dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards,
-        layout=layout,
-    )  # fmt: skip
+        dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards
+    )
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
@@ -233,11 +230,10 @@ def set_up(
         "the model's configuration and code": architecture(model.module),
     }
     refuse_unequal(group, hashes, arithmetic)
-    chosen = shared(engine.engine, arithmetic, group, stream, initial.params)
-    training = training._replace(engine=chosen)
-    if isinstance(chosen, Sharded) and group.world > 1 and not hasattr(model.module, "merge_and_unload"):
-        own = [x for x in model.module.parameters() if x.requires_grad]
-        release(*initial.params.values(), *model.params.values(), *own)
+    if how.parallel == "shard" and group.world > 1:
+        training = training._replace(engine=in_pieces(engine.engine, shards, group, model, initial, recipe.optimizer))
+    else:
+        training = training._replace(engine=shared(engine.engine, shards, group, stream))
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)

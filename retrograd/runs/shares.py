@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from retrograd.core.optim import ELEMENTWISE, Optimizer, Params
-from retrograd.core.step import Engine
+from retrograd.core.optim import ELEMENTWISE, Optimizer
+from retrograd.core.step import Engine, State
 from retrograd.data.pairs import PairStream
 from retrograd.data.stream import DataStream
+from retrograd.lm.model import CausalLM
 from retrograd.parallel.group import Group
 from retrograd.parallel.pieces import Pieces
-from retrograd.parallel.shard import Sharded
+from retrograd.parallel.shard import Sharded, release
 from retrograd.parallel.split import Split
-from retrograd.runs.arithmetic import WHOLE, Arithmetic
+from retrograd.runs.arithmetic import Arithmetic
 
-__all__ = ["PIECES", "layout_of", "logical_shards", "refuse_unequal", "shared"]
-
-PIECES = "pieces"
+__all__ = ["in_pieces", "logical_shards", "refuse_unequal", "shared"]
 
 
 def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None) -> int:
@@ -44,39 +43,31 @@ def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, ru
     return shards
 
 
-def layout_of(asked: str, begun: Arithmetic | None, optimizer: Optimizer, run: Path | None) -> str:
-    """How a run's parameters lie over processes: as it was begun, else as asked for.
+def shared(engine: Engine, shards: int, group: Group, stream: DataStream | PairStream) -> Engine:
+    """The engine over the logical shards of a run; itself where there is one."""
+    unit = stream.unit if isinstance(stream, PairStream) else 1
+    return engine if shards == 1 else Split(engine, shards, group, unit)
 
-    Args:
-        asked: "auto", "replicate" or "shard".
+
+def in_pieces(
+    engine: Engine, shards: int, group: Group, model: CausalLM, initial: State, optimizer: Optimizer
+) -> Sharded:
+    """The engine over logical shards of a model whose parameters lie in pieces; the whole ones are let go of.
+
     Raises:
-        ValueError: If a run that was begun lies otherwise, or the optimizer needs whole matrices.
+        ValueError: If the optimizer's update is not elementwise.
     """
-    wanted = {"replicate": WHOLE, "shard": PIECES}.get(asked)
-    if begun is not None and wanted not in (None, begun.layout):
-        was = "shard" if begun.layout == PIECES else "replicate"
-        raise ValueError(
-            f"{run} was begun with --parallel {was}, now it is {asked}: norms would be added up in another order. "
-            "Leave --parallel out, use another folder, or --overwrite to start afresh."
-        )
-    layout = begun.layout if begun is not None else wanted or WHOLE
-    if layout == PIECES and not isinstance(optimizer, ELEMENTWISE):
+    if not isinstance(optimizer, ELEMENTWISE):
         raise ValueError(
             f"--parallel shard gives every process a piece of each matrix, and {type(optimizer).__name__} needs whole "
             "ones: take --parallel replicate, or adamw, adam or sgd"
         )
-    return layout
-
-
-def shared(
-    engine: Engine, arithmetic: Arithmetic, group: Group, stream: DataStream | PairStream, params: Params
-) -> Engine:
-    """The engine over the logical shards of a run; itself where there is one and parameters are whole."""
-    shards, unit = arithmetic.shards, stream.unit if isinstance(stream, PairStream) else 1
-    if arithmetic.layout == PIECES:
-        pieces = Pieces(params, shards, group)
-        return Sharded(engine, shards, group, unit, pieces=pieces, first=pieces.own(params))
-    return engine if shards == 1 else Split(engine, shards, group, unit)
+    lying = Pieces(initial.params, shards, group)
+    found = Sharded(engine, shards, group, lying=lying, first=lying.own(initial.params))
+    if not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place
+        own = [x for x in model.module.parameters() if x.requires_grad]
+        release(*initial.params.values(), *model.params.values(), *own)
+    return found
 
 
 def refuse_unequal(group: Group, hashes: dict[str, str], arithmetic: Arithmetic) -> None:

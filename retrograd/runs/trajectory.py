@@ -37,6 +37,7 @@ from retrograd.parallel.shard import Sharded
 from retrograd.parallel.split import serve
 from retrograd.runs.resume import Durable, first_missing, read_digests
 from retrograd.runs.states.budget import Replay, layout
+from retrograd.runs.states.relay import part_of, relay
 from retrograd.runs.states.store import Gradients, Store
 
 __all__ = ["InPieces", "Ready", "Trajectory"]
@@ -81,9 +82,10 @@ class Trajectory:
         self.layout = layout(self.replay, self.steps - self.start, *sizes, elementwise=elementwise, on_host=on_host)
         digests = read_digests(folder) if folder else {}
         digests = {step: digests[step] for step in group.common(digests)}
-        self.ledger = ledger or (Ledger(digests) if pieces is None else PieceLedger(digests, pieces))
+        count = training.recipe.pieces
+        self.ledger = ledger or (Ledger(digests, count) if pieces is None else PieceLedger(digests, pieces))
         self.residuals = Residuals.of(training, initial)
-        known = self.ledger.digests if pieces is None else {}  # a store's are of what it holds
+        known = self.ledger.digests if self.ledger.pieces == 1 else {}  # a store's are of what it holds
         self.store = Store(initial, folder, identity, self.layout.on_disk, known)
         self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk, group)
         kept = (self.layout, self.store, self.gradients, self.ledger.digests)
@@ -143,6 +145,7 @@ class Trajectory:
         curvature: bool = False,
         moments: Moments | None = None,
         reached: Callable[[Cotangent], None] = lambda cotangent: None,
+        query: str | None = None,
     ) -> Tensor:
         """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any.
 
@@ -151,13 +154,14 @@ class Trajectory:
             curvature: Estimate the preconditioned Hessian's largest eigenvalue on the way; see `sweep`.
             moments: λ_T's part for the moments, [K, *shape]; zero when None, as for every query of the parameters.
             reached: Shown the cotangent of the first state.
+            query: What tells the gradient, where this is a part of it; its digest when None.
         """
         gradient = {name: gradient[name] for name in self.initial.params}  # files have their own order
+        query = query or tree.digest((gradient, moments))
         queries = next(iter(gradient.values())).shape[0]
         cotangent = seed_cotangent(gradient, self.initial)
         if moments is not None:
             cotangent = cotangent._replace(moments=moments)
-        query = tree.digest((gradient, moments))
         weights = self.training.weights
         scores = torch.zeros((queries, *weights.shape), dtype=weights.dtype)
         cotangent, scores, left = self.durable.read_reverse(cotangent, scores, key, query)
@@ -245,15 +249,15 @@ class InPieces(Trajectory):
         identity: str = "",
         observe: Callable[[Event], None] = lambda event: None,
         logs: Sequence[Path] = (),
-        ledger: Ledger | None = None,
     ) -> None:
         engine = training.engine
         assert isinstance(engine, Sharded), "parameters in pieces have an engine that gathers them"
-        self.lying, group = engine.pieces, engine.group
+        self.lying, group = engine.lying, engine.group
+        self._whole = (folder, initial, training.recipe, identity)
         training = training._replace(recipe=self.lying.recipe_of(training.recipe))
         own = initial_state(training.recipe, engine.first)._replace(step=initial.step)
-        part = None if folder is None else folder / f"of-{group.world}" / f"rank-{group.rank}"
-        super().__init__(training, own, replay, part, identity, observe, logs, ledger, self.lying)
+        part = None if folder is None else part_of(folder, group.world, group.rank)
+        super().__init__(training, own, replay, part, identity, observe, logs, None, self.lying)
 
     def train(self) -> State:
         """As `Trajectory.train`; the parameters are whole, the moments are not."""
@@ -268,22 +272,27 @@ class InPieces(Trajectory):
         key: str = "",
         *,
         curvature: bool = False,
-        moments: Moments | None = None,
-        reached: Callable[[Cotangent], None] | None = None,
+        **more: Any,
     ) -> Tensor:
-        """As `Trajectory.reverse`, of a whole gradient; the first state's cotangent is not shown."""
-        assert moments is None, "a query of the parameters"
-        assert reached is None, "a cotangent in pieces is of no use to others"
+        """As `Trajectory.reverse`, of a whole gradient; nothing else can be asked for."""
+        assert not more, "cotangents are in pieces"
         self.lying.group.call("reverse", gradient, key, curvature)
-        own = self.lying.own({name: gradient[name] for name in self.lying.shapes})
-        del gradient
+        whole = {name: gradient[name] for name in self.lying.shapes}
+        query, own = tree.digest(whole), memory.Owned(self.lying.own(whole))
+        if self.lying.group.rank:
+            gradient.clear()  # whoever serves holds it
+        del gradient, whole
         with tree.lying(self.lying):
-            return super().reverse(own, key, curvature=curvature)
+            return super().reverse(own.take(), key, curvature=curvature, query=query)
 
     def clean(self, key: str = "") -> None:
-        """As `Trajectory.clean`."""
-        self.lying.group.call("clean", key)
+        """As `Trajectory.clean`; what is left is whole."""
+        group, (folder, initial, recipe, identity) = self.lying.group, self._whole
+        group.call("clean", key)
         super().clean(key)
+        group.collected(None)  # all have
+        if folder is not None and group.rank == 0:
+            relay(folder, initial, recipe, 1, identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,8 +324,12 @@ class Ready:
         """
         training = self.training if weights is None else self.training._replace(weights=weights)
         given = (replay, folder, identity or self.identity)
-        if isinstance(training.engine, Sharded):
-            training.engine.group.call("trajectory", *given)
+        engine = training.engine
+        world = engine.group.world if isinstance(engine, Sharded) else 1
+        if folder is not None:
+            relay(folder, self.initial, training.recipe, world, given[-1])
+        if isinstance(engine, Sharded):
+            engine.group.call("trajectory", *given)
             return InPieces(training, self.initial, *given, observe, logs)
         return Trajectory(training, self.initial, *given, observe, logs)
 
@@ -344,6 +357,5 @@ class Ready:
         Raises:
             NonFiniteError: If training diverges; it names the step.
         """
-        training, replay = self.training._replace(weights=weights), Replay(plan="binomial", slots=1)
-        kind = InPieces if isinstance(training.engine, Sharded) else Trajectory
-        return kind(training, self.initial, replay, ledger=BlankLedger()).train()
+        training = self.training._replace(weights=weights)
+        return Trajectory(training, self.initial, Replay(plan="binomial", slots=1), ledger=BlankLedger()).train()
