@@ -250,7 +250,7 @@ class Group:
     def _missed(self, error: RuntimeError) -> NoReturn:
         """Why something did not come about."""
         pulses = _Pulses(self)
-        until = time.monotonic() + 6 * _PULSE
+        until = time.monotonic() + 4 * _PULSE
         while time.monotonic() < until:
             try:
                 if self._store.check(["failed"]):

@@ -34,11 +34,16 @@ def command(world: int, arguments: list[str]) -> list[int]:
     return forked(world, lambda rank: main(arguments))
 
 
-def forked(world: int, function: Callable[[int], Any], stopped: Path | None = None) -> list[Any]:
+def forked(
+    world: int,
+    function: Callable[[int], Any],
+    stopped: Path | None = None,
+    during: Callable[[list[Any]], None] = lambda processes: None,
+) -> list[Any]:
     """function(rank) in `world` processes with the environment of torchrun; a SystemExit's code counts as a result.
 
     A process that died has the negative number of its signal as its result. The one whose number is in the file
-    `stopped` is killed once rank 0 is done.
+    `stopped` is killed once rank 0 is done; `during` is given the processes once all have started.
     """
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
@@ -51,6 +56,7 @@ def forked(world: int, function: Callable[[int], Any], stopped: Path | None = No
         process.start()
         theirs.close()
         jobs.append((process, ours))
+    during([process for process, _ in jobs])
     found = [_result(*jobs[0])]
     if stopped is not None:
         os.kill(int(stopped.read_text()), signal.SIGKILL)

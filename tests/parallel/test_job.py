@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -30,6 +31,8 @@ RECIPES = {
     "lora": "--model {w}/llama --lora.rank 2 --lora.target_modules q_proj v_proj --train.batch_size 5",
     "muon": "--model {w}/llama --train.optimizer muon --train.batch_size 8",
 }
+
+SHARD = ["--parallel", "shard"]
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +105,12 @@ def test_every_world_gives_the_scores_of_one_process(world: Path, recipe: str) -
             assert command(ranks, arguments(world, run, recipe, "--dtype", dtype)) == [0] * ranks
             found[ranks] = scores(run)
             assert distance(found[ranks], scores(name)) < tolerance, f"{ranks} ranks, {dtype}"
-        run = world / f"{recipe}-{dtype}-2of4"
-        assert command(2, arguments(world, run, recipe, "--dtype", dtype, "--shards", "4")) == [0, 0]
+            if recipe != "muon":
+                pieces = world / f"{recipe}-{dtype}-{ranks}-pieces"
+                assert command(ranks, arguments(world, pieces, recipe, "--dtype", dtype, *SHARD)) == [0] * ranks
+                assert torch.equal(scores(pieces), found[ranks]), f"{ranks} ranks in pieces, {dtype}"
+        run, more = world / f"{recipe}-{dtype}-2of4", [] if recipe == "muon" else SHARD
+        assert command(2, arguments(world, run, recipe, "--dtype", dtype, "--shards", "4", *more)) == [0, 0]
         assert torch.equal(scores(run), found[4])
 
 
@@ -136,6 +143,48 @@ def test_a_run_goes_on_in_a_world_that_divides_its_shards_and_in_no_other(
     assert main(arguments(world, run, "blocks", "--replay.heartbeat", "0")) == 0, "on one process"
     assert command(2, arguments(world, whole, "blocks", *asked)) == [0, 0]
     assert torch.equal(scores(run), scores(whole))
+
+
+def killed(world: int, rank: int, at: int, asked: list[str]) -> None:
+    """A command of `world` ranks, one of which is killed when it comes to this number of passes over its rows."""
+
+    def job(mine: int) -> int:
+        seen = 0
+
+        def counting(before: Any) -> Any:
+            def pass_over(self: Split, *given: Any) -> Any:
+                nonlocal seen
+                seen += 1
+                if seen == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return before(self, *given)
+
+            return pass_over
+
+        if mine == rank:
+            for name in ("_gradient", "_linearize", "_pulled"):
+                setattr(Split, name, counting(getattr(Split, name)))
+        return main(asked)
+
+    assert -signal.SIGKILL in forked(world, job)
+
+
+def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
+    run, whole = world / "moved", world / "unmoved"
+    asked = arguments(world, run, "blocks", "--replay.heartbeat", "0", "--replay.memory", "0", "--shards", "4", *SHARD)
+    killed(2, 1, 3, asked)
+    assert list((run / "checkpoints/of-2/rank-1").glob("state-*.safetensors"))
+    killed(4, 0, 4, asked)  # in training still
+    killed(1, 0, 4, asked)  # on the way back, whole: four more steps were taken
+    assert (run / "checkpoints/reverse.safetensors").exists()
+    killed(2, 0, 3, asked)
+    assert (run / "checkpoints/of-2/rank-1/reverse.safetensors").exists()
+    assert command(2, asked) == [0, 0]
+    assert main(arguments(world, whole, "blocks", "--shards", "4")) == 0
+    assert torch.equal(scores(run), scores(whole))
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["digests.txt", "final.safetensors"]
+    assert main(["verify", str(run), "--steps", "2", "--strict"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -199,6 +248,12 @@ def test_what_one_process_does_is_refused_in_a_job(world: Path, capfd: pytest.Ca
     assert "retrograd query is one process, and this is one of 2" in capfd.readouterr().err
     assert command(2, arguments(world, world / "gpu", "blocks", "--device", "cuda:1"))[0] == 2
     assert "would be the device of every rank" in capfd.readouterr().err
+    assert command(2, arguments(world, world / "whole-only", "muon", *SHARD))[0] == 2
+    assert "and Muon needs whole ones" in capfd.readouterr().err
+    tasks = world / "tasks.yaml"
+    tasks.write_text(f"prose: {{dataset: {world}/query.jsonl, form: text}}\n")
+    assert command(2, arguments(world, world / "asked", "blocks", *SHARD, "--evaluate.tasks", str(tasks)))[0] == 2
+    assert "so nothing can be evaluated on the way" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--shards", "0")) == 2
     assert "--shards is 0" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--patience", "0")) == 2
@@ -259,5 +314,7 @@ def test_unlearning_in_a_job_keeps_pairs_together(world: Path, capfd: pytest.Cap
     for step, again in zip(one, two):
         assert again["loss"] == pytest.approx(step["loss"], rel=1e-12)
         assert again["terms"] == pytest.approx(step["terms"], rel=1e-12)
+    assert main(unlearn("dpo", "pieces", *other, *SHARD)) == 2
+    assert "--parallel shard is for train and magic" in capfd.readouterr().err
     assert command(2, unlearn("orth_circuit_breakers", "orth"))[0] == 2
     assert "2 logical shards would part them" in capfd.readouterr().err
