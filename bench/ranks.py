@@ -30,7 +30,8 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent / "tests" / "parallel")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parallel"))
 
 import ranks
 import tiny
@@ -66,7 +67,7 @@ def held() -> int:
     storages = {}
     for one in gc.get_objects():
         with contextlib.suppress(ReferenceError):
-            if isinstance(one, torch.Tensor) and one.layout is torch.strided and one.device.type != "meta":
+            if issubclass(type(one), torch.Tensor) and one.layout is torch.strided and one.device.type != "meta":
                 storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
     return sum(storages.values())
 
@@ -95,11 +96,15 @@ def run(world: int, arguments: list[str]) -> list[tuple[int, int]]:
 
     def rank(_: int) -> tuple[int, int]:
         found = watched(held())
+        code = 0
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            code = command(arguments)
+            try:
+                code = command(arguments)
+            except SystemExit as end:  # how other ranks than the first end
+                code = int(end.code or 0)
         return code, max(found, default=0)
 
-    return [one if isinstance(one, tuple) else (one or 0, 0) for one in ranks.forked(world, rank)]
+    return ranks.forked(world, rank)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

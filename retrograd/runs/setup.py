@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
@@ -222,13 +223,7 @@ def set_up(
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
-    hashes = {
-        "recipe": fingerprint(recipe),
-        "rows": stream.rows.digest()[:16],
-        "model": fingerprint(initial.params),
-        "frozen weights and buffers": fingerprint(held_tensors(model.module)),
-        "the model's configuration and code": architecture(model.module),
-    }
+    hashes = _hashes(recipe, stream.rows, initial, model.module)
     refuse_unequal(group, hashes, arithmetic)
     if how.parallel == "shard" and group.world > 1:
         training = training._replace(engine=in_pieces(engine.engine, shards, group, model, initial, recipe.optimizer))
@@ -237,6 +232,16 @@ def set_up(
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)
+
+
+def _hashes(recipe: Recipe, rows: Rows, initial: State, module: nn.Module) -> dict[str, str]:
+    return {
+        "recipe": fingerprint(recipe),
+        "rows": rows.digest()[:16],
+        "model": fingerprint(initial.params),
+        "frozen weights and buffers": fingerprint(held_tensors(module)),
+        "the model's configuration and code": architecture(module),
+    }
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:
