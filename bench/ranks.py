@@ -128,7 +128,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def kill(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    base = [*made(folder, 2, 16, 6), "--shards", "2", "--replay.heartbeat", "0"]
+    base = [*made(folder, 2, 16, 20), "--shards", "2", "--replay.heartbeat", "0"]
     draw, reference, differ, killed = random.Random(options.seed), folder / "alone", 0, 0
     start = time.monotonic()
     assert all(code == 0 for code, _ in run(2, ["magic", str(reference), *base]))
