@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig, CompareConfig
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
+    BankConfig,
+    CompareConfig,
     EvaluateConfig,
     LabConfig,
     MetasmoothnessConfig,
@@ -37,7 +39,7 @@ from retrograd.settings.experiment import ExperimentConfig
 from retrograd.settings.harden import HardenConfig
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
-from retrograd.settings.select import SelectConfig
+from retrograd.settings.select import MaskConfig, SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
 from retrograd.settings.unlearn import UnlearnConfig, refuse_method, with_objective
 
@@ -60,6 +62,7 @@ _COMMANDS = {
     "validate": _Command(
         ValidateConfig, "retrain without random subsets: do the scores predict what happens?", "trust.validate"
     ),
+    "bank": _Command(BankConfig, "what a bank of retrainings holds, and what is missing from it", "trust.holdings"),
     "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact", "trust.verify"),
     "metasmoothness": _Command(
         MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?", "trust.metasmoothness"
@@ -72,6 +75,9 @@ _COMMANDS = {
     ),
     "select": _Command(
         SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
+    ),
+    "mask": _Command(
+        MaskConfig, "token weights by keywords, or by hidden states like theirs, without scores", "commands.mask", "OUT"
     ),
     "unlearn": _Command(
         UnlearnConfig, "RUN: forget some documents, keep others; with a verdict or scores", "commands.unlearn", "METHOD"
@@ -174,7 +180,7 @@ def _ranks(name: str, config: Any) -> Iterator[None]:
 # the setting that names the folder; whether the command writes the page, or only one that is there anew
 _REPORTED = {
     "train": ("run", True), "magic": ("run", True), "unlearn": ("run", True), "validate": ("run", True),
-    "evaluate": ("output", True), "experiment": ("out", True), "attack": ("out", True),
+    "evaluate": ("output", True), "experiment": ("out", True), "attack": ("out", True), "harden": ("out", True),
     "query": ("run", False), "verify": ("run", False), "metasmoothness": ("run", False),
 }  # fmt: skip
 

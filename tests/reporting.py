@@ -133,3 +133,38 @@ def write_attack(folder: Path) -> None:
     }  # fmt: skip
     write_findings(found, folder)
     (folder / "attack.json").write_text("{}")
+    write_comparison(folder)
+
+
+def write_hardened(folder: Path) -> None:
+    """What `retrograd harden` leaves after two iterations."""
+    one = {"iteration": 0, "objective": 1.0, "held_out": 0.5, "retain_kl": 0.1, "metasmoothness": 0.9, "train.lr": 1e-3,
+           "gradient_norm": 2.0, "largest_weight": 1.0, "predicted_change": 0.2, "measured_change": None,
+           "forget_after_attack": [1.0, 3.0], "held_out_forget": [0.6]}  # fmt: skip
+    two = {**one, "iteration": 1, "objective": 1.25, "expected_change": 0.2, "measured_change": 0.25}
+    (folder / "harden.json").write_text(json.dumps({"best": 1, "iterations": [one, two]}))
+    (folder / "made_of.json").write_text("{}")
+    config = {"suite": ["<mine>.yaml"], "held_out": ["other.yaml"], "learn": ["weights", "lr"], "mu": 1.0, "run": "x"}
+    (folder / "run_config.yaml").write_text(yaml.safe_dump(config))
+
+
+def write_comparison(folder: Path) -> None:
+    """What `retrograd compare` leaves of a group and the base under one attack."""
+
+    def point(forget: float, attack: str | None) -> dict[str, Any]:
+        return {"forget": [forget, forget - 0.1, forget + 0.1], "retain": [0.9, None, None], "attack": attack}
+
+    cell = {"attack": "c", "models": 2, "seeds": [0, 1], "lost": 0, "retain_after": 0.9}
+    found = {
+        "utility": 0.05, "unranked": [], "table": [], "pairs": [],
+        "groups": {"m": {"label": "npo <two>", "role": "model", "models": ["a", "b"]},
+                   "base": {"label": "base", "role": "base", "models": ["b"]}},
+        "attacks": {"c": {"readable": "full-half", "probe": False, "valid": False}},
+        "cells": [{**cell, "group": "m", "after": [0.5, 0.4, 0.6], "latent": [0.3, 0.1, 0.5]},
+                  {**cell, "group": "base", "after": None, "latent": None, "lost": 1}],
+        "fronts": {"before": {"points": {"m": point(0.2, None), "base": point(0.9, None)}, "front": ["m"]},
+                   "after": {"points": {"m": point(0.5, "c")}, "front": ["m"]}},
+        "ranks": {"m": {"rank": 1.0, "interval": [1.0, 1.5], "models": 2, "attacks": 1, "seeds": 2}},
+        "latent": {"m": [0.3, 0.1, 0.5], "base": None},
+    }  # fmt: skip
+    (folder / "compare.json").write_text(json.dumps(found))

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from retrograd.core.optim import Params
 from retrograd.core.residuals import Residual
-from retrograd.lm.checkpoint import DTYPES, load_module, told
+from retrograd.lm.checkpoint import DTYPES, load_module, refuse_no_folder, told
 from retrograd.lm.head import fused_ce_again, fused_ce_leaving
 from retrograd.lm.layout import Layout, twice_differentiable
 from retrograd.lm.spans import inner
@@ -118,6 +118,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    refuse_no_folder(name, "a tokenizer from")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from retrograd.data.documents import EXCERPT, load_documents
 from retrograd.data.rows import Rows, build_rows
 from retrograd.lm.model import CausalLM
 from retrograd.lm.spans import text_config
+from retrograd.query.aliases import aliased
 from retrograd.query.questions import Questions, build_questions
 from retrograd.settings.question import Question, Source
+from retrograd.settings.tasks import Task
 
 __all__ = ["context_length", "load_choices", "load_rows"]
 
@@ -41,6 +44,8 @@ def load_rows(
 def load_choices(question: Question, tokenizer: Any, model: CausalLM, flag: str | None) -> Questions:
     """Multiple-choice questions of a data set; arguments and errors as `load_rows`."""
     documents = _documents(question)
+    if isinstance(question, Task) and question.alias:
+        documents = aliased(documents, Path(question.alias))
     settings, longest = context_length(model, question.max_length, flag)
     try:
         return build_questions(

@@ -5,6 +5,7 @@
     Evaluation    a folder of `retrograd evaluate`
     Experiment    a folder of `retrograd experiment`
     Attack        a folder of `retrograd attack`
+    Hardened      a folder of `retrograd harden`
     Several       all of a page's, where there is more than one
 
 Nothing is loaded but files: no model, no tokenizer.
@@ -30,7 +31,9 @@ from retrograd.report.scores import (
 from retrograd.runs.journal import read_evaluations, read_journal
 from retrograd.settings.parse import read_yaml
 
-__all__ = ["Attack", "Attribution", "Evaluation", "Experiment", "Several", "Subject", "Training", "open_subject"]
+__all__ = [
+    "Attack", "Attribution", "Evaluation", "Experiment", "Hardened", "Several", "Subject", "Training", "open_subject",
+]  # fmt: skip
 
 
 MOST_COLUMNS = 32  # query columns of a run
@@ -170,6 +173,18 @@ class Attack(Subject):
         return self.read("recovery.json")
 
 
+class Hardened(Subject):
+    """A folder of `retrograd harden`."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_yaml(self.folder / "run_config.yaml")
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        return self.read("harden.json")
+
+
 @dataclass(frozen=True)
 class Several(Subject):
     """All subjects of a page."""
@@ -178,12 +193,16 @@ class Several(Subject):
 
 
 def open_subject(folder: Path) -> list[Subject]:
-    """What a folder holds; a run of unlearning brings its evaluation along.
+    """What a folder holds; a run of unlearning brings its evaluation along, an experiment its attacks.
 
     Raises:
         ValueError: If it holds nothing that a page could show.
     """
     name = folder.name or str(folder)
+    if (folder / "made_of.json").exists():
+        if not (folder / "harden.json").exists():
+            raise ValueError(f"{folder} is not hardened yet; run its `retrograd harden` again first")
+        return [Hardened(folder, name)]
     if (folder / "run_config.yaml").exists():
         return _open_run(folder, name)
     if (folder / "evaluation.json").exists():
@@ -193,14 +212,18 @@ def open_subject(folder: Path) -> list[Subject]:
     if (folder / "experiment.yaml").exists():
         if not (folder / "results.parquet").exists():
             raise ValueError(f"the experiment in {folder} has no table yet; run its `retrograd experiment` again first")
-        return [Experiment(folder, name)]
+        found: list[Subject] = [Experiment(folder, name)]
+        if (folder / "attacks" / "recovery.json").exists():
+            found.append(Attack(folder / "attacks", f"{name}: under attack"))
+        return found
     if (folder / "attack.json").exists():
         if not (folder / "recovery.json").exists():
             raise ValueError(f"the attacks in {folder} have no findings yet; run their `retrograd attack` again first")
         return [Attack(folder, name)]
     what = "does not exist" if not folder.exists() else "holds nothing that a page could show"
     raise ValueError(
-        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate`, `experiment` or `attack`"
+        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate`, `experiment`, "
+        "`attack` or `harden`"
     )
 
 

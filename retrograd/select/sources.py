@@ -22,6 +22,7 @@ from torch import Tensor
 from retrograd.data.documents import load_documents
 from retrograd.data.pairs import Part
 from retrograd.data.rows import Rows, build_rows
+from retrograd.lm.checkpoint import read_config
 from retrograd.lm.model import load_tokenizer
 from retrograd.runs.files import file_digest
 from retrograd.runs.kinds import command_of
@@ -271,14 +272,9 @@ def _refuse_not_finite(source: str, values: Tensor) -> None:
 
 def _data_set(config: MagicConfig) -> DataSet:
     """The rows of a run's settings, without its model: only the model's configuration is read."""
-    from transformers import AutoConfig
-
     data = config.data
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    try:
-        model = AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the configuration of model {config.model!r}: {error}") from error
+    model = read_config(config.model)
     documents = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
     text = model.get_text_config(decoder=True)  # of a composite model the part that reads
     longest = data.max_length or getattr(text, "max_position_embeddings", None)

@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 import tyro
 
 from retrograd.settings.run import MagicConfig, QueryConfig
+from retrograd.settings.select import Alignment
 from retrograd.settings.unlearn import UnlearnConfig
 
 __all__ = [
-    "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig", "QueryRunConfig", "ValidateConfig",
-    "VerifyConfig", "perturbed",
+    "BankConfig", "CompareConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig",
+    "QueryRunConfig",
+    "ValidateConfig", "VerifyConfig", "perturbed",
 ]  # fmt: skip
 
 
@@ -52,6 +54,23 @@ class ValidateConfig:
     positive), for each N given."""
     sets: Path | None = None
     """Also leave out these: a text file with one set a line, document ids separated by spaces."""
+    weight: tuple[float, ...] = (0.0,)
+    """What the data weights of a set are multiplied by: 0 leaves it out, 0.2 or 1.8 weigh it down or up; several may be
+    given."""
+    top: tuple[float, ...] = ()
+    """Also leave out the strongest proponents, this share of all, by each method and for each query column, against
+    random sets of the size (QLD); with --tokens against sets of the same positions in the row too (per-token QLD)."""
+    controls: int = 5
+    """Random sets that --top is held against, at least 5."""
+    scores: tuple[str, ...] = ()
+    """Scores of other methods, held against the same retrainings: [NAME=]FILE[:COLUMN] of .pt, .npy, .parquet or .json,
+    by document or token, or another run. A column for each query column, or one that is named."""
+    higher_is: Literal["proponent", "detractor"] | None = None
+    """What high numbers in the files of --scores mean; a proponent lowers the query loss. Needed unless a file says."""
+    alignment: Alignment | None = None
+    """Of scores by token in files: column t has the score of predicting token t (target), or t + 1 (prediction)."""
+    rivals: tuple[Literal["bm25", "gradient_cosine", "tracin", "random"], ...] = ()
+    """Also hold these against the same retrainings; tracin trains the run once more for its checkpoints."""
     seed: int = 0
     """Of the random subsets."""
     start: int = 0
@@ -62,8 +81,22 @@ class ValidateConfig:
     """Processes that retrain side by side; 0 takes what cores and memory allow. Under torchrun, each rank is one."""
     together: int = 0
     """Retrainings batched in one process with vmap; 1 retrains one by one, 0 chooses."""
+    save_models: bool = False
+    """Keep every retrained model in RUN/validation/models, as the bits in which it differs from the run's own: later
+    queries are then asked of these models, without retraining."""
     trust_code: bool = False
     """As in `retrograd magic`."""
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """List a bank of retrainings: what is there and what is missing, for each query, with which arithmetic, on what.
+
+    Exit code 0 if it is whole and of one kind of hardware, 1 if not.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
+    """Folder of a run that `retrograd validate` has been called for."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +149,18 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH…")] = tyro.MISSING
+    """Folders of `retrograd attack`."""
+    output: Path | None = None
+    """Where compare.json, .parquet and .md go; the first folder when None."""
+    utility: float = 0.05
+    """How much general accuracy an attacker may lose against the base model."""
+
+
+@dataclass(frozen=True)
 class LabConfig:
     """Build a fictional world: corpora, questions, a model that knows it and one that never saw a part of it."""
 
@@ -159,6 +204,8 @@ class EvaluateConfig:
     tasks: str | Path | None = None
     """Or a YAML file of tasks, settings by name: {mmlu: , mine: {dataset: questions.jsonl, form: cloze}}.
     With --backend lm-eval: names of its tasks, tags and groups, and YAML files of its tasks, as a,b,c."""
+    metrics: bool = False
+    """With --lab: also what the metrics of unlearning need, docs/metrics.md: documents by heart, KL, depth, probes."""
     reference: str | None = None
     """The model that the others are compared with; the lab's base model, or else the first, when None."""
     knows: str | None = None

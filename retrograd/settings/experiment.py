@@ -1,7 +1,7 @@
 """The file of an experiment, and the configuration of `retrograd experiment`. No heavy imports here.
 
 A file is YAML. `names` gives words that stand elsewhere in it as ${word}; `--names word=value` gives others, so that a
-file runs elsewhere by changing names.
+file runs elsewhere by changing names. With an entry `lab` the word lab is the lab that is built first, in OUT/lab.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import string
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from retrograd.settings.parse import build, read_yaml
+from retrograd.settings.attack import AttackConfig
+from retrograd.settings.attacked import LAB, attack_settings, lab_settings
+from retrograd.settings.commands import LabConfig
+from retrograd.settings.parse import build, fill, named, read_yaml
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.select import Alignment, Control, Rule, Sign, Use
 from retrograd.settings.tasks import Task, tasks_from, tasks_of
 
 __all__ = [
     "AskedSpec", "CorporaSpec", "ExperimentConfig", "ExperimentSpec", "Match", "MethodSpec", "ScoresSpec", "TuneSpec",
-    "WeightingSpec", "read_experiment",
+    "WeightingSpec", "lab_of", "read_experiment",
 ]  # fmt: skip
 
 Match = Literal["none", "utility", "forgetting"]
@@ -165,6 +166,8 @@ class ExperimentSpec:
     scores: dict[str, ScoresSpec] = field(default_factory=dict)
     analyses: dict[str, WeightingSpec] = field(default_factory=dict)
     """Pairs of score sets, `scores` and `against`, whose separation is analysed."""
+    columns: tuple[str, ...] = ()
+    """Further columns of the table: METRIC:TASK of docs/metrics.md, such as forget_quality:forget_paraphrase."""
     match: tuple[Match, ...] = ("none",)
     tune: AskedSpec = field(default_factory=AskedSpec)
     seeds: tuple[int, ...] = (0,)
@@ -176,20 +179,45 @@ class ExperimentSpec:
     """Of every worker, whatever it runs on: the bits of a sum depend on it."""
     batch_size: int = 16
     """Questions read at once."""
+    attack: dict[str, Any] = field(default_factory=dict)
+    """Settings of `retrograd attack`: every model of every arm meets its attacks, controls beside them; see `attacked`.
+    """
+
+    def attacked(self, out: Path = Path()) -> AttackConfig | None:
+        """The attacks' settings, with their folder; None if nothing is attacked."""
+        if not self.attack:
+            return None
+        return attack_settings(self.attack, self.base, self.never, self.settings, out, "attack")
+
+
+def lab_of(path: Path, names: tuple[str, ...], folder: Path) -> LabConfig | None:
+    """The lab that an experiment builds first; None if it builds none, or `names` give one.
+
+    Raises:
+        ValueError: If its settings cannot work.
+    """
+    values = read_yaml(path)
+    given = dict(values.get("names") or {}) | dict(named(text) for text in names)
+    if LAB not in values or LAB in given:
+        return None
+    return lab_settings(fill(values[LAB] or {}, given, str(path)), folder, f"{path}: {LAB}")
 
 
 def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
     """An experiment from its file.
 
+    Args:
+        names: NAME=VALUE; of a file that builds a lab its folder too, as lab=DIR.
     Raises:
         ValueError: If the file is none, or anything in it cannot work as far as is known before data are read.
     """
     values = read_yaml(path)
-    known = {**(values.pop("names", None) or {}), **dict(_name(text) for text in names)}
-    values = _filled(values, known, str(path))
+    known = {**(values.pop("names", None) or {}), **dict(named(text) for text in names)}
+    values.pop(LAB, None)
+    values = fill(values, known, str(path))
     common = {name: values.pop(name) for name in list(values) if name in _UNLEARN}
-    if "seeds" in values and isinstance(values["seeds"], int):
-        values["seeds"] = list(range(values["seeds"]))
+    if str(values.get("seeds", "")).isdecimal():
+        values["seeds"] = list(range(int(values["seeds"])))
     tune = dict(values.pop("tune", None) or {})
     asked = {name: tune.pop(name) for name in ("tasks", "rows") if name in tune}
     for name in ("report", "corpora"):
@@ -206,33 +234,6 @@ def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
 
 _UNLEARN = ("train", "lora", "dtype", "device", "tokenizer", "max_length", "min_chars", "shuffle", "horizon",
             "heartbeat")  # fmt: skip
-
-
-_WORD = re.compile(r"\$\{(\w+)\}")
-
-
-def _name(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--names {text}: write NAME=VALUE")
-    return name, value
-
-
-def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
-    """A value of the file with its ${words} replaced."""
-    if isinstance(value, dict):
-        return {key: _filled(inner, names, where) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_filled(inner, names, where) for inner in value]
-    if not isinstance(value, str):
-        return value
-    word = _WORD.fullmatch(value)
-    if word is not None and word[1] in names:  # the whole of it: a number stays one, and nothing is none
-        return None if names[word[1]] == "" else names[word[1]]
-    try:
-        return string.Template(value).substitute(names)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {value!r} has a word that `names` does not have: {error}") from error
 
 
 def _tasks(given: Any, path: Path, name: str) -> dict[str, Task]:
@@ -280,6 +281,7 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
         if not (analysis.scores and analysis.against):
             raise ValueError(f"{path}: analysis {name} compares two score sets: give `scores` and `against`")
         _check_source(f"analysis {name}", analysis, spec, path)
+    spec.attacked()
     for name, method in spec.methods.items():
         if unknown := set(method.weightings) - set(spec.weightings):
             raise ValueError(f"{path}: method {name} takes the weighting {min(unknown)!r}, and there is none")

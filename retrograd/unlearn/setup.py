@@ -64,7 +64,7 @@ def assemble(config: UnlearnConfig) -> Loaded:
     """
     method = find_method(config.method)
     if config.attribute is not None:
-        guards.check_attributable(method)
+        guards.check_attributable(method, _settings(config, method))
     read = _read(config, method)
     size = config.train.micro_batch_size or read.stream.batch_size
     asked = load_queries(queries_of(config), read.model, read.tokenizer, batch_size=size, like=read.stream.weights)
@@ -181,10 +181,19 @@ def _weights(config: UnlearnConfig, method: Method, forget: Sequence[Rows], othe
     for name, rows in zip(config.weights, forget, strict=True):
         part = torch.ones(len(rows), longest)
         if name != ONES:
+            _refuse_teaching(method, Path(name))
             read = weights_file.read(Path(name), rows, signed=method.signed and not _reversed(method, Path(name)))
             part[:, : read.shape[1]] = read[:, :longest]
         parts.append(part)
     return torch.cat([*parts, *(torch.ones(len(rows), longest) for rows in others)])
+
+
+def _refuse_teaching(method: Method, weights: Path) -> None:
+    if method.descends and weights_file.info(weights)["use"] == "removal":
+        raise ValueError(
+            f"{weights} says how much of a forget term each token gets (--use removal), and {method.name} descends: it "
+            "would teach most what is to go most. Select with --use descent, or take a method that ascends"
+        )
 
 
 def _reversed(method: Method, weights: Path) -> bool:

@@ -22,6 +22,7 @@ from retrograd.query.load import load_rows
 from retrograd.query.prepare import Prepared, prepare
 from retrograd.query.questions import Questions
 from retrograd.runs.files import write_json
+from retrograd.runs.progress import counting
 from retrograd.runs.setup import find_device
 from retrograd.settings.attack import AttackConfig, Untrained
 from retrograd.settings.tasks import Task, tasks_from
@@ -44,7 +45,7 @@ def carry_out_untrained(
         ValueError: If the attack lacks what it needs.
     """
     kind, strengths = find_untraining(one), strengths_of(one)
-    asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.form != "generate"}
+    asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
     told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
     texts = {key: _source(key, sources, kind.name) for key in kind.reads}
     _claim(folder, told, {
@@ -66,15 +67,17 @@ def carry_out_untrained(
         given = given._replace(shots=[text for source in texts.pop("shots") for text in _solved(source)])
     given = given._replace(rows={key: _rows(found, lm, tokenizer, config.max_length) for key, found in texts.items()})
     ready = {name: prepare(task, lm, tokenizer, config.batch_size) for name, task in asked.items()}
-    for number in left:
-        altered = kind.alter(given, strengths[number]) if number else None
-        params = altered.params if altered else lm.params
-        prefix = altered.prefix if altered else ""
-        about = {"model": model, "strength": strengths[number], "dtype": "float32",
-                 "digest": tree.digest(dict(sorted(params.items())))}  # fmt: skip
-        for name, prepared in ready.items():
-            measured = _prefixed(prepared, prefix).measure(params)
-            write_measured(answers_path(folder, number, name), measured, {**about, "task": name})
+    with counting("ask", len(left), "strengths") as tick:
+        for number in left:
+            altered = kind.alter(given, strengths[number]) if number else None
+            params = altered.params if altered else lm.params
+            prefix = altered.prefix if altered else ""
+            about = {"model": model, "strength": strengths[number], "dtype": "float32",
+                     "digest": tree.digest(dict(sorted(params.items())))}  # fmt: skip
+            for name, prepared in ready.items():
+                measured = _prefixed(prepared, prefix).measure(params)
+                write_measured(answers_path(folder, number, name), measured, {**about, "task": name})
+            tick()
 
 
 def _claim(folder: Path, told: dict[str, Any], made_of: dict[str, Any]) -> None:
