@@ -144,10 +144,10 @@ class PieceSum(OrderedSum):
     def dealt(self, names: list[str], term: Params) -> Tensor:
         return torch.cat([self.pieces.dealt(name, term[name]) for name in names], 1)
 
-    def result(self) -> Params:
-        """The sum's pieces of this process."""
+    def result(self, number: int = 0) -> Params:
+        """The pieces of a sum that are this process's."""
         found: Params = {}
-        for part, shapes in zip(self.parts, self.shapes, strict=True):
+        for part, shapes in zip(self.parts[number], self.shapes, strict=True):
             start = 0
             for name, shape in shapes:
                 width = self.pieces.width(name, shape)

@@ -10,9 +10,9 @@ The coefficients of a batch have the normaliser of the whole one in them, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from retrograd.core.step import Batch, Engine, Pull
 from retrograd.parallel.group import Group
 from retrograd.parallel.sums import OrderedSum
 
-__all__ = ["Noting", "Split", "cut", "serve"]
+__all__ = ["Noting", "Split", "cut"]
 
 
 @runtime_checkable
@@ -103,7 +103,8 @@ class Split:
         return all(map(self.engine.repeats, parts))
 
     @property
-    def doing(self) -> Mapping[str, Callable[..., Any]]:
+    def doing(self) -> dict[str, Callable[..., Any]]:
+        """What every process does for rank 0, by name."""
         return {
             "gradient": self._gradient, "linearize": self._linearize, "pull": self._pull, "pullback": self._pullback,
             "tangent": self._tangent,
@@ -231,13 +232,6 @@ class Split:
                 self._terms[name] = self._terms.get(name, 0.0) + value
         losses = [loss for _, loss, _ in sorted(told, key=lambda one: one[0])]
         return torch.tensor(sum(losses), dtype=torch.float64)
-
-
-def serve(engine: Engine) -> NoReturn:
-    """Take this process's shards whenever rank 0 asks, until it has ended, and end. By the other ranks."""
-    assert isinstance(engine, Split), "a job of several processes has several shards"
-    engine.group.serve(engine.doing)
-    raise SystemExit(0)
 
 
 def cut(batches: Sequence[Batch], shard: int, shards: int, unit: int = 1) -> list[Batch]:

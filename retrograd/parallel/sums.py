@@ -10,7 +10,7 @@ more than one term and a part of the sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ _BUCKET = 1 << 24  # entries that are exchanged at once
 class OrderedSum:
     """Σ_s x_s of tensors by name. Each process adds its terms, one a round, and all of them in every round.
 
+    Several sums of tensors of the same shapes may go on at once, told apart by a number.
+
     >>> total = OrderedSum(Group()); total.add({"x": torch.ones(2)}); total.add({"x": torch.ones(2)}); total.result()
     {'x': tensor([2., 2.])}
     """
@@ -34,18 +36,28 @@ class OrderedSum:
     def __init__(self, group: Group) -> None:
         self.group = group
         self.shapes: list[list[tuple[str, torch.Size]]] = []  # by bucket
-        self.parts: list[Tensor] = []  # this process's part of each bucket, [⌈n/W⌉]
+        self.parts: dict[int, list[Tensor]] = {}  # this process's part of each bucket, [⌈n/W⌉], by sum
 
-    def add(self, term: Params) -> None:
-        """The next of this process's terms."""
-        first = not self.parts
-        for place, names in enumerate(_buckets(term)):
+    def add(self, term: Params, into: Sequence[int | None] | None = None) -> None:
+        """The next of this process's terms.
+
+        Args:
+            into: The sum that each process's term belongs to, None for none; all to sum 0 if not given.
+        """
+        sums = [0] * self.group.world if into is None else into
+        buckets = list(_buckets(term))
+        self.shapes = self.shapes or [[(name, term[name].shape) for name in names] for names in buckets]
+        known = set(self.parts)
+        for place, names in enumerate(buckets):
             rows = self.group.exchanged(self.dealt(names, term))
-            if first:
-                self.shapes.append([(name, term[name].shape) for name in names])
-                self.parts.append(rows[0].clone())
-            for row in rows[1:] if first else rows:
-                self.parts[place] += row
+            for number, row in zip(sums, rows, strict=True):
+                if number is None:
+                    continue
+                parts = self.parts.setdefault(number, [])
+                if number not in known and len(parts) == place:
+                    parts.append(row.clone())
+                else:
+                    parts[place] += row
 
     def dealt(self, names: list[str], term: Params) -> Tensor:
         """[W, n]: what each process adds up of these tensors."""
@@ -54,10 +66,10 @@ class OrderedSum:
         width = -(-len(flat) // world)
         return F.pad(flat, (0, world * width - len(flat))).view(world, width)
 
-    def result(self) -> Params:
-        """The sum; of rank 0's use only, the others get nothing."""
+    def result(self, number: int = 0) -> Params:
+        """A sum; of rank 0's use only, the others get nothing."""
         found: Params = {}
-        for part, shapes in zip(self.parts, self.shapes, strict=True):
+        for part, shapes in zip(self.parts[number], self.shapes, strict=True):
             rows = self.group.gathered(part)
             flat = torch.cat(rows) if len(rows) > 1 else part
             start = 0

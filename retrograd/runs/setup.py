@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,7 @@ from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
+from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
@@ -86,6 +87,11 @@ class Loaded(Setup):
     texts: list[str]
     asked: list[Asked]
     parts: Sequence[Part] = ()
+
+    @property
+    def doing(self) -> dict[str, Callable[..., Any]]:
+        """As `Ready.doing`, and a part of what is asked."""
+        return {**super().doing, "ask": answering(here(), self.asked)}
 
     @property
     def queries(self) -> Queries:

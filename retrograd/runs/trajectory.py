@@ -31,10 +31,10 @@ from retrograd.core.sweep import (
     sweep,
 )
 from retrograd.durable import make_folder
-from retrograd.parallel.group import ALONE
+from retrograd.parallel.group import ALONE, here
 from retrograd.parallel.pieces import PieceLedger, Pieces
 from retrograd.parallel.shard import Sharded
-from retrograd.parallel.split import serve
+from retrograd.parallel.split import Split
 from retrograd.runs.resume import Durable, first_missing, read_digests
 from retrograd.runs.states.budget import Replay, layout
 from retrograd.runs.states.relay import part_of, relay
@@ -335,21 +335,27 @@ class Ready:
 
     def follow(self) -> NoReturn:
         """Do what rank 0 does with this training, until it has ended, and end. By the other ranks of a job."""
+        here().serve(self.doing)
+        raise SystemExit(0)
+
+    @property
+    def doing(self) -> dict[str, Callable[..., Any]]:
+        """What the other ranks of a job do for rank 0, by name."""
         engine = self.training.engine
+        assert isinstance(engine, Split), "a job of several processes has several shards"
         if not isinstance(engine, Sharded):
-            serve(engine)
+            return engine.doing
         made = list[InPieces]()
 
         def make(replay: Replay, folder: Path | None, identity: str) -> None:
             made.append(InPieces(self.training, self.initial, replay, folder, identity))
 
-        engine.group.serve({
+        return {
             "trajectory": make,
             "train": lambda: made[-1].train(),
             "reverse": lambda gradient, key, curvature: made[-1].reverse(gradient, key, curvature=curvature),
             "clean": lambda key: made[-1].clean(key),
-        })  # fmt: skip
-        raise SystemExit(0)
+        }
 
     def final(self, weights: Tensor) -> State:
         """The final state at these data weights. Of the way there nothing is kept: for retraining.

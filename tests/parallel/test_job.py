@@ -85,12 +85,14 @@ def test_two_ranks_give_the_scores_of_one_and_go_on_with_the_bits_of_two(world: 
     assert distance(scores(two), alone) < 1e-10
     assert main(arguments(world, one, "tokens", *asked, "--shards", "2")) == 0
     assert torch.equal(scores(one), scores(two))
+    asked = [read_tensors(run / "queries/query/gradient.safetensors")[0] for run in (one, two)]
+    assert tree.digest(asked[0]) == tree.digest(asked[1]), "three questions, asked by two ranks"
     manifest = json.loads((two / "manifest.json").read_text())
     assert (manifest["arithmetic"]["shards"], manifest["finished"]) == (2, True)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
     lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["phase"] == "train"] == list(range(3)), "one line a step"
-    assert read_tensors(two / "queries/query/gradient.safetensors")[0]["values"].shape == (3,)
+    assert asked[0]["values"].shape == (3,)
 
 
 @pytest.mark.slow
