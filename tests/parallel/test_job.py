@@ -171,6 +171,7 @@ def killed(world: int, rank: int, at: int, asked: list[str]) -> None:
     assert -signal.SIGKILL in forked(world, job)
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
     run, whole = world / "moved", world / "unmoved"
     asked = arguments(world, run, "blocks", "--replay.heartbeat", "0", "--replay.memory", "0", "--shards", "4", *SHARD)
