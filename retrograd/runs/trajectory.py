@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrograd.core import memory, tree
 from retrograd.core import plan as plans
-from retrograd.core.optim import ELEMENTWISE, Cotangent, Moments
+from retrograd.core.optim import Cotangent, Moments
 from retrograd.core.residuals import Residuals
 from retrograd.core.slots import BlankLedger, Ledger
 from retrograd.core.step import State, Training, initial_state, micro_batches_of, needs_gradient, recovered
@@ -36,7 +36,7 @@ from retrograd.parallel.pieces import PieceLedger, Pieces
 from retrograd.parallel.shard import Sharded
 from retrograd.parallel.split import Split
 from retrograd.runs.resume import Durable, first_missing, read_digests
-from retrograd.runs.states.budget import Replay, layout
+from retrograd.runs.states.budget import Replay, layout_of
 from retrograd.runs.states.relay import part_of, relay
 from retrograd.runs.states.store import Gradients, Store
 
@@ -76,10 +76,9 @@ class Trajectory:
             make_folder(folder)
         self.start, self.steps = initial.step, len(training.stream)
         group = ALONE if pieces is None else pieces.group
-        sizes = group.agreed((tree.nbytes(initial), tree.nbytes(initial.params)))
-        elementwise = isinstance(training.recipe.optimizer, ELEMENTWISE)
         on_host = all(leaf.device.type == "cpu" for leaf in tree.leaves(initial))
-        self.layout = layout(self.replay, self.steps - self.start, *sizes, elementwise=elementwise, on_host=on_host)
+        fitting = layout_of(self.replay, training.recipe, initial, self.steps - self.start, on_host=on_host)
+        self.layout = group.agreed(fitting)  # pieces are not all of one size
         digests = read_digests(folder) if folder else {}
         digests = {step: digests[step] for step in group.common(digests)}
         count = training.recipe.pieces

@@ -20,6 +20,7 @@ from retrograd.settings.train import (
     LrSchedule,
     TrainConfig,
     at_least_1,
+    check_precision,
     check_ranks,
     check_training,
     finite,
@@ -163,6 +164,7 @@ def check_unlearn(config: UnlearnConfig) -> None:
     Raises:
         ValueError: With the setting, its value and what it has to be.
     """
+    check_precision(config)
     check_training(config.train, config.lora)
     check_ranks(config)
     if config.parallel == "shard":
