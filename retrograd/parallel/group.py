@@ -303,7 +303,8 @@ def joined(patience: float) -> Iterator[Group]:
         backend = "cpu:gloo,cuda:nccl"
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore("retrograd", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what one that failed has left is in the store
+        store = dist.PrefixStore(f"retrograd {attempt}", store)
         dist.init_process_group(
             backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=world, timeout=wait
         )
