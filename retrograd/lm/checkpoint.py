@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "load_module", "model_width", "told"]
+from retrograd.lm.adapters import Adapter, adapted, base_of
+
+__all__ = ["DTYPES", "load_module", "model_configuration", "model_width", "told"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -20,14 +22,32 @@ _COMPOSITE = "ForConditionalGeneration"  # text beside images or sound: AutoMode
 _NAMED = 5  # weights named in a message
 
 
-def load_module(name: str, dtype: torch.dtype) -> Any:
+def load_module(name: str, dtype: torch.dtype, adapter: Adapter | None = "merge") -> Any:
     """The module of a hub name or local folder, with every weight from the checkpoint.
 
     Attention is SDPA where the architecture has it, else its own ("eager").
 
+    Args:
+        adapter: What to make of a folder of adapters: merge them into their base, or leave them there to be trained
+            ("continue"). None: whoever calls has to say which.
     Raises:
         ValueError: If it cannot be loaded, is no causal language model, or the checkpoint lacks weights.
     """
+    base = base_of(name)
+    if base is None:
+        if adapter == "continue":
+            raise ValueError(f"--lora.adapter continue: model {name!r} is no folder of adapters; leave it out")
+        return _load_whole(name, dtype)
+    if adapter is None:
+        raise ValueError(
+            f"model {name!r} is a folder of adapters for {base}. Say what to make of them: --lora.adapter merge, into "
+            "one model that is trained as the other settings say; or --lora.adapter continue, which trains them "
+            "further and leaves the base as it is"
+        )
+    return adapted(name, _load_whole(base, dtype), adapter)
+
+
+def _load_whole(name: str, dtype: torch.dtype) -> Any:
     import transformers
     from transformers.utils import logging
 
@@ -86,12 +106,18 @@ def model_width(name: str) -> int:
     Raises:
         ValueError: If there is none.
     """
-    return int(_configuration(name).get_text_config(decoder=True).hidden_size)
+    return int(model_configuration(name).get_text_config(decoder=True).hidden_size)
 
 
-def _configuration(name: str) -> Any:
+def model_configuration(name: str) -> Any:
+    """The configuration of a model; of a folder of adapters, its base's.
+
+    Raises:
+        ValueError: If there is none.
+    """
     from transformers import AutoConfig
 
+    name = base_of(name) or name
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -104,7 +130,7 @@ def _configuration(name: str) -> Any:
 def _check_causal(name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = _configuration(name)
+    config = model_configuration(name)
     found = getattr(config, "architectures", None) or []
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))

@@ -332,7 +332,9 @@ def load_model(
             r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
             target_modules=list(lora.target_modules) or None, task_type="CAUSAL_LM",
         )  # fmt: skip
-    return load_causal_lm(model, dtype=dtype, device=device, lora=adapters, seed=train.seed, dropout=train.dropout)
+    return load_causal_lm(
+        model, dtype=dtype, device=device, lora=adapters, adapter=lora.adapter, seed=train.seed, dropout=train.dropout
+    )
 
 
 def _embeddings(model: CausalLM) -> tuple[str, ...]:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retrograd.data.documents import load_documents
+from retrograd.data.documents import documents_of
 from retrograd.data.pairs import Part
 from retrograd.data.rows import Rows, build_rows
+from retrograd.lm.checkpoint import model_configuration
 from retrograd.lm.model import load_tokenizer
 from retrograd.runs.files import file_digest
 from retrograd.runs.kinds import command_of
@@ -271,19 +272,14 @@ def _refuse_not_finite(source: str, values: Tensor) -> None:
 
 def _data_set(config: MagicConfig) -> DataSet:
     """The rows of a run's settings, without its model: only the model's configuration is read."""
-    from transformers import AutoConfig
-
     data = config.data
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    try:
-        model = AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the configuration of model {config.model!r}: {error}") from error
-    documents = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
+    model = model_configuration(config.model)
+    documents = documents_of(data)
     text = model.get_text_config(decoder=True)  # of a composite model the part that reads
     longest = data.max_length or getattr(text, "max_position_embeddings", None)
     rows = build_rows(
-        documents, tokenizer, text_column=data.text_column, max_length=None if data.chunk_length else longest,
-        chunk_length=data.chunk_length, min_chars=data.min_chars,
+        documents, tokenizer, text_column=data.text_column, assistant_only_loss=data.assistant_only_loss,
+        max_length=None if data.chunk_length else longest, chunk_length=data.chunk_length, min_chars=data.min_chars,
     )  # fmt: skip
     return DataSet(config, rows, places_of(rows), tokenizer)

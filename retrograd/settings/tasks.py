@@ -159,8 +159,8 @@ def _changed(task: Task, settings: dict[str, Any], where: str) -> Task:
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Task)}
 _GENERATE = ("prompt_tokens", "new_tokens")
 _UNREAD = {
-    "letter": ("text_column", "normalise", *_GENERATE),
-    "cloze": ("text_column", *_GENERATE),
+    "letter": ("text_column", "assistant_only_loss", "normalise", *_GENERATE),
+    "cloze": ("text_column", "assistant_only_loss", *_GENERATE),
     "text": ("template", "normalise", "group", "expect", *_GENERATE),
     "generate": ("template", "normalise", "group", "expect", "role"),
 }
