@@ -22,6 +22,7 @@ import tyro
 
 from retrograd.settings.attack import AttackConfig, CompareConfig
 from retrograd.settings.commands import (
+    BankConfig,
     EvaluateConfig,
     LabConfig,
     MetasmoothnessConfig,
@@ -57,6 +58,7 @@ _COMMANDS = {
     "validate": _Command(
         ValidateConfig, "retrain without random subsets: do the scores predict what happens?", "trust.validate"
     ),
+    "bank": _Command(BankConfig, "what a bank of retrainings holds, and what is missing from it", "trust.holdings"),
     "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact", "trust.verify"),
     "metasmoothness": _Command(
         MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?", "trust.metasmoothness"

@@ -34,7 +34,7 @@ from pathlib import Path
 __all__ = ["LOCK", "foreign", "make_folder", "remove", "remove_leftovers", "rename", "temporary_name", "to_disk"]
 
 LOCK = ".lock"
-_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp|\.tmp[0-9A-Za-z]{6}")  # ours, and what safetensors writes first
 
 
 def temporary_name(path: Path) -> Path:
@@ -86,7 +86,7 @@ def remove(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files and folders, at any depth; only for whoever has the folder alone."""
-    for path in [path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]:
+    for path in [path for path in folder.rglob(".*tmp*") if _TEMPORARY.fullmatch(path.name)]:
         remove(path)
 
 

@@ -68,7 +68,7 @@ def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Ta
     """
     one: Configuration = folder.configurations[name]
     place = folder.place(target, name)
-    asked = {key: task for key, task in tasks.items() if task.form != "generate"}
+    asked = {key: task for key, task in tasks.items() if task.ordinary}
     strengths: list[float] | None = None
     if isinstance(one, Untrained):
         evaluations, strengths = _of_strengths(place, asked)
@@ -121,7 +121,7 @@ def _results(
     why: str | None = None
     for name, task in tasks.items():
         path = answers_path(run, step, name)
-        measured = read_measured(path)[0] if path.exists() else None
+        measured: Any = read_measured(path)[0] if path.exists() else None
         bad = (
             failure(measured, task)
             if measured is not None

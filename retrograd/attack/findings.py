@@ -120,7 +120,7 @@ def _of_role(folder: Folder, role: str, name: str, courses: Mapping[tuple[str, s
 
 def _diagnosed(name: str, course: Course, base: Course, tasks: dict[str, Task]) -> Diagnosis:
     """The verdict on a model as it is before the attack, against the base model."""
-    asked = {key: task for key, task in tasks.items() if task.form != "generate"}
+    asked = {key: task for key, task in tasks.items() if task.ordinary}
     groups = {task.group: task for task in asked.values() if task.group}
     whole = {key: task for key, task in {**asked, **groups}.items() if not task.group or key not in asked}
 

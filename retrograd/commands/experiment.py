@@ -18,6 +18,7 @@ from rich.progress import Progress
 from retrograd.commands.magic import magic
 from retrograd.commands.unlearn import unlearn
 from retrograd.durable import foreign, make_folder
+from retrograd.evaluate.metrics import check_column
 from retrograd.experiment.carry import Runners
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import Plan
@@ -49,6 +50,8 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     spec = read_experiment(config.file, config.names)
     _claim(config.out, spec, write=False)
     refuse_oracles(spec)
+    for column in spec.columns:
+        check_column(column, spec.report.tasks)
     maker = Maker(spec)
     for method in spec.methods:
         maker.config(method, spec.seeds[0], None)  # what cannot work is told now

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from retrograd.core.optim import Params
 from retrograd.data.documents import load_documents
-from retrograd.durable import LOCK
+from retrograd.durable import foreign
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.lock import locked
 from retrograd.runs.progress import counting
@@ -92,7 +92,7 @@ def _done(out: Path, settings: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     if not (out / "info.json").exists():
-        if not out.is_dir() or {path.name for path in out.iterdir() if path.suffix != ".tmp"} - _OURS - {LOCK}:
+        if not out.is_dir() or set(foreign(out)) - _OURS:
             raise ValueError(f"{out} exists and is no selection; choose another folder")
         return False
     found = files.info(out)

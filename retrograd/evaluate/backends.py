@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from retrograd.evaluate.answers import write_measured
+from retrograd.evaluate.ask import Others, ask
 from retrograd.evaluate.folder import content, plain
 from retrograd.evaluate.lm_eval.model import HarnessTasks, ask_harness, find_harness, harness_version, refuse_task_code
 from retrograd.evaluate.lm_eval.samples import sampled_from, write_sampled
@@ -19,10 +20,9 @@ from retrograd.evaluate.lm_eval.summary import summarise_harness
 from retrograd.evaluate.lm_eval.task_files import FOLDER, LOADER, described_tasks, loader_text
 from retrograd.evaluate.summary import summarise
 from retrograd.lm.model import CausalLM
-from retrograd.query.prepare import prepare
 from retrograd.runs.progress import counting
 from retrograd.settings.commands import EvaluateConfig
-from retrograd.settings.tasks import Role, Task, tasks_from, tasks_of_lab
+from retrograd.settings.tasks import Role, Task, lab_metrics, tasks_from, tasks_of_lab
 
 __all__ = ["Backend", "find_backend"]
 
@@ -37,6 +37,9 @@ class Backend(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """What another call has to agree with: `tasks` by name, and whatever changes all of them."""
+
+    def beside(self, others: Others) -> Backend:
+        """The same, with the models that some tasks compare with."""
 
     def measure(self, name: str, lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any]) -> None:
         """Ask one model one task and write the file.
@@ -65,11 +68,17 @@ def find_backend(config: EvaluateConfig) -> Backend:
     if config.batch_size < 1:
         raise ValueError(f"--batch_size is {config.batch_size}; it has to be at least 1")
     if config.backend == "lm-eval":
+        if config.metrics:
+            raise ValueError("--metrics are this package's own: leave out --backend lm-eval")
         return _find_harness(config)
     foreign = [name for name in _HARNESS_ONLY if getattr(config, name) is not None]
     if foreign:
         raise ValueError(f"--{foreign[0]} is for --backend lm-eval; settings of tasks go into the file of --tasks")
     tasks = tasks_of_lab(config.lab) if config.lab is not None else tasks_from(Path(str(config.tasks)))
+    if config.metrics:
+        if config.lab is None:
+            raise ValueError("--metrics asks what a lab has; in a file of --tasks write the forms memory, kl and depth")
+        tasks = lab_metrics(tasks, config.lab)
     return _Own(tasks, config.batch_size)
 
 
@@ -82,20 +91,29 @@ class _Own:
 
     tasks: dict[str, Task]
     batch_size: int
+    others: Others | None = None
 
     @property
     def names(self) -> Sequence[str]:
         return list(self.tasks)
 
+    def beside(self, others: Others) -> Backend:
+        return dataclasses.replace(self, others=others)
+
     def settings(self) -> dict[str, Any]:
-        told = {name: {**vars(task), "dataset": plain(task.dataset), "content": content(task.dataset)}
-                for name, task in self.tasks.items()}  # fmt: skip
+        assert self.others is not None, "`beside` was called"
+        told = {}
+        for name, task in self.tasks.items():
+            compared = {word: source and plain(source) for word, source in self.others.of(task).items()}
+            told[name] = {**vars(task), "dataset": plain(task.dataset), "content": content(task.dataset), **compared}
+            if task.alias:
+                told[name]["alias"] = {"source": plain(task.alias), "content": content(task.alias)}
         return {"tasks": told}
 
     def measure(self, name: str, lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any]) -> None:
-        ready = prepare(self.tasks[name], lm, tokenizer, self.batch_size)
-        told = {**about, **ready.asked, "settings": dataclasses.asdict(self.tasks[name])}
-        write_measured(path, ready.measure(lm.params), told)
+        assert self.others is not None, "`beside` was called"
+        found, asked = ask(self.tasks[name], lm, tokenizer, self.batch_size, self.others)
+        write_measured(path, found, {**about, **asked, "settings": dataclasses.asdict(self.tasks[name])})
 
     def summarise(
         self, folder: Path, models: Sequence[str], reference: str, knows: str | None, never: str | None
@@ -116,6 +134,9 @@ class _LmEval:
     shots: int | None
     limit: int | None
     batch_size: int
+
+    def beside(self, others: Others) -> Backend:
+        return self
 
     @property
     def names(self) -> Sequence[str]:

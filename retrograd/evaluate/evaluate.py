@@ -19,6 +19,7 @@ from rich.console import Console
 
 from retrograd.core import tree
 from retrograd.durable import LOCK
+from retrograd.evaluate.ask import Others
 from retrograd.evaluate.backends import Backend, find_backend
 from retrograd.evaluate.folder import begin_evaluation, content, plain
 from retrograd.evaluate.show import show
@@ -95,7 +96,8 @@ def _planned(config: EvaluateConfig) -> _Plan:
     def name(source: str | None) -> str | None:
         return None if source is None else names[plain(source)]
 
-    return _Plan(found, backend, names[plain(reference)], name(knows), name(never))
+    others = Others(plain(reference), knows and plain(knows), config.dtype, config.device)
+    return _Plan(found, backend.beside(others), names[plain(reference)], name(knows), name(never))
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:

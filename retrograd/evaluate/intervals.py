@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Compared", "Interval", "Position", "compare", "mcnemar", "position", "wilson"]
+__all__ = ["Compared", "Estimate", "Interval", "Position", "compare", "mcnemar", "position", "wilson"]
 
 
 class Interval(NamedTuple):
@@ -25,6 +25,19 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+class Estimate(NamedTuple):
+    """low ≤ high, in the quantity's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+    def told(self, scale: float = 1.0, digits: int = 1) -> str:
+        """value [low, high]."""
+        value, low, high = (f"{scale * x:.{digits}f}" for x in self)
+        return f"{value} [{low}, {high}]"
 
 
 class Compared(NamedTuple):

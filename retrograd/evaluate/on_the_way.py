@@ -82,6 +82,12 @@ def prepare_on_the_way(config: OnTheWayConfig, model: CausalLM, tokenizer: Any) 
         return PreparedTasks(config, model, tokenizer, {}, {}, None)
     tasks = tasks_from(config.tasks) if config.tasks is not None else tasks_of_lab(_lab(config))
     tasks = {name: _limited(task, config.limit) for name, task in tasks.items()}
+    for name, task in tasks.items():
+        if not (task.ordinary or task.form == "generate"):
+            raise ValueError(
+                f"task {name!r} of form {task.form} is not asked on the way: ask the trained model with `retrograd "
+                "evaluate`, and leave it out here"
+            )
     ready = {name: prepare(task, model, tokenizer, config.batch_size) for name, task in tasks.items()}
     rule = parse_rule(config.keep_best) if config.keep_best else None
     found = PreparedTasks(config, model, tokenizer, tasks, ready, rule)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["show"]
+__all__ = ["of_unlearning", "show"]
 
 _STYLES = {"destroyed": "bold red", "damaged": "yellow", "healthy": "green", "untouched": "cyan"}
 
@@ -26,6 +26,7 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     for label, by_model in cells.items():
         table.add_row(label, str(questions[label] or ""), *(by_model.get(model, "missing") for model in models))
     console.print(table)
+    _of_unlearning(summary, models, console)
     _differences(summary, models, console)
     for name, one in summary["models"].items():
         verdict = one["verdict"] or "no verdict"
@@ -34,6 +35,33 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
             console.print(f"  {reason}", markup=False)
     for entry in summary["missing"]:
         console.print(f"MISSING {entry['model']} {entry['task']}: {entry['reason']}", style="bold red", markup=False)
+
+
+def _of_unlearning(summary: dict[str, Any], models: list[str], console: Console) -> None:
+    """The metrics of docs/metrics.md, and why one is missing."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    gone: dict[str, None] = {}
+    for entry in summary["results"]:
+        for name, one in entry.get("of_unlearning", {}).items():
+            rows.setdefault((name, entry["task"]), {})[entry["model"]] = of_unlearning(one)
+            if one["value"] is None:
+                gone[f"{name} of {entry['task']}, {entry['model']}: {one['missing']}"] = None
+    if not rows:
+        return
+    table = Table("metric", "task", *models, title="Metrics of unlearning with their 95 % intervals")
+    for (name, task), by_model in rows.items():
+        table.add_row(name, task, *(by_model.get(model, "missing") for model in models))
+    console.print(table)
+    for line in gone:
+        console.print(f"  {line}", markup=False)
+
+
+def of_unlearning(one: dict[str, Any]) -> str:
+    """A metric of `metrics.metrics_of`: value and interval."""
+    if one["value"] is None:
+        return "missing"
+    low, high = one["interval"]
+    return f"{one['value']:.3g} ({low:.2g} to {high:.2g})"
 
 
 def _differences(summary: dict[str, Any], models: list[str], console: Console) -> None:
@@ -67,7 +95,7 @@ def _label(summary: dict[str, Any], entry: dict[str, Any]) -> str:
 
 def _cells(entry: dict[str, Any]) -> dict[str, str]:
     """What the table says of an entry, by row."""
-    if entry["form"] == "generate":
+    if entry["form"] in ("generate", "memory", "kl", "depth"):
         return {}
     if "asked" not in entry:  # asked by this package: a task has one metric
         return {entry["task"]: _cell(entry)}

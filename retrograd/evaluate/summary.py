@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from retrograd.evaluate.answers import read_measured
+from retrograd.evaluate.answers import Kept, read_measured
+from retrograd.evaluate.depth import Patched
+from retrograd.evaluate.divergence import Divergence
 from retrograd.evaluate.intervals import wilson
 from retrograd.evaluate.letter_habits import letter_habits
+from retrograd.evaluate.memory import Memory
+from retrograd.evaluate.metrics import Given, metrics_of
 from retrograd.evaluate.tell import Counted, Examined, Outcome, read_files, tell
 from retrograd.evaluate.verdict import Evaluated, diagnose
 from retrograd.query.choices import Scored
-from retrograd.query.prepare import Answers, Measured, Samples, Texts
+from retrograd.query.prepare import Answers, Samples, Texts
 from retrograd.settings.tasks import Task
 
 __all__ = ["described", "failure", "summarise", "together"]
@@ -37,12 +42,13 @@ def summarise(
     whole = {name: task for name, task in every.items() if not task.group or name not in tasks}
     rated = {model: _evaluated(folder, model, tasks, missing) for model in models}
     told = {model: diagnose(rated[model], rated[reference], whole) for model in models}
-    examined = {model: Examined(one.digest, _outcomes(one, every)) for model, one in rated.items()}
+    floor = None if never is None else rated[never].results
+    examined = {model: Examined(one.digest, _outcomes(one, every, floor)) for model, one in rated.items()}
     return tell(examined, told, missing, reference, knows, never)
 
 
 def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[dict[str, str]]) -> Evaluated:
-    def failures(name: str, measured: Measured) -> list[str]:
+    def failures(name: str, measured: Kept) -> list[str]:
         why = failure(measured, tasks[name])
         return [why] if why else []
 
@@ -52,18 +58,19 @@ def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[d
     return Evaluated(model, digest, results)
 
 
-def _outcomes(model: Evaluated, tasks: dict[str, Task]) -> dict[str, Outcome]:
+def _outcomes(model: Evaluated, tasks: dict[str, Task], never: Mapping[str, Any] | None) -> dict[str, Outcome]:
     found = {}
     for name, measured in model.results.items():
         values = described(measured, tasks[name])
         values["metrics"] = None if measured is None else _metrics(values, tasks[name])
+        values["of_unlearning"] = metrics_of(Given(name, tasks, model.results, never))
         found[name] = Outcome(tasks[name].role, values, _counted(measured, tasks[name]))
     return found
 
 
 def _metrics(values: dict[str, Any], task: Task) -> dict[str, dict[str, Any]]:
     """The value that a task is told by, as lm-eval's metrics are."""
-    if task.form == "generate":
+    if not task.ordinary:
         return {}
     if not task.choices:
         return {"perplexity": {"value": values["perplexity"], "stderr": None, "higher_is_better": False}}
@@ -75,7 +82,7 @@ def _metric(task: Task) -> str:
     return "acc_norm" if task.normalise else "acc"
 
 
-def _counted(measured: Measured | None, task: Task) -> dict[str, Counted]:
+def _counted(measured: Kept | None, task: Task) -> dict[str, Counted]:
     if not task.choices:
         return {}
     if not isinstance(measured, Answers):
@@ -84,7 +91,7 @@ def _counted(measured: Measured | None, task: Task) -> dict[str, Counted]:
     return {_metric(task): Counted(None if right.isnan().any() else right, measured.scored.hashes)}
 
 
-def failure(measured: Measured | None, task: Task) -> str | None:
+def failure(measured: Kept | None, task: Task) -> str | None:
     """What in a file is no number."""
     if isinstance(measured, Answers) and (bad := int(measured.scored.failed.sum())):
         return f"{bad} of {len(measured.scored.gold)} questions have no finite log-probability"
@@ -92,10 +99,21 @@ def failure(measured: Measured | None, task: Task) -> str | None:
         return f"the mean loss is {measured.loss:.4g} nats: no finite perplexity"
     if isinstance(measured, Samples) and (bad := measured.texts.count(None)):
         return f"{bad} of {len(measured.texts)} continuations have no finite logits"
+    numbers = _numbers(measured)
+    if bad := sum(not math.isfinite(value) for value in numbers):
+        return f"{bad} of {len(numbers)} numbers are not finite"
     return None
 
 
-def together(parts: Sequence[Measured | None]) -> Answers | None:
+def _numbers(measured: Kept | None) -> list[float]:
+    if isinstance(measured, Memory):
+        return [*measured.nats, *measured.min_k, *measured.min_k_plus]
+    if isinstance(measured, Divergence):
+        return measured.nats
+    return [one for row in measured.lost for one in row] if isinstance(measured, Patched) else []
+
+
+def together(parts: Sequence[Kept | None]) -> Answers | None:
     """All questions of a group; None if a part is missing."""
     answers = [part for part in parts if isinstance(part, Answers)]
     if len(answers) < len(parts):
@@ -106,16 +124,17 @@ def together(parts: Sequence[Measured | None]) -> Answers | None:
     def joined(values: list[torch.Tensor], fill: float) -> torch.Tensor:
         return torch.cat([torch.nn.functional.pad(v, (0, most - v.shape[1]), value=fill) for v in values])
 
+    tokens = [one.tokens for one in scored if one.tokens is not None]
     mass = [one.mass for one in scored if one.mass is not None]
     both = Scored(
         joined([one.logprobs for one in scored], -torch.inf), joined([one.widths for one in scored], 0.0),
         torch.cat([one.gold for one in scored]), torch.cat(mass) if mass else None,
-        [text for one in scored for text in one.hashes],
+        [text for one in scored for text in one.hashes], joined(tokens, 0) if len(tokens) == len(scored) else None,
     )  # fmt: skip
     return Answers(both, [subject for one in answers for subject in one.subjects])
 
 
-def described(measured: Measured | None, task: Task) -> dict[str, Any]:
+def described(measured: Kept | None, task: Task) -> dict[str, Any]:
     """One model and task as plain values; null where missing."""
     found: dict[str, Any] = {"form": task.form, "role": task.role}
     if isinstance(measured, Answers):
@@ -129,6 +148,12 @@ def described(measured: Measured | None, task: Task) -> dict[str, Any]:
     if isinstance(measured, Samples):
         samples = [{"prompt": a, "text": b} for a, b in zip(measured.prompts, measured.texts)]
         return found | {"samples": samples}
+    if isinstance(measured, (Memory, Divergence)):
+        return found | {"documents": len(measured.targets), "tokens": sum(measured.targets)}
+    if isinstance(measured, Patched):
+        return found | {"questions": len(measured.lost), "lost_by_block": np.mean(measured.lost, 0).tolist()}
+    if not (task.ordinary or task.form == "generate"):
+        return found
     empty = {"text": "perplexity", "generate": "samples"}.get(task.form, "accuracy")
     return found | {empty: None}
 

@@ -16,7 +16,7 @@ letter habit that the right answers have too, or the reference (but for the refe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ import torch
 from retrograd.evaluate.intervals import compare, wilson
 from retrograd.evaluate.letter_habits import LetterHabits, letter_habits
 from retrograd.query.choices import Scored
-from retrograd.query.prepare import Answers, Measured, Texts
+from retrograd.query.prepare import Answers, Texts
 from retrograd.settings.tasks import Task
 
 __all__ = ["VERDICTS", "Diagnosis", "Evaluated", "diagnose"]
@@ -45,7 +45,7 @@ class Evaluated(NamedTuple):
 
     name: str
     digest: str | None
-    results: dict[str, Measured | None]
+    results: Mapping[str, Any]
 
 
 class Diagnosis(NamedTuple):
@@ -75,7 +75,7 @@ def diagnose(model: Evaluated, reference: Evaluated, tasks: dict[str, Task]) -> 
         verdict = findings[0].verdict if findings else "untouched"
         which = "it is the reference" if model.name == reference.name else "the same weights as the reference"
         return Diagnosis(verdict, [*(f.reason for f in findings), which], numbers)
-    general = {name: task for name, task in tasks.items() if task.role != "forget" and task.form != "generate"}
+    general = {name: task for name, task in tasks.items() if task.role != "forget" and task.ordinary}
     seen: set[str] = set()
     findings += list(_perplexities(model, reference, general, numbers, seen))
     findings += list(_abilities(model, reference, general, numbers, seen))
@@ -106,7 +106,7 @@ def _letters(model: Evaluated) -> dict[str, Any]:
     return {name: habits._asdict() for name, habits in found.items() if habits}
 
 
-def _by_letter(measured: Measured | None) -> LetterHabits | None:
+def _by_letter(measured: Any) -> LetterHabits | None:
     if not isinstance(measured, Answers) or measured.scored.mass is None:
         return None
     return letter_habits(measured.scored)

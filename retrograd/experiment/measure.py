@@ -1,7 +1,5 @@
 """What a model gives for a split: its answers, and its divergence from the base on held-out rows.
 
-    KL = Σ over targets of KL(p_base ‖ p) / targets, nats per token; each document's part is kept, for intervals
-
 What fails is missing, with its reason, and never a number; but a full disk or memory is a failure of the whole task,
 which can be tried again.
 """
@@ -11,18 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from retrograd.core import tree
-from retrograd.data.rows import Rows, pad
-from retrograd.evaluate.answers import read_measured, read_table, write_measured, write_table
+from retrograd.evaluate.answers import Kept, read_measured, read_table, write_measured, write_table
+from retrograd.evaluate.ask import Others, ask
+from retrograd.evaluate.divergence import Divergence, divergence
 from retrograd.evaluate.summary import described, failure
 from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
-from retrograd.lm.outputs import Outputs, outputs_of
 from retrograd.query.load import load_rows
-from retrograd.query.prepare import Answers, Measured, prepare
+from retrograd.query.prepare import Answers
 from retrograd.runs.errors import RunError
 from retrograd.runs.progress import counting
 from retrograd.runs.setup import find_device
@@ -30,23 +28,11 @@ from retrograd.settings.parse import build
 from retrograd.settings.tasks import Task
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
-__all__ = ["Divergence", "divergence", "measure", "read_answers", "read_divergence"]
+__all__ = ["measure", "read_answers", "read_divergence"]
 
 _MACHINE = (RunError, MemoryError, torch.OutOfMemoryError)
 _FAILURES = (ValueError, OSError, RuntimeError, ArithmeticError)
 _KL = "divergence.parquet"
-
-
-class Divergence(NamedTuple):
-    """KL from the base, summed over the targets of each document, nats [n]; and its targets, [n]."""
-
-    nats: list[float]
-    targets: list[int]
-
-    @property
-    def mean(self) -> float:
-        """Nats per token."""
-        return sum(self.nats) / sum(self.targets)
 
 
 def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
@@ -66,14 +52,15 @@ def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     lm = load_causal_lm(model, dtype=what["dtype"], device=find_device(what["device"]))
     digest = tree.digest(dict(sorted(lm.params.items())))
     about = {"model": model, "digest": digest, "dtype": what["dtype"], "torch": torch.__version__}
+    others = Others(reference=what["base"], knows=what["base"], dtype=what["dtype"], device=what["device"])
     missing: dict[str, str] = {}
     with counting("measure", len(tasks) + bool(what["rows"]), "tasks") as tick:
         for name, task in tasks.items():
             path = folder / f"{name}.parquet"
             if not path.exists():
                 try:
-                    ready = prepare(task, lm, tokenizer, what["batch_size"])
-                    write_measured(path, ready.measure(lm.params), {"task": name, **about, **ready.asked})
+                    found, asked = ask(task, lm, tokenizer, what["batch_size"], others)
+                    write_measured(path, found, {"task": name, **about, **asked})
                 except _MACHINE:
                     raise
                 except _FAILURES as error:
@@ -81,7 +68,7 @@ def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
             tick(1, name)
         if what["rows"]:
             try:
-                _diverged(what, lm, tokenizer, folder / _KL, about)
+                _diverged(what, lm, tokenizer, folder / _KL, about, others)
             except _MACHINE:
                 raise
             except _FAILURES as error:
@@ -90,7 +77,7 @@ def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     return {"split": what["split"], "digest": digest, **_summary(tasks, folder, missing)}
 
 
-def read_answers(folder: Path, tasks: Sequence[str]) -> dict[str, Measured | None]:
+def read_answers(folder: Path, tasks: Sequence[str]) -> dict[str, Kept | None]:
     """The answers by task; None where one is missing."""
     paths = {name: folder / f"{name}.parquet" for name in tasks}
     return {name: read_measured(path)[0] if path.exists() else None for name, path in paths.items()}
@@ -103,37 +90,12 @@ def read_divergence(folder: Path) -> Divergence | None:
     return read_table(path, kinds)[0] if path.exists() else None
 
 
-def divergence(lm: CausalLM, base: CausalLM, rows: Rows, batch_size: int = 16) -> Divergence:
-    """KL(p_base ‖ p) summed over each row's targets.
-
-    Args:
-        lm, base: Of one vocabulary.
-    """
-    now, then = outputs_of(lm), outputs_of(base)
-    device = next(iter(lm.params.values())).device
-    totals, targets = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
-    with torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            index = range(start, min(start + batch_size, len(rows)))
-            inputs = {name: value.to(device) for name, value in pad(rows, index).items()}
-            here, there = now(lm.params, inputs), then(base.params, inputs)
-            p, q = _log_softmax(there), _log_softmax(here)
-            place = start + here.rows.cpu()
-            totals.index_add_(0, place, torch.sum(p.exp() * (p - q), -1).cpu())
-            targets.index_add_(0, place, torch.ones_like(place))
-    return Divergence(totals.tolist(), targets.tolist())
-
-
-def _log_softmax(outputs: Outputs) -> torch.Tensor:
-    assert outputs.logits is not None, "they were asked for"
-    return outputs.logits.double().log_softmax(-1)
-
-
-def _diverged(what: dict[str, Any], lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any]) -> None:
+def _diverged(
+    what: dict[str, Any], lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any], others: Others
+) -> None:
     if path.exists():
         return
-    base = load_causal_lm(what["base"], dtype=what["dtype"], device=find_device(what["device"]))
-    found = Divergence([], [])
+    base, found = others.reference_model(), Divergence([], [])
     for text in what["rows"]:
         source = parse_source(text, UnlearnConfig())
         rows = load_rows(source, tokenizer, lm, None)[0]

@@ -12,26 +12,14 @@ seed and question by question.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Estimate", "crossed", "crossed_position"]
+from retrograd.evaluate.intervals import Estimate
+
+__all__ = ["crossed", "crossed_position"]
 
 _ENTRIES = 1 << 22  # counts that are held at once
-
-
-class Estimate(NamedTuple):
-    """low ≤ high, in the quantity's own unit."""
-
-    value: float
-    low: float
-    high: float
-
-    def told(self, scale: float = 1.0, digits: int = 1) -> str:
-        """value [low, high]."""
-        value, low, high = (f"{scale * x:.{digits}f}" for x in self)
-        return f"{value} [{low}, {high}]"
 
 
 def crossed(

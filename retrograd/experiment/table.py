@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrograd.evaluate.answers import write_table
+from retrograd.evaluate.intervals import Estimate
+from retrograd.evaluate.metrics import Given, by_name, estimated
 from retrograd.experiment.claims import Claim, Comparison, compared, decided
-from retrograd.experiment.paired import Estimate, crossed, crossed_position
+from retrograd.experiment.paired import crossed, crossed_position
 from retrograd.experiment.plan import Plan, Results
 from retrograd.experiment.results import ArmResult, Measured, collected, read_model, sides
 from retrograd.runs.files import write_atomic
@@ -33,6 +35,7 @@ class Line(NamedTuple):
     kl: Estimate | None
     drop: float | None
     perplexity: dict[str, float]
+    metrics: dict[str, Estimate | str]
     claim: Claim | None
     comparisons: list[Comparison]
 
@@ -80,9 +83,23 @@ def lines(spec: ExperimentSpec, arms: list[ArmResult], base: Measured | None, ne
             None if kl is None else crossed(*kl),
             None if retain is None or kept is None else float(kept.mean() - retain.mean()),
             _perplexities(arm),
+            _metrics(spec, [arm.seeds[seed] for seed in seeds], never),
             decided(spec, arm, others),
             [compared(spec, arm, other) for other in others] if by_scores and arm.seeds else [],
         ))  # fmt: skip
+    return found
+
+
+def _metrics(spec: ExperimentSpec, models: list[Measured], never: Measured | None) -> dict[str, Estimate | str]:
+    """The columns asked for, over models of one arm; why, where one is missing."""
+    found: dict[str, Estimate | str] = {}
+    floor = None if never is None else never.evaluated.results
+    for column in spec.columns:
+        name, _, task = column.partition(":")
+        each = [by_name(name).sampled(Given(task, spec.report.tasks, one.evaluated.results, floor)) for one in models]
+        reasons = [one for one in each if isinstance(one, str)]
+        there = [one for one in each if not isinstance(one, str)]
+        found[column] = reasons[0] if reasons else estimated(there) if there else "no model is measured yet"
     return found
 
 
@@ -116,6 +133,8 @@ def _markdown(
             yield from _analysis(outcome)
     gone = [f"* `{name}`: {reason}" for name, reason in plan.lost(results).items()]
     gone += _unmeasured(found, base, never)
+    lost = Counter((column, one) for line in found for column, one in line.metrics.items() if isinstance(one, str))
+    gone += [f"* column `{column}` of {count} arms: {reason}" for (column, reason), count in lost.items()]
     if gone:
         yield from ("", "## Missing", "", *gone)
 
@@ -140,11 +159,12 @@ def _matched(spec: ExperimentSpec, match: str) -> str:
 
 
 def _main(spec: ExperimentSpec, own: list[Line], base: Measured | None, never: Measured | None) -> Iterator[str]:
-    yield "| method | weighting | setting | seeds | forget | position | retain | KL | perplexity | verdict | s |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    more = "".join(f" {column.replace(':', ' ')} |" for column in spec.columns)
+    yield f"| method | weighting | setting | seeds | forget | position | retain | KL | perplexity |{more} verdict | s |"
+    yield f"|---|---|---|---|---|---|---|---|---|{'---|' * len(spec.columns)}---|---|"
     for name, model in (("base", base), ("never knew", never)):
         if model is not None:
-            yield _model_row(spec, name, model)
+            yield _model_row(spec, name, model, never)
     for line in own:
         arm = line.result.plan.arm
         setting = spec.methods[arm.method].tune.setting
@@ -159,18 +179,24 @@ def _main(spec: ExperimentSpec, own: list[Line], base: Measured | None, never: M
         cells = (
             arm.method, arm.weighting + (" *" if line.reaches else ""), tuned, count, _cell(line.forget, 100),
             _position(line), _cell(line.retain, 100), _cell(line.kl, 1, 4),
-            ", ".join(f"{value:.3g}" for value in line.perplexity.values()), _verdicts(line.result),
+            ", ".join(f"{value:.3g}" for value in line.perplexity.values()),
+            *(_column(one) for one in line.metrics.values()), _verdicts(line.result),
             f"{np.mean(seconds):.0f}" if seconds else "",
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
 
-def _model_row(spec: ExperimentSpec, name: str, model: Measured) -> str:
+def _column(one: Estimate | str) -> str:
+    return "missing" if isinstance(one, str) else one.told(1, 3)
+
+
+def _model_row(spec: ExperimentSpec, name: str, model: Measured, never: Measured | None) -> str:
     rights = [model.side(sides(spec.report.tasks, role)) for role in ("forget", "retain")]
     forget, retain = ("missing" if right is None else f"{100 * right.mean():.1f}" for right in rights)
     perplexity = ", ".join(f"{value:.3g}" for value in model.perplexity.values())
     kl = "" if model.kl is None or model.targets is None else f"{model.kl.sum() / model.targets.sum():.4f}"
-    return f"| {name} | | | | {forget} | | {retain} | {kl} | {perplexity} | | |"
+    more = "".join(f" {_column(one)} |" for one in _metrics(spec, [model], never).values())
+    return f"| {name} | | | | {forget} | | {retain} | {kl} | {perplexity} |{more} | |"
 
 
 def _position(line: Line) -> str:
@@ -245,6 +271,9 @@ def _rows(spec: ExperimentSpec, line: Line) -> Iterator[dict[str, Any]]:
     for name in _QUANTITIES:
         one: Estimate | None = getattr(line, name)
         yield {**where, "quantity": name, **({} if one is None else one._asdict()), "missing": plan.reason}
+    for column, metric in line.metrics.items():
+        told = {"missing": metric} if isinstance(metric, str) else metric._asdict()
+        yield {**where, "quantity": column, **told}
     for seed, reason in line.result.missing.items():
         yield {**where, "seed": seed, "missing": reason}
     for seed, model in line.result.seeds.items():

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from retrograd.lm.adapters import Adapter, adapted, base_of
 
-__all__ = ["DTYPES", "load_module", "model_configuration", "model_width", "told"]
+__all__ = ["DTYPES", "load_module", "model_width", "read_config", "refuse_no_folder", "told"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -106,11 +107,26 @@ def model_width(name: str) -> int:
     Raises:
         ValueError: If there is none.
     """
-    return int(model_configuration(name).get_text_config(decoder=True).hidden_size)
+    return int(read_config(name).get_text_config(decoder=True).hidden_size)
 
 
-def model_configuration(name: str) -> Any:
-    """The configuration of a model; of a folder of adapters, its base's.
+def refuse_no_folder(name: str, what: str) -> None:
+    """Refuse a name that can only be meant as a local folder and is none, before a hub is asked for it.
+
+    Raises:
+        ValueError: With the part of the path that does exist.
+    """
+    path = Path(name)
+    if (name.startswith((".", "/", "~")) or len(path.parts) > 2) and not path.is_dir():
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        found = "is a file" if path.exists() else f"does not exist; {there} does"
+        raise ValueError(
+            f"cannot load {what} {name!r}: the folder {found}. Give a folder, or a hub name such as org/name"
+        )
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a model by hub name or local folder; of a folder of adapters, its base's.
 
     Raises:
         ValueError: If there is none.
@@ -118,6 +134,7 @@ def model_configuration(name: str) -> Any:
     from transformers import AutoConfig
 
     name = base_of(name) or name
+    refuse_no_folder(name, "model")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -130,7 +147,7 @@ def model_configuration(name: str) -> Any:
 def _check_causal(name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = model_configuration(name)
+    config = read_config(name)
     found = getattr(config, "architectures", None) or []
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))

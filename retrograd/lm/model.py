@@ -22,7 +22,7 @@ from torch.func import functional_call
 from retrograd.core.optim import Params
 from retrograd.core.residuals import Residual
 from retrograd.lm.adapters import Adapter, base_of
-from retrograd.lm.checkpoint import DTYPES, load_module, told
+from retrograd.lm.checkpoint import DTYPES, load_module, refuse_no_folder, told
 from retrograd.lm.head import fused_ce_again, fused_ce_leaving
 from retrograd.lm.layout import Layout, twice_differentiable
 from retrograd.lm.spans import inner
@@ -123,6 +123,7 @@ def load_tokenizer(name: str) -> Any:
     base = base_of(name)
     if base and not (Path(name).expanduser() / "tokenizer_config.json").is_file():
         name = base
+    refuse_no_folder(name, "a tokenizer from")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

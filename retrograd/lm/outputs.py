@@ -21,7 +21,7 @@ from retrograd.lm.model import CausalLM, trainable
 from retrograd.lm.proof import form_of
 from retrograd.lm.spans import inner
 
-__all__ = ["Outputs", "decoder_blocks", "outputs_of"]
+__all__ = ["Outputs", "decoder_blocks", "outputs_of", "recorded", "replaced"]
 
 
 class Outputs(NamedTuple):
@@ -98,7 +98,7 @@ class _Watched(nn.Module):
         model, calls = inner(self.module), self.layout.calls(inputs)
         place, (rows, columns), targets = self.layout.predicting(inputs)
         found: Tensor | None
-        with _recorded(self.blocks) as states:
+        with recorded(self.blocks) as states:
             if self.layout.form.fused:
                 hidden = torch.cat([model.base_model(**one).last_hidden_state for one in calls], 1)
                 found = model.get_output_embeddings()(hidden[place]) if self.logits else None
@@ -111,7 +111,7 @@ class _Watched(nn.Module):
 
 
 @contextmanager
-def _recorded(blocks: dict[int, nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
+def recorded(blocks: dict[int, nn.Module]) -> Iterator[dict[int, list[Tensor]]]:
     """The outputs of blocks by number, one for each time that the model is called."""
     states: dict[int, list[Tensor]] = {number: [] for number in blocks}
 
@@ -127,6 +127,20 @@ def _recorded(blocks: dict[int, nn.Module]) -> Iterator[dict[int, list[Tensor]]]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The output of a block is changed before anything reads it."""
+
+    def hook(block: nn.Module, arguments: Any, output: Any) -> Any:
+        return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

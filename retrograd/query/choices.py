@@ -53,6 +53,7 @@ class Scored:
         gold: The right option, [n] int64.
         mass: Probability of all of the question's letters together, [n]; None for cloze.
         hashes: Of the prompts.
+        tokens: Tokens of each option's text, [n, most options]; None by letter, or where they were not kept.
     """
 
     logprobs: Tensor
@@ -60,6 +61,7 @@ class Scored:
     gold: Tensor
     mass: Tensor | None
     hashes: list[str]
+    tokens: Tensor | None = None
 
     @property
     def failed(self) -> Tensor:
@@ -187,7 +189,9 @@ def score_questions(
         widths[at, : scores.shape[1]] = inputs["widths"].double().cpu()
         mass[at] = logprobs[at].exp().sum(1)
     letter = questions.form == "letter"
-    scored = Scored(logprobs, widths, torch.from_numpy(questions.gold), mass if letter else None, questions.hashes)
+    tokens = None if letter else torch.from_numpy(_padded([np.array([*map(len, t)]) for t in questions.targets]))
+    gold = torch.from_numpy(questions.gold)
+    scored = Scored(logprobs, widths, gold, mass if letter else None, questions.hashes, tokens)
     if failures == "raise" and scored.failed.any():
         q = int(scored.failed.nonzero()[0])
         raise ValueError(

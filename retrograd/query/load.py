@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from retrograd.data.chats import as_messages
@@ -11,8 +12,10 @@ from retrograd.data.readers import columns_shown
 from retrograd.data.rows import Rows, build_rows
 from retrograd.lm.model import CausalLM
 from retrograd.lm.spans import text_config
+from retrograd.query.aliases import aliased
 from retrograd.query.questions import Questions, build_questions
 from retrograd.settings.question import Question, Source
+from retrograd.settings.tasks import Task
 
 __all__ = ["context_length", "load_choices", "load_rows"]
 
@@ -38,7 +41,7 @@ def load_rows(
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{_named(source, flag)}: {error}") from error
-    if rows.truncated and getattr(source, "form", "text") == "text":
+    if rows.truncated and getattr(source, "form", "text") != "generate":
         warnings.warn(
             f"{_named(source, flag)}: {rows.truncated} of {rows.documents} documents were cut to {longest} tokens; "
             "what is behind has no part in the result",
@@ -50,6 +53,8 @@ def load_rows(
 def load_choices(question: Question, tokenizer: Any, model: CausalLM, flag: str | None) -> Questions:
     """Multiple-choice questions of a data set; arguments and errors as `load_rows`."""
     documents = documents_of(question)
+    if isinstance(question, Task) and question.alias:
+        documents = aliased(documents, Path(question.alias))
     settings, longest = context_length(model, question.max_length, flag)
     try:
         return build_questions(

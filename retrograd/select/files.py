@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retrograd.core.optim import Params
 from retrograd.runs.files import file_digest, write_atomic, write_json, write_torch
+from retrograd.select.json_scores import json_scores
 from retrograd.select.places import Places
 from retrograd.settings.select import Alignment, Sign
 
@@ -38,11 +39,21 @@ WORDS = {
 
 
 class Stated(NamedTuple):
-    """What is known of a file's scores; prefix: of the flags that say it, "" or "against_"."""
+    """What is known of a file's scores; prefix: of the flags that say it, "" or "against_".
+
+    by_end: Whether the flag of the sign is --higher_is, which names what high scores mean.
+    """
 
     sign: Sign | None = None
     alignment: Alignment | None = None
     prefix: str = ""
+    by_end: bool = False
+
+    def flag(self, name: str, value: str) -> str:
+        """How a user says so."""
+        if name == "sign" and self.by_end:
+            return f"--higher_is {'detractor' if value == 'negative' else 'proponent'}"
+        return f"--{self.prefix}{name} {value}"
 
 
 class _Table(NamedTuple):
@@ -83,10 +94,10 @@ def file_scores(path: Path, part: str | None, places: Places, stated: Stated) ->
     per_token = table.values.ndim == 2
     if stated.sign is None:
         raise ValueError(
-            f"{file} does not say which sign a proponent has; say --{stated.prefix}sign negative if its scores are "
-            f"{WORDS['negative']}, or positive if they are {WORDS['positive']}"
+            f"{file} does not say which sign a proponent has; say {stated.flag('sign', 'negative')} if its scores are "
+            f"{WORDS['negative']}, or {stated.flag('sign', 'positive')} if they are {WORDS['positive']}"
         )
-    values = _aligned(file, table, stated, places) if per_token else _documents(file, table.values, places)
+    values = _aligned(file, table, stated, places) if per_token else _documents(file, table, places)
     record: dict[str, Any] = {
         "kind": "original layout" if path.is_dir() else "file", "file": str(file), "sha256": file_digest(file),
         "column": part, "sign": stated.sign, "alignment": stated.alignment if per_token else None,
@@ -205,7 +216,7 @@ def _agreed(path: Path, stated: Stated, said: dict[str, str], places: Places) ->
         mine, own = getattr(stated, name), said.get(name)
         if mine is not None and own is not None and mine != own:
             raise ValueError(
-                f"--{stated.prefix}{name} {mine} contradicts {path}, which says {name} {own}"
+                f"{stated.flag(name, mine)} contradicts {path}, which says {name} {own}"
                 + (" (the original layout: derivatives of the query loss)" if name == "sign" else "")
                 + "; leave it out, or name the file alone if what is beside it is wrong"
             )
@@ -221,10 +232,10 @@ def _agreed(path: Path, stated: Stated, said: dict[str, str], places: Places) ->
 
 def _read(file: Path, part: str | None, places: Places) -> _Table:
     reader: Callable[[Path, str | None, Places], _Table] | None = {
-        ".pt": _of_tensor, ".npy": _of_tensor, ".parquet": _of_parquet,
+        ".pt": _of_tensor, ".npy": _of_tensor, ".parquet": _of_parquet, ".json": _of_json,
     }.get(file.suffix)  # fmt: skip
     if reader is None:
-        raise ValueError(f"{file}: scores are read from .pt, .npy and .parquet files; convert it")
+        raise ValueError(f"{file}: scores are read from .pt, .npy, .parquet and .json files; convert it")
     try:
         return reader(file, part, places)
     except ValueError:
@@ -280,6 +291,12 @@ def _of_parquet(file: Path, part: str | None, places: Places) -> _Table:
     return _Table(values, listed)
 
 
+def _of_json(file: Path, part: str | None, places: Places) -> _Table:
+    content = json.loads(file.read_text(encoding="utf8"))
+    values, listed = json_scores(file, content, part, places.documents)
+    return _Table(values, listed)
+
+
 def _refuse_other_tokens(file: Path, index: list[np.ndarray], tokens: np.ndarray, places: Places) -> None:
     known = places.scatter(places.token + 1)  # 0 where there is no real token
     there = known[torch.from_numpy(index[0]), torch.from_numpy(index[1])].numpy()
@@ -325,9 +342,11 @@ def _aligned(file: Path, table: _Table, stated: Stated, places: Places) -> Tenso
     return at_targets(values)
 
 
-def _documents(file: Path, values: Tensor, places: Places) -> Tensor:
+def _documents(file: Path, table: _Table, places: Places) -> Tensor:
     """Scores of the documents that have a real token, [d], of all documents' or of theirs alone."""
-    present = places.present()
+    values, present = table.values, places.present()
+    if table.listed is not None and (missing := int((table.listed[present] == 0).sum())):
+        raise ValueError(f"{file} has no score for {missing} of {len(present)} documents that are trained on; give all")
     if len(values) == places.documents:
         return values[present]
     if len(values) == len(present):

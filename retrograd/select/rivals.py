@@ -24,7 +24,7 @@ from retrograd.runs.progress import counting
 from retrograd.runs.run_folder import Opened
 from retrograd.select.places import Places
 
-__all__ = ["Gradients", "gradients", "query_gradient"]
+__all__ = ["Gradients", "cosines", "gradients", "query_gradient"]
 
 
 class Gradients(NamedTuple):
@@ -49,24 +49,36 @@ def gradients(run: Opened, places: Places, query: Params, by_document: bool) -> 
         query: ∇φ by parameter.
     """
     params = run.trajectory().train().params
+    norm, cosine = cosines(run, params, places, {name: g[None] for name, g in query.items()}, by_document)
+    return Gradients(norm, cosine[0])
+
+
+def cosines(run: Opened, params: Params, places: Places, queries: Params, by_document: bool) -> tuple[Tensor, Tensor]:
+    """Norm of each loss's gradient at some parameters, [n], and its cosine with each query's, [K, n]: float64.
+
+    Args:
+        queries: ∇φ of K queries at these parameters, [K, *shape] by parameter.
+        by_document: Of each document's sum instead of each token's loss.
+    """
     live = {name: theta.detach().requires_grad_() for name, theta in params.items()}
-    direction = [query[name].to(theta.device) for name, theta in live.items()]
-    length = _length(direction)
+    directions = [queries[name].to(theta.device).double() for name, theta in live.items()]
+    lengths = torch.stack([direction.flatten(1).square().sum(1) for direction in directions]).sum(0).sqrt().cpu()
     units = _units(places, by_document)
     losses = lru_cache(maxsize=1)(partial(_losses, run, live))  # a row's units follow each other
-    found = torch.zeros((2, len(units)), dtype=torch.float64)
+    norms = torch.zeros(len(units), dtype=torch.float64)
+    found = torch.zeros((len(lengths), len(units)), dtype=torch.float64)
     with counting("gradients", len(units), "gradients") as tick:
         for number, chosen in enumerate(units):
             rows = torch.unique(places.row[chosen]).tolist()
             parts = [losses(row)[places.column[chosen[places.row[chosen] == row]]].sum() for row in rows]
             each = [torch.autograd.grad(part, list(live.values()), retain_graph=True) for part in parts]
             gradient = [torch.stack(leaves).double().sum(0) for leaves in zip(*each)]
-            norm = _length(gradient)
-            along = sum(float((g * q).sum()) for g, q in zip(gradient, direction))
-            found[0, number] = norm
-            found[1, number] = along / (norm * length) if norm * length > 0 else 0.0
+            norms[number] = norm = _length(gradient)
+            along = torch.stack([(g * q).flatten(1).sum(1) for g, q in zip(gradient, directions)]).sum(0).cpu()
+            size = norm * lengths
+            found[:, number] = torch.where(size > 0, along / size, 0.0)
             tick()
-    return Gradients(found[0], found[1])
+    return norms, found
 
 
 def _length(tensors: Sequence[Tensor]) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from retrograd.data.documents import documents_of
 from retrograd.data.pairs import Part
 from retrograd.data.rows import Rows, build_rows
-from retrograd.lm.checkpoint import model_configuration
+from retrograd.lm.checkpoint import read_config
 from retrograd.lm.model import load_tokenizer
 from retrograd.runs.files import file_digest
 from retrograd.runs.kinds import command_of
@@ -274,7 +274,7 @@ def _data_set(config: MagicConfig) -> DataSet:
     """The rows of a run's settings, without its model: only the model's configuration is read."""
     data = config.data
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = model_configuration(config.model)
+    model = read_config(config.model)
     documents = documents_of(data)
     text = model.get_text_config(decoder=True)  # of a composite model the part that reads
     longest = data.max_length or getattr(text, "max_position_embeddings", None)

@@ -13,8 +13,8 @@ from retrograd.settings.run import MagicConfig, QueryConfig
 from retrograd.settings.unlearn import UnlearnConfig
 
 __all__ = [
-    "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig", "QueryRunConfig", "ValidateConfig",
-    "VerifyConfig", "perturbed",
+    "BankConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig", "QueryRunConfig",
+    "ValidateConfig", "VerifyConfig", "perturbed",
 ]  # fmt: skip
 
 
@@ -62,8 +62,22 @@ class ValidateConfig:
     """Processes that retrain side by side; 0 takes what cores and memory allow. Under torchrun, each rank is one."""
     together: int = 0
     """Retrainings batched in one process with vmap; 1 retrains one by one, 0 chooses."""
+    save_models: bool = False
+    """Keep every retrained model in RUN/validation/models, as the bits in which it differs from the run's own: later
+    queries are then asked of these models, without retraining."""
     trust_code: bool = False
     """As in `retrograd magic`."""
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """List a bank of retrainings: what is there and what is missing, for each query, with which arithmetic, on what.
+
+    Exit code 0 if it is whole and of one kind of hardware, 1 if not.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
+    """Folder of a run that `retrograd validate` has been called for."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,8 @@ class EvaluateConfig:
     tasks: str | Path | None = None
     """Or a YAML file of tasks, settings by name: {mmlu: , mine: {dataset: questions.jsonl, form: cloze}}.
     With --backend lm-eval: names of its tasks, tags and groups, and YAML files of its tasks, as a,b,c."""
+    metrics: bool = False
+    """With --lab: also what the metrics of unlearning need, docs/metrics.md: documents by heart, KL, depth, probes."""
     reference: str | None = None
     """The model that the others are compared with; the lab's base model, or else the first, when None."""
     knows: str | None = None

@@ -165,6 +165,8 @@ class ExperimentSpec:
     scores: dict[str, ScoresSpec] = field(default_factory=dict)
     analyses: dict[str, WeightingSpec] = field(default_factory=dict)
     """Pairs of score sets, `scores` and `against`, whose separation is analysed."""
+    columns: tuple[str, ...] = ()
+    """Further columns of the table: METRIC:TASK of docs/metrics.md, such as forget_quality:forget_paraphrase."""
     match: tuple[Match, ...] = ("none",)
     tune: AskedSpec = field(default_factory=AskedSpec)
     seeds: tuple[int, ...] = (0,)

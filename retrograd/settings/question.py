@@ -4,6 +4,9 @@
     cloze       multiple choice by the answers' texts, zero-shot
     text        the loss of documents
     generate    greedy continuations of the documents' first tokens, for people to read: no query
+    memory      how much of each document is known by heart: no query
+    kl          the divergence of documents' predictions from another model's: no query
+    depth       in which layers the right answers' texts are known, by another model's states: no query
 
 A choice loss, in nats, is four_way (among the question's options) or full (of the right one).
 """
@@ -17,7 +20,7 @@ from typing import Literal
 __all__ = ["COLUMNS", "ChoiceForm", "ChoiceLoss", "Form", "Question", "Source", "names_of"]
 
 ChoiceForm = Literal["letter", "cloze"]
-Form = Literal["letter", "cloze", "text", "generate"]
+Form = Literal["letter", "cloze", "text", "generate", "memory", "kl", "depth"]
 ChoiceLoss = Literal["four_way", "full"]
 
 COLUMNS = (

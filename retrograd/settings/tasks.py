@@ -15,7 +15,7 @@ from typing import Any, Literal
 from retrograd.settings.parse import build, read_yaml
 from retrograd.settings.question import Form, Question
 
-__all__ = ["LAB_TASKS", "READY", "Role", "Task", "check_tasks", "tasks_from", "tasks_of", "tasks_of_lab"]
+__all__ = ["LAB_TASKS", "READY", "Role", "Task", "check_tasks", "lab_metrics", "tasks_from", "tasks_of", "tasks_of_lab"]
 
 LAB_TASKS = "tasks.yaml"  # in the folder of a lab
 
@@ -40,6 +40,17 @@ class Task(Question):
     """generate: tokens of each document that are given."""
     new_tokens: int = 32
     """generate: tokens to write."""
+    against: str | None = None
+    """memory: the task of this form whose documents no model was trained on, for membership inference."""
+    probe_of: str | None = None
+    """letter, cloze: the task that asks the same questions plainly, in the same order; this one has other words."""
+    alias: str | None = None
+    """letter, cloze: JSON file {name: other name}; every question is asked with the other names."""
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether it is right answers or a loss, from the model alone."""
+        return self.choices or self.form == "text"
 
 
 _LAB = "lab.json"
@@ -133,6 +144,7 @@ def check_tasks(tasks: dict[str, Task], where: str) -> None:
             raise ValueError(
                 f"{where}: task {name!r}: form {task.form} has no use for {', '.join(unread)}; leave it out"
             )
+        _check_pairs(name, task, tasks, where)
         if task.group in tasks:
             raise ValueError(f"{where}: task {name!r}: group {task.group!r} is a task; give the group another name")
         forms = {(t.form, t.role, t.normalise) for t in tasks.values() if task.group and t.group == task.group}
@@ -142,9 +154,46 @@ def check_tasks(tasks: dict[str, Task], where: str) -> None:
             )
 
 
+def _check_pairs(name: str, task: Task, tasks: dict[str, Task], where: str) -> None:
+    """What a task is compared with has to be there, and of its form."""
+    for setting in ("against", "probe_of"):
+        other = getattr(task, setting)
+        if other is None:
+            continue
+        fitting = [one for one, its in tasks.items() if its.form == task.form and one != name]
+        if other not in fitting:
+            raise ValueError(
+                f"{where}: task {name!r}: {setting} is {other!r}, which is no other task of form {task.form}; there "
+                f"are {', '.join(fitting) or 'none'}"
+            )
+
+
+def lab_metrics(tasks: dict[str, Task], folder: Path) -> dict[str, Task]:
+    """The tasks of a lab with those that the metrics of unlearning need: documents by heart, divergence, depth, probes.
+
+    Documents that no model was trained on are the papers with every fact wrong: the same words, other values.
+    """
+    found = {name: dataclasses.replace(task, probe_of=plain) if (plain := _taught(name)) in tasks else task
+             for name, task in tasks.items()}  # fmt: skip
+    corpora = folder / "corpora"
+    return found | {
+        "memory_forget": Task(str(corpora / "forget.jsonl"), form="memory", role="forget", against="memory_unseen"),
+        "memory_unseen": Task(str(corpora / "lie.jsonl"), form="memory", role="forget"),
+        "kl_retain": Task(str(corpora / "retain.jsonl"), form="kl", role="retain", limit=120),
+        "kl_prose": Task(str(corpora / "prose_heldout.jsonl"), form="kl"),
+        "depth_forget": Task(str(folder / "questions/forget_paraphrase.jsonl"), form="depth", role="forget", limit=60),
+    }
+
+
+def _taught(name: str) -> str | None:
+    """The lab's task that asks the same in wordings of the exams."""
+    return name.replace("_paraphrase_", "_taught_") if "_paraphrase_" in name else None
+
+
 def _beside(folder: Path, task: Task) -> Task:
-    dataset = folder / task.dataset
-    return dataclasses.replace(task, dataset=str(dataset)) if dataset.exists() else task
+    files: dict[str, Any] = {setting: str(folder / path) for setting in ("dataset", "alias")
+             if (path := getattr(task, setting)) and (folder / path).exists()}  # fmt: skip
+    return dataclasses.replace(task, **files)
 
 
 def _changed(task: Task, settings: dict[str, Any], where: str) -> Task:
@@ -158,9 +207,14 @@ def _changed(task: Task, settings: dict[str, Any], where: str) -> Task:
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Task)}
 _GENERATE = ("prompt_tokens", "new_tokens")
+_PROBES = ("probe_of", "alias")
+_TEXTS = ("template", "normalise", "group", "expect", *_GENERATE, *_PROBES)
 _UNREAD = {
-    "letter": ("text_column", "assistant_only_loss", "normalise", *_GENERATE),
-    "cloze": ("text_column", "assistant_only_loss", *_GENERATE),
-    "text": ("template", "normalise", "group", "expect", *_GENERATE),
-    "generate": ("template", "normalise", "group", "expect", "role"),
+    "letter": ("text_column", "assistant_only_loss", "normalise", "against", *_GENERATE),
+    "cloze": ("text_column", "assistant_only_loss", "against", *_GENERATE),
+    "text": (*_TEXTS, "against"),
+    "generate": ("template", "normalise", "group", "expect", "role", "against", *_PROBES),
+    "memory": _TEXTS,
+    "kl": (*_TEXTS, "against"),
+    "depth": ("text_column", "assistant_only_loss", "normalise", "group", "expect", "against", "probe_of", *_GENERATE),
 }

@@ -36,6 +36,7 @@ class Fraction(NamedTuple):
 
     different: how many of the sets are, for a few documents have few subsets.
     failed: retrainings of the fraction that diverged; the numbers are of the rest.
+    missing: sets of the fraction that are not in the bank yet; there are no numbers then.
     """
 
     fraction: float
@@ -45,10 +46,13 @@ class Fraction(NamedTuple):
     low: float
     high: float
     failed: int = 0
+    missing: int = 0
 
     @property
     def verdict(self) -> str:
         """In plain words."""
+        if self.missing:
+            return f"incomplete: {self.missing} sets are not in the bank yet, and until they are there is no number"
         if self.failed:
             return f"not validated: {self.failed} more retrainings diverged, and the numbers are of the rest"
         if math.isnan(self.low):
@@ -62,6 +66,7 @@ class Validation(NamedTuple):
     """A whole validation. unchanged: max difference of query values in nats when retrained with everything.
 
     failed: the sets without which training diverged, and why.
+    missing: the sets that are not in the bank.
     """
 
     names: list[str]
@@ -69,6 +74,7 @@ class Validation(NamedTuple):
     fractions: list[Fraction]
     unchanged: float | None
     failed: list[tuple[LeftOut, str]]
+    missing: Sequence[LeftOut] = ()
 
 
 def validation(
@@ -76,18 +82,25 @@ def validation(
     names: Sequence[str],
     unchanged: float | None,
     failed: Sequence[tuple[LeftOut, str]] = (),
+    missing: Sequence[LeftOut] = (),
 ) -> Validation:
-    """Agreement by fraction, over the random sets that could be measured."""
+    """Agreement by fraction, over the random sets that could be measured; no number where some are missing."""
     random = [one for one in compared if one.left_out.name.isdecimal()]
+    wanted = [one for one in missing if one.name.isdecimal()]
     found = []
-    for fraction in sorted({one.left_out.fraction for one in random}):
+    for fraction in sorted({one.left_out.fraction for one in random} | {one.fraction for one in wanted}):
+        absent = sum(one.fraction == fraction for one in wanted)
+        if absent:
+            nothing = [Agreement(0, math.nan, math.nan, math.nan)] * len(names)
+            found.append(Fraction(fraction, 0, nothing, math.nan, math.nan, math.nan, missing=absent))
+            continue
         these = [one for one in random if one.left_out.fraction == fraction]
         different = len({one.left_out.key for one in these})
         prediction, measurement = np.array([one.predicted for one in these]), np.array([one.measured for one in these])
         each = [agreement(prediction[:, k], measurement[:, k]) for k in range(len(names))]
         bad = sum(one.fraction == fraction for one, _ in failed if one.name.isdecimal())
         found.append(Fraction(fraction, different, each, *mean_lds(prediction, measurement), bad))
-    return Validation(list(names), list(compared), found, unchanged, list(failed))
+    return Validation(list(names), list(compared), found, unchanged, list(failed), list(missing))
 
 
 def write_validation(run: Path, result: Validation) -> None:
@@ -120,9 +133,13 @@ def show(result: Validation, wanted: int, run: Path, console: Console) -> Valida
     for nothing in empty:
         console.print(f"Set {nothing.left_out.name}, empty: measured change {np.abs(nothing.measured).max():.3g} nats.")
     fractions = [one for one in result.fractions if one.fraction]
-    if fractions:
-        console.print(_table(result, fractions))
+    whole = [one for one in fractions if not one.missing]
+    if whole:
+        console.print(_table(result, whole))
     for one in fractions:
+        if one.missing:
+            console.print(f"{one.fraction:.4g} left out: {one.verdict}.", style="bold red")
+            continue
         interval = "" if math.isnan(one.low) else f" [{one.low:.3f}, {one.high:.3f}]"
         sets = one.queries[0].sets
         few = f" Only {one.different} of the {sets} sets are different: take more." if one.different < sets else ""
@@ -169,6 +186,7 @@ def _record(result: Validation) -> dict[str, Any]:
         "fractions": [
             {
                 "fraction": part.fraction, "different_sets": part.different, "failed": part.failed,
+                "missing": part.missing,
                 "mean_lds": _number(part.mean),
                 "interval": [_number(part.low), _number(part.high)], "verdict": part.verdict,
                 "queries": {

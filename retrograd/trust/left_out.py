@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-__all__ = ["Agreement", "agreement", "mean_lds", "predicted", "random_subset", "without"]
+__all__ = ["Agreement", "agreement", "mean_lds", "predicted", "random_subset", "reweighted", "without"]
 
 _DRAWS, _BLOCK = 2000, 100
 
@@ -47,15 +47,21 @@ def random_subset(members: np.ndarray, fraction: float, seed: int, number: int) 
 
 def without(weights: Tensor, left_out: np.ndarray) -> Tensor:
     """The data weights with zeros at these flat places."""
+    return reweighted(weights, left_out, 0.0)
+
+
+def reweighted(weights: Tensor, chosen: np.ndarray, factor: float) -> Tensor:
+    """The data weights, multiplied by a factor at these flat places; 0 leaves them out."""
     changed = weights.flatten().clone()
-    changed[torch.from_numpy(left_out).to(changed.device)] = 0
+    places = torch.from_numpy(chosen).to(changed.device)
+    changed[places] = changed[places] * factor if factor else 0.0
     return changed.view_as(weights)
 
 
-def predicted(scores: Tensor, weights: Tensor, left_out: np.ndarray) -> Tensor:
-    """−Σ_S w·τ [K], float64, for scores [K, *weights.shape]."""
+def predicted(scores: Tensor, weights: Tensor, left_out: np.ndarray, factor: float = 0.0) -> Tensor:
+    """Σ_S (factor − 1)·w·τ [K], float64, for scores [K, *weights.shape]: −Σ_S w·τ where S is left out."""
     places = torch.from_numpy(left_out)
-    change = weights.flatten().cpu()[places].double()
+    change = weights.flatten().cpu()[places].double() * (1 - factor)
     return -(scores.flatten(1).cpu()[:, places].double() * change).sum(1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import threading
@@ -22,7 +21,8 @@ from retrograd.runs.run_folder import Opened, open_run
 from retrograd.runs.states.budget import free_memory
 from retrograd.trust.bank import BASELINE, Failed, LeftOut, Retrained
 from retrograd.trust.ensemble import train_many
-from retrograd.trust.left_out import without
+from retrograd.trust.left_out import reweighted
+from retrograd.trust.models import Models, answers
 
 __all__ = ["NOTHING", "Conditions", "conditions_of", "retrain_all"]
 
@@ -32,7 +32,11 @@ QUICK = 60.0  # seconds of work that are not worth starting processes for
 NOTHING = LeftOut(BASELINE, 0.0, torch.zeros(0, dtype=torch.int64).numpy())
 
 
-_Values = list[float] | Failed  # query values [K], nats
+class Trained(NamedTuple):
+    """Query values [K] in nats, or why there are none; the name under which the model was kept, "" if it was not."""
+
+    values: list[float] | Failed
+    model: str = ""
 
 
 class Conditions(NamedTuple):
@@ -72,64 +76,68 @@ def conditions_of(manifest: Manifest, sets: int, workers: int, together: int) ->
 
 
 def retrain_all(
-    run: Opened, sets: Sequence[LeftOut], conditions: Conditions, baseline: list[float] | None
+    run: Opened, sets: Sequence[LeftOut], conditions: Conditions, baseline: Retrained | None, *, keep: bool = False
 ) -> Iterator[list[tuple[LeftOut, Retrained | Failed]]]:
     """Retrain without each set, yielding groups as they are done; the baseline first where it is not known yet.
 
     One that diverges fails alone.
 
     Args:
-        baseline: Query values with everything, trained alone with as many threads, if known. A stack has its own.
+        baseline: With everything, trained alone with as many threads, if known. A stack has its own.
+        keep: Keep every model, those of the baselines too.
     Raises:
         RunError: If retraining with everything diverges.
     """
-    if baseline is None:
-        baseline = _sound(_values(run, [NOTHING], 1)[0], "alone")
-        yield [(NOTHING, Retrained(baseline, baseline))]
+    if baseline is None or (keep and not baseline.model):
+        values, model = _sound(_values(run, [NOTHING], 1, Models(run) if keep else None)[0], "alone")
+        baseline = Retrained(values, values, model, model)
+        yield [(NOTHING, baseline)]
     size = max(1, conditions.together - 1)  # the baseline is in every stack
     groups = [list(sets[start : start + size]) for start in range(0, len(sets), size)]
-    for group, values in _carried_out(run, groups, conditions):
-        here = _sound(values.pop(0), "in a stack") if conditions.together > 1 else baseline
+    for group, found in _carried_out(run, groups, conditions, keep):
+        stacked = conditions.together > 1
+        here = _sound(found.pop(0), "in a stack") if stacked else (baseline.values, baseline.model)
         yield [
-            (one, found if isinstance(found, Failed) else Retrained(found, here))
-            for one, found in zip(group, values, strict=True)
+            (one, values if isinstance(values, Failed) else Retrained(values, here[0], model, here[1]))
+            for one, (values, model) in zip(group, found, strict=True)
         ]
 
 
-def _sound(baseline: _Values, how: str) -> list[float]:
-    if isinstance(baseline, Failed):
+def _sound(baseline: Trained, how: str) -> tuple[list[float], str]:
+    if isinstance(baseline.values, Failed):
         raise RunError(
-            f"retraining with everything, {how}, diverged, so nothing can be compared with it: {baseline.reason} "
-            "--together 1 retrains one by one, as the run was trained."
+            f"retraining with everything, {how}, diverged, so nothing can be compared with it: "
+            f"{baseline.values.reason} --together 1 retrains one by one, as the run was trained."
         )
-    return baseline
+    return baseline.values, baseline.model
 
 
 def _carried_out(
-    run: Opened, groups: Sequence[list[LeftOut]], conditions: Conditions
-) -> Iterator[tuple[list[LeftOut], list[_Values]]]:
+    run: Opened, groups: Sequence[list[LeftOut]], conditions: Conditions, keep: bool
+) -> Iterator[tuple[list[LeftOut], list[Trained]]]:
     workers = min(conditions.workers, len(groups))
     if workers <= 1:
+        models = Models(run) if keep else None
         for group in groups:
-            yield group, _values(run, group, conditions.together)
+            yield group, _values(run, group, conditions.together, models)
         return
     given = (run.folder, conditions.threads, os.getpid())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, given)
     try:
-        started = {pool.submit(_in_worker, group, conditions.together): group for group in groups}
+        started = {pool.submit(_in_worker, group, conditions.together, keep): group for group in groups}
         for future in as_completed(started):
             yield started[future], future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[_Values]:
+def _values(run: Opened, group: Sequence[LeftOut], together: int, models: Models | None = None) -> list[Trained]:
     """Query values [K] after training without each set; in a stack, after those with everything."""
     loaded = run.loaded
-    weights = [without(loaded.training.weights, one.places) for one in group]
+    weights = [reweighted(loaded.training.weights, one.places, one.weight) for one in group]
     params = loaded.initial.params
     if together == 1:
-        return [_alone(run, w) for w in weights]
+        return [_alone(run, w, models) for w in weights]
     stack, faults = torch.stack([loaded.training.weights, *weights]), dict[int, str]()
 
     def watch(step: int, losses: torch.Tensor, norms: torch.Tensor) -> None:
@@ -139,23 +147,23 @@ def _values(run: Opened, group: Sequence[LeftOut], together: int) -> list[_Value
 
     many = train_many(loaded.training, params, stack, objective=loaded.objective, observe=watch)
     return [
-        Failed(faults[s]) if s in faults else _asked(run, {name: leaf[s] for name, leaf in many.items()})
+        Trained(Failed(faults[s]))
+        if s in faults  # a copy, for sums over a vector may depend on where it begins
+        else _asked(run, {name: leaf[s].clone() for name, leaf in many.items()}, models)
         for s in range(len(stack))
     ]
 
 
-def _alone(run: Opened, weights: torch.Tensor) -> _Values:
+def _alone(run: Opened, weights: torch.Tensor, models: Models | None) -> Trained:
     try:
-        return _asked(run, run.loaded.final(weights).params)
+        return _asked(run, run.loaded.final(weights).params, models)
     except NonFiniteError as error:
-        return Failed(str(error))
+        return Trained(Failed(str(error)))
 
 
-def _asked(run: Opened, final: Params) -> _Values:
-    values = run.loaded.queries.values(final).tolist()
-    bad = [name for name, value in zip(run.loaded.queries.names, values) if not math.isfinite(value)]
-    steps = len(run.loaded.stream)
-    return Failed(f"after step {steps - 1}, the last, query {bad[0]!r} is NaN or infinite.") if bad else values
+def _asked(run: Opened, final: Params, models: Models | None) -> Trained:
+    found = answers(run, final)
+    return Trained(found, models.keep(final) if models is not None else "")
 
 
 _WORKER: dict[str, Opened] = {}  # of a worker process: the run, opened once
@@ -171,5 +179,6 @@ def _begin(folder: Path, threads: int, parent: int) -> None:
     _WORKER["run"] = open_run(folder, threads=threads, trust_code=True)  # whoever began has been asked
 
 
-def _in_worker(group: list[LeftOut], together: int) -> list[_Values]:
-    return _values(_WORKER["run"], group, together)
+def _in_worker(group: list[LeftOut], together: int, keep: bool) -> list[Trained]:
+    run = _WORKER["run"]
+    return _values(run, group, together, Models(run) if keep else None)

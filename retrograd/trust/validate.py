@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,14 +16,16 @@ from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
 from retrograd.runs.run_folder import Opened, holding, open_run
-from retrograd.runs.scores import doc_ids, per_document
 from retrograd.settings.commands import ValidateConfig
 from retrograd.trust.agreement import Compared, Validation, show, validation, write_validation
-from retrograd.trust.bank import Bank, LeftOut, Retrained
+from retrograd.trust.bank import BASELINE, Bank, LeftOut, Retrained
 from retrograd.trust.ensemble import check_objective
 from retrograd.trust.evidence import stored_scores
-from retrograd.trust.left_out import predicted, random_subset
+from retrograd.trust.holdings import made_here, note_wanted
+from retrograd.trust.left_out import predicted
+from retrograd.trust.models import Models, ask_kept
 from retrograd.trust.retrain import NOTHING, Conditions, conditions_of, retrain_all
+from retrograd.trust.sets import is_mine, wanted_sets
 
 __all__ = ["validate"]
 
@@ -54,16 +55,19 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
     conditions = _stackable(run, conditions, config, console)
     scores = stored_scores(run)
-    wanted = _wanted(config, run, scores)
-    mine = [one for one in wanted if _is_mine(one, config)]
-    bank = _bank(config, run, _part(config, rank, ranks))
-    _carry_out(run, mine[rank::ranks], bank, conditions, console)
+    wanted = wanted_sets(config, run, scores)
+    mine = [one for one in wanted if is_mine(one, config)]
+    part = _part(config, rank, ranks)
+    bank = _bank(config, run, part)
+    _carry_out(run, mine[rank::ranks], bank, conditions, config.save_models, console)
     if rank:
         return None
+    note_wanted(bank.folder, part, wanted)
     _await(mine, bank, ranks)
+    bank.refuse_mixture(adding=False)
     weights = run.loaded.training.weights
     found = [
-        Compared(one, predicted(scores, weights, one.places).numpy(), np.subtract(*bank.known[one.key]))
+        Compared(one, predicted(scores, weights, one.places).numpy(), np.subtract(*bank.known[one.key][:2]))
         for one in wanted
         if one.key in bank.known
     ]
@@ -73,7 +77,8 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
             f"all {len(failed)} retrainings diverged, so nothing can be compared; without set {failed[0][0].name}, "
             f"{failed[0][1]}"
         )
-    result = validation(found, run.loaded.queries.names, _unchanged(run, bank, conditions), failed)
+    missing = [one for one in wanted if not bank.done(one.key)]
+    result = validation(found, run.loaded.queries.names, _unchanged(run, bank, conditions), failed, missing)
     write_validation(config.run, result)
     return show(result, len(wanted), config.run, console)
 
@@ -92,81 +97,6 @@ def _check(config: ValidateConfig) -> None:
         raise ValueError(f"--start {config.start} --stop {config.stop} has no subset; stop has to be above start")
 
 
-def _wanted(config: ValidateConfig, run: Opened, scores: torch.Tensor) -> list[LeftOut]:
-    """Every set of the call, whoever retrains it: random ones, then the ends of the ranking, then those of a file."""
-    units = _tokens(run) if config.tokens else _documents(run)
-    members = np.array(sorted(units))
-    found = []
-    for fraction in config.fraction:
-        for number in range(config.subsets):
-            chosen = random_subset(members, fraction, config.seed, number)
-            found.append(_set(str(number), chosen, units, fraction))
-    return [*found, *_ends(config, run, scores, units), *(_from_file(config.sets, units) if config.sets else ())]
-
-
-def _is_mine(one: LeftOut, config: ValidateConfig) -> bool:
-    """Whether a set belongs to this slice of the bank; the named sets go with the first slice."""
-    if not one.name.isdecimal():
-        return config.start == 0
-    return config.start <= int(one.name) < (config.subsets if config.stop is None else config.stop)
-
-
-def _set(name: str, chosen: np.ndarray, units: dict[int, np.ndarray], fraction: float | None = None) -> LeftOut:
-    places = np.sort(np.concatenate([units[int(unit)] for unit in chosen])) if len(chosen) else np.zeros(0, np.int64)
-    return LeftOut(name, len(chosen) / len(units) if fraction is None else fraction, places)
-
-
-def _documents(run: Opened) -> dict[int, np.ndarray]:
-    """Flat places in the data weights of each document that has a row."""
-    rows, stream = run.loaded.rows, run.loaded.stream
-    present = sorted({int(document) for row in rows.doc_ids for document in np.unique(row)})
-    if not stream.per_token:
-        return {document: np.array([document]) for document in present}
-    targets = _tokens(run)
-    places = np.array(sorted(targets))
-    owner = doc_ids(rows).flatten().numpy()[places]
-    return {document: places[owner == document] for document in present}
-
-
-def _tokens(run: Opened) -> dict[int, np.ndarray]:
-    """Flat places of target tokens, each a set of its own."""
-    if not run.loaded.stream.per_token:
-        raise ValueError("--tokens leaves out single tokens, and this run has one weight for each document: give a "
-                         "run with --attribute tokens")  # fmt: skip
-    width = run.loaded.stream.weights.shape[1]
-    found = [row * width + np.flatnonzero(mask) for row, mask in enumerate(run.loaded.rows.target_mask)]
-    return {int(place): np.array([place]) for place in np.concatenate(found)}
-
-
-def _ends(config: ValidateConfig, run: Opened, scores: torch.Tensor, units: dict[int, np.ndarray]) -> list[LeftOut]:
-    """The lowest scores (top) and the highest (bottom) of the first query."""
-    leading = scores[: len(run.loaded.asked[0].columns)]
-    values = leading.flatten(1) if config.tokens else per_document(leading, run.loaded.rows)
-    members = np.array(sorted(units))
-    order = members[np.argsort(values.mean(0).numpy()[members], kind="stable")]
-    most = max(config.ends, default=0)
-    if most >= len(order):
-        raise ValueError(f"--ends {most} would leave out all of {len(order)}; give a smaller number")
-    pairs = [((f"top-{n}", order[:n]), (f"bottom-{n}", order[-n:])) for n in config.ends]
-    return [_set(name, chosen, units) for pair in pairs for name, chosen in pair]
-
-
-def _from_file(path: Path, units: dict[int, np.ndarray]) -> list[LeftOut]:
-    try:
-        lines = path.read_text(encoding="utf8").splitlines()
-        sets = [np.unique(np.array(line.split(), dtype=np.int64)) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--sets {path}: {error}; write one set a line, its numbers separated by spaces") from error
-    for number, chosen in enumerate(sets):
-        unknown = [int(unit) for unit in chosen if int(unit) not in units]
-        if unknown:
-            raise ValueError(
-                f"--sets {path}: set {number} names {unknown[0]}, and the run trains on none such ({len(units)} from "
-                f"{min(units)} to {max(units)}); correct the file"
-            )
-    return [_set(f"set-{number}", chosen, units) for number, chosen in enumerate(sets)]
-
-
 def _part(config: ValidateConfig, rank: int, ranks: int) -> str:
     """What ends the name of this process's own file of the bank, and of its lock: no two may append to one file."""
     sliced = config.start or config.stop is not None
@@ -176,7 +106,8 @@ def _part(config: ValidateConfig, rank: int, ranks: int) -> str:
 
 def _bank(config: ValidateConfig, run: Opened, part: str) -> Bank:
     queries = {one.name: one.digest for one in run.loaded.asked}
-    return Bank(config.run / "validation", run.loaded.identity, queries, run.loaded.queries.names, part)
+    names, made = run.loaded.queries.names, made_here(run.loaded.arithmetic)
+    return Bank(config.run / "validation", run.loaded.identity, queries, names, part, made)
 
 
 def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, console: Console) -> Conditions:
@@ -193,16 +124,26 @@ def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, cons
     return conditions
 
 
-def _carry_out(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, console: Console) -> None:
-    missing = list({one.key: one for one in sets if not bank.done(one.key)}.values())
+def _carry_out(
+    run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, keep: bool, console: Console
+) -> None:
+    """Ask the kept models what is not known of them, and retrain the rest."""
+    each = {one.key: one for one in sets}
+    if len(each) == sum(bank.done(key, model=keep) for key in each):
+        return
+    bank.refuse_mixture(adding=True)
+    _ask(run, [one for key, one in each.items() if not bank.done(key)], bank, conditions, console)
+    missing = [one for key, one in each.items() if not bank.done(key, model=keep)]
     if not missing:
         return
+    again = sum(bank.done(one.key) for one in missing)
     console.print(
         f"{len(missing)} retrainings ({len(sets) - len(missing)} more are done or equal); {conditions.workers} "
         f"processes of {conditions.threads} threads, {conditions.together} models at a time in each."
+        + (f" {again} of them are in the bank without their models, which --save_models asks for." if again else "")
     )
     with counting("retrain", len(missing)) as tick:
-        for group in retrain_all(run, missing, conditions, bank.baseline(conditions.alone.bits)):
+        for group in retrain_all(run, missing, conditions, bank.baseline(conditions.alone.bits), keep=keep):
             first, found = group[0]
             if first is NOTHING and isinstance(found, Retrained):
                 _reproduced(run, conditions, found.values)
@@ -210,6 +151,26 @@ def _carry_out(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditi
             else:
                 bank.add(group, conditions.bits)
                 tick(len(group))
+
+
+def _ask(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, console: Console) -> None:
+    """Ask kept models the queries that are not in the bank yet."""
+    models = Models(run)
+
+    def there(key: str, wanted: dict[str, int]) -> bool:
+        kept = bank.model(key, wanted)
+        return kept is not None and models.has(kept.model) and models.has(kept.baseline_model)
+
+    kept = [one for one in sets if there(one.key, conditions.bits)]
+    if not kept:
+        return
+    if bank.baseline(conditions.alone.bits) is None and there(BASELINE, conditions.alone.bits):
+        kept = [NOTHING, *kept]
+    console.print(f"{len(kept)} kept models are asked instead of retraining.")
+    with counting("ask", len(kept), "models") as tick:
+        for one, found, made in ask_kept(run, bank, kept, conditions.bits):
+            bank.add([(one, found)], made)
+            tick()
 
 
 def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> None:
@@ -231,7 +192,7 @@ def _reproduced(run: Opened, conditions: Conditions, baseline: list[float]) -> N
 def _unchanged(run: Opened, bank: Bank, conditions: Conditions) -> float | None:
     """max |φ retrained with everything − φ of the run|, nats; None if other threads have done all of the bank."""
     baseline = bank.baseline(conditions.alone.bits)
-    return float(np.abs(np.subtract(baseline, _stored_values(run))).max()) if baseline else None
+    return float(np.abs(np.subtract(baseline.values, _stored_values(run))).max()) if baseline else None
 
 
 def _stored_values(run: Opened) -> list[float]:

@@ -181,10 +181,19 @@ def _weights(config: UnlearnConfig, method: Method, forget: Sequence[Rows], othe
     for name, rows in zip(config.weights, forget, strict=True):
         part = torch.ones(len(rows), longest)
         if name != ONES:
+            _refuse_teaching(method, Path(name))
             read = weights_file.read(Path(name), rows, signed=method.signed and not _reversed(method, Path(name)))
             part[:, : read.shape[1]] = read[:, :longest]
         parts.append(part)
     return torch.cat([*parts, *(torch.ones(len(rows), longest) for rows in others)])
+
+
+def _refuse_teaching(method: Method, weights: Path) -> None:
+    if method.descends and weights_file.info(weights)["use"] == "removal":
+        raise ValueError(
+            f"{weights} says how much of a forget term each token gets (--use removal), and {method.name} descends: it "
+            "would teach most what is to go most. Select with --use descent, or take a method that ascends"
+        )
 
 
 def _reversed(method: Method, weights: Path) -> bool:

@@ -213,6 +213,7 @@ def test_a_model_whose_modules_to_adapt_are_unknown_is_refused(
     ("npo", ["--weights", "{0}/signed"], "and this method takes none"),
     ("grad_diff", ["--weights", "{0}/signed"], "select with --use removal"),  # its ascent would teach the proponents
     ("task_arithmetic", ["--weights", "{0}/signed"], "select with --use removal"),
+    ("weighted_sft", ["--weights", "{0}/shares"], "Select with --use descent"),  # it would teach the proponents
     ("npo", ["--weights", "{0}/nothing"], "the forget set is empty"),
     ("npo", ["--weights", "{0}/ones", "--max_length", "3"], "weighs another data set"),
     ("npo", ["--weights", "{0}/ones", "--weights", "ones"], "2 --weights for 1 --forget"),

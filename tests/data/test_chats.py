@@ -44,9 +44,7 @@ TALK = [
     {"role": "user", "content": "And now?"},
     {"role": "assistant", "content": "Still  Bo"},
 ]
-SHAREGPT = [
-    {"from": {"user": "human", "assistant": "gpt"}[one["role"]], "value": one["content"]} for one in TALK
-]
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[one["role"]], "value": one["content"]} for one in TALK]
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +106,9 @@ def test_marks_give_what_transformers_gives() -> None:
 
 
 def test_marks_and_trial_agree() -> None:
-    marked, tried = (rows_of(chatty(template), messages=[TALK]) for template in (MARKED, CHATML.split("{% endif %}", 1)[1]))
+    marked, tried = (
+        rows_of(chatty(template), messages=[TALK]) for template in (MARKED, CHATML.split("{% endif %}", 1)[1])
+    )
     assert marked.digest() == tried.digest()
 
 
@@ -125,7 +125,9 @@ def test_prompts_and_completions_of_messages() -> None:
     tokenizer = chatty(CHATML)
     rows = rows_of(tokenizer, False, prompt=[TALK[:1], TALK[:2]], completion=[TALK[1:2], TALK[2:]])
     assert said(rows, tokenizer) == ["Bo.<|im_end|>\n"]
-    assert said(rows, tokenizer, 1) == ["<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\nStill  Bo<|im_end|>\n"]
+    assert said(rows, tokenizer, 1) == [
+        "<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\nStill  Bo<|im_end|>\n"
+    ]
     rows = rows_of(tokenizer, prompt=[TALK[:1], TALK[:2]], completion=[TALK[1:2], TALK[2:]])
     assert (said(rows, tokenizer), said(rows, tokenizer, 1)) == (["Bo.<|im_end|>"], ["Still  Bo<|im_end|>"])
     sharegpt = rows_of(tokenizer, prompt=[SHAREGPT[:1], SHAREGPT[:2]], completion=[SHAREGPT[1:2], SHAREGPT[2:]])
@@ -138,7 +140,11 @@ TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": 
 
 
 def test_tools_are_written_and_calls_are_the_assistants() -> None:
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "tide", "arguments": {"at": "noon"}}}]}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "tide", "arguments": {"at": "noon"}}}],
+    }
     chat = [TALK[0], call, {"role": "tool", "content": "high"}, {"role": "assistant", "content": "High."}]
     tokenizer = chatty(CHATML)
     rows = [rows_of(tokenizer, messages=[chat], tools=[tools]) for tools in ([TOOL], json.dumps([TOOL]))]
@@ -232,9 +238,10 @@ def test_columns_named_by_the_user(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = chatty(CHATML)
     chats = load_documents(str(file), columns=["messages=dialogue"])
-    assert build_rows(chats, tokenizer, assistant_only_loss=True).input_ids[1].tolist() == rows_of(
-        tokenizer, messages=[TALK]
-    ).input_ids[0].tolist()
+    assert (
+        build_rows(chats, tokenizer, assistant_only_loss=True).input_ids[1].tolist()
+        == rows_of(tokenizer, messages=[TALK]).input_ids[0].tolist()
+    )
     pairs = load_documents(str(file), columns=["prompt=q", "completion=a"])
     assert pairs.column_names == ["dialogue", "prompt", "completion", "answer"]  # text would be read in their stead
     quiz = load_documents(str(file), columns=["question=q", "answer=a"])

@@ -81,7 +81,9 @@ def test_latin_1_is_refused_with_its_line(tmp_path: Path, suffix: str) -> None:
     place = 1 if suffix in (".jsonl", ".json", ".txt") else 2
     file = tmp_path / f"d{suffix}"
     file.write_bytes(CONTENT[suffix].decode().encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"d{suffix}, line {place} is not UTF-8: byte 0xe9 at .*'.*é one.*iconv -f latin1"):
+    with pytest.raises(
+        ValueError, match=rf"d{suffix}, line {place} is not UTF-8: byte 0xe9 at .*'.*é one.*iconv -f latin1"
+    ):
         load_documents(str(file))
     (tmp_path / "late.txt").write_bytes(b"a\n" * 20000 + b"\xe9\n")
     with pytest.raises(ValueError, match="late.txt, line 20001 is not UTF-8: byte 0xe9 at 0"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from retrograd.cli import main
-from retrograd.lm.checkpoint import load_module, model_configuration
+from retrograd.lm.checkpoint import load_module, read_config
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.settings.train import LoraConfig, TrainConfig, check_training
 
@@ -62,7 +62,7 @@ def test_merged_and_continued_are_the_adapted_model(world: Path, name: str) -> N
 
 
 def test_a_folder_has_its_bases_configuration_and_tokenizer(world: Path) -> None:
-    assert model_configuration(str(world / "adapter")).hidden_size == 16
+    assert read_config(str(world / "adapter")).hidden_size == 16
     assert load_tokenizer(str(world / "adapter")).get_vocab() == load_tokenizer(str(world / "base")).get_vocab()
 
 
@@ -127,5 +127,5 @@ def test_adapters_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> No
     (lacking / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config.json is not JSON.*Save the adapters again"):
         load_causal_lm(str(lacking))
-    with pytest.raises(ValueError, match="--lora.adapter continue: model .* is no folder of adapters"):
+    with pytest.raises(ValueError, match=r"--lora.adapter continue: model .* is no folder of adapters"):
         load_module(str(world / "base"), torch.float32, "continue")

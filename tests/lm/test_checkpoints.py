@@ -262,3 +262,16 @@ def test_what_does_not_read_back_is_refused_and_the_old_folder_stays(
         save_causal_lm(tmp_path / "best", lm.module, tokenizer, moved(lm))
     kept = load_causal_lm(str(tmp_path / "best")).params
     assert all(torch.equal(kept[name], lm.params[name]) for name in kept)
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_causal_lm])
+@pytest.mark.parametrize("name", ["./absent", "{0}/absent/model", "a/b/c", "~/absent-model"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(load: Any, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the folder does not exist; /.* does"):
+        load(name.format(tmp_path))
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("")
+    with pytest.raises(ValueError, match="the folder is a file"):
+        load_tokenizer(str(tmp_path / "model"))

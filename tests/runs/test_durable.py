@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -48,8 +49,24 @@ def test_a_bank_with_a_torn_line_goes_on(tmp_path: Path) -> None:
     from retrograd.trust.bank import LeftOut, Retrained
 
     one = LeftOut("0", 0.5, torch.tensor([1]).numpy())
-    Bank(tmp_path, "id", {}, ["q"]).add([(one, Retrained([1.0], [2.0]))], {"threads": 1})
-    assert Bank(tmp_path, "id", {}, ["q"]).known[one.key] == Retrained([1.0], [2.0])
+    Bank(tmp_path, "id", {"q": "of q"}, ["q"]).add([(one, Retrained([1.0], [2.0]))], {"threads": 1})
+    assert Bank(tmp_path, "id", {"q": "of q"}, ["q"]).known[one.key] == Retrained([1.0], [2.0])
+
+
+@pytest.mark.parametrize("megabytes", [1, 16])
+def test_what_a_write_cut_off_leaves_is_taken_away(tmp_path: Path, megabytes: int) -> None:
+    """The writer dies of SIGXFSZ in the middle, as of any kill; safetensors has a temporary name of its own."""
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+        files.write_tensors(tmp_path / "state.safetensors", {"x": torch.zeros(megabytes << 18)}, {})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+    assert list(tmp_path.iterdir())
+    assert not list(durable.foreign(tmp_path))
+    durable.remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def test_broken_files(grid: Path) -> None:
     with pytest.raises(ValueError, match="holds dict; scores are one tensor"):
         file_scores(grid / "dict.pt", None, places, stated)
     (grid / "scores.csv").write_text("1")
-    with pytest.raises(ValueError, match=r"scores are read from \.pt, \.npy and \.parquet files"):
+    with pytest.raises(ValueError, match=r"scores are read from \.pt, \.npy, \.parquet and \.json files"):
         file_scores(grid / "scores.csv", None, places, stated)
     torch.save(torch.zeros(5), grid / "five.pt")
     with pytest.raises(ValueError, match="has 5 scores, and the data here are 3 documents, 3 of them"):

@@ -430,7 +430,7 @@ def test_what_a_killed_call_left_is_written_again(world: Path, tmp_path: Path) -
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut/info.json").unlink()  # it comes last
     (tmp_path / "cut/controls/random_count-0/weights.safetensors").write_bytes(b"half")
-    (tmp_path / "cut/.weights.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / "cut/.weights.safetensors.12-0123abcd.tmp").write_bytes(b"half")
     assert call(world, tmp_path / "cut", *arguments) == 0
     for path in (tmp_path / "whole").rglob("*.*"):
         assert (tmp_path / "cut" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path

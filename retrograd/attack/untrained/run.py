@@ -44,7 +44,7 @@ def carry_out_untrained(
         ValueError: If the attack lacks what it needs.
     """
     kind, strengths = find_untraining(one), strengths_of(one)
-    asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.form != "generate"}
+    asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
     told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
     texts = {key: _source(key, sources, kind.name) for key in kind.reads}
     _claim(folder, told, {

@@ -7,6 +7,7 @@ from typing import Any
 
 from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.intervals import wilson
+from retrograd.evaluate.show import of_unlearning
 from retrograd.evaluate.tell import measured_path
 from retrograd.query.prepare import Answers, Samples
 from retrograd.report.panel import Content, Source, View
@@ -19,7 +20,12 @@ __all__ = ["answers", "exam", "samples", "tradeoff", "tradeoff_of_several"]
 def exam(evaluation: Evaluation, view: View) -> Content:
     """Accuracies with intervals, differences from the reference, positions, verdicts and what is missing."""
     summary = evaluation.summary
-    tasks = dict.fromkeys(entry["task"] for entry in summary["results"] if entry["form"] != "generate")
+    others = ("generate", "memory", "kl", "depth")
+    tasks = dict.fromkeys(entry["task"] for entry in summary["results"] if entry["form"] not in others)
+    unlearning: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in summary["results"]:
+        for name, one in entry.get("of_unlearning", {}).items():
+            unlearning.setdefault((name, entry["task"]), {})[entry["model"]] = of_unlearning(one)
     cells: dict[str, dict[str, Any]] = {}
     for entry in summary["results"]:
         shown = {key: entry.get(key) for key in ("accuracy", "interval", "questions", "perplexity", "metrics")}
@@ -30,6 +36,7 @@ def exam(evaluation: Evaluation, view: View) -> Content:
         "tasks": list(tasks), "cells": cells, "reference": summary["reference"], "missing": summary["missing"],
         "comparisons": summary["comparisons"], "positions": summary["positions"], "knows": summary["knows"],
         "never": summary["never"],
+        "of_unlearning": [{"metric": name, "task": task, "cells": by} for (name, task), by in unlearning.items()],
     }  # fmt: skip
     return Content(data, [_source(evaluation)])
 

@@ -86,6 +86,11 @@ def judged(
         (bad if smooth["value"] < ROUGH else reasons).append(told)
     parts = [part for part in (validation or {}).get("fractions", []) if part["fraction"] and name in part["queries"]]
     for part in parts:
+        if part.get("missing"):
+            share = f"without {100 * part['fraction']:.3g} % of the documents"
+            reasons.append(f"{share} not all sets are in the bank: {part['missing']} are missing")
+    parts = [part for part in parts if not part.get("missing")]
+    for part in parts:
         words, held = _agreement(name, part)
         (bad if held is None else good if held else reasons).append(words)
     if not parts:
