@@ -157,7 +157,7 @@ def test_tools_are_written_and_calls_are_the_assistants() -> None:
         rows_of(chatty(BRACKETS), False, messages=[TALK, TALK], tools=[None, [TOOL]])
     with pytest.raises(ValueError, match="document 0: tools are a text that is not JSON"):
         rows_of(tokenizer, messages=[TALK], tools=["[{"])
-    with pytest.raises(ValueError, match="document 0: tools are .*not a list of JSON schemas"):
+    with pytest.raises(ValueError, match=r"document 0: tools are .*not a list of JSON schemas"):
         rows_of(tokenizer, messages=[TALK], tools=['{"a": 1}'])
 
 

@@ -86,7 +86,7 @@ def test_latin_1_is_refused_with_its_line(tmp_path: Path, suffix: str) -> None:
     ):
         load_documents(str(file))
     (tmp_path / "late.txt").write_bytes(b"a\n" * 20000 + b"\xe9\n")
-    with pytest.raises(ValueError, match="late.txt, line 20001 is not UTF-8: byte 0xe9 at 0"):
+    with pytest.raises(ValueError, match=r"late.txt, line 20001 is not UTF-8: byte 0xe9 at 0"):
         load_documents(str(tmp_path / "late.txt"))
 
 
