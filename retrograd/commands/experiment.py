@@ -20,6 +20,7 @@ from retrograd.commands.unlearn import unlearn
 from retrograd.durable import foreign, make_folder
 from retrograd.evaluate.metrics import check_column
 from retrograd.experiment.carry import Runners
+from retrograd.experiment.grid import GridMaker, write_grid
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import Plan
 from retrograd.experiment.seen import refuse_oracles
@@ -29,6 +30,7 @@ from retrograd.experiment.work import STARTED_BY, Stop, StoppedError, stoppable,
 from retrograd.runs.files import write_atomic
 from retrograd.runs.progress import overall
 from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, read_experiment
+from retrograd.settings.grid import GridSpec, is_grid, read_grid
 
 __all__ = ["experiment"]
 
@@ -47,15 +49,8 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     console = console or Console()
     if config.workers < 1 or not config.lease > 0:
         raise ValueError(f"--workers is {config.workers} and --lease {config.lease}: at least 1, and above 0")
-    spec = read_experiment(config.file, config.names)
-    _claim(config.out, spec, write=False)
-    refuse_oracles(spec)
-    for column in spec.columns:
-        check_column(column, spec.report.tasks)
-    maker = Maker(spec)
-    for method in spec.methods:
-        maker.config(method, spec.seeds[0], None)  # what cannot work is told now
-    _claim(config.out, spec, write=True)
+    maker = _maker(config)
+    _claim(config.out, maker.spec, write=True)
     queue = Queue(config.out.resolve() / TASKS, config.lease)
     if config.retry:
         queue.forget_failures()
@@ -65,14 +60,35 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
         except StoppedError:
             console.print("stopped; the same command goes on")
             return 143
-    text = write_results(spec, plan, queue, config.out, config.file.stem)
+    text = (
+        write_grid(maker, queue, plan.lost(queue), config.out, config.file.stem)
+        if isinstance(maker, GridMaker)
+        else write_results(maker.spec, plan, queue, config.out, config.file.stem)
+    )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     lost = plan.lost(queue)
     console.print(f"{config.out / 'results.md'}: {len(plan.tasks) - len(lost)} of {len(plan.tasks)} tasks are done.")
     return 1 if lost else 0
 
 
-def _claim(out: Path, spec: ExperimentSpec, *, write: bool) -> None:
+def _maker(config: ExperimentConfig) -> Maker | GridMaker:
+    """What makes the tasks of a file; what cannot work is told now."""
+    if is_grid(config.file):
+        grid = read_grid(config.file, config.names)
+        _claim(config.out, grid, write=False)
+        return GridMaker(grid)
+    spec = read_experiment(config.file, config.names)
+    _claim(config.out, spec, write=False)
+    refuse_oracles(spec)
+    for column in spec.columns:
+        check_column(column, spec.report.tasks)
+    maker = Maker(spec)
+    for method in spec.methods:
+        maker.config(method, spec.seeds[0], None)
+    return maker
+
+
+def _claim(out: Path, spec: ExperimentSpec | GridSpec, *, write: bool) -> None:
     """Refuse a folder of something else; say in it what the experiment is."""
     if out.exists() and not (out / SPEC).exists() and (not out.is_dir() or any(foreign(out))):
         raise ValueError(f"{out} exists and is no experiment; choose another folder")

@@ -78,7 +78,7 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
     """The settings of every unlearning that a subject is about, or that made a model of it."""
     if isinstance(subject, (Training, Attribution)) and "forget" in subject.config:
         yield subject.config
-    if isinstance(subject, Experiment):
+    if isinstance(subject, Experiment) and not subject.grid:
         yield subject.spec["corpora"]
         yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
     if isinstance(subject, Evaluation):

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import string
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from retrograd.settings.parse import build, read_yaml
+from retrograd.settings.parse import build, read_named
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.select import Alignment, Control, Rule, Sign, Use
 from retrograd.settings.tasks import Task, tasks_from, tasks_of
@@ -39,7 +37,8 @@ class ExperimentConfig:
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = tyro.MISSING
-    """YAML file: base, corpora, scores, weightings, methods, seeds, match, tune, report. See docs/experiment.md."""
+    """YAML file: base, corpora, scores, weightings, methods, seeds, match, tune, report; or a grid of recipes whose
+    scores are validated. See docs/experiment.md."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the experiment. A changed file may use the same folder: what is the same is not computed again."""
     workers: int = 1
@@ -186,9 +185,7 @@ def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
     Raises:
         ValueError: If the file is none, or anything in it cannot work as far as is known before data are read.
     """
-    values = read_yaml(path)
-    known = {**(values.pop("names", None) or {}), **dict(_name(text) for text in names)}
-    values = _filled(values, known, str(path))
+    values = read_named(path, names)
     common = {name: values.pop(name) for name in list(values) if name in _UNLEARN}
     if "seeds" in values and isinstance(values["seeds"], int):
         values["seeds"] = list(range(values["seeds"]))
@@ -208,33 +205,6 @@ def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
 
 _UNLEARN = ("train", "lora", "dtype", "device", "tokenizer", "max_length", "min_chars", "shuffle", "horizon",
             "heartbeat")  # fmt: skip
-
-
-_WORD = re.compile(r"\$\{(\w+)\}")
-
-
-def _name(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--names {text}: write NAME=VALUE")
-    return name, value
-
-
-def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
-    """A value of the file with its ${words} replaced."""
-    if isinstance(value, dict):
-        return {key: _filled(inner, names, where) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_filled(inner, names, where) for inner in value]
-    if not isinstance(value, str):
-        return value
-    word = _WORD.fullmatch(value)
-    if word is not None and word[1] in names:  # the whole of it: a number stays one, and nothing is none
-        return None if names[word[1]] == "" else names[word[1]]
-    try:
-        return string.Template(value).substitute(names)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {value!r} has a word that `names` does not have: {error}") from error
 
 
 def _tasks(given: Any, path: Path, name: str) -> dict[str, Task]:

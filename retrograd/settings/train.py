@@ -206,14 +206,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "name: old → new" for all that makes two configurations different runs."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_new = _flatten(new)
+    # a run that was begun before there was such a setting did without
+    without = {name: value and type(value)() for name, value in flat_new.items() if isinstance(value, (bool, list))}
+    flat_old = {**without, **_flatten(old)}
     names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
     return [
         f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
         for name in names
         if flat_old.get(name) != flat_new.get(name)
-        # a run that was begun before there was such a setting did without
-        and not (name not in flat_old and flat_new[name] in (None, False, []))
     ]
 
 

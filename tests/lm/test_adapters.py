@@ -27,6 +27,7 @@ IDS = torch.arange(2, 18).view(2, 8)
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     tiny.save_model(folder / "base", "qwen2-tied")
+    tiny.save_model(folder / "words")  # whose tokenizer knows words; a Qwen tokenizer parts texts otherwise
     tiny.save_jsonl(folder / "train.jsonl", tiny.sentences(6))
     tiny.save_jsonl(folder / "query.jsonl", tiny.sentences(2, seed=1))
     for name, targets in (("adapter", ["q_proj", "down_proj"]), ("tied", ["embed_tokens"])):
@@ -70,6 +71,7 @@ def test_training_says_which_and_leaves_a_model_that_loads(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--model", str(world / "adapter"), "--data.dataset", str(world / "train.jsonl"), "--train.lr", "1e-2"]
+    given += ["--tokenizer", str(world / "words")]
     assert main(["train", str(tmp_path / "none"), *given]) == 2
     assert "is a folder of adapters for" in (told := capsys.readouterr().err)
     assert "--lora.adapter continue" in told

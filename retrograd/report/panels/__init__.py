@@ -5,6 +5,7 @@ from __future__ import annotations
 from retrograd.report.panel import Panel
 from retrograd.report.panels.exam import answers, exam, samples, tradeoff, tradeoff_of_several
 from retrograd.report.panels.experiment import experiment
+from retrograd.report.panels.grid import grid
 from retrograd.report.panels.questions import questions
 from retrograd.report.panels.rows import carriers, distribution, order, rows
 from retrograd.report.panels.score_map import map_of_run, map_of_several
@@ -35,6 +36,7 @@ PANELS = (
     Panel("exam", "What the models know", Evaluation, exam),
     Panel("answers", "Answers, question by question", Evaluation, answers),
     Panel("experiment", "Arms and their controls", Experiment, experiment),
+    Panel("grid", "Which recipes' scores predict retraining", Experiment, grid),
     Panel("tamper", "Does it come back?", Attack, tamper),
     Panel("samples", "What the models write", Evaluation, samples),
 )
