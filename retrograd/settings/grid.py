@@ -54,6 +54,7 @@ def read_grid(path: Path, names: tuple[str, ...] = ()) -> GridSpec:
     axes = values.get("grid")
     if not isinstance(axes, dict) or not axes or not all(isinstance(one, list) and one for one in axes.values()):
         raise ValueError(f"{path}: grid is {axes!r}; write each setting with its values: {{train.lr: [1e-4, 1e-3]}}")
+    axes = values["grid"] = {name: [_number(value) for value in given] for name, given in axes.items()}
     for name, given in axes.items():
         if len({str(value) for value in given}) < len(given):
             raise ValueError(f"{path}: grid: {name} has a value twice: {given}; give each once")
@@ -70,3 +71,11 @@ def read_grid(path: Path, names: tuple[str, ...] = ()) -> GridSpec:
             "least 3 subsets of a share between 0 and 1, h above 0, at least 1 thread"
         )
     return spec
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 1e-4 as a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

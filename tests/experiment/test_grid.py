@@ -57,7 +57,7 @@ def test_a_cell_is_what_the_commands_give_and_the_table_and_the_page_show_it(wor
     assert rows[0]["smoothness"] != rows[1]["smoothness"]
 
     text = (out / "results.md").read_text()
-    assert f"| 0.01 | 1e-06 | {smooth:.3f} |" in text
+    assert f"| 1e-06 | 0.01 | {smooth:.3f} |" in text
     page = (out / "report.html").read_text()
     assert "Which recipes' scores predict retraining" in page.replace("&#39;", "'")
     assert "train.eps_root" in page
@@ -73,6 +73,13 @@ def test_a_cell_that_fails_is_missing_with_its_reason(world: Path, tmp_path: Pat
     assert row["lds"] is None
     assert row["missing"]
     assert row["missing"] in (tmp_path / "out/results.md").read_text()
+
+
+def test_numbers_that_yaml_reads_as_texts_are_numbers(world: Path, tmp_path: Path) -> None:
+    file = write(world, tmp_path / "grid.yaml")
+    file.write_text(file.read_text().replace("1.0e-06", "1e-6").replace("- 0.0001", "- 1e-4"))
+    assert "- 1e-6" in file.read_text()
+    assert read_grid(file).grid == {"train.eps_root": (1e-6, 1e-4), "train.lr": (1e-2, 1e6)}
 
 
 @pytest.mark.parametrize(
