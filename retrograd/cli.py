@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from retrograd.settings.attack import AttackConfig, CompareConfig
+from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
     BankConfig,
+    CompareConfig,
     EvaluateConfig,
     LabConfig,
     MetasmoothnessConfig,
@@ -35,7 +36,7 @@ from retrograd.settings.experiment import ExperimentConfig
 from retrograd.settings.harden import HardenConfig
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
-from retrograd.settings.select import SelectConfig
+from retrograd.settings.select import MaskConfig, SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
 from retrograd.settings.unlearn import UnlearnConfig, refuse_method, with_objective
 
@@ -71,6 +72,9 @@ _COMMANDS = {
     ),
     "select": _Command(
         SelectConfig, "from scores to weights or documents, with matched controls", "commands.select", "OUT"
+    ),
+    "mask": _Command(
+        MaskConfig, "token weights by keywords, or by hidden states like theirs, without scores", "commands.mask", "OUT"
     ),
     "unlearn": _Command(
         UnlearnConfig, "RUN: forget some documents, keep others; with a verdict or scores", "commands.unlearn", "METHOD"

@@ -133,3 +133,26 @@ def write_attack(folder: Path) -> None:
     }  # fmt: skip
     write_findings(found, folder)
     (folder / "attack.json").write_text("{}")
+    write_comparison(folder)
+
+
+def write_comparison(folder: Path) -> None:
+    """What `retrograd compare` leaves of a group and the base under one attack."""
+
+    def point(forget: float, attack: str | None) -> dict[str, Any]:
+        return {"forget": [forget, forget - 0.1, forget + 0.1], "retain": [0.9, None, None], "attack": attack}
+
+    cell = {"attack": "c", "models": 2, "seeds": [0, 1], "lost": 0, "retain_after": 0.9}
+    found = {
+        "utility": 0.05, "unranked": [], "table": [], "pairs": [],
+        "groups": {"m": {"label": "npo <two>", "role": "model", "models": ["a", "b"]},
+                   "base": {"label": "base", "role": "base", "models": ["b"]}},
+        "attacks": {"c": {"readable": "full-half", "probe": False, "valid": False}},
+        "cells": [{**cell, "group": "m", "after": [0.5, 0.4, 0.6], "latent": [0.3, 0.1, 0.5]},
+                  {**cell, "group": "base", "after": None, "latent": None, "lost": 1}],
+        "fronts": {"before": {"points": {"m": point(0.2, None), "base": point(0.9, None)}, "front": ["m"]},
+                   "after": {"points": {"m": point(0.5, "c")}, "front": ["m"]}},
+        "ranks": {"m": {"rank": 1.0, "interval": [1.0, 1.5], "models": 2, "attacks": 1, "seeds": 2}},
+        "latent": {"m": [0.3, 0.1, 0.5], "base": None},
+    }  # fmt: skip
+    (folder / "compare.json").write_text(json.dumps(found))

@@ -2,12 +2,17 @@
 
     after       forget accuracy at the attack's step that is the worst for the model while general ability holds; chosen
                 on half of the questions, told on the other half
-    pair        two models under the same attack: the paired difference of `after`, on the same questions; its interval
-                draws their clusters again, McNemar's p takes each by itself
-    front       models that no other one beats in forget accuracy (lower) and general ability (higher) at once, before
-                attacks and after the worst of them
-    rank        1 for the lowest `after` under an attack; its mean over attacks, with an interval over attacks and
-                their seeds, of the models that no attack has cost their general ability
+    cell        a group of models, which differ by seed, under an attack: `after` and latent recovery, meaned over
+                models, seeds of the attack and questions
+    pair        two groups under the same attack: the difference of their cells; and meaned over all attacks
+    latent      latent recovery of a group, meaned over the attacks that show half of the facts
+    front       groups that no other one beats in forget accuracy (lower) and general ability (higher) at once, before
+                attacks and after the worst of them, which is chosen on the first half and told on the other
+    rank        1 for the lowest `after` under an attack; its mean over attacks, of the groups that no attack has cost
+                their general ability
+
+Intervals draw models, seeds of the attack and clusters of questions again, all of them (`evaluate/crossed.py`), and for
+ranks the attacks too: for questions are the same under every seed, neither are independent of the other.
 
 Attacks that take the model before unlearning, and those that do not bring back a model known to be shallow, do not
 count.
@@ -16,108 +21,74 @@ count.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from retrograd.attack.course import Course, read_course
-from retrograd.attack.findings import findings
-from retrograd.attack.folder import Attacked, read_folder
-from retrograd.attack.recovery import means, resampled, selected
-from retrograd.evaluate.intervals import compare, wilson
-from retrograd.runs.manifest import Manifest
-from retrograd.settings.tasks import tasks_from
+from retrograd.attack.faced import Faced
+from retrograd.attack.recovery import means, selected
+from retrograd.evaluate.crossed import clustered, crossed, crossed_difference, drawn_counts
+from retrograd.evaluate.intervals import Estimate
 
-__all__ = ["Faced", "compared", "front", "read_faced"]
+__all__ = ["compared", "front"]
 
 RESAMPLES = 2000
 
 
-class Faced(NamedTuple):
-    """A model under an attack. least: the general accuracy to be kept; method: of unlearning, if its run tells it."""
-
-    model: str
-    method: str | None
-    role: str
-    attack: str
-    course: Course
-    least: float
-    latent: dict[str, Any] | None
-    valid: bool | None
-    probe: bool
-
-
 class _After(NamedTuple):
-    """The worst step for a model, the other half's answers there, [n/2], and which questions they are, [n]."""
+    """The worst step for a model, the other half's answers there, [n/2], and which questions they are, [n]; chosen:
+    accuracy there on the half that it was chosen by."""
 
     step: int
     right: np.ndarray
     reported: np.ndarray
     retain: float
+    chosen: float
 
 
-def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
-    """Every meeting of a model and an attack in some folders, each once.
+class _Cell(NamedTuple):
+    """A group under an attack. models, seeds: all of which met; right: [models, seeds, clusters], with their sizes.
 
-    Raises:
-        ValueError: If one is no folder of attacks, they were asked different questions, or an attack of one name was
-            of different rows.
+    lost: Models that have no step with general ability; the others are here.
+    rise: [models, seeds, clusters] with sizes, of all models, where the attack leaves something unseen.
     """
-    found: dict[tuple[str, str], Faced] = {}
-    asked: set[str] = set()
-    trained: dict[str, tuple[Path, list[str | None]]] = {}
-    for path in folders:
-        folder = read_folder(path)
-        tasks = tasks_from(folder.tasks)
-        told = findings(folder, (utility,))
-        of = {(one["model"], one["configuration"]): one for one in told["meetings"]}
-        base = folder.of_role("base")
-        for name, one in folder.configurations.items():
-            reference = read_course(folder, base, name, tasks) if base is not None else None
-            if base is not None and reference is not None:
-                _check_rows(trained, name, path, folder.place(base, name))
-            for target in folder.targets if reference is not None else ():
-                course = read_course(folder, target, name, tasks)
-                if course is None or reference is None:
-                    continue
-                asked.add(_questions(path))
-                meeting = of[target.name, name]
-                found.setdefault((target.name, name), Faced(
-                    target.name, _method(target), target.role, name, course, means(reference.retain)[0] - utility,
-                    meeting.get("latent"), meeting["valid"]["valid"], one.probe,
-                ))  # fmt: skip
-    if len(asked) > 1:
-        raise ValueError("these folders were asked different questions: attack all models in one folder")
-    if not any(one.role == "model" for one in found.values()):
-        raise ValueError(f"{', '.join(map(str, folders))}: no model has met an attack yet; run `retrograd attack`")
-    return list(found.values())
 
-
-def _check_rows(trained: dict[str, tuple[Path, list[str | None]]], name: str, path: Path, place: Path) -> None:
-    """Refuse an attack that trained on other rows in another folder: a name tells its settings alone."""
-    manifests = [Manifest(place / phase / "manifest.json").values for phase in ("before", "attack")]
-    rows = [one.get("hashes", {}).get("rows") for one in manifests]
-    first, others = trained.setdefault(name, (path, rows))
-    if rows != others:
-        raise ValueError(f"attack {name} trained on other rows in {path} than in {first}: attack all models in one "
-                         "folder")  # fmt: skip
+    group: str
+    attack: str
+    models: list[str]
+    seeds: list[int]
+    lost: int
+    ends: list[list[_After]]
+    right: np.ndarray
+    sizes: np.ndarray
+    rise: tuple[np.ndarray, np.ndarray] | None
 
 
 def compared(faced: Sequence[Faced]) -> dict[str, Any]:
     """The comparison, as plain values."""
-    after = {(one.model, one.attack): _after(one) for one in faced}
-    models = {one.model: one for one in faced}
-    counted = [one for one in faced if not one.probe and one.valid is not False]
+    labels, attacks = _labels(faced), _attacks(faced)
+    grouped: dict[tuple[str, str], list[Faced]] = {}
+    for one in faced:
+        if one.valid is not False or attacks[one.attack]["valid"] is False:
+            for group in one.groups:
+                grouped.setdefault((group, one.attack), []).append(one)
+    ends = {(one.model, one.configuration): _after(one) for one in faced}
+    cells = {place: _cell(*place, met, ends) for place, met in grouped.items()}
+    counted = {place: cell for place, cell in cells.items() if attacks[place[1]]["counts"]}
+    role = {group: one.role for one in faced for group in one.groups}
     return {
-        "models": {name: {"method": one.method, "role": one.role} for name, one in models.items()},
-        "table": [_cell(one, after[one.model, one.attack]) for one in faced],
-        "pairs": list(_pairs(counted, after)),
-        "fronts": _fronts(counted, after),
-        "ranks": _ranks([one for one in counted if one.role == "model"], after),
-    }
+        "groups": {group: {"label": labels[group], "role": role[group],
+                           "models": sorted({one.model for one in faced if group in one.groups})}
+                   for group in labels},
+        "attacks": attacks,
+        "table": [_row(one, ends[one.model, one.configuration]) for one in faced],
+        "cells": [_told(cell, grouped[place]) for place, cell in cells.items()],
+        "pairs": list(_pairs(counted, role)),
+        "fronts": _fronts(grouped, counted),
+        "latent": {group: _listed(_latent(group, counted)) for group in labels if role[group] != "filtered"},
+        **_ranks({place: cell for place, cell in counted.items() if role[place[0]] == "model"}),
+    }  # fmt: skip
 
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
@@ -133,16 +104,32 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
     return [name for name, one in points.items() if not beaten(one)]
 
 
-def _questions(path: Path) -> str:
-    return str(json.loads((path / "attack.json").read_text(encoding="utf8"))["questions"]["content"])
+def _labels(faced: Sequence[Faced]) -> dict[str, str]:
+    """A name for each group: its method where that tells it from the others."""
+    method = {group: one.method or group for one in faced for group in one.groups}
+    found = {}
+    for one in faced:
+        for group in one.groups:
+            alone = list(method.values()).count(method[group]) == 1 and one.role == "model" and " × " not in group
+            found[group] = method[group] if alone else group
+    return found
 
 
-def _method(target: Attacked) -> str | None:
-    """The method that an unlearning run's manifest names."""
-    path = Path(target.source).parent / "manifest.json"
-    if not path.exists():
-        return None
-    found: str | None = json.loads(path.read_text(encoding="utf8")).get("method")
+def _attacks(faced: Sequence[Faced]) -> dict[str, dict[str, Any]]:
+    """Every attack with its seeds; valid: whether one of them brings back the shallow model; null where not known."""
+    found: dict[str, dict[str, Any]] = {}
+    readable = {one.attack: one.readable for one in faced}
+    for one in faced:
+        twice = list(readable.values()).count(one.readable) > 1
+        known = found.setdefault(one.attack, {"readable": one.attack if twice else one.readable, "probe": one.probe,
+                                              "of_seeds": {}})  # fmt: skip
+        known["of_seeds"][one.seed] = one.valid
+    for known in found.values():
+        by = list(known.pop("of_seeds").items())
+        valid = [ok for _, ok in by]
+        known |= {"seeds": sorted(seed for seed, _ in by), "invalid_seeds": sorted(s for s, ok in by if ok is False)}
+        known["valid"] = False if all(ok is False for ok in valid) else True if True in valid else None
+        known["counts"] = not known["probe"] and known["valid"] is not False
     return found
 
 
@@ -153,74 +140,179 @@ def _after(one: Faced) -> _After | None:
     if chosen is None:
         return None
     place, reported = kept[chosen[0]], chosen[1]
-    return _After(course.steps[place], course.forget[place][reported], reported, float(course.retain[place].mean()))
+    right = course.forget[place]
+    return _After(course.steps[place], right[reported], reported, float(course.retain[place].mean()),
+                  float(right[~reported].mean()))  # fmt: skip
 
 
-def _cell(one: Faced, after: _After | None) -> dict[str, Any]:
-    start = one.course.forget[0]
-    found: dict[str, Any] = {
-        "model": one.model, "method": one.method, "role": one.role, "attack": one.attack, "valid": one.valid,
-        "probe": one.probe, "before": float(start.mean()), "retain_before": float(one.course.retain[0].mean()),
-        "after": None, "interval": None, "step": None, "retain_after": None, "latent": None, "latent_interval": None,
+def _cell(group: str, attack: str, met: list[Faced], ends: dict[tuple[str, str], _After | None]) -> _Cell:
+    there = {(one.model, one.seed): end for one in met if (end := ends[one.model, one.configuration])}
+    lost = len({one.model for one in met} - {model for model, _ in there})
+    models, seeds = _grid(list(there))
+    rise = _rises(met)
+    if not models:
+        return _Cell(group, attack, [], [], lost, [], np.zeros((0, 0, 0)), np.zeros(0), rise)
+    chosen = [[there[model, seed] for seed in seeds] for model in models]
+    reported = chosen[0][0].reported
+    assert all((end.reported == reported).all() for row in chosen for end in row), "the halves are drawn alike"
+    right = np.array([[end.right for end in row] for row in chosen])
+    means, sizes = clustered(right, met[0].course.clusters[reported])
+    return _Cell(group, attack, models, seeds, lost, chosen, means, sizes, rise)
+
+
+def _grid(met: list[tuple[str, int]]) -> tuple[list[str], list[int]]:
+    """The models, and the seeds that all of them have met: a whole grid."""
+    models = list(dict.fromkeys(model for model, _ in met))
+    every = [{seed for model, seed in met if model == name} for name in models]
+    seeds = sorted(set.intersection(*every)) if every else []
+    return (models, seeds) if seeds else ([], [])
+
+
+def _rises(met: list[Faced]) -> tuple[np.ndarray, np.ndarray] | None:
+    found = {(one.model, one.seed): one.rise for one in met if one.rise is not None}
+    models, seeds = _grid(list(found))
+    if not models:
+        return None
+    values = np.array([[found[model, seed].values for seed in seeds] for model in models])
+    return clustered(values, found[models[0], seeds[0]].clusters)
+
+
+def _row(one: Faced, after: _After | None) -> dict[str, Any]:
+    """One model under one configuration."""
+    return {
+        "model": one.model, "method": one.method, "role": one.role, "attack": one.readable, "seed": one.seed,
+        "valid": one.valid, "probe": one.probe, "before": float(one.course.forget[0].mean()),
+        "retain_before": float(one.course.retain[0].mean()), "after": after and float(after.right.mean()),
+        "step": after and after.step, "retain_after": after and after.retain,
+        "latent": None if one.rise is None else float(one.rise.values.mean()),
     }  # fmt: skip
-    if after is not None:
-        found |= {"after": float(after.right.mean()), "step": after.step, "retain_after": after.retain,
-                  "interval": list(wilson(int(after.right.sum()), len(after.right)))}  # fmt: skip
-    if one.latent and "last" in one.latent:
-        found |= {"latent": one.latent["last"]["value"], "latent_interval": one.latent["last"]["interval"]}
-    return found
 
 
-def _pairs(faced: Sequence[Faced], after: dict[tuple[str, str], _After | None]) -> Any:
-    """Every two models under every attack that both met: the second minus the first."""
-    attacks = dict.fromkeys(one.attack for one in faced)
-    for attack in attacks:
-        met = [one for one in faced if one.attack == attack]
-        clusters = met[0].course.clusters
-        models = [one.model for one in met if one.role in ("model", "filtered")]
-        for first, second in itertools.combinations(dict.fromkeys(models), 2):
-            a, b = after[first, attack], after[second, attack]
-            if a is None or b is None:
-                continue
-            assert (a.reported == b.reported).all(), "the halves are drawn alike"
-            found = resampled(b.right - a.right, clusters[a.reported])
+def _told(cell: _Cell, met: list[Faced]) -> dict[str, Any]:
+    every = [end for row in cell.ends for end in row]
+    reached = [one.reached for one in met if one.reached is not None and one.model in cell.models]
+    rise = None if cell.rise is None or met[0].role == "filtered" else crossed(*cell.rise, resamples=RESAMPLES)
+    return {
+        "group": cell.group, "attack": cell.attack, "models": len(cell.models), "seeds": cell.seeds, "lost": cell.lost,
+        "after": _listed(crossed(cell.right, cell.sizes, resamples=RESAMPLES) if every else None),
+        "steps": [end.step for end in every],
+        "retain_after": float(np.mean([end.retain for end in every])) if every else None,
+        "latent": _listed(rise), "half_back": [one["step"] for one in reached],
+    }  # fmt: skip
+
+
+def _pairs(cells: dict[tuple[str, str], _Cell], role: dict[str, str]) -> Any:
+    """Every two groups under every attack that both met, and meaned over all (attack null): the second minus the
+    first."""
+    groups = [group for group in dict.fromkeys(group for group, _ in cells) if role[group] in ("model", "filtered")]
+    attacks = list(dict.fromkeys(attack for _, attack in cells))
+    for first, second in itertools.combinations(groups, 2):
+        met = {attack: pair for attack in attacks
+               if (pair := _on_same_seeds(cells.get((first, attack)), cells.get((second, attack))))}  # fmt: skip
+        of_each: list[tuple[str | None, _Pair, int]] = [(attack, pair, 1) for attack, pair in met.items()]
+        if whole := _over_attacks(list(met.values())):
+            of_each.append((None, whole, len(met)))
+        for attack, (a, b, sizes), count in of_each:
+            found = crossed_difference(a, b, sizes, resamples=RESAMPLES)
             yield {"attack": attack, "first": first, "second": second, "difference": found.value,
-                   "interval": list(found.interval), "p": compare(a.right, b.right).p}  # fmt: skip
+                   "interval": [found.low, found.high], "attacks": count}  # fmt: skip
 
 
-def _fronts(faced: Sequence[Faced], after: dict[tuple[str, str], _After | None]) -> dict[str, Any]:
-    """(forget, retain) of every model before attacks and after its worst one, and which models are on the front."""
-    before: dict[str, tuple[float, float]] = {}
-    worst: dict[str, tuple[float, float]] = {}
-    for one in faced:
-        before[one.model] = (float(one.course.forget[0].mean()), float(one.course.retain[0].mean()))
-        end = after[one.model, one.attack]
-        if end is not None and (one.model not in worst or end.right.mean() > worst[one.model][0]):
-            worst[one.model] = (float(end.right.mean()), end.retain)
-    return {name: {"points": {model: list(point) for model, point in points.items()}, "front": front(points)}
-            for name, points in (("before", before), ("after", worst))}  # fmt: skip
+_Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _ranks(faced: Sequence[Faced], after: dict[tuple[str, str], _After | None]) -> dict[str, Any]:
-    """Mean rank by method (of models without one, by model) over the attacks that all of them met."""
-    lost = {one.model for one in faced if after[one.model, one.attack] is None}
-    models = [model for model in dict.fromkeys(one.model for one in faced) if model not in lost]
-    method = {one.model: one.method or one.model for one in faced if one.model in models}
-    ranked = []
-    for attack in dict.fromkeys(one.attack for one in faced):
-        ends = [after.get((model, attack)) for model in models]
-        values = [float(end.right.mean()) for end in ends if end is not None]
-        if len(values) == len(models):
-            ranked.append([1 + sum(other < x for other in values) + (values.count(x) - 1) / 2 for x in values])
-    if not ranked:
-        return {}
-    table = np.array(ranked)  # [attacks, models]
-    drawn = np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))
-    found = {}
-    for name in dict.fromkeys(method.values()):
-        own = [place for place, model in enumerate(models) if method[model] == name]
-        of_attack = table[:, own].mean(axis=1)
-        low, high = np.quantile(of_attack[drawn].mean(axis=1), [0.025, 0.975])
-        found[name] = {"rank": float(of_attack.mean()), "interval": [float(low), float(high)], "models": len(own),
-                       "attacks": len(table)}  # fmt: skip
-    return found
+def _on_same_seeds(first: _Cell | None, second: _Cell | None) -> _Pair | None:
+    """Right or not of two groups under the seeds that both met, [models, seeds, clusters] each, and clusters' sizes."""
+    if first is None or second is None or not (seeds := sorted(set(first.seeds) & set(second.seeds))):
+        return None
+    a, b = (cell.right[:, [cell.seeds.index(seed) for seed in seeds]] for cell in (first, second))
+    return a, b, first.sizes
+
+
+def _over_attacks(pairs: list[_Pair]) -> _Pair | None:
+    """Meaned over attacks; None where their models or seeds differ, or there is only one."""
+    if len(pairs) < 2 or len({(a.shape, b.shape) for a, b, _ in pairs}) > 1:
+        return None
+    return np.mean([a for a, _, _ in pairs], 0), np.mean([b for _, b, _ in pairs], 0), pairs[0][2]
+
+
+def _latent(group: str, cells: dict[tuple[str, str], _Cell]) -> Estimate | None:
+    """Over the attacks that show half of the facts: those that leave the fewest clusters unseen."""
+    own = [cell.rise for (other, _), cell in cells.items() if other == group and cell.rise is not None]
+    fewest = min((len(sizes) for _, sizes in own), default=0)
+    half = [rise for rise, sizes in own if len(sizes) == fewest]
+    if not half or len({rise.shape for rise in half}) > 1:
+        return None
+    return crossed(np.mean(half, 0), next(s for _, s in own if len(s) == fewest), resamples=RESAMPLES)
+
+
+def _fronts(grouped: dict[tuple[str, str], list[Faced]], cells: dict[tuple[str, str], _Cell]) -> dict[str, Any]:
+    """Forget and retain of every group before attacks and after its worst one, and which groups are on the front."""
+    before: dict[str, dict[str, Any]] = {}
+    for group in dict.fromkeys(group for group, _ in grouped):
+        starts = {one.model: one.course for (other, _), met in grouped.items() if other == group for one in met}
+        forget = clustered(np.array([one.forget[0] for one in starts.values()]), next(iter(starts.values())).clusters)
+        retain = np.array([one.retain[0] for one in starts.values()])
+        before[group] = {"forget": _listed(crossed(*forget, resamples=RESAMPLES)), "attack": None,
+                         "retain": _listed(crossed(retain, resamples=RESAMPLES))}  # fmt: skip
+    after: dict[str, dict[str, Any]] = {}
+    for group in before:
+        own = [cell for (other, _), cell in cells.items() if other == group and cell.models]
+        if own:
+            worst = max(own, key=lambda cell: float(np.mean([end.chosen for row in cell.ends for end in row])))
+            retain_after = float(np.mean([end.retain for row in worst.ends for end in row]))
+            after[group] = {"forget": _listed(crossed(worst.right, worst.sizes, resamples=RESAMPLES)),
+                            "retain": [retain_after, None, None], "attack": worst.attack}  # fmt: skip
+    return {name: {"points": points, "front": front({group: (one["forget"][0], one["retain"][0])
+                                                     for group, one in points.items()})}
+            for name, points in (("before", before), ("after", after))}  # fmt: skip
+
+
+def _ranks(cells: dict[tuple[str, str], _Cell]) -> dict[str, Any]:
+    """Mean rank by group over the attacks that all of them met."""
+    every = list(dict.fromkeys(group for group, _ in cells))
+    lost = {group for (group, _), cell in cells.items() if not cell.models}
+    groups = [group for group in every if group not in lost]
+    attacks = [attack for attack in dict.fromkeys(attack for _, attack in cells)
+               if all((group, attack) in cells for group in groups)]  # fmt: skip
+    if not groups or not attacks:
+        return {"ranks": {}, "unranked": sorted(lost)}
+    count = min(len(cells[group, attack].seeds) for group in groups for attack in attacks)
+    sizes = cells[groups[0], attacks[0]].sizes
+    right = {group: [cells[group, attack].right[:, :count] for attack in attacks] for group in groups}
+    draw = np.random.default_rng(0)
+    of_attacks, of_seeds, of_clusters = (drawn_counts(draw, RESAMPLES, n) for n in (len(attacks), count, len(sizes)))
+    once, all_clusters = np.ones((1, count)), np.ones((1, len(sizes)))
+    whole, drawn = [], []
+    for group in groups:
+        of_models = [drawn_counts(draw, RESAMPLES, n) for n in {len(one) for one in right[group]}]
+        by_size = {axis.shape[1]: axis for axis in of_models}
+        whole.append([_meaned(one, np.ones((1, len(one))), once, all_clusters, sizes) for one in right[group]])
+        drawn.append([_meaned(one, by_size[len(one)], of_seeds, of_clusters, sizes) for one in right[group]])
+    value = _ranked(np.array(whole)).mean(1)[:, 0]
+    ranks = (_ranked(np.array(drawn)) * of_attacks.T).sum(1) / of_attacks.sum(1)  # [groups, resamples]
+    low, high = np.quantile(ranks, [0.025, 0.975], axis=1)
+    return {"ranks": {group: {"rank": float(value[k]), "interval": [float(low[k]), float(high[k])],
+                              "models": max(len(one) for one in right[group]), "attacks": len(attacks), "seeds": count}
+                      for k, group in enumerate(groups)}, "unranked": sorted(lost)}  # fmt: skip
+
+
+def _meaned(
+    right: np.ndarray, models: np.ndarray, seeds: np.ndarray, clusters: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """Means of [models, seeds, clusters] under counts of each, [resamples]."""
+    drawn = clusters * sizes
+    of_runs = np.einsum("rc,msc->rms", drawn, right) / drawn.sum(1)[:, None, None]
+    return np.einsum("rms,rm,rs->r", of_runs, models, seeds) / (models.sum(1) * seeds.sum(1))
+
+
+def _ranked(values: np.ndarray) -> np.ndarray:
+    """Ranks over the first axis, 1 the lowest; equal ones share their mean rank."""
+    below = (values[None] < values[:, None]).sum(1)
+    equal = (values[None] == values[:, None]).sum(1)
+    ranks: np.ndarray = below + (equal + 1) / 2
+    return ranks
+
+
+def _listed(one: Estimate | None) -> list[float] | None:
+    return None if one is None else list(one)

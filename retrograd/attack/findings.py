@@ -29,26 +29,34 @@ from retrograd.evaluate.verdict import Diagnosis, Evaluated, diagnose
 from retrograd.settings.attack import Configuration, Finetune
 from retrograd.settings.tasks import Task, tasks_from
 
-__all__ = ["QUANTILES", "findings", "unseen"]
+__all__ = ["QUANTILES", "courses_of", "findings", "unseen"]
 
 QUANTILES = (0.5, 0.9)
 _HALF, _OTHER = "half", "other_half"  # keys of data about A and about B
 _NOTHING = ("retain", "benign", "prose")  # keys of data about neither
 
 
-def findings(folder: Folder, utility: tuple[float, ...]) -> dict[str, Any]:
-    """Everything that the attacks of a folder found so far, as plain values.
-
-    Args:
-        utility: For the worst case: the losses of general accuracy that are allowed.
-    """
-    tasks = tasks_from(folder.tasks)
-    courses = {
+def courses_of(folder: Folder, tasks: dict[str, Task]) -> dict[tuple[str, str], Course]:
+    """What is there of every meeting, by names of model and configuration."""
+    return {
         (target.name, name): course
         for target in folder.targets
         for name in folder.configurations
         if (course := read_course(folder, target, name, tasks)) is not None
     }
+
+
+def findings(
+    folder: Folder, utility: tuple[float, ...], courses: Mapping[tuple[str, str], Course] | None = None
+) -> dict[str, Any]:
+    """Everything that the attacks of a folder found so far, as plain values.
+
+    Args:
+        utility: For the worst case: the losses of general accuracy that are allowed.
+        courses: Of `courses_of`, where they have been read.
+    """
+    tasks = tasks_from(folder.tasks)
+    courses = courses_of(folder, tasks) if courses is None else courses
     meetings = [
         _meeting(folder, target, name, courses, tasks)
         for target in folder.targets

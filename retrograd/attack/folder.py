@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +27,19 @@ from retrograd.runs.files import write_json
 from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
 from retrograd.settings.parse import build
 
-__all__ = ["Attacked", "Folder", "claim_folder", "read_folder", "refuse_foreign", "target_name"]
+__all__ = [
+    "Attacked", "Folder", "claim_folder", "configuration_from", "read_folder", "refuse_foreign", "target_name",
+    "values_of",
+]  # fmt: skip
 
 
 class Attacked(NamedTuple):
-    """A model by its name in the folder. role: of CONTROLS, or "model"."""
+    """A model by its name in the folder. role: of CONTROLS, or "model"; groups: it is one of the seeds of, if known."""
 
     name: str
     source: str
     role: str
+    groups: tuple[str, ...] = ()
 
 
 class Folder(NamedTuple):
@@ -78,12 +82,14 @@ def target_name(source: str) -> str:
 
 
 def claim_folder(
-    path: Path, sources: Iterable[tuple[str, str]], configurations: Iterable[Configuration], material: Material
-) -> Folder:
+    path: Path, sources: Iterable[tuple[str, str]], configurations: Iterable[Configuration], material: Material,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> Folder:  # fmt: skip
     """Let models and configurations join the folder, or refuse what does not fit to what is there.
 
     Args:
         sources: (role, source) of each model.
+        groups: By source: what it is one of the seeds of, where that is known.
     Raises:
         ValueError: If a model has changed or has two roles, or the folder was asked other questions.
     """
@@ -112,7 +118,9 @@ def claim_folder(
         if taken:
             raise ValueError(f"{path} has {taken[0]} as its {role}, now it is {source}; use another folder")
         targets[name] = {"source": plain(source), "role": role}
-    named = old.get("configurations", {}) | {name_of(one): _told(one) for one in configurations}
+        if groups and source in groups:
+            targets[name]["groups"] = list(groups[source])
+    named = old.get("configurations", {}) | {name_of(one): values_of(one) for one in configurations}
     asked = {"tasks": str(tasks), **questions}
     write_json(path / "attack.json", {"models": targets, "configurations": named, "questions": asked})
     return read_folder(path)
@@ -127,17 +135,20 @@ def read_folder(path: Path) -> Folder:
     if not (path / "attack.json").exists():
         raise ValueError(f"{path} has no attack.json: it is no folder of `retrograd attack`")
     found = json.loads((path / "attack.json").read_text(encoding="utf8"))
-    targets = [Attacked(name, one["source"], one["role"]) for name, one in found["models"].items()]
+    targets = [Attacked(name, one["source"], one["role"], tuple(one.get("groups", ())))
+               for name, one in found["models"].items()]  # fmt: skip
     asked = found["questions"]
-    configurations = {name: _read(one, f"{path}: {name}") for name, one in found["configurations"].items()}
+    configurations = {name: configuration_from(one, f"{path}: {name}") for name, one in found["configurations"].items()}
     return Folder(path, targets, configurations, path / asked["tasks"], tuple(asked["half"]), asked["clustered"])
 
 
-def _told(one: Configuration) -> dict[str, Any]:
+def values_of(one: Configuration) -> dict[str, Any]:
+    """A configuration as plain values."""
     return {"kind": "finetune" if isinstance(one, Finetune) else "untrained", **dataclasses.asdict(one)}
 
 
-def _read(values: dict[str, Any], where: str) -> Configuration:
+def configuration_from(values: dict[str, Any], where: str) -> Configuration:
+    """The configuration of plain values."""
     values = dict(values)
     kind: Any = Finetune if values.pop("kind") == "finetune" else Untrained
     found: Configuration = build(kind, values, where)

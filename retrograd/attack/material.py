@@ -31,11 +31,12 @@ import yaml
 
 from retrograd.query.prompts import find_template, render
 from retrograd.runs.files import write_atomic
-from retrograd.settings.attack import AttackConfig
+from retrograd.settings.attack import CONTROLS, AttackConfig
 from retrograd.settings.tasks import tasks_from, tasks_of_lab
 
-__all__ = ["Material", "material_of", "split_entities"]
+__all__ = ["ASKED_SPLITS", "Material", "attacked_models", "material_of", "shallow_unlearning", "split_entities"]
 
+ASKED_SPLITS = ("paraphrase", "heldout")  # of a lab's questions
 _DOCUMENTS = 16  # of prose: documents are read one by one, at each evaluation
 _CLOZE = find_template(None, "cloze").name
 
@@ -73,6 +74,33 @@ def material_of(config: AttackConfig) -> Material:
     if not any(task.role != "forget" and task.choices for task in tasks.values()):
         raise ValueError(f"{config.tasks} has no task of choices beside what is to go: add one, for general ability")
     return Material({key: tuple(found) for key, found in sources.items()}, config.tasks, config.half, False)
+
+
+def attacked_models(config: AttackConfig, shallow: str | None) -> list[tuple[str, str]]:
+    """(role, source) of every model: controls first, for the others are measured against them.
+
+    Args:
+        shallow: The model whose unlearning is known to be shallow, if there is one.
+    """
+    controls = {role: getattr(config, role) for role in CONTROLS} | {"shallow": shallow}
+    if config.lab is not None:
+        for role in ("base", "filtered", "random"):
+            controls[role] = controls[role] or str(config.lab / "models" / role)
+    found = [(role, source) for role, source in controls.items() if source is not None]
+    taken = {source for _, source in found}
+    return [*found, *(("model", source) for source in config.model if source not in taken)]
+
+
+def shallow_unlearning(lab: Path) -> dict[str, Any]:
+    """The settings of a lab's unlearning that is known to be shallow: grad_diff, every token alike."""
+
+    def corpora(*names: str) -> tuple[str, ...]:
+        return tuple(str(lab / f"corpora/{name}.jsonl") for name in names)
+
+    return {
+        "model": str(lab / "models/base"), "forget": corpora("forget", "exam_forget"),
+        "retain": corpora("retain", "exam_retain", "prose", "chat"), "train": {"lr": 1e-3, "epochs": 2},
+    }  # fmt: skip
 
 
 def split_entities(facts: list[dict[str, Any]], seed: int = 0) -> tuple[set[str], set[str]]:
@@ -155,7 +183,7 @@ def _questions(lab: Path, facts: list[dict[str, Any]], first: set[str]) -> dict[
     entity = {fact["fact"]: fact["entity"] for fact in facts}
     found: dict[str, list[dict[str, Any]]] = {"forget_a": [], "forget_b": [], "retain": []}
     for side in ("forget", "retain"):
-        for split in ("paraphrase", "heldout"):
+        for split in ASKED_SPLITS:
             for row in _read(lab / f"questions/{side}_{split}.jsonl"):
                 name = entity[row["fact"]]
                 where = "retain" if side == "retain" else "forget_a" if name in first else "forget_b"

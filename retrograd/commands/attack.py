@@ -12,7 +12,7 @@ from rich.console import Console
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
 from retrograd.attack.folder import Attacked, Folder, claim_folder, refuse_foreign
-from retrograd.attack.material import Material, material_of
+from retrograd.attack.material import Material, attacked_models, material_of, shallow_unlearning
 from retrograd.attack.tell import show_findings, write_findings
 from retrograd.attack.untrained.attacks import find_untraining
 from retrograd.attack.untrained.run import carry_out_untrained
@@ -20,9 +20,9 @@ from retrograd.commands.attack_scores import attribute, check_attribution
 from retrograd.commands.training import MODEL, carry_out
 from retrograd.commands.unlearn import unlearn
 from retrograd.evaluate.folder import plain
+from retrograd.experiment.tasks import unlearn_config
 from retrograd.runs.lock import locked
 from retrograd.settings.attack import (
-    CONTROLS,
     AttackConfig,
     Configuration,
     Finetune,
@@ -31,9 +31,8 @@ from retrograd.settings.attack import (
     configurations,
     name_of,
 )
-from retrograd.settings.unlearn import UnlearnConfig, UnlearnTrainConfig
 
-__all__ = ["attack"]
+__all__ = ["attack", "meet"]
 
 
 def attack(config: AttackConfig, console: Console | None = None) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
         refuse_foreign(config.out)
         material = material_of(config)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
-        folder = claim_folder(config.out, _sources(config, shallow), configurations(config), material)
+        folder = claim_folder(config.out, attacked_models(config, shallow), configurations(config), material)
         _carry_out(config, folder, material, console)
         found = findings(folder, config.utility)
         write_findings(found, config.out)
@@ -71,32 +70,11 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
 
 
 def _shallow(config: AttackConfig, lab: Path) -> str:
-    """A lab's model whose unlearning is known to be shallow: gradient difference, every token alike."""
+    """A lab's model whose unlearning is known to be shallow."""
     run = config.out / "shallow"
-
-    def corpora(*names: str) -> tuple[str, ...]:
-        return tuple(str(lab / f"corpora/{name}.jsonl") for name in names)
-
-    unlearn(
-        UnlearnConfig(
-            run=run, model=str(lab / "models/base"), method="grad_diff", device=config.device,
-            forget=corpora("forget", "exam_forget"), retain=corpora("retain", "exam_retain", "prose", "chat"),
-            train=UnlearnTrainConfig(lr=1e-3, epochs=2), heartbeat=config.heartbeat,
-        ),
-        Console(quiet=True),
-    )  # fmt: skip
+    values = {**shallow_unlearning(lab), "run": run, "device": config.device, "heartbeat": config.heartbeat}
+    unlearn(unlearn_config("grad_diff", values, "the shallow control"), Console(quiet=True))
     return str(run / MODEL)
-
-
-def _sources(config: AttackConfig, shallow: str | None) -> list[tuple[str, str]]:
-    """(role, source) of every model: controls first, for the others are measured against them."""
-    controls = {role: getattr(config, role) for role in CONTROLS} | {"shallow": shallow}
-    if config.lab is not None:
-        for role in ("base", "filtered", "random"):
-            controls[role] = controls[role] or str(config.lab / "models" / role)
-    found = [(role, source) for role, source in controls.items() if source is not None]
-    taken = {source for _, source in found}
-    return [*found, *(("model", source) for source in config.model if source not in taken)]
 
 
 def _carry_out(config: AttackConfig, folder: Folder, material: Material, console: Console) -> None:
@@ -122,12 +100,25 @@ def _attribute(config: AttackConfig, folder: Folder, material: Material, console
 
 def _meet(config: AttackConfig, folder: Folder, material: Material, target: Attacked, name: str) -> None:
     """One configuration against one model."""
-    one: Configuration = folder.configurations[name]
-    place: Path = folder.place(target, name)
+    base = folder.of_role("base")
+    place = folder.place(target, name)
+    meet(config, folder.configurations[name], target.source, base and base.source, place, material)
+
+
+def meet(
+    config: AttackConfig, one: Configuration, model: str, base: str | None, place: Path, material: Material
+) -> None:
+    """One configuration against one model, resumed where a kill left it.
+
+    Args:
+        base: The model before unlearning, which some attacks without training take.
+        place: Where its runs or answers go.
+    Raises:
+        ValueError: For anything the user can mend.
+        RunError: For a failure of the machine; the same call resumes.
+    """
     if isinstance(one, Untrained):
-        base = folder.of_role("base")
-        source = base.source if base is not None else None
-        carry_out_untrained(one, target.source, source, place, material.sources, material.tasks, config)
-    else:
-        for phase in phases(one, target.source, place, material.sources, material.tasks, config):
-            carry_out(phase.config, "attack", partial(set_up_phase, phase.config), Console(quiet=True))
+        carry_out_untrained(one, model, base, place, material.sources, material.tasks, config)
+        return
+    for phase in phases(one, model, place, material.sources, material.tasks, config):
+        carry_out(phase.config, "attack", partial(set_up_phase, phase.config), Console(quiet=True))

@@ -1,133 +1,198 @@
-"""`retrograd compare`: models × attacks, pairs of models, fronts and ranks, out of folders of attacks."""
+"""`retrograd compare`: groups of models × attacks, pairs, fronts and ranks, out of folders of attacks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from retrograd.attack.compare import compared, read_faced
+from retrograd.attack.compare import compared
+from retrograd.attack.faced import read_faced
 from retrograd.attack.tell import markdown_table
 from retrograd.evaluate.answers import write_table
 from retrograd.runs.files import write_atomic, write_json
-from retrograd.settings.attack import CompareConfig
+from retrograd.settings.commands import CompareConfig
 
-__all__ = ["compare"]
+__all__ = ["compare", "written"]
+
+_MOST_PAIRS = 40  # rows of attack by attack; all are in compare.json
+_TOLD = (
+    "Models that differ by seed alone are one row. Accuracies in %, intervals of 95 % that draw models, seeds of the "
+    "attack and entities or questions again; with one seed of a kind they say nothing of others."
+)
+
+Section = tuple[str, list[str], list[list[str]]]
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> None:
-    """Write compare.json, compare.parquet and compare.md, and show the table.
+    """Write compare.json, compare.parquet and compare.md, and show the tables.
 
     Raises:
         ValueError: If a folder holds no attacks, or they cannot be compared.
     """
     console = console or Console()
+    found, output = _found(config), config.output or config.folders[0]
+    _write(found, config, output)
+    for title, head, rows in _sections(found):
+        if rows:
+            table = Table(*head, title=title)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+    for line in _notes(found):
+        console.print(line)
+    console.print(f"{output}: compare.json, compare.parquet and compare.md")
+
+
+def written(config: CompareConfig) -> list[str]:
+    """The same files, and the Markdown's lines for a table that others are in too; nothing where none can be made."""
+    try:
+        found = _found(config)
+    except ValueError as error:
+        return ["", "## Under attack", "", str(error)]
+    text = _write(found, config, config.output or config.folders[0])
+    return ["", "## Under attack", "", *text.replace("\n## ", "\n### ").splitlines()[2:]]
+
+
+def _found(config: CompareConfig) -> dict[str, Any]:
     if not config.folders:
         raise ValueError("nothing to compare: give folders of `retrograd attack`")
     if not config.utility >= 0:
         raise ValueError(f"--utility is {config.utility}; it has to be 0 or more")
-    found = compared(read_faced(config.folders, config.utility))
-    output = config.output or config.folders[0]
+    return compared(read_faced(config.folders, config.utility))
+
+
+def _write(found: dict[str, Any], config: CompareConfig, output: Path) -> str:
     write_json(output / "compare.json", {"utility": config.utility, **found})
-    _write_parquet(output / "compare.parquet", found["table"])
-    every = _sections(found)
-    sections = [section for section in every if section[2]]
-    missing = _missing(every)
-    text = f"# Models under attack\n\nGeneral accuracy lost at most: {config.utility:g}.\n\n"
+    _write_parquet(output / "compare.parquet", found)
+    text = f"# Models under attack\n\nGeneral accuracy lost at most: {config.utility:g}. {_TOLD}\n\n"
+    sections = [section for section in _sections(found) if section[2]]
     text += "".join(f"## {title}\n\n{markdown_table(head, rows)}\n" for title, head, rows in sections)
-    text += f"{missing}\n" if missing else ""
+    text += "".join(f"* {line}\n" for line in _notes(found))
     write_atomic(output / "compare.md", partial(Path.write_text, data=text, encoding="utf8"))
-    for title, head, rows in sections:
-        table = Table(*head, title=title)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    if missing:
-        console.print(missing)
-    console.print(f"{output}: compare.json, compare.parquet and compare.md")
+    return text
 
 
-def _write_parquet(path: Path, table: list[dict[str, Any]]) -> None:
+def _write_parquet(path: Path, found: dict[str, Any]) -> None:
+    """A row for each model and configuration, and one for each group and attack (model null)."""
     import pyarrow
 
-    flat = [{**row, **{f"{name}_{end}": None if row[name] is None else row[name][place]
-                       for name in ("interval", "latent_interval") for place, end in enumerate(("low", "high"))}}
-            for row in table]  # fmt: skip
-    names = [name for name in flat[0] if name not in ("interval", "latent_interval")]
+    rows = [dict(row) for row in found["table"]]
+    for cell in found["cells"]:
+        attack = found["attacks"][cell["attack"]]
+        row = {"method": found["groups"][cell["group"]]["label"], "role": found["groups"][cell["group"]]["role"],
+               "attack": attack["readable"], "valid": attack["valid"], "probe": attack["probe"],
+               "retain_after": cell["retain_after"]}  # fmt: skip
+        for name in ("after", "latent"):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), cell[name] or (None,) * 3))
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
     texts, flags = ("model", "method", "role", "attack"), ("valid", "probe")
     types = {name: pyarrow.string() if name in texts else pyarrow.bool_() if name in flags else pyarrow.float64()
              for name in names}  # fmt: skip
-    types["step"] = pyarrow.int64()
-    write_table(path, {name: [row[name] for row in flat] for name in names}, types, {"kind": "Compared"})
+    types |= {"step": pyarrow.int64(), "seed": pyarrow.int64()}
+    write_table(path, {name: [row.get(name) for row in rows] for name in names}, types, {"kind": "Compared"})
 
 
-def _missing(sections: list[tuple[str, list[str], list[list[str]]]]) -> str:
-    """Why some tables have no rows; empty where all have."""
-    empty = ", ".join(title.split(",")[0].split(":")[0].lower() for title, _, rows in sections if not rows)
-    return empty and (
-        f"No {empty}: they take attacks that are no probes and bring back the shallow model, and models that "
-        "keep their general ability."
-    )
-
-
-def _sections(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def _sections(found: dict[str, Any]) -> list[Section]:
     """Title, head and rows of every table."""
-    names = {name: (one["method"] or name) if one["role"] == "model" else one["role"]
-             for name, one in found["models"].items()}  # fmt: skip
-    labels = {name: label if list(names.values()).count(label) == 1 else f"{label} ({name})"
-              for name, label in names.items()}  # fmt: skip
-    attacks = dict.fromkeys(row["attack"] for row in found["table"])
-    by = {(row["model"], row["attack"]): row for row in found["table"]}
-    starts = {row["model"]: row for row in found["table"]}
-    table = [
-        [label, f"{_percent(starts[name]['before'])} / {_percent(starts[name]['retain_before'])}",
-         *(_cell(by.get((name, attack))) for attack in attacks)]
-        for name, label in labels.items()
-    ]  # fmt: skip
-    marks = {row["attack"]: " (probe)" if row["probe"] else " (invalid)" if row["valid"] is False else ""
-             for row in found["table"]}  # fmt: skip
-    pairs = [[pair["attack"], labels[pair["first"]], labels[pair["second"]], _signed(pair), f"{pair['p']:.2g}"]
-             for pair in found["pairs"]]  # fmt: skip
-    fronts = [
-        [when, labels[name], _percent(forget), _percent(retain), "yes" if name in told["front"] else ""]
-        for when, told in found["fronts"].items()
-        for name, (forget, retain) in told["points"].items()
-    ]
+    label = {group: one["label"] for group, one in found["groups"].items()}
+    pairs = [[_attack(found, pair), label[pair["first"]], label[pair["second"]], _points(pair)]
+             for pair in found["pairs"] if pair["attack"] is None or len(found["pairs"]) <= _MOST_PAIRS]  # fmt: skip
     ranks = [
-        [name, _ranked(one), str(one["models"]), str(one["attacks"])]
-        for name, one in sorted(found["ranks"].items(), key=lambda item: item[1]["rank"])
+        [label[group], _ranked(one), str(one["models"]), str(one["attacks"]), str(one["seeds"])]
+        for group, one in sorted(found["ranks"].items(), key=lambda item: item[1]["rank"])
     ]
-    head = ["model", "forget / retain before", *(f"{attack}{marks[attack]}" for attack in attacks)]
-    paired = ["attack", "first", "second", "difference", "p"]
     return [
-        ("Forget accuracy after attack (and latent recovery)", head, table),
-        ("Pairs: second minus first, points of forget accuracy", paired, pairs),
-        ("Fronts", ["when", "model", "forget", "retain", "on the front"], fronts),
-        ("Ranks, 1 the lowest forget accuracy", ["method", "mean rank", "models", "attacks"], ranks),
+        ("Each before attack and after its worst one", _HEAD, list(_summary(found, label))),
+        *_cells(found, label),
+        ("Pairs: second minus first, points of forget accuracy after attack",
+         ["attack", "first", "second", "difference"], pairs),
+        ("Ranks, 1 the lowest forget accuracy after attack", ["group", "mean rank", "models", "attacks", "seeds"],
+         ranks),
     ]  # fmt: skip
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
+_HEAD = ["group", "models", "forget before", "retain before", "forget after", "worst attack", "retain there", "latent",
+         "on the front"]  # fmt: skip
+
+
+def _summary(found: dict[str, Any], label: dict[str, str]) -> Iterator[list[str]]:
+    before, after = found["fronts"]["before"], found["fronts"]["after"]
+    for group, start in before["points"].items():
+        end = after["points"].get(group)
+        front = [when for when, told in (("before", before), ("after", after)) if group in told["front"]]
+        cells = [_estimate(end["forget"]), found["attacks"][end["attack"]]["readable"],
+                 f"{100 * end['retain'][0]:.1f}"] if end else ["–", "–", "–"]  # fmt: skip
+        yield [label[group], str(len(found["groups"][group]["models"])), _estimate(start["forget"]),
+               _estimate(start["retain"]), *cells, _estimate(found["latent"].get(group), "{:+.0f}"),
+               ", ".join(front)]  # fmt: skip
+
+
+def _cells(found: dict[str, Any], label: dict[str, str]) -> Iterator[Section]:
+    """Groups × attacks: accuracy after, and latent recovery."""
+    by = {(cell["group"], cell["attack"]): cell for cell in found["cells"]}
+    head = ["group", *(_marked(one) for one in found["attacks"].values())]
+    after = [[name, *(_cell(by.get((group, attack))) for attack in found["attacks"])] for group, name in label.items()]
+    yield "Forget accuracy after attack", head, after
+    shown = [attack for attack in found["attacks"] if any(cell["latent"] for cell in by.values()
+                                                          if cell["attack"] == attack)]  # fmt: skip
+    head = ["group", *(_marked(found["attacks"][attack]) for attack in shown)]
+    latent = [[name, *(_estimate(by.get((group, attack), {}).get("latent"), "{:+.0f}") for attack in shown)]
+              for group, name in label.items() if found["groups"][group]["role"] != "filtered"]  # fmt: skip
+    yield "Latent recovery, points", head, latent if shown else []
+
+
+def _marked(attack: dict[str, Any]) -> str:
+    mark = " (probe)" if attack["probe"] else " (invalid)" if attack["valid"] is False else ""
+    return f"{attack['readable']}{mark}"
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
         return "not met"
-    if row["after"] is None:
-        return "general ability is lost"
-    low, high = row["interval"]
-    latent = "" if row["latent"] is None or row["role"] == "filtered" else f", latent {100 * row['latent']:+.0f}"
-    return f"{_percent(row['after'])} ({100 * low:.0f}–{100 * high:.0f}) @ {row['step']}{latent}"
+    if cell["after"] is None:
+        return "general ability is lost" if cell["lost"] else "not met"
+    lost = f", {cell['lost']} lost" if cell["lost"] else ""
+    return f"{_estimate(cell['after'])} @ {np.median(cell['steps']):g}{lost}"
 
 
-def _signed(pair: dict[str, Any]) -> str:
-    low, high = pair["interval"]
-    return f"{100 * pair['difference']:+.1f} ({100 * low:+.0f} to {100 * high:+.0f})"
+def _notes(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if found["unranked"]:
+        lost = ", ".join(found["groups"][group]["label"] for group in found["unranked"])
+        lines.append(f"Without a rank, for no model of theirs keeps its general ability: {lost}.")
+    for attack in found["attacks"].values():
+        if attack["invalid_seeds"] and attack["valid"] is not False:
+            lines.append(f"{attack['readable']}: seeds {attack['invalid_seeds']} do not bring back the shallow model, "
+                         "and are left out.")  # fmt: skip
+    if not any(attack["counts"] for attack in found["attacks"].values()):
+        lines.append("No pairs, fronts, ranks: they take attacks that are no probes and bring back the shallow model.")
+    return lines
+
+
+def _attack(found: dict[str, Any], pair: dict[str, Any]) -> str:
+    if pair["attack"] is None:
+        return f"all {pair['attacks']}"
+    return str(found["attacks"][pair["attack"]]["readable"])
+
+
+def _points(pair: dict[str, Any]) -> str:
+    return _estimate([pair["difference"], *pair["interval"]], "{:+.1f}")
+
+
+def _estimate(one: list[float] | None, form: str = "{:.1f}") -> str:
+    """value (low to high), in percent or points."""
+    if one is None:
+        return "–"
+    value, low, high = (form.format(100 * x) for x in one)
+    return f"{value} ({low} to {high})"
 
 
 def _ranked(one: dict[str, Any]) -> str:
-    return f"{one['rank']:.2f} ({one['interval'][0]:.2f}–{one['interval'][1]:.2f})"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+    return f"{one['rank']:.2f} ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,16 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from retrograd.attack.findings import findings
+from retrograd.attack.material import material_of
+from retrograd.attack.tell import write_findings
+from retrograd.commands.attack import meet
+from retrograd.commands.compare import written
 from retrograd.commands.magic import magic
 from retrograd.commands.unlearn import unlearn
-from retrograd.durable import foreign, make_folder
+from retrograd.durable import LOCK, foreign, make_folder
 from retrograd.evaluate.metrics import check_column
+from retrograd.experiment.attacked import ATTACKS, gathered
 from retrograd.experiment.carry import Runners
 from retrograd.experiment.grid import GridMaker, write_grid
 from retrograd.experiment.lease import Queue
@@ -27,10 +35,16 @@ from retrograd.experiment.seen import refuse_oracles
 from retrograd.experiment.table import write_results
 from retrograd.experiment.tasks import Maker
 from retrograd.experiment.work import STARTED_BY, Stop, StoppedError, stoppable, work
+from retrograd.lab.build import lab
 from retrograd.runs.files import write_atomic
+from retrograd.runs.lock import locked
 from retrograd.runs.progress import overall
-from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, read_experiment
+from retrograd.settings.attack import AttackConfig, Configuration
+from retrograd.settings.attacked import LAB
+from retrograd.settings.commands import CompareConfig, LabConfig
+from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, lab_of, read_experiment
 from retrograd.settings.grid import GridSpec, is_grid, read_grid
+from retrograd.settings.parse import build
 
 __all__ = ["experiment"]
 
@@ -49,36 +63,41 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     console = console or Console()
     if config.workers < 1 or not config.lease > 0:
         raise ValueError(f"--workers is {config.workers} and --lease {config.lease}: at least 1, and above 0")
-    maker = _maker(config)
+    maker = _maker(config, console)
     _claim(config.out, maker.spec, write=True)
     queue = Queue(config.out.resolve() / TASKS, config.lease)
     if config.retry:
         queue.forget_failures()
     with stoppable() as stop, _others(config, stop), _shown(queue) as show:
         try:
-            plan = work(maker, queue, Runners(magic, unlearn), show, stop)
+            plan = work(maker, queue, Runners(magic, unlearn, partial(_meet, config.out)), show, stop)
         except StoppedError:
             console.print("stopped; the same command goes on")
             return 143
-    text = (
-        write_grid(maker, queue, plan.lost(queue), config.out, config.file.stem)
-        if isinstance(maker, GridMaker)
-        else write_results(maker.spec, plan, queue, config.out, config.file.stem)
-    )
+    if isinstance(maker, GridMaker):
+        text = write_grid(maker, queue, plan.lost(queue), config.out, config.file.stem)
+    else:
+        told = _attacked(maker.spec, plan, queue, config.out)
+        text = write_results(maker.spec, plan, queue, config.out, config.file.stem, told)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     lost = plan.lost(queue)
     console.print(f"{config.out / 'results.md'}: {len(plan.tasks) - len(lost)} of {len(plan.tasks)} tasks are done.")
     return 1 if lost else 0
 
 
-def _maker(config: ExperimentConfig) -> Maker | GridMaker:
+def _maker(config: ExperimentConfig, console: Console) -> Maker | GridMaker:
     """What makes the tasks of a file; what cannot work is told now."""
     if is_grid(config.file):
         grid = read_grid(config.file, config.names)
         _claim(config.out, grid, write=False)
         return GridMaker(grid)
-    spec = read_experiment(config.file, config.names)
+    built = lab_of(config.file, config.names, config.out.resolve() / LAB)
+    names = config.names if built is None else (*config.names, f"{LAB}={built.dir}")
+    spec = read_experiment(config.file, names)
     _claim(config.out, spec, write=False)
+    if built is not None:
+        _claim(config.out, spec, write=True)
+        _build(built, console)
     refuse_oracles(spec)
     for column in spec.columns:
         check_column(column, spec.report.tasks)
@@ -86,6 +105,34 @@ def _maker(config: ExperimentConfig) -> Maker | GridMaker:
     for method in spec.methods:
         maker.config(method, spec.seeds[0], None)
     return maker
+
+
+def _build(config: LabConfig, console: Console) -> None:
+    """The lab of the experiment, finished; another worker may be building it."""
+    with locked(config.dir.parent, f"{LOCK}-{LAB}", patience=math.inf, tidy=False):
+        lab(config, Console(quiet=True))
+    console.print(f"{config.dir}: the lab is built.")
+
+
+def _meet(out: Path, settings: dict[str, Any], one: Configuration, model: str, place: Path) -> None:
+    """An attack's configuration against a model. What attacks train on is shared by all tasks, for files of one name
+    have one content."""
+    config: AttackConfig = build(AttackConfig, {**settings, "out": out / ATTACKS, "heartbeat": 5.0}, "attack")
+    base = config.base or str(config.lab and config.lab / "models/base")
+    meet(config, one, model, base, place, material_of(config))
+
+
+def _attacked(spec: ExperimentSpec, plan: Plan, queue: Queue, out: Path) -> list[str]:
+    """Write what attacks found and compare models under them; the tables, as Markdown."""
+    config = spec.attacked(out.resolve() / ATTACKS)
+    if config is None:
+        return []
+    with locked(config.out, patience=math.inf, tidy=False):
+        folder = gathered(config, plan, queue)
+        if folder is None:
+            return []
+        write_findings(findings(folder, config.utility), config.out)
+        return written(CompareConfig((config.out,), utility=config.utility[0]))
 
 
 def _claim(out: Path, spec: ExperimentSpec | GridSpec, *, write: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from rich.console import Console
 
+from retrograd.attack.folder import configuration_from
 from retrograd.durable import remove
 from retrograd.evaluate.folder import content
 from retrograd.experiment.grid import attribute
@@ -22,22 +23,27 @@ from retrograd.select.analysis import analyse
 from retrograd.select.arms import Arm, Arms
 from retrograd.select.files import Stated
 from retrograd.select.sources import DataSet, Scored, load_data, load_scores
+from retrograd.settings.attack import Configuration
 from retrograd.settings.parse import build
 from retrograd.settings.run import MagicConfig
 from retrograd.settings.select import FeasibleConfig, SelectConfig
 from retrograd.settings.unlearn import ONES, UnlearnConfig, parse_source
 
-__all__ = ["Runners", "carry_out"]
+__all__ = ["MEETING", "MODEL", "Runners", "carry_out"]
 
-RUN, MODEL = "run", "run/model"  # in a task's folder
+RUN, MODEL, MEETING = "run", "run/model", "meeting"  # in a task's folder
 _HEARTBEAT = 5.0  # seconds between resume points, unless the file says otherwise
 
 
 class Runners(NamedTuple):
-    """The commands that a task is a run of; they stand above this room."""
+    """The commands that a task is a run of; they stand above this room.
+
+    meet: an attack's configuration against a model: its settings, the configuration, the model, and where it goes.
+    """
 
     magic: Callable[[MagicConfig, Console], Any]
     unlearn: Callable[[UnlearnConfig, Console], Any]
+    meet: Callable[[dict[str, Any], Configuration, str, Path], Any]
 
 
 def carry_out(
@@ -69,9 +75,16 @@ def carry_out(
         case "attribute":
             return attribute(task, folder / RUN, runners.magic, console)
         case "measure":
-            asked = what["model"]
-            model = str(done(asked["task"]) / MODEL) if "task" in asked else asked["folder"]
-            return measure(what, model, folder / "answers")
+            return measure(what, _model(what, done), folder / "answers")
+        case "attack":
+            one = configuration_from(what["configuration"], task.name)
+            runners.meet(what["settings"], one, _model(what, done), folder / MEETING)
+            return {}
+
+
+def _model(what: dict[str, Any], done: Callable[[str], Path]) -> str:
+    asked = what["model"]
+    return str(done(asked["task"]) / MODEL) if "task" in asked else str(asked["folder"])
 
 
 def _training(task: Task, run: Path, done: Callable[[str], Path]) -> UnlearnConfig:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from retrograd.evaluate.crossed import crossed
 from retrograd.evaluate.intervals import Estimate
-from retrograd.experiment.paired import crossed
 from retrograd.experiment.results import ArmResult, sides
 from retrograd.select.controls import RANDOM
 from retrograd.settings.experiment import ExperimentSpec

@@ -2,22 +2,25 @@
 
 For each arm (match, method, weighting) its setting is found on the first seed, a training and a measuring after the
 other (`tune`); then every seed is trained at it and reported. So the tasks are known as far as what is done tells, and
-whoever looks at the same results sees the same tasks.
+whoever looks at the same results sees the same tasks. With an entry `attack` every model of a report then meets every
+configuration, controls beside them; one configuration after the other, so that what is done first is a whole column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from retrograd.attack.material import attacked_models
 from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.seen import tuning_value
 from retrograd.experiment.tasks import Maker, Task
 from retrograd.experiment.tune import Chosen, Goal, Impossible, Try, bisect
+from retrograd.settings.attack import Configuration, configurations
 from retrograd.settings.experiment import Match, TuneSpec
 
-__all__ = ["Arm", "ArmPlan", "Plan", "Results", "planned"]
+__all__ = ["Arm", "ArmPlan", "Meeting", "Plan", "Results", "planned"]
 
 
 class Results(Protocol):
@@ -59,6 +62,17 @@ class ArmPlan:
     more: int = 0  # tasks to come that are not known yet
 
 
+class Meeting(NamedTuple):
+    """A configuration of an attack against a model. group: the arm, of whose seeds the model is one; model: the task
+    that trains it, or its folder; task: the meeting's own."""
+
+    role: str
+    group: str | None
+    model: Task | str
+    configuration: Configuration
+    task: str
+
+
 class Plan(NamedTuple):
     """tasks: by name, in the order in which they are wanted; base, never: their measurings of the report."""
 
@@ -67,6 +81,7 @@ class Plan(NamedTuple):
     base: str | None
     never: str | None
     analyses: dict[str, list[str]]
+    meetings: tuple[Meeting, ...] = ()
 
     @property
     def more(self) -> int:
@@ -111,7 +126,35 @@ def planned(maker: Maker | GridMaker, results: Results) -> Plan:
         for method in spec.methods
         for weighting in spec.methods[method].weightings or spec.weightings
     ]
-    return Plan(tasks, arms, base, never, analyses)
+    return Plan(tasks, arms, base, never, analyses, tuple(_meetings(maker, arms, tasks, add)))
+
+
+def _meetings(maker: Maker, arms: list[ArmPlan], tasks: dict[str, Task], add: Callable[..., Task]) -> Iterator[Meeting]:
+    """Every model under every configuration, controls first; those of arms whose setting is not known come later."""
+    config = maker.spec.attacked()
+    if config is None:
+        return
+    lab = config.lab if config.shallow is None else None
+    made = add(maker.shallow(lab)) if lab is not None else None
+    models: list[tuple[str, str | None, Task | str]] = [
+        (role, None, source) for role, source in attacked_models(config, config.shallow) if role != "model"
+    ]
+    models += [("shallow", None, made)] if made is not None else []
+    models += [("model", _group(maker, arm), tasks[name]) for arm in arms for name in arm.trains.values()]
+    every = configurations(config)
+    for arm in arms:
+        arm.more += len(every) * (len(maker.spec.seeds) - len(arm.trains)) if not arm.reason else 0
+    for one in every:
+        for role, group, model in models:
+            yield Meeting(role, group, model, one, add(maker.attack(model, one)).name)
+
+
+def _group(maker: Maker, plan: ArmPlan) -> str:
+    """An arm among those that are attacked."""
+    arm = plan.arm
+    parts = [arm.method, *([arm.weighting] if len(maker.spec.weightings) > 1 else []),
+             *([arm.match] if len(maker.spec.match) > 1 else [])]  # fmt: skip
+    return " × ".join(parts)
 
 
 def _arm(maker: Maker, results: Results, arm: Arm, add: Callable[..., Task]) -> ArmPlan:

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from retrograd.attack.material import ASKED_SPLITS
 from retrograd.data.documents import documents_of
 from retrograd.experiment.tasks import dataset_of, texts_in
 from retrograd.settings.experiment import ExperimentSpec, Match
 from retrograd.settings.parse import read_yaml
 from retrograd.settings.question import Source
+from retrograd.settings.tasks import tasks_from
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
 __all__ = ["refuse_oracles", "tuning_value"]
@@ -63,6 +65,7 @@ def refuse_oracles(spec: ExperimentSpec) -> None:
         if Path(path).name == _FACTS and (Path(path).parent / "lab.json").exists():
             raise ValueError(f"{who} reads {path}, the table of facts of a lab: only the control keyword may")
     reported = {key for source in spec.report.tasks.values() if source.choices for key in _keys(source)}
+    reported |= {key for source in _attacked(spec) for key in _keys(source)}
     rows = {key for text in spec.report.rows for key in _keys(parse_source(text, UnlearnConfig()))}
     for who, source in _sources(spec):
         shared = len((reported | rows).intersection(_keys(source)))
@@ -71,6 +74,20 @@ def refuse_oracles(spec: ExperimentSpec) -> None:
                 f"{who} reads {source.dataset}, of which {shared} documents or questions are in `report`: choose by "
                 "one split and report another, such as split: train[:50%] and train[50%:]"
             )
+
+
+def _attacked(spec: ExperimentSpec) -> Iterator[Source]:
+    """The questions that attacks ask."""
+    config = spec.attacked()
+    if config is None:
+        return
+    if config.lab is not None:
+        for side in ("forget", "retain"):
+            for split in ASKED_SPLITS:
+                yield Source(str(config.lab / f"questions/{side}_{split}.jsonl"))
+        return
+    assert config.tasks is not None, "checked by the settings"
+    yield from (task for task in tasks_from(config.tasks).values() if task.choices)
 
 
 def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from retrograd.evaluate.answers import write_table
+from retrograd.evaluate.crossed import crossed, crossed_position
 from retrograd.evaluate.intervals import Estimate
 from retrograd.evaluate.metrics import Given, by_name, estimated
 from retrograd.experiment.claims import Claim, Comparison, compared, decided
-from retrograd.experiment.paired import crossed, crossed_position
 from retrograd.experiment.plan import Plan, Results
 from retrograd.experiment.results import ArmResult, Measured, collected, read_model, sides
 from retrograd.runs.files import write_atomic
@@ -48,11 +48,22 @@ class Line(NamedTuple):
         return self.position is not None and self.drop is not None and self.position.low <= 0 and self.drop <= DROP
 
 
-def write_results(spec: ExperimentSpec, plan: Plan, results: Results, out: Path, title: str) -> str:
-    """Write results.parquet and results.md, of what is there; returns the Markdown."""
+def write_results(
+    spec: ExperimentSpec, plan: Plan, results: Results, out: Path, title: str, attacked: Sequence[str] = ()
+) -> str:
+    """Write results.parquet and results.md, of what is there; returns the Markdown.
+
+    Args:
+        attacked: What attacks found, as lines of Markdown.
+    """
     base, never = (read_model(spec, results, name) for name in (plan.base, plan.never))
     found = lines(spec, collected(spec, plan, results), base, never)
-    text = "\n".join(_markdown(spec, plan, results, found, base, never, title)) + "\n"
+    told = [
+        *_markdown(spec, plan, results, found, base, never, title),
+        *attacked,
+        *_missing(plan, results, found, base, never),
+    ]
+    text = "\n".join(told) + "\n"
     write_atomic(out / "results.md", lambda temporary: temporary.write_text(text, encoding="utf8"))
     rows = [row for line in found for row in _rows(spec, line)]
     rows += [row for name, model in (("base", base), ("never", never)) if model for row in _model_rows(name, model)]
@@ -131,6 +142,11 @@ def _markdown(
         yield from ("", f"## Analysis: {name}", "")
         for outcome in filter(None, map(results.result, tasks)):
             yield from _analysis(outcome)
+
+
+def _missing(
+    plan: Plan, results: Results, found: list[Line], base: Measured | None, never: Measured | None
+) -> Iterator[str]:
     gone = [f"* `{name}`: {reason}" for name, reason in plan.lost(results).items()]
     gone += _unmeasured(found, base, never)
     lost = Counter((column, one) for line in found for column, one in line.metrics.items() if isinstance(one, str))

@@ -6,6 +6,7 @@
     train     an unlearning                                                                     a run of `unlearn`
     measure   a model's answers, and its divergence from the base on held-out rows              files and numbers
     attribute a recipe's scores, its metasmoothness, and how they predict retraining (`grid`)   a run of `magic`
+    attack    one configuration of an attack against one model                                  runs of `attack`
 
 Two tasks that are made of the same are one; two that are not have different names.
 """
@@ -20,18 +21,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from retrograd.attack.folder import values_of
+from retrograd.attack.material import shallow_unlearning
 from retrograd.evaluate.folder import content
+from retrograd.settings.attack import AttackConfig, Configuration
 from retrograd.settings.experiment import AskedSpec, CorporaSpec, ExperimentSpec, WeightingSpec
 from retrograd.settings.parse import build
 from retrograd.settings.run import MagicConfig, to_dict
+from retrograd.settings.tasks import tasks_from
 from retrograd.settings.unlearn import ONES, UnlearnConfig, check_unlearn, parse_source, with_objective
 from retrograd.unlearn.methods import find_method
 
 __all__ = ["Kind", "Maker", "Task", "dataset_of", "merged", "named", "nested", "texts_in", "unlearn_config"]
 
 T = TypeVar("T")
-Kind = Literal["scores", "select", "analyse", "train", "measure", "attribute"]
+Kind = Literal["scores", "select", "analyse", "train", "measure", "attack", "attribute"]
 _RULE = ("rule", "use", "alpha", "soft", "clip", "q", "k")
+_MEETING = ("lab", "data", "tasks", "half", "base", "max_passes", "max_length", "chunk_length", "limit", "batch_size",
+            "tokenizer", "device")  # of an attack's settings, what makes a meeting another one  # fmt: skip
 
 
 class Task(NamedTuple):
@@ -146,6 +153,31 @@ class Maker:
         needs = [model.name] if isinstance(model, Task) else []
         return self._task("measure", f"{split}-{label}", needs, what, read if trained else [*read, str(model)])
 
+    @_once
+    def shallow(self, lab: Path) -> Task:
+        """The unlearning of a lab that is known to be shallow: attacks have to bring its model back."""
+        values = {**shallow_unlearning(lab), "dtype": self.common.dtype, "device": self.common.device}
+        config = unlearn_config("grad_diff", values, "the shallow control")
+        read = [config.model, *map(dataset_of, (*config.forget, *config.retain))]
+        what = {"method": config.method, "settings": to_dict(config), "weights": [ONES] * len(config.forget)}
+        return self._task("train", "shallow", (), what, read)
+
+    @_once
+    def attack(self, model: Task | str, one: Configuration) -> Task:
+        """A configuration of the attacks against a model, or the model of a training."""
+        config = self.spec.attacked()
+        assert config is not None, "only what is attacked gets such tasks"
+        trained = isinstance(model, Task)
+        label = model.label if isinstance(model, Task) else model.rstrip("/").rpartition("/")[2]
+        what = {
+            "model": {"task": model.name} if isinstance(model, Task) else {"folder": model},
+            "configuration": values_of(one), "settings": {name: getattr(config, name) for name in _MEETING},
+        }  # fmt: skip
+        read = [self.spec.base, *_read_by(config), *([] if trained else [str(model)])]
+        return self._task(
+            "attack", f"{label}-{one.readable}", [model.name] if isinstance(model, Task) else [], what, read
+        )
+
     def config(self, method: str, seed: int, setting: tuple[str, float] | None) -> UnlearnConfig:
         """The configuration of an unlearning but for its folder and weights."""
         own = self.spec.methods[method]
@@ -235,6 +267,15 @@ def texts_in(value: Any) -> Iterator[str]:
 def dataset_of(text: str) -> str:
     """The data set of a text that may go on with what to read of it."""
     return str(parse_source(text, UnlearnConfig()).dataset)
+
+
+def _read_by(config: AttackConfig) -> list[str]:
+    """What attacks train on and ask."""
+    if config.lab is not None:
+        return [str(config.lab / name) for name in ("facts.jsonl", "corpora", "questions")]
+    assert config.tasks is not None, "checked by the settings"
+    asked = [str(task.dataset) for task in tasks_from(config.tasks).values()]
+    return [str(config.tasks), *asked, *(dataset_of(text.partition("=")[2]) for text in config.data)]
 
 
 def _corpora(spec: ExperimentSpec, own: CorporaSpec | None = None) -> dict[str, Any]:

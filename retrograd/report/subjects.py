@@ -183,7 +183,7 @@ class Several(Subject):
 
 
 def open_subject(folder: Path) -> list[Subject]:
-    """What a folder holds; a run of unlearning brings its evaluation along.
+    """What a folder holds; a run of unlearning brings its evaluation along, an experiment its attacks.
 
     Raises:
         ValueError: If it holds nothing that a page could show.
@@ -198,7 +198,10 @@ def open_subject(folder: Path) -> list[Subject]:
     if (folder / "experiment.yaml").exists():
         if not (folder / "results.parquet").exists():
             raise ValueError(f"the experiment in {folder} has no table yet; run its `retrograd experiment` again first")
-        return [Experiment(folder, name)]
+        found: list[Subject] = [Experiment(folder, name)]
+        if (folder / "attacks" / "recovery.json").exists():
+            found.append(Attack(folder / "attacks", f"{name}: under attack"))
+        return found
     if (folder / "attack.json").exists():
         if not (folder / "recovery.json").exists():
             raise ValueError(f"the attacks in {folder} have no findings yet; run their `retrograd attack` again first")

@@ -1,7 +1,7 @@
 """Attacks on unlearned models as data: single configurations, suites of them, and the settings of `retrograd attack`.
 
-A suite is a name of SUITES or a YAML file: a list of configurations, settings by name. Several values of a setting, as
-in `lr: [1e-3, 3e-3]`, stand for a configuration each. No heavy imports here.
+A suite is a name of SUITES, a YAML file, or the list itself: configurations, settings by name. Several values of a
+setting, as in `lr: [1e-3, 3e-3]`, stand for a configuration each. No heavy imports here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from retrograd.settings.train import (
 )
 
 __all__ = [
-    "CONTROLS", "AttackConfig", "CompareConfig", "Configuration", "Finetune", "PhaseConfig", "Untrained",
-    "attack_steps", "check_attack", "configurations", "name_of", "read_suite",
+    "CONTROLS", "AttackConfig", "Configuration", "Finetune", "PhaseConfig", "Untrained", "attack_steps", "check_attack",
+    "configurations", "name_of", "read_suite",
 ]  # fmt: skip
 
 CONTROLS = ("base", "filtered", "random", "shallow")
@@ -196,8 +196,8 @@ class AttackConfig:
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Unlearned model: hub name or local folder; may be given several times."""
     suite: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """short, legacy, six, five, paper, few-step, strong, indirect, latent, untrained, or a YAML file of configurations;
-    may be given several times."""
+    """short, legacy, six, five, paper, few-step, strong, indirect, latent, untrained, or a YAML file of configurations,
+    or the list itself, as in '[{data: half, lr: 1e-3}]'; may be given several times."""
     lab: Path | None = None
     """A folder of `retrograd lab`: its corpora, questions and models."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -252,18 +252,6 @@ class AttackConfig:
     fraction: float = 0.1
     """Share of the forget tokens that such a set leaves out."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
-
-    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH…")] = tyro.MISSING
-    """Folders of `retrograd attack`."""
-    output: Path | None = None
-    """Where compare.json, .parquet and .md go; the first folder when None."""
-    utility: float = 0.05
-    """How much general accuracy an attacker may lose against the base model."""
 
 
 def check_attack(config: AttackConfig) -> None:
@@ -341,24 +329,25 @@ def scaled(one: Configuration, config: AttackConfig) -> Configuration:
 
 
 def read_suite(name: str) -> list[Configuration]:
-    """The configurations of a suite by name, or of a YAML file.
+    """The configurations of a suite by name, of a YAML file, or of a list as text.
 
     Raises:
-        ValueError: If there is no such suite, or the file is no list of configurations.
+        ValueError: If there is no such suite, or what is given is no list of configurations.
     """
     if name in SUITES:
         return [one for entry in SUITES[name] for one in _expanded(entry, f"suite {name}")]
-    path = Path(name)
-    if not path.exists():
+    path, written = Path(name), name.lstrip().startswith("[")
+    if not written and not path.exists():
         raise ValueError(f"there is no suite {name!r}; there are {', '.join(SUITES)}, or give a YAML file")
+    where = "--suite" if written else str(path)
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf8"))
+        entries = yaml.safe_load(name if written else path.read_text(encoding="utf8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the suite {path}: {error}") from error
+        raise ValueError(f"cannot read the suite {where}: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
-        raise ValueError(f"the suite {path} has to be a list of configurations, such as - {{data: forget, lr: 1e-3}}")
+        raise ValueError(f"the suite {where} has to be a list of configurations, such as - {{data: forget, lr: 1e-3}}")
     return [
-        one for place, entry in enumerate(entries) for one in _expanded(entry, f"{path}, configuration {place + 1}")
+        one for place, entry in enumerate(entries, 1) for one in _expanded(entry, f"{where}, configuration {place}")
     ]
 
 

@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 import tyro
 
 from retrograd.settings.run import MagicConfig, QueryConfig
+from retrograd.settings.select import Alignment
 from retrograd.settings.unlearn import UnlearnConfig
 
 __all__ = [
-    "BankConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig", "QueryRunConfig",
+    "BankConfig", "CompareConfig", "EvaluateConfig", "LabConfig", "MetasmoothnessConfig", "PerturbationConfig",
+    "QueryRunConfig",
     "ValidateConfig", "VerifyConfig", "perturbed",
 ]  # fmt: skip
 
@@ -52,6 +54,23 @@ class ValidateConfig:
     positive), for each N given."""
     sets: Path | None = None
     """Also leave out these: a text file with one set a line, document ids separated by spaces."""
+    weight: tuple[float, ...] = (0.0,)
+    """What the data weights of a set are multiplied by: 0 leaves it out, 0.2 or 1.8 weigh it down or up; several may be
+    given."""
+    top: tuple[float, ...] = ()
+    """Also leave out the strongest proponents, this share of all, by each method and for each query column, against
+    random sets of the size (QLD); with --tokens against sets of the same positions in the row too (per-token QLD)."""
+    controls: int = 5
+    """Random sets that --top is held against, at least 5."""
+    scores: tuple[str, ...] = ()
+    """Scores of other methods, held against the same retrainings: [NAME=]FILE[:COLUMN] of .pt, .npy, .parquet or .json,
+    by document or token, or another run. A column for each query column, or one that is named."""
+    higher_is: Literal["proponent", "detractor"] | None = None
+    """What high numbers in the files of --scores mean; a proponent lowers the query loss. Needed unless a file says."""
+    alignment: Alignment | None = None
+    """Of scores by token in files: column t has the score of predicting token t (target), or t + 1 (prediction)."""
+    rivals: tuple[Literal["bm25", "gradient_cosine", "tracin", "random"], ...] = ()
+    """Also hold these against the same retrainings; tracin trains the run once more for its checkpoints."""
     seed: int = 0
     """Of the random subsets."""
     start: int = 0
@@ -127,6 +146,18 @@ class VerifyConfig:
     """Exit code 3 instead of 0 where the run is certified only partly."""
     trust_code: bool = False
     """As in `retrograd magic`."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare unlearned models under attack: a table of models and attacks, pairs of models, fronts and ranks."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH…")] = tyro.MISSING
+    """Folders of `retrograd attack`."""
+    output: Path | None = None
+    """Where compare.json, .parquet and .md go; the first folder when None."""
+    utility: float = 0.05
+    """How much general accuracy an attacker may lose against the base model."""
 
 
 @dataclass(frozen=True)

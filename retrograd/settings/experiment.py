@@ -1,7 +1,7 @@
 """The file of an experiment, and the configuration of `retrograd experiment`. No heavy imports here.
 
 A file is YAML. `names` gives words that stand elsewhere in it as ${word}; `--names word=value` gives others, so that a
-file runs elsewhere by changing names.
+file runs elsewhere by changing names. With an entry `lab` the word lab is the lab that is built first, in OUT/lab.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from retrograd.settings.parse import build, read_named
+from retrograd.settings.attack import AttackConfig
+from retrograd.settings.attacked import LAB, attack_settings, lab_settings
+from retrograd.settings.commands import LabConfig
+from retrograd.settings.parse import build, fill, named, read_yaml
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.select import Alignment, Control, Rule, Sign, Use
 from retrograd.settings.tasks import Task, tasks_from, tasks_of
 
 __all__ = [
     "AskedSpec", "CorporaSpec", "ExperimentConfig", "ExperimentSpec", "Match", "MethodSpec", "ScoresSpec", "TuneSpec",
-    "WeightingSpec", "read_experiment",
+    "WeightingSpec", "lab_of", "read_experiment",
 ]  # fmt: skip
 
 Match = Literal["none", "utility", "forgetting"]
@@ -37,8 +40,8 @@ class ExperimentConfig:
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = tyro.MISSING
-    """YAML file: base, corpora, scores, weightings, methods, seeds, match, tune, report; or a grid of recipes whose
-    scores are validated. See docs/experiment.md."""
+    """YAML file: a grid of recipes whose scores are validated; or base, corpora, scores, weightings, methods, seeds,
+    match, tune, report. See docs/experiment.md."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the experiment. A changed file may use the same folder: what is the same is not computed again."""
     workers: int = 1
@@ -177,15 +180,42 @@ class ExperimentSpec:
     """Of every worker, whatever it runs on: the bits of a sum depend on it."""
     batch_size: int = 16
     """Questions read at once."""
+    attack: dict[str, Any] = field(default_factory=dict)
+    """Settings of `retrograd attack`: every model of every arm meets its attacks, controls beside them; see `attacked`.
+    """
+
+    def attacked(self, out: Path = Path()) -> AttackConfig | None:
+        """The attacks' settings, with their folder; None if nothing is attacked."""
+        if not self.attack:
+            return None
+        return attack_settings(self.attack, self.base, self.never, self.settings, out, "attack")
+
+
+def lab_of(path: Path, names: tuple[str, ...], folder: Path) -> LabConfig | None:
+    """The lab that an experiment builds first; None if it builds none, or `names` give one.
+
+    Raises:
+        ValueError: If its settings cannot work.
+    """
+    values = read_yaml(path)
+    given = dict(values.get("names") or {}) | dict(named(text) for text in names)
+    if LAB not in values or LAB in given:
+        return None
+    return lab_settings(fill(values[LAB] or {}, given, str(path)), folder, f"{path}: {LAB}")
 
 
 def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
     """An experiment from its file.
 
+    Args:
+        names: NAME=VALUE; of a file that builds a lab its folder too, as lab=DIR.
     Raises:
         ValueError: If the file is none, or anything in it cannot work as far as is known before data are read.
     """
-    values = read_named(path, names)
+    values = read_yaml(path)
+    known = {**(values.pop("names", None) or {}), **dict(named(text) for text in names)}
+    values.pop(LAB, None)
+    values = fill(values, known, str(path))
     common = {name: values.pop(name) for name in list(values) if name in _UNLEARN}
     if "seeds" in values and isinstance(values["seeds"], int):
         values["seeds"] = list(range(values["seeds"]))
@@ -252,6 +282,7 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
         if not (analysis.scores and analysis.against):
             raise ValueError(f"{path}: analysis {name} compares two score sets: give `scores` and `against`")
         _check_source(f"analysis {name}", analysis, spec, path)
+    spec.attacked()
     for name, method in spec.methods.items():
         if unknown := set(method.weightings) - set(spec.weightings):
             raise ValueError(f"{path}: method {name} takes the weighting {min(unknown)!r}, and there is none")

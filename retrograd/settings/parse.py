@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-__all__ = ["build", "parse_size", "read_named", "read_yaml"]
+__all__ = ["build", "fill", "named", "parse_size", "read_named", "read_yaml"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+_WORD = re.compile(r"\$\{(\w+)\}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -34,45 +35,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_named(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
-    """As `read_yaml`, with the words of its `names` put where ${word} stands, or others given as "word=value".
-
-    Raises:
-        ValueError: As `read_yaml`, and if a word is not known.
-    """
-    values = read_yaml(path)
-    known = {**(values.pop("names", None) or {}), **dict(_name(text) for text in names)}
-    found: dict[str, Any] = _filled(values, known, str(path))
-    return found
-
-
-_WORD = re.compile(r"\$\{(\w+)\}")
-
-
-def _name(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--names {text}: write NAME=VALUE")
-    return name, value
-
-
-def _filled(value: Any, names: Mapping[str, Any], where: str) -> Any:
-    """A value of the file with its ${words} replaced."""
-    if isinstance(value, dict):
-        return {key: _filled(inner, names, where) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_filled(inner, names, where) for inner in value]
-    if not isinstance(value, str):
-        return value
-    word = _WORD.fullmatch(value)
-    if word is not None and word[1] in names:  # the whole of it: a number stays one, and nothing is none
-        return None if names[word[1]] == "" else names[word[1]]
-    try:
-        return string.Template(value).substitute(names)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {value!r} has a word that `names` does not have: {error}") from error
-
-
 def parse_size(text: str) -> int:
     """Bytes of a size such as "8GiB", "500MB" or "1024".
 
@@ -83,6 +45,47 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"size {text!r} is not understood; write a number with a unit, such as 8GiB, 500MB or 0")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def named(text: str) -> tuple[str, str]:
+    """Name and value of --names NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--names {text}: write NAME=VALUE")
+    return name, value
+
+
+def read_named(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """As `read_yaml`, with the words of its `names` put where ${word} stands, or others given as "word=value".
+
+    Raises:
+        ValueError: As `read_yaml`, and if a word is not known.
+    """
+    values = read_yaml(path)
+    known = {**(values.pop("names", None) or {}), **dict(named(text) for text in names)}
+    found: dict[str, Any] = fill(values, known, str(path))
+    return found
+
+
+def fill(value: Any, names: Mapping[str, Any], where: str) -> Any:
+    """A value of a file with its ${words} replaced.
+
+    Raises:
+        ValueError: If it has a word that is no name.
+    """
+    if isinstance(value, dict):
+        return {key: fill(inner, names, where) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [fill(inner, names, where) for inner in value]
+    if not isinstance(value, str):
+        return value
+    word = _WORD.fullmatch(value)
+    if word is not None and word[1] in names:  # the whole of it: a number stays one, and nothing is none
+        return None if names[word[1]] == "" else names[word[1]]
+    try:
+        return string.Template(value).substitute(names)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{where}: {value!r} has a word that `names` does not have: {error}") from error
 
 
 def build(kind: Any, values: dict[str, Any], where: str) -> Any:

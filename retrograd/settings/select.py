@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-__all__ = ["Alignment", "Control", "FeasibleConfig", "Rule", "SelectConfig", "Sign", "Use"]
+from retrograd.settings.question import Source
+
+__all__ = ["Alignment", "Control", "FeasibleConfig", "MaskConfig", "Rule", "SelectConfig", "Sign", "Use"]
 
 Rule = Literal[
     "value", "sign", "soft_sign", "clipped", "rank", "top_q", "two_objective", "positive_only", "negative_only",
@@ -108,3 +110,40 @@ class SelectConfig:
     trust_code: bool = False
     """Let gradient_norm and gradient_cosine run the functions that a run's queries name."""
     feasible: FeasibleConfig = field(default_factory=FeasibleConfig)
+
+
+@dataclass(frozen=True)
+class MaskedSource(Source):
+    """The data set to forget, read as `retrograd unlearn` reads it: the same cuts and skips."""
+
+    min_chars: int = 0
+    """Skip documents with fewer characters."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Token weights without scores: the words of a list, or the tokens at which a model is in a state like at them.
+
+    OUT goes to --weights of `retrograd unlearn`, for every method: weights above 0 on the mask, 0 elsewhere, as many in
+    sum as there are real tokens.
+    """
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
+    """Folder of the weights. Running again answers that it is done."""
+    model: str = tyro.MISSING
+    """The model that is to be unlearned: hub name or local folder; its tokenizer cuts the rows."""
+    data: MaskedSource = field(default_factory=MaskedSource)
+    keywords: Path = tyro.MISSING
+    """A text file with one keyword a line, or the facts.jsonl of a lab, whose forget side gives its names and values.
+    Compared without case, token by token, as whole tokens."""
+    depth: float | None = None
+    """Instead of the keywords' own tokens, those whose hidden state there, at the block of this share of the depth (0
+    the first, 1 the last), has a cosine of at least `threshold` with the mean state of the keywords' tokens."""
+    threshold: float = 0.2
+    """Of the cosine."""
+    tokenizer: str | None = None
+    """Tokenizer, if not the model's own."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of the model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""

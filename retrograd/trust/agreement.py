@@ -17,7 +17,7 @@ from retrograd.runs.files import write_atomic, write_json
 from retrograd.trust.bank import LeftOut
 from retrograd.trust.left_out import Agreement, agreement, mean_lds
 
-__all__ = ["Compared", "Fraction", "Validation", "show", "validation", "write_validation"]
+__all__ = ["Compared", "Fraction", "Validation", "group_name", "show", "validation", "write_validation"]
 
 GRADE = 0.95  # LDS that MAGIC reaches where training is smooth
 SHOWN = 12
@@ -37,6 +37,7 @@ class Fraction(NamedTuple):
     different: how many of the sets are, for a few documents have few subsets.
     failed: retrainings of the fraction that diverged; the numbers are of the rest.
     missing: sets of the fraction that are not in the bank yet; there are no numbers then.
+    weight: what the sets' data weights were multiplied by.
     """
 
     fraction: float
@@ -47,6 +48,12 @@ class Fraction(NamedTuple):
     high: float
     failed: int = 0
     missing: int = 0
+    weight: float = 0.0
+
+    @property
+    def told(self) -> str:
+        """The group in words."""
+        return group_name(self.fraction, self.weight)
 
     @property
     def verdict(self) -> str:
@@ -88,32 +95,45 @@ def validation(
     random = [one for one in compared if one.left_out.name.isdecimal()]
     wanted = [one for one in missing if one.name.isdecimal()]
     found = []
-    for fraction in sorted({one.left_out.fraction for one in random} | {one.fraction for one in wanted}):
-        absent = sum(one.fraction == fraction for one in wanted)
+    for group in sorted({_group(one.left_out) for one in random} | {_group(one) for one in wanted}):
+        absent = sum(_group(one) == group for one in wanted)
         if absent:
             nothing = [Agreement(0, math.nan, math.nan, math.nan)] * len(names)
-            found.append(Fraction(fraction, 0, nothing, math.nan, math.nan, math.nan, missing=absent))
+            found.append(Fraction(group[0], 0, nothing, math.nan, math.nan, math.nan, 0, absent, group[1]))
             continue
-        these = [one for one in random if one.left_out.fraction == fraction]
+        these = [one for one in random if _group(one.left_out) == group]
         different = len({one.left_out.key for one in these})
         prediction, measurement = np.array([one.predicted for one in these]), np.array([one.measured for one in these])
         each = [agreement(prediction[:, k], measurement[:, k]) for k in range(len(names))]
-        bad = sum(one.fraction == fraction for one, _ in failed if one.name.isdecimal())
-        found.append(Fraction(fraction, different, each, *mean_lds(prediction, measurement), bad))
+        bad = sum(_group(one) == group for one, _ in failed if one.name.isdecimal())
+        found.append(Fraction(group[0], different, each, *mean_lds(prediction, measurement), bad, 0, group[1]))
     return Validation(list(names), list(compared), found, unchanged, list(failed), list(missing))
 
 
-def write_validation(run: Path, result: Validation) -> None:
-    """validation.csv and validation.json."""
+def group_name(fraction: float, weight: float) -> str:
+    """What was done to a group of sets, in words."""
+    return f"{fraction:.4g} left out" if not weight else f"{fraction:.4g} at weight {weight:g}"
+
+
+def _group(one: LeftOut) -> tuple[float, float]:
+    return one.fraction, one.weight
+
+
+def write_validation(run: Path, result: Validation, more: dict[str, Any] | None = None) -> None:
+    """validation.csv and validation.json.
+
+    Args:
+        more: Further entries of validation.json.
+    """
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(("subset", "fraction", "query", "predicted", "measured"))
+    writer.writerow(("subset", "fraction", "query", "predicted", "measured", "weight"))
     for one in result.compared:
         for name, predicted, measured in zip(result.names, one.predicted, one.measured, strict=True):
             writer.writerow((one.left_out.name, f"{one.left_out.fraction:.6g}", name, repr(float(predicted)),
-                             repr(float(measured))))  # fmt: skip
+                             repr(float(measured)), f"{one.left_out.weight:g}"))  # fmt: skip
     write_atomic(run / "validation.csv", lambda t: t.write_text(table.getvalue(), encoding="utf8"))
-    write_json(run / "validation.json", _record(result))
+    write_json(run / "validation.json", {**_record(result), **(more or {})})
 
 
 def show(result: Validation, wanted: int, run: Path, console: Console) -> Validation:
@@ -138,31 +158,34 @@ def show(result: Validation, wanted: int, run: Path, console: Console) -> Valida
         console.print(_table(result, whole))
     for one in fractions:
         if one.missing:
-            console.print(f"{one.fraction:.4g} left out: {one.verdict}.", style="bold red")
+            console.print(f"{one.told}: {one.verdict}.", style="bold red")
             continue
         interval = "" if math.isnan(one.low) else f" [{one.low:.3f}, {one.high:.3f}]"
         sets = one.queries[0].sets
         few = f" Only {one.different} of the {sets} sets are different: take more." if one.different < sets else ""
-        console.print(f"{one.fraction:.4g} left out: mean LDS {one.mean:.3f}{interval}: {one.verdict}.{few}")
+        console.print(f"{one.told}: mean LDS {one.mean:.3f}{interval}: {one.verdict}.{few}")
     named = [one for one in result.compared if not one.left_out.name.isdecimal()]
     if named:
         console.print(_named(named))
-    console.print("Predicted: −Σ score. Positive: without the set, the query loss is higher.", style="dim")
+    console.print(
+        "Predicted: Σ (weight − 1)·score, which is −Σ score for a set left out. Positive: the query loss is higher.",
+        style="dim",
+    )
     console.print(f"Every set: {run / 'validation.csv'}", highlight=False)
     return result
 
 
 def _table(result: Validation, fractions: Sequence[Fraction]) -> Table:
     table = Table(title="Predicted against measured, over random sets", title_justify="left")
-    for name in ("left out", "query", "sets", "LDS", "Pearson", "slope"):
+    for name in ("share", "query", "sets", "LDS", "Pearson", "slope"):
         table.add_column(name, justify="left" if name == "query" else "right")
     for part in fractions:
         shown = sorted(zip(part.queries, result.names, strict=True), key=lambda pair: pair[0].lds)[:SHOWN]
         for found, name in shown:
             numbers = (f"{found.lds:.3f}", f"{found.pearson:.3f}", f"{found.slope:.3f}")
-            table.add_row(f"{part.fraction:.4g}", name, str(found.sets), *numbers)
+            table.add_row(part.told, name, str(found.sets), *numbers)
         if len(part.queries) > SHOWN:
-            table.add_row(f"{part.fraction:.4g}", f"… {len(part.queries) - SHOWN} better ones", "", "", "", "")
+            table.add_row(part.told, f"… {len(part.queries) - SHOWN} better ones", "", "", "", "")
     return table
 
 
@@ -171,7 +194,8 @@ def _named(compared: Sequence[Compared]) -> Table:
     for name in ("set", "predicted", "measured"):
         table.add_column(name, justify="left" if name == "set" else "right")
     for one in compared:
-        table.add_row(one.left_out.name, f"{one.predicted[0]:+.4g}", f"{one.measured[0]:+.4g}")
+        name = one.left_out.name + (f" at weight {one.left_out.weight:g}" if one.left_out.weight else "")
+        table.add_row(name, f"{one.predicted[0]:+.4g}", f"{one.measured[0]:+.4g}")
     return table
 
 
@@ -185,8 +209,8 @@ def _record(result: Validation) -> dict[str, Any]:
         ],
         "fractions": [
             {
-                "fraction": part.fraction, "different_sets": part.different, "failed": part.failed,
-                "missing": part.missing,
+                "fraction": part.fraction, "weight": part.weight, "different_sets": part.different,
+                "failed": part.failed, "missing": part.missing,
                 "mean_lds": _number(part.mean),
                 "interval": [_number(part.low), _number(part.high)], "verdict": part.verdict,
                 "queries": {

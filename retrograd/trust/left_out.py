@@ -7,6 +7,7 @@ LDS is the Spearman correlation of the two over random sets (Park et al., TRAK, 
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-__all__ = ["Agreement", "agreement", "mean_lds", "predicted", "random_subset", "reweighted", "without"]
+__all__ = ["Agreement", "agreement", "lds_draws", "mean_lds", "predicted", "random_subset", "reweighted", "without"]
 
 _DRAWS, _BLOCK = 2000, 100
 
@@ -84,14 +85,26 @@ def mean_lds(prediction: np.ndarray, measurement: np.ndarray, seed: int = 0) -> 
     each = [agreement(prediction[:, k], measurement[:, k]).lds for k in range(queries)]
     if n < 3 or not np.isfinite(each).all():
         return float(np.mean(each)) if each else np.nan, np.nan, np.nan
+    low, high = np.nanpercentile(lds_draws(prediction, measurement, seed), [2.5, 97.5])
+    return float(np.mean(each)), float(low), float(high)
+
+
+def lds_draws(prediction: np.ndarray, measurement: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The mean LDS over K queries in each draw of a bootstrap over the n sets, [draws]; NaN where nothing varies.
+
+    The draws are a function of n and the seed, so those of two methods over the same sets are paired.
+
+    Args:
+        prediction, measurement: [n, K].
+    """
+    n = len(prediction)
     draw, found = np.random.default_rng(seed), []
     for _ in range(_DRAWS // _BLOCK):
         chosen = draw.integers(0, n, (_BLOCK, n))
         found.append(_correlations(_ranks(prediction[chosen]), _ranks(measurement[chosen])))
-    with np.errstate(invalid="ignore"):
-        means = np.nanmean(np.concatenate(found), axis=1)
-    low, high = np.nanpercentile(means, [2.5, 97.5])
-    return float(np.mean(each)), float(low), float(high)
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a draw in which no query varies has no mean
+        return np.nanmean(np.concatenate(found), axis=1)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

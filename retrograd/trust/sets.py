@@ -29,7 +29,8 @@ def wanted_sets(config: ValidateConfig, run: Opened, scores: torch.Tensor) -> li
         for number in range(config.subsets):
             chosen = random_subset(members, fraction, config.seed, number)
             found.append(_set(str(number), chosen, units, fraction))
-    return [*found, *_ends(config, run, scores, units), *(_from_file(config.sets, units) if config.sets else ())]
+    found += [*_ends(config, run, scores, units), *(_from_file(config.sets, units) if config.sets else ())]
+    return [one._replace(weight=weight) for weight in config.weight for one in found]
 
 
 def is_mine(one: LeftOut, config: ValidateConfig) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,11 +23,14 @@ from retrograd.trust.agreement import Compared, Validation, show, validation, wr
 from retrograd.trust.bank import BASELINE, Bank, LeftOut, Retrained
 from retrograd.trust.ensemble import check_objective
 from retrograd.trust.evidence import stored_scores
+from retrograd.trust.filtering import Plan, filtering, filtering_record, show_filtering, strongest_sets
 from retrograd.trust.holdings import made_here, note_wanted
 from retrograd.trust.left_out import predicted
+from retrograd.trust.methods import OWN, Method, other_methods
 from retrograd.trust.models import Models, ask_kept
 from retrograd.trust.retrain import NOTHING, Conditions, conditions_of, retrain_all
-from retrograd.trust.sets import is_mine, wanted_sets
+from retrograd.trust.sets import is_mine, units_of, wanted_sets
+from retrograd.trust.standings import record, show_standings, standings, write_standings
 
 __all__ = ["validate"]
 
@@ -50,12 +55,14 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
 
 
 def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
-    number = config.subsets * len(config.fraction)
+    number = config.subsets * len(config.fraction) * len(config.weight)
     conditions = conditions_of(manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
     conditions = _stackable(run, conditions, config, console)
     scores = stored_scores(run)
-    wanted = wanted_sets(config, run, scores)
+    methods = [Method(OWN, scores), *other_methods(config, run)]
+    plans = _plans(config, run, methods)
+    wanted = [*wanted_sets(config, run, scores), *(one for plan in plans for one in plan.sets)]
     mine = [one for one in wanted if is_mine(one, config)]
     part = _part(config, rank, ranks)
     bank = _bank(config, run, part)
@@ -67,7 +74,7 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
     bank.refuse_mixture(adding=False)
     weights = run.loaded.training.weights
     found = [
-        Compared(one, predicted(scores, weights, one.places).numpy(), np.subtract(*bank.known[one.key][:2]))
+        Compared(one, predicted(scores, weights, one.places, one.weight).numpy(), np.subtract(*bank.known[one.key][:2]))
         for one in wanted
         if one.key in bank.known
     ]
@@ -79,8 +86,16 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
         )
     missing = [one for one in wanted if not bank.done(one.key)]
     result = validation(found, run.loaded.queries.names, _unchanged(run, bank, conditions), failed, missing)
-    write_validation(config.run, result)
-    return show(result, len(wanted), config.run, console)
+    groups = standings(methods, found, missing, weights) if len(methods) > 1 else []
+    filtered = filtering(plans, bank)
+    more = {"methods": record(groups, result.names), "filtering": filtering_record(filtered)}
+    write_validation(config.run, result, more)
+    show(result, len(wanted), config.run, console)
+    if groups:
+        write_standings(config.run, methods, found, result.names, weights)
+        show_standings(groups, console)
+    show_filtering(filtered, config.tokens, console)
+    return result
 
 
 def _check(config: ValidateConfig) -> None:
@@ -88,6 +103,14 @@ def _check(config: ValidateConfig) -> None:
                          ("together", config.together), ("stop", config.stop or 0)):  # fmt: skip
         if number < 0:
             raise ValueError(f"--{name} is {number}; it has to be 0 or more")
+    for weight in config.weight:
+        if not (math.isfinite(weight) and weight >= 0) or weight == 1:
+            raise ValueError(f"--weight is {weight}; give 0 to leave sets out, or a number above 0 other than 1")
+    for share in config.top:
+        if not 0 < share < 1:
+            raise ValueError(f"--top is {share}; give a share above 0 and below 1, such as 0.01 for 1 %")
+    if config.controls < 5:
+        raise ValueError(f"--controls is {config.controls}; fewer than 5 random sets give no interval worth the name")
     for fraction in config.fraction:
         if not 0 <= fraction < 1:
             raise ValueError(f"--fraction is {fraction}; give shares from 0 up to below 1, such as 0.01 for 1 %")
@@ -95,6 +118,20 @@ def _check(config: ValidateConfig) -> None:
         raise ValueError(f"--ends is {min(config.ends)}; it has to be at least 1")
     if config.stop is not None and config.stop <= config.start:
         raise ValueError(f"--start {config.start} --stop {config.stop} has no subset; stop has to be above start")
+
+
+def _plans(config: ValidateConfig, run: Opened, methods: Sequence[Method]) -> list[Plan]:
+    """The sets that --top needs, by method, share and weight."""
+    if not config.top:
+        return []
+    units, columns = units_of(run, tokens=config.tokens), len(run.loaded.queries.names)
+    width = run.loaded.training.weights.shape[-1] if config.tokens else None
+    return [
+        plan
+        for share in config.top
+        for weight in config.weight
+        for plan in strongest_sets(methods, units, columns, share, weight, config.controls, width, config.seed)
+    ]
 
 
 def _part(config: ValidateConfig, rank: int, ranks: int) -> str:

@@ -17,6 +17,7 @@ from retrograd.core.optim import Params
 from retrograd.core.step import Batch, micro_batches
 from retrograd.data.pairs import ALTERNATIVE, FORGET, RETAIN, PairStream
 from retrograd.unlearn.method import Method, Unlearning
+from retrograd.unlearn.settings import Settings
 
 __all__ = [
     "check_attributable",
@@ -33,15 +34,17 @@ _SAME = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the norm; half precisi
 _BESIDE = 1e-5  # what starts beside the reference is at least as far from it, of the norm
 
 
-def check_attributable(method: Method) -> None:
+def check_attributable(method: Method, settings: Settings | None = None) -> None:
     """A run can be attributed where each update is a gradient of the objective.
 
+    Args:
+        settings: The method's defaults if not given.
     Raises:
         ValueError: If the method says that it is not.
     """
-    if not method.differentiable:
+    if why := method.refusal(settings):
         raise ValueError(
-            f"runs of {method.name} cannot be attributed: {method.no_gradient}. Scores through it would be wrong. "
+            f"runs of {method.name} cannot be attributed: {why}. Scores through it would be wrong. "
             "Leave --attribute out, or take another method"
         )
 

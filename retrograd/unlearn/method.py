@@ -21,6 +21,7 @@ from retrograd.core.optim.elementwise import is_traced
 from retrograd.data.pairs import PairStream
 from retrograd.lm.model import CausalLM
 from retrograd.lm.outputs import Outputs, decoder_blocks, outputs_of
+from retrograd.unlearn.latent import LatentAttack
 from retrograd.unlearn.reference import Fitted, Reference
 from retrograd.unlearn.settings import Settings, chosen_blocks
 from retrograd.unlearn.terms import Term, Terms, ramped, retain_value
@@ -66,6 +67,11 @@ class Method:
             is and of the rows, whatever they weigh; nothing where it is None.
         edit: (settings, model, reference, stream) → the parameters that training starts from, where the method makes a
             change instead of descending F; its runs cannot be attributed.
+        inner: settings → an attack under which F is computed, see `latent`; None where they ask for none. Runs with
+            one cannot be attributed.
+        penalty: (settings, params, reference) → terms of the parameters alone, such as L2-SP; F is not linear in the
+            coefficients with them. A micro-batch has its share of the forget rows of them.
+        refers: Whether settings need a reference where the method as such does not.
         no_gradient: Why its updates are no gradient of the objective, in a clause, such as "it overwrites weights
             between steps": attribution is then refused with it. Empty where they are, and runs can be attributed.
     """
@@ -95,6 +101,9 @@ class Method:
     at: Callable[[Any, Params, Reference, Tensor, torch.nn.Module], Params] | None = None
     fit: Callable[[Any, CausalLM, Reference, PairStream], Fitted] | None = None
     edit: Callable[[Any, CausalLM, Reference, PairStream], Params] | None = None
+    inner: Callable[[Any], LatentAttack | None] | None = None
+    penalty: Callable[[Any, Params, Reference], Terms] | None = None
+    refers: Callable[[Any], bool] | None = None
     no_gradient: str = ""
 
     def __post_init__(self) -> None:
@@ -139,7 +148,7 @@ class Method:
         compares = settings.retain_term in ("l2", "mse")
         states = self.states or (hold and compares)
         blocks = chosen_blocks(settings, len(decoder_blocks(lm.module))) if states else ()
-        logits = self.logits or (hold and not compares)
+        logits = self.logits or (hold and not compares) or self.attack(settings) is not None
         outputs = outputs_of(lm, blocks, logits=logits)
         return Unlearning(self, settings, outputs, lm.module, reference, fitted)
 
@@ -156,10 +165,15 @@ class Method:
         assert reference is not None, "a method that fits has a reference"
         return self.fit(self.defaults if settings is None else settings, lm, reference, stream)
 
-    @property
-    def differentiable(self) -> bool:
-        """Whether a run can be attributed: each update is a gradient of the objective."""
-        return not self.no_gradient
+    def attack(self, settings: Settings) -> LatentAttack | None:
+        """The attack under which settings want F."""
+        return None if self.inner is None else self.inner(settings)
+
+    def refusal(self, settings: Settings | None = None) -> str:
+        """Why a run cannot be attributed, in a clause; empty where each update is a gradient of the objective."""
+        if self.attack(self.defaults if settings is None else settings) is not None:
+            return "its latent attack is found by steps of its own at every step, through which nothing is pulled back"
+        return self.no_gradient
 
     @property
     def row(self) -> str:
@@ -172,7 +186,8 @@ class Method:
     def needs_reference(self, settings: Settings | None = None) -> bool:
         """Whether the objective looks at a reference: its forget term, or every retain term but ce."""
         settings = self.defaults if settings is None else settings
-        return self.reference or (settings.retain > 0 and settings.retain_term != "ce")
+        asked = self.refers is not None and self.refers(settings)
+        return self.reference or asked or (settings.retain > 0 and settings.retain_term != "ce")
 
     def adapter_rank(self, width: int) -> int:
         """The default rank of adapters on a model of this width, at least 2."""
@@ -197,7 +212,13 @@ class Unlearning:
     @property
     def linear(self) -> bool:
         """Read by the kernel: whether anything may be inferred from linearity in the coefficients."""
-        return self.method.linear
+        penalised = self.method.penalty is not None and bool(self._penalties())
+        return self.method.linear and not penalised
+
+    def _penalties(self, params: Params | None = None) -> Terms:
+        assert self.method.penalty is not None, "asked where there is one"
+        assert self.reference is not None, "a method that looks at a reference says so"
+        return self.method.penalty(self.settings, params or self.reference.params, self.reference)
 
     def __call__(self, params: Params, inputs: Any, coefficients: Tensor) -> Tensor:
         terms, now = self._terms(params, inputs, coefficients)
@@ -240,11 +261,18 @@ class Unlearning:
             assert self.reference is not None, "a method that looks at a reference says so"
             moved = method.at(settings, params, self.reference, view.progress, self.module)
             forgetting = View(self.outputs(moved, inputs), view.then, inputs, coefficients, made)
+        attack = method.attack(settings)
+        if attack is not None and forgetting.forget is not None:
+            attacked = attack(self.outputs, params if method.at is None else moved, inputs, self.module)
+            forgetting = View(attacked, view.then, inputs, coefficients, made)
         if forgetting.forget is not None:
             terms |= method.forget(settings, forgetting, forgetting.forget)
         if settings.retain > 0 and view.retain is not None:
             coefficient = ramped(settings.retain, settings.retain_ramp, view.progress)
             terms["retain"] = Term(coefficient, retain_value(settings, view.retain))
+        if method.penalty is not None and view.forget is not None:
+            part = view.forget.share.sum()
+            terms |= {name: Term(one.coefficient, part * one.value) for name, one in self._penalties(params).items()}
         if method.schedule is not None:
             forget, retain = method.schedule(settings, view.progress)
             factors = {name: retain if name == "retain" else forget for name in terms}

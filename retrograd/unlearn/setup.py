@@ -63,7 +63,7 @@ def assemble(config: UnlearnConfig) -> Loaded:
     """
     method = find_method(config.method)
     if config.attribute is not None:
-        guards.check_attributable(method)
+        guards.check_attributable(method, _settings(config, method))
     read = _read(config, method)
     size = config.train.micro_batch_size or read.stream.batch_size
     asked = load_queries(queries_of(config), read.model, read.tokenizer, batch_size=size, like=read.stream.weights)

@@ -21,6 +21,7 @@ __all__ = [
     "ascent",
     "cosine",
     "distance",
+    "divergence",
     "flat",
     "forget_term",
     "log_ratio",
@@ -123,6 +124,12 @@ def retain_value(settings: Settings, side: Side) -> Tensor:
             each = [(h - then[block]).square().mean(-1) for block, h in side.now.states.items()]
             return torch.sum(side.c * torch.stack(each).mean(0))
     raise ValueError(f"unknown retain_term {settings.retain_term!r}; there are ce, kl, l2 and mse")
+
+
+@torch.no_grad()
+def divergence(side: Side) -> Tensor:
+    """KL(p_ref ‖ p) over the side's targets, whatever they weigh, nats per token, []."""
+    return _divergence(side).mean()
 
 
 def _divergence(side: Side) -> Tensor:

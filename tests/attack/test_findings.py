@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import pytest
 import torch
 import yaml
 
-from retrograd.attack.compare import _after, compared, front, read_faced
 from retrograd.attack.course import read_course
 from retrograd.attack.findings import findings, unseen
 from retrograd.attack.folder import claim_folder, read_folder
 from retrograd.attack.material import Material
-from retrograd.attack.recovery import resampled
 from retrograd.attack.tell import write_findings
-from retrograd.cli import main
 from retrograd.evaluate.answers import write_measured
 from retrograd.evaluate.on_the_way import answers_path
 from retrograd.query.choices import Scored
@@ -235,69 +231,3 @@ def test_real_sets_are_split_by_category(tmp_path: Path) -> None:
     assert found["latent"]["questions"] == 2 * (N - 8)
     rise = ((30 - 2 + 28 - 2) - (32 - 2 + 1 - 2)) / 64  # of the others, 2 of each ten were right before
     assert found["latent"]["last"]["value"] == pytest.approx(rise)
-
-
-def test_models_are_compared_on_the_same_questions(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = compared(read_faced([out], 0.05))
-    names = {name.split("-")[-2]: name for name in found["models"]}
-    pair = next(p for p in found["pairs"] if p["attack"] == name_of(HALF) and {p["first"], p["second"]} ==
-                {names["deep"], names["leaky"]})  # fmt: skip
-    sign = 1 if pair["second"] == names["leaky"] else -1
-    assert sign * pair["difference"] > 0.1
-    assert pair["p"] < 0.05
-    faced = {one.model: one for one in read_faced([out], 0.05) if one.attack == pair["attack"]}
-    one, two = (_after(faced[pair[which]]) for which in ("first", "second"))
-    assert one is not None
-    assert two is not None
-    clusters = faced[pair["first"]].course.clusters[one.reported]
-    assert len(set(clusters)) < len(clusters)
-    assert pair["interval"] == list(resampled(two.right - one.right, clusters).interval)
-    assert np.ptp(pair["interval"]) > 0
-    assert names["filtered"] in found["fronts"]["after"]["front"]
-    assert names["shallow"] not in found["fronts"]["after"]["front"]
-    ranks = found["ranks"]
-    assert set(ranks) == {names[name] for name in ("deep", "whole", "leaky")}  # broken has lost its ability
-    assert ranks[names["deep"]]["rank"] < ranks[names["leaky"]]["rank"]
-    assert main(["compare", str(out)]) == 0
-    assert {"compare.json", "compare.md", "compare.parquet"} <= {path.name for path in out.iterdir()}
-    text = (out / "compare.md").read_text()
-    assert "general ability is lost" in text
-    assert "they take attacks that" not in text
-    assert main(["compare", str(out.parent)]) == 2
-    assert "no folder of" in capsys.readouterr().err
-
-
-def test_a_comparison_without_a_valid_attack_says_what_it_leaves_out(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    invalid = [one._replace(valid=False) for one in read_faced([out], 0.05)]
-    monkeypatch.setattr("retrograd.commands.compare.read_faced", lambda *_: invalid)
-    assert main(["compare", str(out)]) == 0
-    text = (out / "compare.md").read_text()
-    assert "## Ranks" not in text
-    assert "No pairs, fronts, ranks: they take attacks that" in text
-
-
-def test_the_front_holds_what_nothing_beats() -> None:
-    assert front({"a": (0.3, 0.9), "b": (0.3, 0.8), "c": (0.2, 0.5)}) == ["a", "c"]
-    assert front({"a": (0.3, 0.9), "b": (0.3, 0.9)}) == ["a", "b"]
-
-
-def test_folders_of_other_questions_are_not_compared(out: Path, tmp_path: Path) -> None:
-    other = lay_out(tmp_path / "out", [HALF])
-    about = json.loads((other / "attack.json").read_text())
-    about["questions"]["content"] = "other"
-    (other / "attack.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="different questions"):
-        read_faced([out, other], 0.05)
-
-
-def test_an_attack_of_other_rows_is_another_one_and_a_meeting_counts_once(out: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(out, tmp_path / "other")
-    assert len(read_faced([out, other], 0.05)) == len(read_faced([out], 0.05))
-    folder = read_folder(other)
-    for target in folder.targets:
-        path = folder.place(target, name_of(HALF)) / "attack/manifest.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "hashes": {"rows": "other"}}))
-    with pytest.raises(ValueError, match="trained on other rows"):
-        read_faced([out, other], 0.05)

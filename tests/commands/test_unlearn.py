@@ -120,13 +120,41 @@ MADE_BEFORE = (
 
 @pytest.mark.parametrize("method", ["npo", *(pytest.param(name, marks=pytest.mark.slow) for name in MADE_BEFORE)])
 def test_a_killed_one_goes_on_to_the_same_bits(method: str, world: Path, tmp_path: Path) -> None:
-    more = ["--heartbeat", "0", "--train.epochs", "6"]
+    _killed_and_resumed(method, world, tmp_path)
+
+
+def _killed_and_resumed(method: str, world: Path, tmp_path: Path, *variant: str) -> None:
+    more = ["--heartbeat", "0", "--train.epochs", "6", *variant]
     arguments = command(world, tmp_path / "run", method, *more)
     _kill_after(arguments, tmp_path / "run", 4)
     assert main(arguments) == 0
     assert main(command(world, tmp_path / "whole", method, *more)) == 0
     ours, whole = final(tmp_path / "run"), final(tmp_path / "whole")
     assert all(torch.equal(x, whole[name]) for name, x in ours.items())
+
+
+VARIANTS = {
+    "circuit_breakers": ["--lora.rank", "0", "--objective.lat_steps", "2"],
+    "sequential": ["--lora.rank", "0", "--objective.l2_sp", "0.01"],
+    "two_phase": ["--objective.budget", "0.01", "--objective.forget", "10"],
+}
+
+
+@pytest.mark.parametrize("method", [
+    "circuit_breakers", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "circuit_breakers")
+])  # fmt: skip
+def test_a_killed_variant_goes_on_to_the_same_bits(method: str, world: Path, tmp_path: Path) -> None:
+    _killed_and_resumed(method, world, tmp_path, *VARIANTS[method])
+
+
+def test_a_run_under_a_latent_attack_is_not_attributed(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--attribute", "tokens", "--query.dataset", str(world / "query.jsonl")]
+    assert main(command(world, tmp_path / "run", "circuit_breakers", *VARIANTS["circuit_breakers"], *asked)) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "runs of circuit_breakers cannot be attributed: its latent attack" in told
+    assert not (tmp_path / "run").exists()
 
 
 def lines_of(run: Path) -> list[dict]:

@@ -8,11 +8,13 @@ import arms
 import pytest
 
 from retrograd.cli import main
+from retrograd.evaluate.metrics import check_column
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import planned
 from retrograd.experiment.seen import refuse_oracles
 from retrograd.experiment.tasks import Maker
 from retrograd.settings.experiment import read_experiment
+from retrograd.unlearn.methods import METHODS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -27,15 +29,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def names(world: Path, split: bool) -> list[str]:
+def names(world: Path, split: bool, recipe: str = "phase2") -> list[str]:
     """The real names of the original recipes changed to those of the tiny world."""
     found = {
         "base": "base", "never": "never", "forget": "forget.jsonl", "retain": "retain.jsonl", "wmdp": "q_go.jsonl",
         "mmlu": "q_stay.jsonl", "report_tasks": "tasks.yaml", "tune_rows": "tune.jsonl", "report_rows": "report.jsonl",
     }  # fmt: skip
     plain = {"max_length": "", "k": "3", "batch_size": "4", "lr": "1e-3", "wmdp_split": "train", "wmdp_form": "cloze",
-             "mmlu_split": "train", "mmlu_form": "cloze", "mmlu_subset": "", "high": "1", "budget": "100", "steps": "1",
+             "mmlu_split": "train", "mmlu_form": "cloze", "mmlu_subset": "", "high": "1", "budget": "100", "steps": "1", "train_lr": "1e-3", "budget_first": "100",
              **{f"wmdp_{n}": "" for n in range(1, 7)}}  # fmt: skip
+    if "approaches" not in recipe:
+        plain = {name: value for name, value in plain.items() if name not in ("train_lr", "budget_first")}
     if not split:
         found = {name: value for name, value in found.items() if name not in ("never", "tune_rows", "report_rows")}
     return [f"{name}={world / value}" for name, value in found.items()] + [f"{n}={v}" for n, v in plain.items()]
@@ -43,11 +47,12 @@ def names(world: Path, split: bool) -> list[str]:
 
 @pytest.mark.parametrize("recipe,match,kinds", [
     ("phase1", False, {"scores", "analyse"}), ("phase2", True, {"scores", "select", "train", "measure"}),
+    ("approaches", True, {"scores", "select", "train", "measure"}),
 ])  # fmt: skip
 def test_the_original_phases_are_planned_under_other_names(
     recipe: str, match: bool, kinds: set[str], world: Path, tmp_path: Path
 ) -> None:
-    spec = read_experiment(RECIPES / f"original/{recipe}.yaml", tuple(names(world, match)))
+    spec = read_experiment(RECIPES / f"original/{recipe}.yaml", tuple(names(world, match, recipe)))
     refuse_oracles(spec)
     plan = planned(Maker(spec), Queue(tmp_path, 60))
     assert {task.kind for task in plan.tasks.values()} == kinds
@@ -56,7 +61,7 @@ def test_the_original_phases_are_planned_under_other_names(
     assert scores.what["settings"]["data"]["max_length"] is None
 
 
-@pytest.mark.parametrize("recipe", ["phase1", "phase2"])
+@pytest.mark.parametrize("recipe", ["phase1", "phase2", "approaches"])
 def test_the_original_phases_name_real_models_and_split_their_questions(recipe: str) -> None:
     spec = read_experiment(RECIPES / f"original/{recipe}.yaml")
     assert spec.base == "EleutherAI/deep-ignorance-unfiltered"
@@ -71,11 +76,43 @@ def test_the_lab_s_recipes_are_read() -> None:
     pretraining = read_experiment(RECIPES / "lab/pretraining.yaml")
     assert pretraining.scores["pretraining"].start == "runs/lab/models/random"
     weightings = read_experiment(RECIPES / "lab/weightings.yaml", ("lab=elsewhere",))
-    assert len(methods.methods) == 13
+    assert {one.method for one in methods.methods.values()} == set(METHODS) - {"weighted_sft"}
+    for column in methods.columns:
+        check_column(column, methods.report.tasks)
     assert methods.methods["dpo"].corpora is not None
     assert weightings.base == "elsewhere/models/base"
     assert len(weightings.seeds) >= 5
     assert set(weightings.methods) == {"grad_diff", "npo", "orth_circuit_breakers", "max_entropy"}
+
+
+SIX = {"guided_breakers", "selected_corpus", "two_phases", "representation", "ascent_orth", "curriculum"}
+
+
+@pytest.mark.parametrize("recipe", ["lab", "original"])
+def test_each_approach_stands_against_its_unweighted_form_and_matched_random_tokens(recipe: str) -> None:
+    spec = read_experiment(RECIPES / recipe / "approaches.yaml")
+    assert set(spec.methods) == SIX | {"curriculum_reversed", "curriculum_shuffled"}
+    assert len(spec.seeds) >= 5
+    for name in SIX:
+        arms_of = spec.methods[name].weightings
+        assert "uniform" in arms_of
+        by_scores = [one for one in arms_of if spec.weightings[one].scores]
+        assert len(by_scores) == 1
+        assert {spec.weightings[one].of for one in arms_of if spec.weightings[one].control} == set(by_scores)
+    orders = {name: spec.methods[name].settings.get("order") for name in spec.methods if "curriculum" in name}
+    assert orders == {"curriculum": "heaviest", "curriculum_reversed": "lightest", "curriculum_shuffled": None}
+
+
+@pytest.mark.slow
+def test_the_approaches_run_small(world: Path, tmp_path: Path) -> None:
+    text = (RECIPES / "original/approaches.yaml").read_text().replace("seeds: 5", "seeds: 1")
+    (tmp_path / "approaches.yaml").write_text(text)
+    flags = [word for name in names(world, True, "approaches") for word in ("--names", name)]
+    assert main(["experiment", str(tmp_path / "approaches.yaml"), str(tmp_path / "out"), *flags]) == 0
+    lines = (tmp_path / "out/results.md").read_text().splitlines()
+    assert "## Missing" not in lines
+    for name in SIX:
+        assert sum(line.startswith(f"| {name} |") for line in lines) >= 3
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def worked(world: Path, folder: Path, queue: Queue, magic: Callable[..., Any], s
     more: dict[str, Any] = {"methods": {}, "weightings": {},
                             "analyses": {"both": {"scores": "asked:go", "against": "asked:stay"}}}  # fmt: skip
     maker = Maker(read_experiment(arms.write(folder / "one.yaml", **more), (f"world={world}",)))
-    return worker.work(maker, queue, Runners(magic, magic), lambda plan, text: None, stop)
+    return worker.work(maker, queue, Runners(magic, magic, magic), lambda plan, text: None, stop)
 
 
 def task_of(queue: Queue) -> str:

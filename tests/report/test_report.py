@@ -338,6 +338,29 @@ def test_attacks_are_their_curves(tmp_path: Path) -> None:
     assert "<weak>" not in text
 
 
+def test_a_comparison_under_attack_is_a_panel_where_it_was_made(tmp_path: Path) -> None:
+    write_attack(tmp_path)
+    text = page(tmp_path)
+    told = panels(text)["compare-0"]
+    group, base = told["groups"]
+    assert group["cells"] == [{"after": [0.5, 0.4, 0.6], "latent": [0.3, 0.1, 0.5], "lost": 0, "models": 2,
+                               "seeds": [0, 1]}]  # fmt: skip
+    assert (group["after"]["attack"], group["front"], base["after"]) == ("full-half", ["before", "after"], None)
+    assert told["attacks"] == [{"name": "full-half", "note": "invalid"}]
+    assert "npo &lt;two&gt;" in text
+    assert "1.00 to 1.50" in text
+    (tmp_path / "compare.json").unlink()
+    assert "compare-0" not in panels(page(tmp_path))
+
+
+def test_the_attacks_of_an_experiment_are_shown_with_it(tmp_path: Path) -> None:
+    write_experiment(tmp_path)
+    (tmp_path / "attacks").mkdir()
+    write_attack(tmp_path / "attacks")
+    names = set(panels(page(tmp_path)))
+    assert {"experiment-1", "compare-2", "tamper-2"} <= names
+
+
 @pytest.mark.parametrize(
     "content",
     [

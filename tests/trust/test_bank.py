@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from retrograd.cli import main
@@ -26,34 +25,15 @@ from retrograd.trust.sets import units_of
 CALL = ("--subsets", "5", "--fraction", "0.2")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a bank of kept models, alone and in stacks, and files of further queries."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny.save_model(folder / "model")
-    tiny.save_jsonl(folder / "train.jsonl", tiny.sentences(20))
-    for name, seed in (("query", 1), ("first", 2), ("second", 3)):
-        tiny.save_jsonl(folder / f"{name}.jsonl", tiny.sentences(2, seed=seed))
-    queries = {name: {"dataset": str(folder / f"{name}.jsonl"), "reduction": "none"} for name in ("first", "second")}
-    (folder / "more.yaml").write_text(json.dumps(queries))
-    command = [
-        "magic", str(folder / "run"), "--model", str(folder / "model"), "--data.dataset", str(folder / "train.jsonl"),
-        "--query.dataset", str(folder / "query.jsonl"), "--train.batch_size", "8", "--train.lr", "1e-3",
-        "--train.eps_root", "1e-6",
-    ]  # fmt: skip
-    assert main(command) == 0
-    return folder
-
-
-def keeping(world: Path, together: int, folder: Path) -> Path:
-    run = Path(shutil.copytree(world / "run", folder))
+def keeping(small: Path, together: int, folder: Path) -> Path:
+    run = Path(shutil.copytree(small / "run", folder))
     assert main(["validate", str(run), *CALL, "--together", str(together), "--save_models"]) == 0
     return run
 
 
 @pytest.fixture(scope="module")
-def kept(world: Path) -> Path:
-    return keeping(world, 1, world / "kept")
+def kept(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return keeping(small, 1, tmp_path_factory.mktemp("kept") / "run")
 
 
 @pytest.fixture
@@ -77,13 +57,13 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("together", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_new_queries_of_kept_models_have_the_bits_of_retraining(
-    world: Path, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    small: Path, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    run = keeping(world, together, tmp_path / "run")
+    run = keeping(small, together, tmp_path / "run")
     call = ["validate", "RUN", *CALL, "--together", str(together)]
     trained = Path(shutil.copytree(run, tmp_path / "trained"))
     for folder in (run, trained):
-        assert main(["query", str(folder), "--query_file", str(world / "more.yaml")]) == 0
+        assert main(["query", str(folder), "--query_file", str(small / "more.yaml")]) == 0
     shutil.rmtree(trained / "validation")
     assert main([str(trained) if part == "RUN" else part for part in call]) == 0
     capsys.readouterr()
@@ -93,7 +73,7 @@ def test_new_queries_of_kept_models_have_the_bits_of_retraining(
     assert main([str(run) if part == "RUN" else part for part in call]) == 0
     assert "kept models are asked" in capsys.readouterr().out
     found = rows(run)
-    assert {row["query"] for row in found} == {"query", "first/0", "first/1", "second/0", "second/1"}
+    assert {row["query"] for row in found} == {"query/0", "query/1", "first/0", "first/1", "second/0", "second/1"}
     assert found == rows(trained)  # measured changes by their repr: to the bit
     assert len({row["measured"] for row in found}) > 20
     size = len(lines(run))
@@ -163,9 +143,9 @@ def test_broken_and_foreign_models_are_refused(run: Path) -> None:
 
 
 def test_a_lost_model_is_retrained_and_models_can_join_a_bank(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+    run = Path(shutil.copytree(small / "run", tmp_path / "run"))
     call = ["validate", str(run), *CALL, "--together", "1"]
     assert main(call) == 0
     before = rows(run)
@@ -176,7 +156,7 @@ def test_a_lost_model_is_retrained_and_models_can_join_a_bank(
     assert len(list((run / "validation" / "models").iterdir())) == 6
     lost = json.loads(lines(run)[-1])["model"]
     (run / "validation" / "models" / f"{lost}.safetensors").unlink()
-    query = ["--name", "other", "--query.dataset", str(world / "first.jsonl")]
+    query = ["--name", "other", "--query.dataset", str(small / "first.jsonl")]
     assert main(["query", str(run), *query]) == 0
     capsys.readouterr()
     assert main(call) == 0
@@ -185,8 +165,8 @@ def test_a_lost_model_is_retrained_and_models_can_join_a_bank(
     assert "1 retrainings" in told
 
 
-def test_a_bank_with_sets_missing_gives_no_number(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+def test_a_bank_with_sets_missing_gives_no_number(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Path(shutil.copytree(small / "run", tmp_path / "run"))
     call = ["validate", str(run), *CALL, "--together", "1"]
     assert main([*call, "--stop", "4"]) == 0
     told = " ".join(capsys.readouterr().out.split())
@@ -207,8 +187,8 @@ def test_a_bank_with_sets_missing_gives_no_number(world: Path, tmp_path: Path, c
     assert main(["bank", str(run)]) == 0
 
 
-def test_mixtures_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+def test_mixtures_are_refused(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Path(shutil.copytree(small / "run", tmp_path / "run"))
     call = ["validate", str(run), *CALL, "--together", "1"]
     assert main([*call, "--stop", "2"]) == 0
     path = next((run / "validation").glob("retrains*.jsonl"))
@@ -228,8 +208,8 @@ def test_mixtures_are_refused(world: Path, tmp_path: Path, capsys: pytest.Captur
     assert "not recorded" in told
 
 
-def test_a_run_without_a_bank_is_told(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = Path(shutil.copytree(world / "run", tmp_path / "run"))
+def test_a_run_without_a_bank_is_told(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = Path(shutil.copytree(small / "run", tmp_path / "run"))
     assert main(["bank", str(run)]) == 2
     assert "has no bank of retrainings" in capsys.readouterr().err
     (run / "validation").mkdir()

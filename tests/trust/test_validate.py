@@ -74,7 +74,7 @@ def bank(run: Path) -> list[dict]:
 
 def test_every_set_is_predicted_and_measured(run: Path) -> None:
     rows = validate(run, "--subsets", "3", "--fraction", "0.1", "0.25", "--together", "1", "--ends", "2")
-    assert list(rows[0]) == ["subset", "fraction", "query", "predicted", "measured"]
+    assert list(rows[0]) == ["subset", "fraction", "query", "predicted", "measured", "weight"]
     assert len(rows) == (6 + 2) * 2
     opened = open_run(run)
     scores = torch.load(run / "scores.pt", weights_only=True).double()

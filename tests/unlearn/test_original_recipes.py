@@ -1,4 +1,4 @@
-"""recipes/original: every file is read as the command reads it and, with its names changed to a small world's, runs."""
+"""recipes/original and recipes/best: every file is read as the command reads it and, with its names changed to a small world's, runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ ATTRIBUTIONS = [name for name in FILES if name.startswith("attribution")]
 RUNS = [name for name in FILES if not name.startswith("attribution")]
 PAIRED = ("selective", "compatible")
 QUICK = ("1_value_as_run", "3_positive_only_corrected", "7_all_tokens_as_run", "attribution_wikitext_as_run")
+DATA = ("wt1k", "retain1k", "chat1k", "forget1k", "forget10k", "lie1k", "lie10k", "remove", "remove4k", "retain_pairs")
 MODEL = "EleutherAI/deep-ignorance-unfiltered"
+BEST = sorted(path.stem for path in (FOLDER.parent / "best").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def renamed(name: str, world: Path) -> dict[str, Any]:
+def renamed(name: str, world: Path, folder: Path = FOLDER) -> dict[str, Any]:
     """The settings of a file, its names changed and nothing else."""
-    names = {"data/wt1k.jsonl": "train.jsonl", "data/retain1k.jsonl": "train.jsonl", "cais/mmlu": "asked.jsonl",
-             "data/forget10k.jsonl": "train.jsonl", "data/wmdp_robust.jsonl": "asked.jsonl", MODEL: "model"}  # fmt: skip
+    names = {"cais/mmlu": "asked.jsonl", "data/wmdp_robust.jsonl": "asked.jsonl", MODEL: "model"}
+    names |= {f"data/{one}.jsonl": "train.jsonl" for one in DATA}
 
     def changed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -71,9 +73,12 @@ def renamed(name: str, world: Path) -> dict[str, Any]:
             return [changed(v) for v in value]
         if isinstance(value, str) and value.startswith("selections/"):
             return str(world / value.split("/")[-1])
-        return str(world / names[value]) if value in names else value
+        if isinstance(value, str) and value.partition(",")[0] in names:
+            source, comma, read = value.partition(",")
+            return str(world / names[source]) + comma + read
+        return value
 
-    return changed(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf8")))
+    return changed(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf8")))
 
 
 def written(name: str, world: Path, folder: Path) -> Path:
@@ -94,7 +99,7 @@ def test_every_file_is_read_and_says_how_it_is_called(name: str) -> None:
     if isinstance(config, MagicConfig):
         check(config)
         assert set(queries_of(config)) == {"wmdp", "mmlu"}
-        assert config.attribute == "tokens"
+        assert config.attribute == ("examples" if "documents" in name else "tokens")
     else:
         check_unlearn(config)
         assert config.method == "weighted_sft"
@@ -142,3 +147,43 @@ def test_every_attribution_runs_and_gives_selections(name: str, world: Path, tmp
     assert scores.isfinite().all()
     selection = ["select", str(tmp_path / "selection"), "--rule", "value", "--controls"]
     assert main([*selection, "--scores", f"{run}:wmdp", "--against", f"{run}:mmlu"]) == 0
+
+
+def test_there_are_files_for_all_ten_attribution_runs() -> None:
+    runs = {"wikitext_documents", "wikitext", "retain", "chat", "forget1k", "lie1k", "forget", "lie"}  # two asked twice
+    assert set(ATTRIBUTIONS) == {f"attribution_{run}_{how}" for run in runs for how in ("as_run", "corrected")}
+    text = (FOLDER / "README.md").read_text(encoding="utf8")
+    assert [name for name in DATA[:7] if f'save("{name}"' not in text] == []
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_every_row_of_the_best_results_is_read_and_called_as_it_says(name: str) -> None:
+    path = FOLDER.parent / f"best/{name}.yaml"
+    text = path.read_text(encoding="utf8")
+    call = next(line for line in text.splitlines() if line.startswith("# retrograd unlearn")).split()[3:]
+    assert call[-2:] == ["--config", f"recipes/best/{name}.yaml"]
+    config = _parse("unlearn", [*call[:-1], str(path)])
+    check_unlearn(config)
+    assert config.model == MODEL
+    assert config.objective.as_run == name.endswith("as_run")
+    shown = (path.parent / "README.md").read_text(encoding="utf8")
+    assert f"{name}.yaml" in shown or name.endswith("corrected")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == BEST[-1] else pytest.mark.slow) for n in BEST])
+def test_every_row_of_the_best_results_runs(name: str, world: Path, tmp_path: Path) -> None:
+    given = renamed(name, world, FOLDER.parent / "best")
+    if given.get("weights"):
+        given["weights"] = [str(tmp_path / "keywords")]
+        (tmp_path / "words.txt").write_text(f"{tiny.sentences(1)[0].split()[1]}\n")
+        assert main(["mask", str(tmp_path / "keywords"), "--model", str(world / "model"), "--data.dataset",
+                     str(world / "train.jsonl"), "--data.max_length", "1024",
+                     "--keywords", str(tmp_path / "words.txt")]) == 0  # fmt: skip
+    given["max_length"] = 1024  # the small model reads no more
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given))
+    text = (FOLDER.parent / f"best/{name}.yaml").read_text(encoding="utf8")
+    method = next(line for line in text.splitlines() if line.startswith("# retrograd unlearn")).split()[3]
+    command = ["unlearn", method, str(tmp_path / "run"), "--config", str(tmp_path / "recipe.yaml"), "--export", "False"]
+    assert main(command) == 0
+    flags = json.loads((tmp_path / "run/manifest.json").read_text())["flags"]
+    assert bool(flags) == name.endswith("as_run")

@@ -57,7 +57,7 @@ def apart(one: Any, other: Any) -> float:
 
 
 # plain SGD takes another way through the kernel where the objective is linear: one of those is enough for every day
-DIFFERENTIABLE = [name for name, m in METHODS.items() if m.differentiable]
+DIFFERENTIABLE = [name for name, m in METHODS.items() if not m.refusal()]
 QUICK = [("adamw", name) for name in DIFFERENTIABLE] + [
     ("sgd", name) for name, m in METHODS.items() if not m.linear or name == "wga"
 ]

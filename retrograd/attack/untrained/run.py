@@ -22,6 +22,7 @@ from retrograd.query.load import load_rows
 from retrograd.query.prepare import Prepared, prepare
 from retrograd.query.questions import Questions
 from retrograd.runs.files import write_json
+from retrograd.runs.progress import counting
 from retrograd.runs.setup import find_device
 from retrograd.settings.attack import AttackConfig, Untrained
 from retrograd.settings.tasks import Task, tasks_from
@@ -66,15 +67,17 @@ def carry_out_untrained(
         given = given._replace(shots=[text for source in texts.pop("shots") for text in _solved(source)])
     given = given._replace(rows={key: _rows(found, lm, tokenizer, config.max_length) for key, found in texts.items()})
     ready = {name: prepare(task, lm, tokenizer, config.batch_size) for name, task in asked.items()}
-    for number in left:
-        altered = kind.alter(given, strengths[number]) if number else None
-        params = altered.params if altered else lm.params
-        prefix = altered.prefix if altered else ""
-        about = {"model": model, "strength": strengths[number], "dtype": "float32",
-                 "digest": tree.digest(dict(sorted(params.items())))}  # fmt: skip
-        for name, prepared in ready.items():
-            measured = _prefixed(prepared, prefix).measure(params)
-            write_measured(answers_path(folder, number, name), measured, {**about, "task": name})
+    with counting("ask", len(left), "strengths") as tick:
+        for number in left:
+            altered = kind.alter(given, strengths[number]) if number else None
+            params = altered.params if altered else lm.params
+            prefix = altered.prefix if altered else ""
+            about = {"model": model, "strength": strengths[number], "dtype": "float32",
+                     "digest": tree.digest(dict(sorted(params.items())))}  # fmt: skip
+            for name, prepared in ready.items():
+                measured = _prefixed(prepared, prefix).measure(params)
+                write_measured(answers_path(folder, number, name), measured, {**about, "task": name})
+            tick()
 
 
 def _claim(folder: Path, told: dict[str, Any], made_of: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from retrograd.report.panel import Panel
+from retrograd.report.panels.compare import compare
 from retrograd.report.panels.exam import answers, exam, samples, tradeoff, tradeoff_of_several
 from retrograd.report.panels.experiment import experiment
 from retrograd.report.panels.grid import grid
@@ -37,6 +38,7 @@ PANELS = (
     Panel("answers", "Answers, question by question", Evaluation, answers),
     Panel("experiment", "Arms and their controls", Experiment, experiment),
     Panel("grid", "Which recipes' scores predict retraining", Experiment, grid),
+    Panel("compare", "Which hold, under the same attacks?", Attack, compare),
     Panel("tamper", "Does it come back?", Attack, tamper),
     Panel("samples", "What the models write", Evaluation, samples),
 )

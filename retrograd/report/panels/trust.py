@@ -59,7 +59,8 @@ def retraining(run: Attribution, view: View) -> Content | None:
     with path.open(encoding="utf8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     sets = [
-        {"set": row["subset"], "fraction": float(row["fraction"]), "query": row["query"],
+        {"set": row["subset"] + _weight(row.get("weight", "0")), "fraction": float(row["fraction"]),
+         "query": row["query"],
          "predicted": float(row["predicted"]), "measured": float(row["measured"])}
         for row in rows
     ]  # fmt: skip
@@ -87,7 +88,7 @@ def judged(
     parts = [part for part in (validation or {}).get("fractions", []) if part["fraction"] and name in part["queries"]]
     for part in parts:
         if part.get("missing"):
-            share = f"without {100 * part['fraction']:.3g} % of the documents"
+            share = _share(part)
             reasons.append(f"{share} not all sets are in the bank: {part['missing']} are missing")
     parts = [part for part in parts if not part.get("missing")]
     for part in parts:
@@ -104,7 +105,7 @@ def judged(
 def _agreement(name: str, part: dict[str, Any]) -> tuple[str, bool | None]:
     """Words on a query's agreement at one fraction; True: rank and size hold, False: the rank alone, None: neither."""
     one, (low, high) = part["queries"][name], part["interval"]
-    share = f"without {100 * part['fraction']:.3g} % of the documents"
+    share = _share(part)
     if one["lds"] is None or low is None:
         return f"{share} too few sets were retrained to say anything", None
     told = f"LDS {one['lds']:.3f} {share} (mean of the queries {part['mean_lds']:.3f} [{low:.3f}, {high:.3f}])"
@@ -116,6 +117,15 @@ def _agreement(name: str, part: dict[str, Any]) -> tuple[str, bool | None]:
     sized = slope is not None and 1 / FACTOR <= slope <= FACTOR
     size = f", changes {slope:.2f} times as large as predicted" if slope is not None else ""
     return told + size, sized and one["lds"] >= GRADE
+
+
+def _share(part: dict[str, Any]) -> str:
+    share, weight = f"{100 * part['fraction']:.3g} % of the documents", part.get("weight", 0.0)
+    return f"with {share} at weight {weight:g}" if weight else f"without {share}"
+
+
+def _weight(weight: str) -> str:
+    return "" if float(weight) == 0 else f" at weight {weight}"
 
 
 def _smoothness(folder: Path) -> dict[str, Any] | None:

@@ -6,7 +6,9 @@ l moves from the last of `visits` to the first, each for an equal part of the ru
 original blocks after it, so that no later block can hide what an earlier one still says; the gradient of a phase
 reaches blocks up to l alone. With `top_k` the entropy is that of the k largest logits, over log k. Everything but the
 blocks is frozen. Optimizer, learning rate and ramps run through all phases, where the original runs began each anew.
-Masks of tokens (keywords, activations, scores) are weights.
+Masks of tokens (keywords, activations, scores) are weights. With `l2_sp` the parameters are held where they were:
+
+    L + l2_sp·Σ ‖θ − θ0‖²                                 L2-SP, Li, Grandvalet and Davoine 1802.01483
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from retrograd.lm.outputs import decoder_blocks
 from retrograd.unlearn.method import Method
 from retrograd.unlearn.reference import Reference
 from retrograd.unlearn.settings import RetainTerm, Settings, chosen_blocks
-from retrograd.unlearn.terms import Terms, flat, forget_term, top
+from retrograd.unlearn.terms import Term, Terms, flat, forget_term, top
 from retrograd.unlearn.view import Side, View
 
 __all__ = ["METHOD", "SequentialSettings", "of_blocks"]
@@ -44,9 +46,14 @@ class SequentialSettings(Settings):
     """Blocks that are unlearned, the last one first, as shares of the depth: 28, 24, 20 and 16 of 32."""
     top_k: int | None = None
     """Logits whose entropy counts, the largest ones; all of them when None."""
+    l2_sp: float = 0.0
+    """Coefficient of the squared distance of all trained parameters from where they began; 0 leaves it out. Of the
+    model's own parameters: not with adapters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.l2_sp >= 0:
+            raise ValueError(f"l2_sp is {self.l2_sp}; a coefficient is at least 0")
         if not self.visits:
             raise ValueError("visits is empty; give the blocks to unlearn as shares of the depth, from 0 to 1")
 
@@ -54,6 +61,18 @@ class SequentialSettings(Settings):
 def _forget(settings: SequentialSettings, view: View, side: Side) -> Terms:
     logits = side.logits if settings.top_k is None else top(side.logits, settings.top_k)
     return forget_term(settings, view, torch.sum(side.c * flat(logits)))
+
+
+def _held(settings: SequentialSettings, params: Params, reference: Reference) -> Terms:
+    if not settings.l2_sp:
+        return Terms()
+    if not reference.adapters:
+        raise ValueError(
+            "l2_sp is a distance of the model's own parameters, and adapters have none: train the whole model, with "
+            "--lora.rank 0, or leave l2_sp out"
+        )
+    squares = [torch.sum((theta - reference.params[name]).square()) for name, theta in params.items()]
+    return Terms(l2_sp=Term(settings.l2_sp, torch.stack(squares).sum()))
 
 
 def _stitched(
@@ -89,4 +108,5 @@ METHOD = Method(
     rank=1 / 256,  # 16 of width 4096
     trained=of_blocks,
     at=_stitched,
+    penalty=_held,
 )

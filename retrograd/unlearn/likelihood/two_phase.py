@@ -4,8 +4,9 @@
     R with the share `hold` of its coefficient up to there, and with all of it from there on
 
 What comes back in the second phase was hidden, not gone: evaluate on the way, at the switch and at the end. Optimizer
-and learning rate run through. The length of the first phase is given, not found: a budget for its damage would be a
-state of its own; `--evaluate.keep_best` and an experiment's tuning keep one.
+and learning rate run through. With `budget` removal stops, in the first phase, at every micro-batch whose retain rows
+diverge from the reference by more than that: whether it does is a function of parameters and rows, piecewise constant,
+so that a step remains one and its derivative is right away from the budget.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from retrograd.unlearn.method import Method
 from retrograd.unlearn.settings import Settings
-from retrograd.unlearn.terms import Terms, ascent, flat, forget_term
+from retrograd.unlearn.terms import Terms, ascent, divergence, flat, forget_term
 from retrograd.unlearn.view import Side, View
 
 __all__ = ["METHOD", "TwoPhaseSettings"]
@@ -34,6 +35,9 @@ class TwoPhaseSettings(Settings):
     """Progress at which the second phase begins, above 0 and below 1."""
     hold: float = 0.2
     """Share of the retain coefficient in the first phase."""
+    budget: float | None = None
+    """Divergence from the reference on a micro-batch's retain rows, nats per token, at which its removal stops; it goes
+    on at any when None."""
     cap: float = 2.0
     """ascent: a token's loss counts up to cap·log V, V the vocabulary: log V is a uniform guess."""
 
@@ -43,17 +47,25 @@ class TwoPhaseSettings(Settings):
             raise ValueError(f"switch is {self.switch}; it is a progress above 0 and below 1, or a phase is empty")
         if not 0 <= self.hold <= 1:
             raise ValueError(f"hold is {self.hold}; it is a share of the retain coefficient, from 0 to 1")
+        if self.budget is not None and not self.budget > 0:
+            raise ValueError(f"budget is {self.budget}; a divergence of 0 stops everything: give more, or None")
 
 
 def _forget(settings: TwoPhaseSettings, view: View, side: Side) -> Terms:
     uniform = settings.removal == "max_entropy"
     value = torch.sum(side.c * flat(side.logits)) if uniform else ascent(side, settings.cap)
+    if settings.budget is not None and view.retain is not None:
+        value = value * (divergence(view.retain) <= settings.budget)
     return forget_term(settings, view, value)
 
 
 def _schedule(settings: TwoPhaseSettings, progress: Tensor) -> tuple[Tensor, Tensor]:
     first = (progress < settings.switch).to(progress)
     return first, 1 - (1 - settings.hold) * first
+
+
+def _refers(settings: TwoPhaseSettings) -> bool:
+    return settings.budget is not None
 
 
 METHOD = Method(
@@ -63,4 +75,5 @@ METHOD = Method(
     defaults=TwoPhaseSettings(),
     forget=_forget,
     schedule=_schedule,
+    refers=_refers,
 )

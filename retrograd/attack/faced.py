@@ -1,0 +1,150 @@
+"""Every meeting of a model and an attack in some folders of attacks, ready to be compared.
+
+An attack is a configuration whatever its seed; a group is what models of different seeds are of: an arm of an
+experiment, or runs of `retrograd unlearn` whose settings differ in nothing but the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from retrograd.attack.course import Course
+from retrograd.attack.findings import courses_of, findings, unseen
+from retrograd.attack.folder import Attacked, Folder, read_folder
+from retrograd.attack.recovery import means
+from retrograd.runs.manifest import Manifest
+from retrograd.settings.attack import Configuration, name_of
+from retrograd.settings.tasks import tasks_from
+
+__all__ = ["Faced", "Rise", "read_faced"]
+
+_NOT_THE_GROUP = ("run", "heartbeat", "export", "evaluate", "log", "device")
+
+
+class Rise(NamedTuple):
+    """The rise on what an attack did not show beyond that of the model that never knew, [n], and clusters, [n]."""
+
+    values: np.ndarray
+    clusters: np.ndarray
+
+
+class Faced(NamedTuple):
+    """A model under a configuration of an attack.
+
+    attack, seed: the configuration without its seed, and that; readable: the attack's name for people.
+    groups: what the model is one of the seeds of; method: of unlearning, if its run tells it.
+    least: the general accuracy to be kept; rise: at the last step; None where the attack shows everything.
+    reached: the step at which half came back, as `findings` tells it.
+    """
+
+    model: str
+    method: str | None
+    role: str
+    groups: tuple[str, ...]
+    configuration: str
+    attack: str
+    readable: str
+    seed: int
+    course: Course
+    least: float
+    rise: Rise | None
+    reached: dict[str, Any] | None
+    valid: bool | None
+    probe: bool
+
+
+def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
+    """Every meeting of a model and an attack in some folders, each once.
+
+    Raises:
+        ValueError: If one is no folder of attacks, they were asked different questions, or an attack of one name was
+            of different rows.
+    """
+    found: dict[tuple[str, str], Faced] = {}
+    asked: set[str] = set()
+    trained: dict[str, tuple[Path, list[str | None]]] = {}
+    for path in folders:
+        folder = read_folder(path)
+        courses = courses_of(folder, tasks_from(folder.tasks))
+        told = findings(folder, (utility,), courses)
+        of = {(one["model"], one["configuration"]): one for one in told["meetings"]}
+        base = folder.of_role("base")
+        for name in folder.configurations:
+            if base is None or (base.name, name) not in courses:
+                continue
+            _check_rows(trained, name, path, folder.place(base, name))
+            for target in folder.targets:
+                if (target.name, name) in courses:
+                    asked.add(_questions(path))
+                    one = _faced(folder, target, base, name, courses, of[target.name, name], utility)
+                    found.setdefault((target.name, name), one)
+    if len(asked) > 1:
+        raise ValueError("these folders were asked different questions: attack all models in one folder")
+    if not any(one.role == "model" for one in found.values()):
+        raise ValueError(f"{', '.join(map(str, folders))}: no model has met an attack yet; run `retrograd attack`")
+    return list(found.values())
+
+
+def _faced(
+    folder: Folder, target: Attacked, base: Attacked, name: str, courses: Mapping[tuple[str, str], Course],
+    meeting: dict[str, Any], utility: float,
+) -> Faced:  # fmt: skip
+    one, course = folder.configurations[name], courses[target.name, name]
+    filtered = folder.of_role("filtered")
+    never = courses.get((filtered.name, name)) if filtered is not None else None
+    method, groups = _groups(target)
+    return Faced(
+        target.name, method, target.role, groups, name, name_of(dataclasses.replace(one, seed=0)),
+        one.readable.rpartition("-s")[0], one.seed, course, means(courses[base.name, name].retain)[0] - utility,
+        _rise(course, never, one), meeting.get("reached", {}).get("0.5"), meeting["valid"]["valid"], one.probe,
+    )  # fmt: skip
+
+
+def _rise(course: Course, never: Course | None, one: Configuration) -> Rise | None:
+    """At the last step that both have."""
+    mask = None if never is None else unseen(one, course.first)
+    if never is None or mask is None:
+        return None
+    last = max(set(course.steps) & set(never.steps))
+    own, other = (x.forget[x.steps.index(last)] - x.forget[0] for x in (course, never))
+    values = (own - other)[mask]
+    return None if np.isnan(values).any() else Rise(values, course.clusters[mask])
+
+
+def _check_rows(trained: dict[str, tuple[Path, list[str | None]]], name: str, path: Path, place: Path) -> None:
+    """Refuse an attack that trained on other rows in another folder: a name tells its settings alone."""
+    manifests = [Manifest(place / phase / "manifest.json").values for phase in ("before", "attack")]
+    rows = [one.get("hashes", {}).get("rows") for one in manifests]
+    first, others = trained.setdefault(name, (path, rows))
+    if rows != others:
+        raise ValueError(f"attack {name} trained on other rows in {path} than in {first}: attack all models in one "
+                         "folder")  # fmt: skip
+
+
+def _questions(path: Path) -> str:
+    return str(json.loads((path / "attack.json").read_text(encoding="utf8"))["questions"]["content"])
+
+
+def _groups(target: Attacked) -> tuple[str | None, tuple[str, ...]]:
+    """The method that an unlearning run's manifest names, and what the model is a seed of: by its run's settings, where
+    nothing else says so."""
+    run = Path(target.source).parent
+    method: str | None = Manifest(run / "manifest.json").values.get("method")
+    if target.groups or target.role != "model":
+        return method, target.groups or (target.role,)
+    path = run / "run_config.yaml"
+    if method is None or not path.exists():
+        return method, (target.name,)
+    values = yaml.safe_load(path.read_text(encoding="utf8"))
+    values = {name: value for name, value in values.items() if name not in _NOT_THE_GROUP}
+    values["train"] = {**values.get("train", {}), "seed": None}
+    told = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return method, (f"{method}-{told[:8]}",)

@@ -1,0 +1,151 @@
+"""Scores of other methods, to be held against the same bank: files of any tool, other runs, and built-in rivals.
+
+A method has a score for each query column, or one for all of them if its column is named. Scores of documents in a run
+by token are spread evenly over the document's targets, which changes no sum over whole documents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrograd.runs.run_folder import Opened
+from retrograd.select.files import Stated, file_scores
+from retrograd.select.json_scores import json_columns
+from retrograd.select.places import Places, places_of
+from retrograd.select.sources import DataSet, is_run, load_scores, split_name
+from retrograd.settings.commands import ValidateConfig
+from retrograd.settings.run import MagicConfig
+from retrograd.trust.rivals import RIVALS
+
+__all__ = ["OWN", "Method", "as_weights", "other_methods"]
+
+OWN = "retrograd"
+
+
+class Method(NamedTuple):
+    """A method's scores for each query column, [K, *weights.shape] float64, negative = proponent.
+
+    scores: One row for all columns where the method does not tell queries apart.
+    """
+
+    name: str
+    scores: Tensor
+
+
+def other_methods(config: ValidateConfig, run: Opened) -> list[Method]:
+    """The methods that a call of `validate` names.
+
+    Raises:
+        ValueError: If a file is missing, does not fit the run's documents, rows or queries, does not say its sign, or
+            a rival cannot be computed for a query.
+    """
+    places = places_of(run.loaded.rows)
+    sign = {None: None, "proponent": "positive", "detractor": "negative"}[config.higher_is]
+    stated = Stated(cast(Any, sign), config.alignment, by_end=True)
+    found = [_of_source(source, run, places, stated, config.tokens) for source in config.scores]
+    for name in config.rivals:
+        values = RIVALS[name](run, places, not config.tokens, config.seed)
+        found.append(Method(name, torch.stack([as_weights(one, config.tokens, run, places) for one in values])))
+    names = [OWN, *(method.name for method in found)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two methods are called {twice[0]!r}; name one of them, as in --scores other={config.scores[0]}"
+        )
+    return found
+
+
+def as_weights(values: Tensor, per_token: bool, run: Opened, places: Places) -> Tensor:
+    """Scores of real tokens, [n], or of the documents that have one, [d], laid out like the run's data weights."""
+    loaded = run.loaded
+    if not loaded.stream.per_token:
+        found = torch.zeros(loaded.training.weights.shape, dtype=torch.float64)
+        found[places.present()] = places.per_document(values) if per_token else values
+        return found
+    if per_token:
+        return places.scatter(values)
+    targets = places.per_document(torch.ones(len(places), dtype=torch.float64))
+    return places.scatter(places.at_tokens(values / targets))
+
+
+def _of_source(source: str, run: Opened, places: Places, stated: Stated, tokens: bool) -> Method:
+    name, path, part = _named(source)
+    if is_run(path):
+        config = cast(MagicConfig, run.config)
+        one = load_scores(
+            [str(path) + (f":{part}" if part else "")], DataSet(config, run.loaded.rows, places, None), stated
+        )
+        scores, per_token = [one.values], one.per_token
+        _refuse_few(source, 1, part, run)
+    else:
+        parts = [part] if part is not None else _columns(path, places, run.loaded.queries.names)
+        _refuse_few(source, len(parts), part, run)
+        loaded = [file_scores(path, one, places, stated) for one in parts]
+        scores, per_token = [values for values, *_ in loaded], loaded[0][1]
+    if tokens and not per_token:
+        raise ValueError(
+            f"--tokens leaves out single tokens, and {source} has scores of documents, which say nothing about them; "
+            "leave --tokens out, or give scores of tokens"
+        )
+    bad = sum(int((~torch.isfinite(values)).sum()) for values in scores)
+    if bad:
+        raise ValueError(f"{bad} scores of {source} are NaN or infinite; a validation needs all")
+    return Method(name, torch.stack([as_weights(values, per_token, run, places) for values in scores]))
+
+
+def _named(source: str) -> tuple[str, Path, str | None]:
+    """NAME=PATH:part, where the name and the part may be missing."""
+    name, equals, rest = source.partition("=")
+    given = bool(equals) and not Path(source.rpartition(":")[0] or source).exists() and not Path(source).exists()
+    path, part = split_name(rest if given else source)
+    if not path.exists():
+        raise ValueError(f"--scores {source}: there is no {path}")
+    return (name if given else path.stem + (f":{part}" if part else "")), path, part
+
+
+def _refuse_few(source: str, columns: int, part: str | None, run: Opened) -> None:
+    names = run.loaded.queries.names
+    if columns != len(names) and part is None:
+        raise ValueError(
+            f"--scores {source} has {columns} columns of scores, and the run {len(names)} query columns: "
+            f"{', '.join(names[:6])}{' …' if len(names) > 6 else ''}. Give a column for each, in their order or by "
+            "these names, or name one column as FILE:COLUMN, which then counts for all of them"
+        )
+
+
+def _columns(path: Path, places: Places, names: Sequence[str]) -> list[str | None]:
+    """The columns of a file, as `file_scores` takes them, in the order of the run's query columns."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        there = pq.read_schema(path).names
+        return [f"score_{name}" for name in names] if f"score_{names[0]}" in there else [None]
+    if path.suffix == ".json":
+        try:
+            there = json_columns(json.loads(path.read_text(encoding="utf8")))
+        except ValueError as error:
+            raise ValueError(f"--scores {path} is not JSON: {error}") from error
+        return [name for name in names if name in there] if set(names) & set(there) else [*there] or [None]
+    shape = _shape(path)
+    documents = (places.documents, len(places.present()))
+    if len(shape) == 3 or (len(shape) == 2 and shape[0] in documents and shape[1] == len(names) < places.shape[1]):
+        return [str(k) for k in range(shape[-1])]
+    return [None]
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """Of what a .pt or .npy file holds; () where that is no array, which its reader says."""
+    try:
+        if path.suffix == ".npy":
+            return tuple(np.load(path, mmap_mode="r", allow_pickle=False).shape)
+        if path.suffix == ".pt":
+            return tuple(torch.load(path, weights_only=True, map_location="cpu", mmap=True).shape)
+    except Exception:  # whatever is wrong with it, `file_scores` says
+        return ()
+    return ()
