@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
 # the setting that names the folder; whether the command writes the page, or only one that is there anew
 _REPORTED = {
     "train": ("run", True), "magic": ("run", True), "unlearn": ("run", True), "validate": ("run", True),
-    "evaluate": ("output", True), "experiment": ("out", True), "attack": ("out", True),
+    "evaluate": ("output", True), "experiment": ("out", True), "attack": ("out", True), "harden": ("out", True),
     "query": ("run", False), "verify": ("run", False), "metasmoothness": ("run", False),
 }  # fmt: skip
 

@@ -1,16 +1,23 @@
 """Weights of forget documents that make unlearning hold: metagradient ascent through unlearning and attack.
 
     J(w) = mean over attacks φ(θ after unlearning with w and attack) − μ·KL(θ after unlearning with w)
-    w_p = n·e^{u_d(p)} / Σ_q e^{u_d(q)}         p one of n forget tokens, d(p) its document: w ≥ 0, mean 1
+    w_p = e^{u_f}·n·e^{u_d(p)} / Σ_q e^{u_d(q)} p one of n forget tokens, d(p) its document: w ≥ 0, mean e^{u_f}
+    w_p = e^{u_r}                               p a retain token
+    lr  = e^{u_l} of the unlearning's
 
-φ is the loss on forget questions whose answers the attack does not show, KL the token mean of KL(start ‖ θ) on retain
-rows. ∂J/∂w comes from one sweep through the unlearning: the attacks' cotangents at its end and −μ·∇KL add up. Adam
-raises J over u. Source: metagradient descent, Engstrom et al., arXiv:2503.13751.
+u has a place for each document, then u_f, u_r, u_l, which are 0 unless they are learnt. Where the objective is linear
+in w, e^{u_f} and e^{u_r} are the coefficients of its two terms. φ is the loss on forget questions whose answers the
+attack does not show, KL the token mean of KL(start ‖ θ) on retain rows. ∂J/∂w comes from one sweep through the
+unlearning: the attacks' cotangents at its end and −μ·∇KL add up. Adam raises J over u. Source:
+metagradient descent, Engstrom et al., arXiv:2503.13751.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,42 +26,50 @@ from torch import Tensor
 
 from retrograd.attack.chain_validation import forget_places
 from retrograd.core.optim import Params
+from retrograd.core.step import Recipe
 from retrograd.data.pairs import RETAIN, PairStream, Part
 from retrograd.data.rows import Rows, pad
 from retrograd.lm.model import bound_model
 from retrograd.query.columns import Column, Queries, function_column
 from retrograd.runs.setup import Loaded
+from retrograd.settings.attack import Finetune
 
 __all__ = [
     "Ascent",
+    "COEFFICIENTS",
     "Documents",
     "ascended",
+    "asked",
     "combined",
     "documents_of",
+    "drawn",
     "gradient_of",
     "mean_query",
     "part_rows",
+    "faster",
     "retain_kl",
     "shuffled",
     "weights_of",
 ]
 
 BETAS, EPS = (0.9, 0.99), 1e-12
+COEFFICIENTS = ("forget", "retain", "lr")  # after the documents
 
 
 class Documents(NamedTuple):
     """The forget tokens: their flat places in the weights [n], and the document of each, numbered from 0, [n].
 
-    number: Of documents.
+    number: Of documents. retain: rows of the retain side.
     """
 
     places: Tensor
     document: Tensor
     number: int
+    retain: slice = slice(0, 0)
 
 
 class Ascent(NamedTuple):
-    """Adam's state: u, and the moments of its gradient, [documents] each; steps taken."""
+    """Adam's state: u, and the moments of its gradient, [documents + 3] each; steps taken."""
 
     u: Tensor
     mean: Tensor
@@ -67,25 +82,70 @@ def documents_of(stream: PairStream) -> Documents:
     places, longest = forget_places(stream), stream.weights.shape[1]
     found = np.array([stream.rows.doc_ids[place // longest][place % longest] for place in places.tolist()])
     names, number = np.unique(found, return_inverse=True)
-    return Documents(torch.from_numpy(places), torch.from_numpy(number), len(names))
+    first = stream.offsets[RETAIN]
+    retain = slice(first, first + stream.sizes[RETAIN])
+    return Documents(torch.from_numpy(places), torch.from_numpy(number), len(names), retain)
 
 
 def weights_of(u: Tensor, documents: Documents, like: Tensor) -> Tensor:
-    """w for u, of the shape of the stream's weights; 1 for everything that is no forget token. Differentiable.
+    """w for u, of the shape of the stream's weights; 1 for everything that is on neither side. Differentiable.
 
     Args:
-        u: Logarithms, [documents].
+        u: Logarithms, [documents + 3].
     """
-    raised = (u - u.max()).exp()[documents.document]
-    chosen = raised * (len(documents.places) / raised.sum())
-    return torch.ones_like(like).flatten().index_copy(0, documents.places, chosen.to(like)).view_as(like)
+    own, (forget, retain) = u[: documents.number], u[documents.number : documents.number + 2].exp()
+    raised = (own - own.max()).exp()[documents.document]
+    chosen = forget * raised * (len(documents.places) / raised.sum())
+    kept = torch.zeros_like(like)
+    kept[documents.retain] = 1
+    whole = 1 + kept * (retain - 1).to(like)
+    return whole.flatten().index_copy(0, documents.places, chosen.to(like)).view_as(like)
 
 
-def gradient_of(scores: Tensor, u: Tensor, documents: Documents) -> Tensor:
-    """∂J/∂u [documents] for ∂J/∂w [rows, length]."""
+def gradient_of(
+    scores: Tensor, u: Tensor, documents: Documents, slope: float = 0.0, learnt: Sequence[str] = ("weights",)
+) -> Tensor:
+    """∂J/∂u [documents + 3] for ∂J/∂w [rows, length]; 0 for what is not learnt.
+
+    Args:
+        slope: ∂J/∂ log lr.
+    """
     live = u.detach().clone().requires_grad_()
     weights = weights_of(live, documents, scores)
-    return torch.autograd.grad((weights * scores).sum(), live)[0]
+    found = torch.autograd.grad((weights * scores).sum(), live)[0]
+    found[-1] = slope
+    return found * asked(u, learnt)
+
+
+def asked(u: Tensor, learnt: Sequence[str]) -> Tensor:
+    """1 for what is learnt of u, 0 for the rest, [documents + 3]."""
+    places = {"weights": slice(0, -3), "coefficients": slice(-3, -1), "lr": slice(-1, None)}
+    found = torch.zeros_like(u)
+    for name in learnt:
+        found[places[name]] = 1
+    return found
+
+
+def faster(recipe: Recipe, factor: float) -> Recipe:
+    """A recipe with all its learning rates multiplied."""
+    optimizer: Any = recipe.optimizer
+    rates = {name: None if (rate := getattr(optimizer.lr, name)) is None else rate * factor
+             for name in ("lr", "start", "end")}  # fmt: skip
+    return replace(recipe, optimizer=replace(optimizer, lr=replace(optimizer.lr, **rates)))
+
+
+def drawn(attacks: Sequence[Finetune], number: int, sample: int, jitter: float) -> list[Finetune]:
+    """The attacks of an iteration: some of all, each with a seed, a rate and a half of the facts of its own."""
+    draw = random.Random(f"harden/{number}")
+    other = {"half": "other_half", "other_half": "half"}
+    found = []
+    for one in draw.sample(list(attacks), min(sample, len(attacks))):
+        swapped = other if draw.random() < 0.5 else {}
+        found.append(replace(
+            one, seed=draw.randrange(2**31), lr=one.lr * math.exp(draw.uniform(-1, 1) * math.log(jitter)),
+            data=swapped.get(one.data, one.data), before=swapped.get(one.before or "", one.before),
+        ))  # fmt: skip
+    return found
 
 
 def ascended(state: Ascent, gradient: Tensor, lr: float) -> Ascent:
@@ -99,8 +159,9 @@ def ascended(state: Ascent, gradient: Tensor, lr: float) -> Ascent:
 
 
 def shuffled(u: Tensor, seed: int) -> Tensor:
-    """The same numbers on other documents: the matched random control."""
-    return u[torch.from_numpy(np.random.default_rng(seed).permutation(len(u)))]
+    """The same numbers on other documents: the matched random control. What is of no document stays."""
+    own = len(u) - len(COEFFICIENTS)
+    return torch.cat([u[:own][torch.from_numpy(np.random.default_rng(seed).permutation(own))], u[own:]])
 
 
 def retain_kl(loaded: Loaded, rows: int) -> Column:

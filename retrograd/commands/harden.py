@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from retrograd.evaluate.folder import content
 from retrograd.query.columns import Column, Queries
 from retrograd.runs.files import read_tensors, write_atomic, write_json, write_tensors
 from retrograd.runs.identity import identify
+from retrograd.runs.journal import read_journal, recipe_gradients
 from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.run_folder import replay_of
@@ -50,6 +51,8 @@ from retrograd.unlearn.setup import assemble
 
 __all__ = ["harden"]
 
+SETTINGS = ("objective.forget", "objective.retain", "train.lr")  # what may be learnt besides weights
+
 
 class _Attack(NamedTuple):
     """An attack: its phases, and the forget questions that it does not show."""
@@ -60,15 +63,23 @@ class _Attack(NamedTuple):
 
 
 class _World(NamedTuple):
-    """What all iterations have in common."""
+    """What all iterations have in common. make: an attack of its configuration."""
 
     config: HardenConfig
     unlearning: UnlearnConfig
     loaded: Loaded
     documents: core.Documents
     kl: Column
+    make: Callable[[Finetune], _Attack]
     learnt: list[_Attack]
     held_out: list[_Attack]
+
+    def attacks(self, number: int) -> list[_Attack]:
+        """Those that an iteration learns against."""
+        if self.config.sample is None:
+            return self.learnt
+        every = [attack.one for attack in self.learnt]
+        return [self.make(one) for one in core.drawn(every, number, self.config.sample, self.config.jitter)]
 
 
 def harden(config: HardenConfig, console: Console | None = None) -> dict[str, Any]:
@@ -104,9 +115,10 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
     )
     if not best["iteration"]:
         console.print("No weights better than uniform ones were found.")
+    flags = "".join(f" --{name} {best[name]:.4g}" for name in SETTINGS if name in best)
     console.print(
         f"{config.out}: harden.json; the weights are in best/N and matched/N of the Nth --forget, as in "
-        f"`retrograd unlearn … --weights {config.out}/best/0`."
+        f"`retrograd unlearn … --weights {config.out}/best/0{flags}`."
     )
     return told
 
@@ -152,10 +164,16 @@ def _claim_world(out: Path, made_of: dict[str, Any]) -> None:
 def _world(config: HardenConfig) -> _World:
     attack, source = attack_config(config), str(config.run / "model")
     given = unlearning_of(source)
+    method = find_method(given.method)
+    if "coefficients" in config.learn and not method.linear:
+        raise ValueError(
+            f"{config.run}: {given.method} is not linear in its weights, so a factor of them is no coefficient: leave "
+            "coefficients out of --learn"
+        )
     if given.weights:
         raise ValueError(f"{config.run} has --weights of its own, which learnt ones would replace: give a run without")
     for one in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
-        check_chain(one, given, whole=find_method(given.method).trained is None)
+        check_chain(one, given, whole=method.trained is None)
     material = material_of(attack)
     unlearning = dataclasses.replace(
         given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), log=(),
@@ -165,13 +183,10 @@ def _world(config: HardenConfig) -> _World:
     loaded = assemble(unlearning)
     assert isinstance(loaded.stream, PairStream)
 
-    def attacks(names: tuple[str, ...]) -> list[_Attack]:
-        return [_attack(one, config, material, loaded, source) for one in attacks_of(names, config)]
-
-    return _World(
-        config, unlearning, loaded, core.documents_of(loaded.stream), core.retain_kl(loaded, config.rows),
-        attacks(config.suite), attacks(config.held_out),
-    )  # fmt: skip
+    make = partial(_attack, config=config, material=material, loaded=loaded, source=source)
+    learnt, held_out = ([make(one) for one in attacks_of(names, config)] for names in (config.suite, config.held_out))
+    kl = core.retain_kl(loaded, config.rows)
+    return _World(config, unlearning, loaded, core.documents_of(loaded.stream), kl, make, learnt, held_out)
 
 
 def _attack(one: Finetune, config: HardenConfig, material: Material, loaded: Loaded, source: str) -> _Attack:
@@ -195,53 +210,82 @@ def _iteration(world: _World, number: int, console: Console) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
         return found
     state = _start(world, folder, number)
-    weights = core.weights_of(state.u, world.documents, world.loaded.stream.weights)
-    forget, kl, held, scores = _measured(world, folder, weights)
-    value = sum(forget) / len(forget) - world.config.mu * kl
-    gradient = core.gradient_of(scores.double(), state.u, world.documents)
+    attacks, mu = world.attacks(number), world.config.mu
+    one = _measured(world, folder, state.u, attacks, number)
+    value = sum(one.forget) / len(one.forget) - mu * one.kl
+    gradient = core.gradient_of(one.scores.double(), state.u, world.documents, one.slope, world.config.learn)
     following = core.ascended(state, gradient, world.config.lr)
+    own = state.u[: world.documents.number]
     found = {
-        "iteration": number, "objective": value, "forget_after_attack": forget, "retain_kl": kl,
-        "held_out": sum(held) / len(held) - world.config.mu * kl, "held_out_forget": held,
+        "iteration": number, "objective": value, "forget_after_attack": one.forget, "retain_kl": one.kl,
+        "attacks": [attack.one.readable for attack in attacks],
+        "held_out": sum(one.held) / len(one.held) - mu * one.kl, "held_out_forget": one.held,
         "gradient_norm": float(gradient.norm()), "predicted_change": float((following.u - state.u) @ gradient),
-        "metasmoothness": _smoothness(world, state.u, number), "largest_weight": float(weights.max()),
+        "metasmoothness": _smoothness(world, state.u, attacks[0], number),
+        "largest_weight": float((own - own.logsumexp(0)).exp().max() * len(own)), **_settings(world, state.u),
     }  # fmt: skip
     found["measured_change"] = None
     if number:
         before = json.loads((folder.parent / f"{number - 1:03d}" / "result.json").read_text(encoding="utf8"))
-        found["measured_change"] = value - before["objective"]
+        found["measured_change"] = sum(one.before) / len(one.before) - mu * one.kl - before["objective"]
         found["expected_change"] = before["predicted_change"]
     _write_state(folder.parent / f"{number + 1:03d}", following)
     write_json(path, found)
-    for left in ("unlearn", *(name_of(attack.one) for attack in world.learnt)):
+    for left in ("unlearn", *(name_of(attack.one) for attack in attacks)):
         remove(folder / left)
     _tell(found, world.config.iterations, console)
     return found
 
 
-def _measured(world: _World, folder: Path, weights: Tensor) -> tuple[list[float], float, list[float], Tensor]:
-    """φ of every attack, the retain KL, φ of the held-out attacks, and ∂J/∂w [rows, length]."""
-    loaded = _weighted(world.loaded, weights)
-    run = folder / "unlearn"
+class _Measured(NamedTuple):
+    """Of an iteration: φ of its attacks, of those of the iteration before, and of the held-out ones; the retain KL;
+    ∂J/∂w [rows, length] and ∂J/∂ log lr."""
+
+    forget: list[float]
+    before: list[float]
+    held: list[float]
+    kl: float
+    scores: Tensor
+    slope: float
+
+
+def _measured(world: _World, folder: Path, u: Tensor, attacks: list[_Attack], number: int) -> _Measured:
+    loaded, run = _at(world, u), folder / "unlearn"
+    last = world.attacks(number - 1) if world.config.sample is not None and number else []
     with _session(loaded, run, world) as session:
         final = session.train()
         (kl,), slope = core.mean_query([world.kl])(final.params)
         forget, parts = list[float](), [(-world.config.mu, slope)]
-        for attack in world.learnt:
+        for attack in attacks:
             phi, gradient = _through(world, loaded, attack, folder / name_of(attack.one), final)
             forget.append(float(phi))
-            parts.append((1 / len(world.learnt), gradient))
-        held = [
-            float(Queries(attack.columns).values(attacked(loaded, attack.runs, final.params)).mean())
-            for attack in world.held_out
-        ]
+            parts.append((1 / len(attacks), gradient))
+        before, held = ([_after(loaded, one, final.params) for one in some] for some in (last, world.held_out))
         del final
         with session.reversing() as trajectory:
             scores = trajectory.reverse(core.combined(parts))[0]
-    numbers = [*forget, float(kl), *held]
+    numbers = [*forget, *before, float(kl), *held]
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"the objective's parts are {numbers}: lower the learning rates of unlearning or attack")
-    return forget, float(kl), held, scores
+    return _Measured(forget, before or forget, held, float(kl), scores, _rate_slope(world, loaded, run))
+
+
+def _after(loaded: Loaded, attack: _Attack, params: Params) -> float:
+    """φ after an attack, of which no derivative is wanted."""
+    return float(Queries(attack.columns).values(attacked(loaded, attack.runs, params)).mean())
+
+
+def _rate_slope(world: _World, loaded: Loaded, run: Path) -> float:
+    """∂J/∂ log lr, out of the sweep's journal."""
+    if "lr" not in world.config.learn:
+        return 0.0
+    rate: Any = getattr(loaded.training.recipe.optimizer, "lr")  # noqa: B009
+    rates = [rate(step) for step in range(len(loaded.stream))]
+    found = recipe_gradients(rates, read_journal(run / "metrics.jsonl")[1], ["J"])
+    if found is None:
+        raise ValueError(f"{type(loaded.training.recipe.optimizer).__name__} does not tell its learning rate's "
+                         "derivative: leave lr out of --learn")  # fmt: skip
+    return float(max(rates) * found["queries"]["J"]["peak_lr"])
 
 
 def _through(world: _World, loaded: Loaded, attack: _Attack, folder: Path, final: State) -> tuple[Tensor, Params]:
@@ -268,29 +312,42 @@ def _session(setup: Setup, run: Path, world: _World) -> AbstractContextManager[S
     return open_session(setup, run, manifest, replay_of(dataclasses.replace(world.unlearning, run=run)))
 
 
-def _weighted(loaded: Loaded, weights: Tensor) -> Loaded:
-    """The same unlearning at other data weights."""
-    identity = identify({"run": loaded.identity}, tree.digest(weights))
-    return dataclasses.replace(loaded, training=loaded.training._replace(weights=weights), identity=identity)
+def _at(world: _World, u: Tensor) -> Loaded:
+    """The same unlearning at other data weights, coefficients and learning rate."""
+    training = world.loaded.training
+    weights = core.weights_of(u, world.documents, world.loaded.stream.weights)
+    recipe = training.recipe if u[-1] == 0 else core.faster(training.recipe, math.exp(u[-1]))
+    identity = identify({"run": world.loaded.identity, "rate": float(u[-1])}, tree.digest(weights))
+    return dataclasses.replace(
+        world.loaded, training=training._replace(weights=weights, recipe=recipe), identity=identity
+    )
 
 
-def _smoothness(world: _World, u: Tensor, seed: int) -> float | None:
-    """Metasmoothness of the chain of unlearning and the first attack, along a random direction of u."""
+def _settings(world: _World, u: Tensor) -> dict[str, float]:
+    """What is learnt besides weights, as settings of the unlearning."""
+    given, (forget, retain, rate) = world.unlearning, u[-len(core.COEFFICIENTS) :].exp().tolist()
+    own = given.objective if isinstance(given.objective, dict) else vars(given.objective)
+    every = dict(zip(SETTINGS, (own["forget"] * forget, own["retain"] * retain, given.train.lr * rate)))
+    learnt = dict(zip(SETTINGS, ("coefficients", "coefficients", "lr")))
+    return {name: value for name, value in every.items() if learnt[name] in world.config.learn}
+
+
+def _smoothness(world: _World, u: Tensor, attack: _Attack, seed: int) -> float | None:
+    """Metasmoothness of the chain of unlearning and an attack, along a random direction of what is learnt."""
     if not world.config.h:
         return None
     direction = torch.randn(len(u), generator=torch.Generator().manual_seed(seed), dtype=u.dtype)
-    finals = [
-        retrained(world.loaded, world.learnt[0].runs, core.weights_of(
-            u + k * world.config.h * direction, world.documents, world.loaded.stream.weights
-        ))
-        for k in range(3)
-    ]  # fmt: skip
+    direction *= core.asked(u, world.config.learn)
+    finals = []
+    for k in range(3):
+        loaded = _at(world, u + k * world.config.h * direction)
+        finals.append(retrained(loaded, attack.runs, loaded.training.weights))
     return metasmoothness(*finals)
 
 
 def _start(world: _World, folder: Path, number: int) -> core.Ascent:
     if not number:
-        zero = torch.zeros(world.documents.number, dtype=torch.float64)
+        zero = torch.zeros(world.documents.number + len(core.COEFFICIENTS), dtype=torch.float64)
         return core.Ascent(zero, zero, zero)
     tensors, about = read_tensors(folder / "start.safetensors")
     return core.Ascent(tensors["u"], tensors["mean"], tensors["square"], int(about["step"]))
@@ -306,7 +363,8 @@ def _write_weights(world: _World, best: int) -> None:
     out, stream = world.config.out, world.loaded.stream
     state = _start(world, out / "iterations" / f"{best:03d}", best)
     for kind, u in (("best", state.u), ("matched", core.shuffled(state.u, 0))):
-        weights = core.weights_of(u, world.documents, stream.weights).cpu()
+        own = torch.cat([u[:-3], torch.zeros_like(u[-3:])])  # coefficients are settings of their own
+        weights = core.weights_of(own, world.documents, stream.weights).cpu()
         _write_parts(
             world.loaded, weights, out / kind, {"use": "removal", "rule": f"harden: {kind}", "iteration": best}
         )
@@ -331,4 +389,5 @@ def _tell(found: dict[str, Any], last: int, console: Console) -> None:
     console.print(
         f"{found['iteration']}/{last} objective {found['objective']:.4f}{moved}: forget {forget:.4f}, retain KL "
         f"{found['retain_kl']:.4f}; held out {found['held_out']:.4f}; |gradient| {found['gradient_norm']:.3g}{smooth}"
+        + "".join(f", {name} {found[name]:.3g}" for name in SETTINGS if name in found)
     )

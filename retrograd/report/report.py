@@ -15,7 +15,16 @@ from retrograd.report.page import Block, Section, render
 from retrograd.report.panel import View
 from retrograd.report.panels import PANELS
 from retrograd.report.panels.setup import write_results_table
-from retrograd.report.subjects import Attribution, Evaluation, Experiment, Several, Subject, Training, open_subject
+from retrograd.report.subjects import (
+    Attribution,
+    Evaluation,
+    Experiment,
+    Hardened,
+    Several,
+    Subject,
+    Training,
+    open_subject,
+)
 from retrograd.runs.files import write_atomic
 from retrograd.runs.lock import locked
 from retrograd.settings.parse import build, read_yaml
@@ -78,6 +87,9 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
     """The settings of every unlearning that a subject is about, or that made a model of it."""
     if isinstance(subject, (Training, Attribution)) and "forget" in subject.config:
         yield subject.config
+    if isinstance(subject, Hardened):
+        path = Path(subject.config["run"]) / "run_config.yaml"
+        yield from [read_yaml(path)] if path.exists() else []
     if isinstance(subject, Experiment) and not subject.grid:
         yield subject.spec["corpora"]
         yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))

@@ -5,6 +5,7 @@
     Evaluation    a folder of `retrograd evaluate`
     Experiment    a folder of `retrograd experiment`
     Attack        a folder of `retrograd attack`
+    Hardened      a folder of `retrograd harden`
     Several       all of a page's, where there is more than one
 
 Nothing is loaded but files: no model, no tokenizer.
@@ -30,7 +31,9 @@ from retrograd.report.scores import (
 from retrograd.runs.journal import read_evaluations, read_journal
 from retrograd.settings.parse import read_yaml
 
-__all__ = ["Attack", "Attribution", "Evaluation", "Experiment", "Several", "Subject", "Training", "open_subject"]
+__all__ = [
+    "Attack", "Attribution", "Evaluation", "Experiment", "Hardened", "Several", "Subject", "Training", "open_subject",
+]  # fmt: skip
 
 
 MOST_COLUMNS = 32  # query columns of a run
@@ -175,6 +178,18 @@ class Attack(Subject):
         return self.read("recovery.json")
 
 
+class Hardened(Subject):
+    """A folder of `retrograd harden`."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_yaml(self.folder / "run_config.yaml")
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        return self.read("harden.json")
+
+
 @dataclass(frozen=True)
 class Several(Subject):
     """All subjects of a page."""
@@ -189,6 +204,10 @@ def open_subject(folder: Path) -> list[Subject]:
         ValueError: If it holds nothing that a page could show.
     """
     name = folder.name or str(folder)
+    if (folder / "made_of.json").exists():
+        if not (folder / "harden.json").exists():
+            raise ValueError(f"{folder} is not hardened yet; run its `retrograd harden` again first")
+        return [Hardened(folder, name)]
     if (folder / "run_config.yaml").exists():
         return _open_run(folder, name)
     if (folder / "evaluation.json").exists():
@@ -208,7 +227,8 @@ def open_subject(folder: Path) -> list[Subject]:
         return [Attack(folder, name)]
     what = "does not exist" if not folder.exists() else "holds nothing that a page could show"
     raise ValueError(
-        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate`, `experiment` or `attack`"
+        f"{folder} {what}; give a folder of `retrograd magic`, `train`, `unlearn`, `evaluate`, `experiment`, "
+        "`attack` or `harden`"
     )
 
 

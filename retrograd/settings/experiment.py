@@ -217,8 +217,8 @@ def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
     values.pop(LAB, None)
     values = fill(values, known, str(path))
     common = {name: values.pop(name) for name in list(values) if name in _UNLEARN}
-    if "seeds" in values and isinstance(values["seeds"], int):
-        values["seeds"] = list(range(values["seeds"]))
+    if str(values.get("seeds", "")).isdecimal():
+        values["seeds"] = list(range(int(values["seeds"])))
     tune = dict(values.pop("tune", None) or {})
     asked = {name: tune.pop(name) for name in ("tasks", "rows") if name in tune}
     for name in ("report", "corpora"):

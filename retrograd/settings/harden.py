@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from retrograd.settings.attack import AttackConfig, Finetune, read_suite, scaled
 from retrograd.settings.train import ReplayConfig, at_least_1, finite
 
-__all__ = ["HardenConfig", "attack_config", "attacks_of", "check_harden"]
+__all__ = ["HardenConfig", "Learnt", "attack_config", "attacks_of", "check_harden"]
+
+
+Learnt = Literal["weights", "coefficients", "lr"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class HardenConfig:
     """Learn weights of the forget documents that make unlearning hold, by metagradients through unlearning and attack.
 
     Raises J = the forget loss after attacks − μ · the retain KL before them, over weights w ≥ 0 of the forget documents
-    with mean 1, from uniform ones. The best by J under held-out attacks is kept, beside the same weights on other
-    documents, for `retrograd unlearn --weights`.
+    with mean 1, from uniform ones, and with --learn over the coefficients of both sides and the learning rate. The best
+    by J under held-out attacks is kept, beside the same weights on other documents, for `retrograd unlearn --weights`.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
@@ -39,6 +42,14 @@ class HardenConfig:
     """With --data: a YAML file of tasks."""
     half: tuple[str, ...] = ()
     """With --data: the forget tasks that the key half is about; attacks with it are asked about the others."""
+    learn: tuple[Learnt, ...] = ("weights",)
+    """What is learnt: weights of documents, coefficients of the forget and the retain term (of methods that are linear
+    in their weights), lr, the peak learning rate."""
+    sample: int | None = None
+    """Attacks drawn anew for each iteration out of --suite, each with a seed of its own and, where it shows half of the
+    facts, either half; all of them as they are when None."""
+    jitter: float = 1.0
+    """With --sample: learning rates are multiplied by a factor between 1/jitter and jitter, drawn by its logarithm."""
     iterations: int = 20
     """Steps on the weights."""
     mu: float = 1.0
@@ -97,7 +108,12 @@ def check_harden(config: HardenConfig) -> None:
         raise ValueError("give --suite, the attacks to learn against, and --held_out, those to choose by")
     if (config.lab is None) == (not config.data) or (config.data and config.tasks is None):
         raise ValueError("give either --lab DIR, or --data KEY=DATASET with --tasks FILE.yaml")
-    at_least_1({"iterations": config.iterations, "rows": config.rows, "steps": config.steps, "limit": config.limit})
+    at_least_1({"iterations": config.iterations, "rows": config.rows, "steps": config.steps, "limit": config.limit,
+                "sample": config.sample})  # fmt: skip
+    if not config.learn or set(config.learn) - set(get_args(Learnt)):
+        raise ValueError(f"--learn is {list(config.learn)}; it has to be some of {', '.join(get_args(Learnt))}")
+    if not config.jitter >= 1 or (config.jitter > 1 and config.sample is None):
+        raise ValueError(f"--jitter is {config.jitter}: it is a factor of 1 or more, and goes with --sample")
     finite(
         {"mu": config.mu, "lr": config.lr, "h": config.h, "lr_scale": config.lr_scale, "heartbeat": config.heartbeat}
     )

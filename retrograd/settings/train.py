@@ -208,9 +208,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "name: old → new" for all that makes two configurations different runs."""
     flat_new = _flatten(new)
     # a run that was begun before there was such a setting did without
-    without = {
-        name: False if isinstance(x, bool) else [] for name, x in flat_new.items() if isinstance(x, (bool, list))
-    }
+    off: dict[type, Any] = {bool: False, list: []}
+    without = {name: off[type(value)] for name, value in flat_new.items() if type(value) in off}
     flat_old = {**without, **_flatten(old)}
     names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
     return [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import arms
 import pytest
+from rich.console import Console
 
 from retrograd.cli import main
 from retrograd.evaluate.metrics import check_column
@@ -13,6 +14,9 @@ from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import planned
 from retrograd.experiment.seen import refuse_oracles
 from retrograd.experiment.tasks import Maker
+from retrograd.lab.build import lab
+from retrograd.settings.attack import configurations
+from retrograd.settings.commands import LabConfig
 from retrograd.settings.experiment import read_experiment
 from retrograd.unlearn.methods import METHODS
 
@@ -83,6 +87,51 @@ def test_the_lab_s_recipes_are_read() -> None:
     assert weightings.base == "elsewhere/models/base"
     assert len(weightings.seeds) >= 5
     assert set(weightings.methods) == {"grad_diff", "npo", "orth_circuit_breakers", "max_entropy"}
+
+
+def test_the_recipe_of_all_methods_under_attack_has_them_all() -> None:
+    spec = read_experiment(RECIPES / "lab/attacked_methods.yaml", ("lab=elsewhere", "attack_seeds=2"))
+    assert set(spec.methods) == set(METHODS) - {"weighted_sft"}  # which removes nothing
+    attacks = spec.attacked()
+    assert attacks is not None
+    assert (attacks.lab, attacks.filtered) == (Path("elsewhere"), "elsewhere/models/filtered")
+    assert len(configurations(attacks)) == 24
+    for name, one in spec.methods.items():
+        Maker(spec).config(name, 0, None)
+        assert one.method == name
+
+
+def test_the_recipe_of_beliefs_changes_one_thing_at_a_time() -> None:
+    spec = read_experiment(RECIPES / "lab/beliefs.yaml", ("seeds=2", "steps=1"))
+    configs = {name: Maker(spec).config(name, 0, None) for name in spec.methods}
+    assert spec.seeds == (0, 1)
+    assert [configs[f"rank_{rank}"].lora.rank for rank in (2, 4, 8, 16)] == [2, 4, 8, 16]
+    assert {name: one.lora.rank for name, one in configs.items() if not name.startswith("rank")} == dict.fromkeys(
+        ("full", "cb_all", "cb_one", "orth_on", "orth_off", "output", "hidden"), 0
+    )
+    for one, other, setting in (("cb_all", "cb_one", "depths"), ("orth_on", "orth_off", "orth")):
+        a, b = (vars(configs[name].objective) for name in (one, other))
+        assert [name for name in a if a[name] != b[name]] == [setting]
+
+
+@pytest.fixture(scope="module")
+def tiny_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab") / "tiny"
+    lab(LabConfig(folder, facts=16, width=32, layers=2, epochs=2, batch_size=32, workers=1), Console(quiet=True))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe,more", [
+    ("attacked_methods", ["suite=[{data: half, lr: 1e-3, steps: 1}]", "epochs=1"]),
+    ("beliefs", ["epochs=1", "seeds=1", "steps=1", "budget=100", "attack_steps=1"]),
+])  # fmt: skip
+def test_recipes_under_attack_run_on_a_tiny_lab(recipe: str, more: list[str], tiny_lab: Path, tmp_path: Path) -> None:
+    flags = [word for name in (f"lab={tiny_lab}", *more) for word in ("--names", name)]
+    assert main(["experiment", str(RECIPES / f"lab/{recipe}.yaml"), str(tmp_path / "out"), *flags]) == 0
+    text = (tmp_path / "out/results.md").read_text()
+    assert "### Latent recovery" in text
+    assert "## Missing" not in text
 
 
 SIX = {"guided_breakers", "selected_corpus", "two_phases", "representation", "ascent_orth", "curriculum"}

@@ -20,6 +20,7 @@ from reporting import (
     unlearn,
     write_attack,
     write_experiment,
+    write_hardened,
 )
 
 from retrograd.cli import main
@@ -297,7 +298,14 @@ def test_an_unlearned_model_opens_masked(browser: Any, world: Path) -> None:
     assert not seen.trouble
 
 
-@pytest.mark.parametrize(("name", "write"), [("experiment", write_experiment), ("attack", write_attack)])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("experiment", write_experiment),
+        ("attack", write_attack),
+        ("hardened", write_hardened),
+    ],
+)
 def test_tables_of_many_models_open_quietly(browser: Any, tmp_path: Path, name: str, write: Any) -> None:
     write(tmp_path)
     assert main(["report", str(tmp_path)]) == 0

@@ -20,6 +20,7 @@ from reporting import (
     unlearn,
     write_attack,
     write_experiment,
+    write_hardened,
 )
 
 from retrograd.cli import main
@@ -351,6 +352,19 @@ def test_a_comparison_under_attack_is_a_panel_where_it_was_made(tmp_path: Path) 
     assert "1.00 to 1.50" in text
     (tmp_path / "compare.json").unlink()
     assert "compare-0" not in panels(page(tmp_path))
+
+
+def test_hardening_is_shown_iteration_by_iteration(tmp_path: Path) -> None:
+    write_hardened(tmp_path)
+    text = page(tmp_path)
+    told = panels(text)["harden-0"]
+    assert told["forget"] == [2.0, 2.0]
+    assert told["held"] == [[0.6, 0.6]]
+    assert [one["measured_change"] for one in told["iterations"]] == [None, 0.25]
+    assert told["settings"] == ["train.lr"]
+    assert "&lt;mine&gt;.yaml" in text
+    (tmp_path / "harden.json").unlink()
+    assert main(["report", str(tmp_path)]) == 2
 
 
 def test_the_attacks_of_an_experiment_are_shown_with_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from retrograd.report.panels.compare import compare
 from retrograd.report.panels.exam import answers, exam, samples, tradeoff, tradeoff_of_several
 from retrograd.report.panels.experiment import experiment
 from retrograd.report.panels.grid import grid
+from retrograd.report.panels.harden import harden
 from retrograd.report.panels.questions import questions
 from retrograd.report.panels.rows import carriers, distribution, order, rows
 from retrograd.report.panels.score_map import map_of_run, map_of_several
@@ -14,7 +15,7 @@ from retrograd.report.panels.setup import setup, training
 from retrograd.report.panels.tamper import tamper
 from retrograd.report.panels.trust import retraining, trust
 from retrograd.report.panels.way import way
-from retrograd.report.subjects import Attack, Attribution, Evaluation, Experiment, Several, Training
+from retrograd.report.subjects import Attack, Attribution, Evaluation, Experiment, Hardened, Several, Training
 
 __all__ = ["PANELS"]
 
@@ -40,5 +41,6 @@ PANELS = (
     Panel("grid", "Which recipes' scores predict retraining", Experiment, grid),
     Panel("compare", "Which hold, under the same attacks?", Attack, compare),
     Panel("tamper", "Does it come back?", Attack, tamper),
+    Panel("harden", "Does it learn to hold?", Hardened, harden),
     Panel("samples", "What the models write", Evaluation, samples),
 )
