@@ -34,6 +34,7 @@ from retrograd.settings.commands import (
 )
 from retrograd.settings.experiment import ExperimentConfig
 from retrograd.settings.harden import HardenConfig
+from retrograd.settings.plan import PLANNED, PlanConfig, PlanOf
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import MaskConfig, SelectConfig
@@ -56,6 +57,12 @@ _COMMANDS = {
         MagicConfig, "train, query, reverse: an exact score for every training example or token", "commands.magic"
     ),
     "query": _Command(QueryRunConfig, "ask a trained run further questions, without training again", "commands.query"),
+    "plan": _Command(
+        PlanConfig,
+        "a command's arguments: steps, states, replays, memory, disk and time beforehand",
+        "commands.plan",
+        "COMMAND",
+    ),
     "validate": _Command(
         ValidateConfig, "retrain without random subsets: do the scores predict what happens?", "trust.validate"
     ),
@@ -173,6 +180,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
     kind = _COMMANDS[name].config
     if name == "unlearn":
         return _parse_unlearn(arguments)
+    if name == "plan":
+        return _parse_plan(arguments)
     options: dict[str, Any] = {}
     file: str | None = None
     if issubclass(kind, RunConfig):
@@ -214,6 +223,20 @@ def _with_queries(config: Any, arguments: list[str], file: str | None, options: 
             named.pop("query", None)
         refuse_code(named, Path(file), trusted)
     return config
+
+
+def _parse_plan(arguments: list[str]) -> PlanOf:
+    """The command's own arguments, with those of the plan anywhere among them."""
+    known = next((word for word in arguments if word in PLANNED), None)
+    if known is not None and {"-h", "--help"} & set(arguments):
+        return PlanOf(PlanConfig(), known, _parse(known, ["--help"]))
+    given = _spell_out_switches(arguments, PlanConfig)
+    flags = (tyro.conf.FlagConversionOff,)
+    plan, rest = tyro.cli(PlanConfig, prog="retrograd plan", args=given, config=flags, return_unknown_args=True)
+    if not rest or rest[0] not in PLANNED:
+        found = f"and this one is {rest[0]!r}" if rest else "and there is none"
+        raise ValueError(f"retrograd plan takes a command, one of {', '.join(PLANNED)}, {found}")
+    return PlanOf(plan, rest[0], _parse(rest[0], rest[1:]))
 
 
 def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +24,7 @@ from retrograd.runs.manifest import Manifest
 from retrograd.runs.run_folder import refuse_other
 from retrograd.runs.session import Session, Watcher, open_session
 from retrograd.runs.setup import Setup
-from retrograd.runs.states.budget import Replay
+from retrograd.runs.states.budget import TRAINED_ONLY
 from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.train import ExportConfig, RunConfig
 
@@ -113,7 +113,7 @@ def carry_out(
         if opened.done:
             return
         setup, manifest = opened.setup, opened.manifest
-        replay = Replay(plan="binomial", slots=1, heartbeat=config.heartbeat)  # a resume point is all that is kept
+        replay = replace(TRAINED_ONLY, heartbeat=config.heartbeat)
         with open_session(setup, config.run, manifest, replay, log=config.log, watch=opened.watch) as session:
             final = session.train()
         check_end(setup, final)

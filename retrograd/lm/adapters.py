@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "adapted", "base_of", "merged"]
+__all__ = ["Adapter", "adapted", "adapter_settings", "base_of", "check_adapter", "merged"]
 
 Adapter = Literal["merge", "continue"]
 
@@ -43,6 +43,33 @@ def base_of(name: str) -> str | None:
     return str(base)
 
 
+def check_adapter(name: str, how: Adapter | None) -> str | None:
+    """What `base_of` gives, where it is said what to make of it.
+
+    Raises:
+        ValueError: If it is a folder of adapters and nothing is said, or the adapters of none are to be continued.
+    """
+    base = base_of(name)
+    if base is None and how == "continue":
+        raise ValueError(f"--lora.adapter continue: model {name!r} is no folder of adapters; leave it out")
+    if base is not None and how is None:
+        raise ValueError(
+            f"model {name!r} is a folder of adapters for {base}. Say what to make of them: --lora.adapter merge, into "
+            "one model that is trained as the other settings say; or --lora.adapter continue, which trains them "
+            "further and leaves the base as it is"
+        )
+    return base
+
+
+def adapter_settings(name: str) -> Any:
+    """The adapters' settings as peft has them, to be trained."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(Path(name).expanduser()))
+    config.inference_mode = False
+    return config
+
+
 def adapted(name: str, base: Any, how: Adapter) -> Any:
     """A base model with the adapters of a folder: merged, or in place and alone to train.
 
@@ -51,10 +78,8 @@ def adapted(name: str, base: Any, how: Adapter) -> Any:
     """
     import peft
 
-    folder = str(Path(name).expanduser())
-    config = peft.PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
-    saved = peft.load_peft_weights(folder, device="cpu")
+    config = adapter_settings(name)
+    saved = peft.load_peft_weights(str(Path(name).expanduser()), device="cpu")
     try:
         model = peft.get_peft_model(base, config)
         expected = peft.get_peft_model_state_dict(model)

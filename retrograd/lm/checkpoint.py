@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from retrograd.lm.adapters import Adapter, adapted, base_of
+from retrograd.lm.adapters import Adapter, adapted, base_of, check_adapter
 
 __all__ = ["DTYPES", "load_module", "model_width", "read_config", "refuse_no_folder", "told"]
 
@@ -34,17 +34,10 @@ def load_module(name: str, dtype: torch.dtype, adapter: Adapter | None = "merge"
     Raises:
         ValueError: If it cannot be loaded, is no causal language model, or the checkpoint lacks weights.
     """
-    base = base_of(name)
+    base = check_adapter(name, adapter)
     if base is None:
-        if adapter == "continue":
-            raise ValueError(f"--lora.adapter continue: model {name!r} is no folder of adapters; leave it out")
         return _load_whole(name, dtype)
-    if adapter is None:
-        raise ValueError(
-            f"model {name!r} is a folder of adapters for {base}. Say what to make of them: --lora.adapter merge, into "
-            "one model that is trained as the other settings say; or --lora.adapter continue, which trains them "
-            "further and leaves the base as it is"
-        )
+    assert adapter is not None, "checked"
     return adapted(name, _load_whole(base, dtype), adapter)
 
 

@@ -30,6 +30,7 @@ from retrograd.lm.spans import inner
 __all__ = [
     "DTYPES",
     "CausalLM",
+    "adapted",
     "bound_model",
     "causal_logits",
     "causal_objective",
@@ -157,7 +158,7 @@ def load_causal_lm(
     """
     module = load_module(name, DTYPES[dtype], adapter)
     if lora is not None:
-        module = _with_adapters(module, lora, seed)
+        module = adapted(module, lora, seed)
     module.to(device).train(dropout)
     objective, fused = causal_objective(module)
     return CausalLM(module, trainable(module)[0], objective, fused)
@@ -348,7 +349,12 @@ def has_plain_head(module: nn.Module) -> bool:
     return form_of(module).fused
 
 
-def _with_adapters(module: nn.Module, lora: Any, seed: int) -> nn.Module:
+def adapted(module: nn.Module, lora: Any, seed: int) -> nn.Module:
+    """The module with low-rank adapters, the only parameters that train; `lora` is a peft `LoraConfig`.
+
+    Raises:
+        ValueError: If the layers to adapt do not exist.
+    """
     from peft import get_peft_model
 
     linear = sorted({name.rsplit(".", 1)[-1] for name, m in module.named_modules() if isinstance(m, nn.Linear)})

@@ -17,7 +17,7 @@ import torch
 from retrograd.runs.identity import EDITION, told_apart
 from retrograd.runs.manifest import Manifest
 
-__all__ = ["Arithmetic", "begun_with", "deterministic", "refuse_other_arithmetic"]
+__all__ = ["Arithmetic", "begun_with", "deterministic", "precise", "refuse_other_arithmetic"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Arithmetic:
         dtype: Of parameters and activations, torch's name.
         engine: What differentiates the steps.
         compiled: Whether its passes are.
-        tf32: Whether float32 products may round their factors (`torch.set_float32_matmul_precision`).
+        tf32: Whether float32 products round their factors (`--tf32`).
         device, device_name: Where it computes, and what that is.
         threads: Of the host; sums are split by thread.
         world_size: Processes that share each step.
@@ -64,6 +64,7 @@ class Arithmetic:
         torch.set_num_threads(self.threads)
         if self.tf32 != (torch.get_float32_matmul_precision() != "highest"):
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.tf32
 
 
 def begun_with(run: Path) -> Arithmetic | None:
@@ -95,6 +96,23 @@ def refuse_other_arithmetic(run: Path, begun: Arithmetic | None, here: Arithmeti
         f"{run} was begun with other arithmetic:\n  {lines}\nReplay has to take the steps that training took, bit for "
         "bit. Go on where it was begun, use another folder, or --overwrite to start afresh."
     )
+
+
+def precise(device: torch.device, *, tf32: bool) -> None:
+    """Let float32 products keep their bits, or round their factors to TF32's 11, in this process from now on.
+
+    Raises:
+        ValueError: If TF32 is asked for where there is none: nothing would be faster, and the run's record untrue.
+    """
+    if tf32 and device.type != "cuda":
+        raise ValueError(f"--tf32 needs an NVIDIA GPU of 2020 or later, and this run is on {device}. Leave --tf32 out.")
+    if tf32 and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        raise ValueError(
+            f"--tf32 needs a GPU of compute capability 8.0 or more, and {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}. Leave --tf32 out."
+        )
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # convolutions, which take TF32 unless they are told not to
 
 
 def deterministic(device: torch.device) -> None:

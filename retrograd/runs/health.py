@@ -39,6 +39,7 @@ def recipe_findings(recipe: Recipe, batch_size: int, rows: int, dtype: str) -> l
     root = recipe.optimizer.eps_root if isinstance(recipe.optimizer, (Adam, AdamW, Muon)) else math.inf
     checks = {
         "bfloat16": dtype == "bfloat16",
+        "tf32": dtype == "tf32",
         "eps_root": root < 1e-8,
         "dropout": recipe.stochastic,
         "batch": batch_size < min(SMALL_BATCH, rows),
@@ -49,6 +50,9 @@ def recipe_findings(recipe: Recipe, batch_size: int, rows: int, dtype: str) -> l
 _TOLD = {
     "bfloat16": "bfloat16 parameters swallow small updates (at |w| = 0.02 neighbours are 1e-4 apart): scores are "
     "mostly noise; a cosine of -0.42 with float32 was measured elsewhere. Use --dtype float32 for scores you act on.",
+    "tf32": "products of TF32 round their factors to 11 bits (relative 5e-4, in training and on the way back alike): "
+    "scores are those of a training so rounded, and small ones may be noise. `retrograd verify` says what is exact of "
+    "them; leave --tf32 out for scores you act on.",
     "eps_root": "--train.eps_root {root:g} leaves the update rough where gradients are near 0: scores are finite but "
     "predict retraining badly (LDS 0.86 at 1e-6, 0.17 at 1e-8 and about 0 at 1e-10 were measured elsewhere). Raise it "
     "to 1e-6.",

@@ -90,7 +90,7 @@ class Session:
     def train(self) -> State:
         """The final state: trained from the start or from where a kill left it, or read if that is done."""
         self.journal.begin(self.trajectory.durable)
-        self.manifest.update(replay=describe(self.trajectory))
+        self.manifest.update(replay=describe(self.trajectory.layout))
         with self.manifest.phase("train"):
             if self.watcher is None:
                 return self.trajectory.train()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,22 +21,30 @@ from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
-from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
+from retrograd.lm.load import load_model
+from retrograd.lm.model import (
+    DTYPES,
+    CausalLM,
+    load_tokenizer,
+    norms_and_biases,
+    only_trained,
+    trainable,
+)
 from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
-from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
+from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
-from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig
+from retrograd.settings.train import RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "assemble", "attributed", "find_device", "load_model",
-    "load_recipe", "optimizer", "set_up", "set_up_recipe",
+    "Differentiated", "Loaded", "Setup", "Sources", "assemble", "attributed", "find_device", "load_recipe", "optimizer",
+    "owed_bytes", "recipe_of", "set_up", "set_up_recipe",
 ]  # fmt: skip
 
 
@@ -142,12 +150,16 @@ def set_up_recipe(config: RecipeConfig) -> Setup:
     return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
 
 
-def load_recipe(config: RecipeConfig, *, per_token: bool = False) -> tuple[CausalLM, Any, DataStream, list[str]]:
+def load_recipe(
+    config: RecipeConfig, *, per_token: bool = False, sources: Sources | None = None
+) -> tuple[CausalLM, Any, DataStream, list[str]]:
     """Model, tokenizer, stream and an excerpt of each document."""
-    device, train, data = find_device(config.device), config.train, config.data
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, config.lora, train)
-    rows, texts = load_rows(data, tokenizer, model, "data", chunk_length=data.chunk_length, min_chars=data.min_chars)
+    sources = sources or Sources()
+    device, train, data = find_device(config.device, tf32=config.tf32), config.train, config.data
+    tokenizer = sources.tokenizer(config.tokenizer or config.model)
+    model = sources.model(config.model, config.dtype, device, config.lora, train)
+    given: dict[str, Any] = {"chunk_length": data.chunk_length, "min_chars": data.min_chars}
+    rows, texts = sources.rows(data, tokenizer, model, "data", **given)
     stream = DataStream(
         rows,
         train.batch_size,
@@ -192,12 +204,10 @@ def set_up(
     if how.begun is not None:
         how.begun.apply()
     size = train.micro_batch_size or stream.batch_size
-    recipe = Recipe(
-        optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
-        train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout,
-    )  # fmt: skip
+    recipe = recipe_of(train, model, len(stream))
     dtype = next(model.module.parameters()).dtype
-    kind = (stream.batch_size, len(stream.rows), str(dtype).removeprefix("torch."))
+    tf32 = torch.get_float32_matmul_precision() != "highest" and dtype == torch.float32
+    kind = (stream.batch_size, len(stream.rows), "tf32" if tf32 else str(dtype).removeprefix("torch."))
     findings = recipe_findings(recipe, *kind) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
     shape = (min(size, len(stream.rows)), stream.rows.max_length)
@@ -217,6 +227,13 @@ def set_up(
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)
+
+
+def recipe_of(train: TrainConfig, model: CausalLM, steps: int) -> Recipe:
+    """The recipe of a configuration, for a model and so many steps."""
+    spared = norms_and_biases(model.module) if train.spare_norms else ()
+    chosen = optimizer(train, steps, _embeddings(model), spared)
+    return Recipe(chosen, train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout)
 
 
 def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:
@@ -282,11 +299,15 @@ def _engine(
                 "--train.dropout take --engine double"
             )
         asked = "double"
-    # g, and of each query ḡ, Hḡ, λ and the next λ
-    owed = tree.nbytes(model.params) * (1 + 2 * how.queries) + 2 * how.queries * tree.nbytes(initial)
+    owed = owed_bytes(tree.nbytes(model.params), tree.nbytes(initial), how.queries)
     load = Load(*batch, how.queries, _free(next(iter(model.params.values())).device) - owed)
     choice = choose_engine(asked, model.module, objective, load)
     return choice._replace(why=_BEGUN) if begun else choice
+
+
+def owed_bytes(params: int, state: int, queries: int) -> int:
+    """Bytes that a step and its pullback take besides state and activations: g, and of each query ḡ, Hḡ, λ, next λ."""
+    return params * (1 + 2 * queries) + 2 * queries * state
 
 
 def _prove(
@@ -315,40 +336,31 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // 2
 
 
-def load_model(
-    model: str, dtype: Literal["float32", "float64", "bfloat16"], device: torch.device, lora: LoraConfig,
-    train: TrainConfig,
-) -> CausalLM:  # fmt: skip
-    """A causal language model, with adapters if their rank is above 0.
+class Sources(NamedTuple):
+    """Where the parts of a training come from; `plan` has a model without weights in place of a loaded one."""
 
-    Raises:
-        ValueError: If it cannot be loaded, or adapted.
-    """
-    adapters = None
-    if lora.rank:
-        from peft import LoraConfig as Adapters
-
-        adapters = Adapters(
-            r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            target_modules=list(lora.target_modules) or None, task_type="CAUSAL_LM",
-        )  # fmt: skip
-    return load_causal_lm(
-        model, dtype=dtype, device=device, lora=adapters, adapter=lora.adapter, seed=train.seed, dropout=train.dropout
-    )
+    tokenizer: Callable[[str], Any] = load_tokenizer
+    model: Callable[..., CausalLM] = load_model
+    rows: Callable[..., tuple[Rows, list[str]]] = load_rows
+    narrow: Callable[[CausalLM, Collection[str]], CausalLM] = only_trained
 
 
 def _embeddings(model: CausalLM) -> tuple[str, ...]:
     """Names of the input and output embeddings, which Muon leaves to AdamW."""
-    ends = [m for m in (model.module.get_input_embeddings(), model.module.get_output_embeddings()) if m is not None]  # type: ignore[operator]
-    weights = {end.weight.untyped_storage().data_ptr() for end in ends if hasattr(end, "weight")}
-    return tuple(name for name, leaf in model.params.items() if leaf.untyped_storage().data_ptr() in weights)
+    ends = (model.module.get_input_embeddings(), model.module.get_output_embeddings())  # type: ignore[operator]
+    weights = {id(end.weight) for end in ends if hasattr(end, "weight")}
+    named, readers = model.module.named_parameters(remove_duplicate=False), trainable(model.module)[1]
+    found = {readers[name] for name, parameter in named if id(parameter) in weights and name in readers}
+    return tuple(name for name in model.params if name in found)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, *, tf32: bool = False) -> torch.device:
     """The device of a name; "auto" is a GPU if there is one.
 
+    Args:
+        tf32: Let float32 products round their factors.
     Raises:
-        ValueError: If it cannot be used here.
+        ValueError: If it cannot be used here, or has no TF32.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -358,4 +370,5 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     deterministic(device)
+    precise(device, tf32=tf32)
     return device

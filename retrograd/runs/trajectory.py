@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrograd.core import memory, tree
 from retrograd.core import plan as plans
-from retrograd.core.optim import ELEMENTWISE, Cotangent, Moments
+from retrograd.core.optim import Cotangent, Moments
 from retrograd.core.residuals import Residuals
 from retrograd.core.slots import BlankLedger, Ledger
 from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
@@ -32,7 +32,7 @@ from retrograd.core.sweep import (
 )
 from retrograd.durable import make_folder
 from retrograd.runs.resume import Durable, first_missing, read_digests
-from retrograd.runs.states.budget import Replay, layout
+from retrograd.runs.states.budget import Replay, layout_of
 from retrograd.runs.states.store import Gradients, Store
 
 __all__ = ["Ready", "Trajectory"]
@@ -68,10 +68,8 @@ class Trajectory:
         if folder is not None:
             make_folder(folder)
         self.start, self.steps = initial.step, len(training.stream)
-        sizes = (tree.nbytes(initial), tree.nbytes(initial.params))
-        elementwise = isinstance(training.recipe.optimizer, ELEMENTWISE)
         on_host = all(leaf.device.type == "cpu" for leaf in tree.leaves(initial))
-        self.layout = layout(self.replay, self.steps - self.start, *sizes, elementwise=elementwise, on_host=on_host)
+        self.layout = layout_of(self.replay, training.recipe, initial, self.steps - self.start, on_host=on_host)
         self.ledger = ledger or Ledger(read_digests(folder) if folder else {})
         self.residuals = Residuals.of(training, initial)
         self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)

@@ -20,7 +20,7 @@ from retrograd.settings.question import Source
 __all__ = [
     "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
     "TrainConfig", "TrainRunConfig",
-    "at_least_1", "check_recipe", "check_train", "check_training", "difference", "finite", "to_dict",
+    "at_least_1", "check_precision", "check_recipe", "check_train", "check_training", "difference", "finite", "to_dict",
 ]  # fmt: skip
 
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
@@ -148,6 +148,8 @@ class RunConfig:
     """Of parameters and arithmetic. Scores in bfloat16 are mostly noise."""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes a GPU if there is one."""
+    tf32: bool = False
+    """float32 products of TF32, on a GPU that has it: factors are rounded to 11 bits, and scores carry that."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     evaluate: OnTheWayConfig = field(default_factory=OnTheWayConfig)
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -229,6 +231,19 @@ def check_train(config: TrainRunConfig) -> None:
     finite({"heartbeat": config.heartbeat})
 
 
+def check_precision(config: RunConfig) -> None:
+    """As `check_train`, for the precision of products.
+
+    Raises:
+        ValueError: As `check_train`.
+    """
+    if config.tf32 and config.dtype != "float32":
+        raise ValueError(
+            f"--tf32 rounds the factors of float32 products, and --dtype is {config.dtype}: it would change nothing. "
+            "Leave --tf32 out, or take --dtype float32"
+        )
+
+
 def check_recipe(config: RecipeConfig) -> None:
     """As `check_train`, for what all commands that train on rows have in common.
 
@@ -236,6 +251,7 @@ def check_recipe(config: RecipeConfig) -> None:
         ValueError: As `check_train`.
     """
     data = config.data
+    check_precision(config)
     check_training(config.train, config.lora)
     at_least_1({"data.limit": data.limit, "data.max_length": data.max_length, "data.chunk_length": data.chunk_length})
     if config.compile and config.engine == "double":

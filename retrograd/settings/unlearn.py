@@ -21,6 +21,7 @@ from retrograd.settings.train import (
     LrSchedule,
     TrainConfig,
     at_least_1,
+    check_precision,
     check_training,
     finite,
 )
@@ -168,6 +169,7 @@ def check_unlearn(config: UnlearnConfig) -> None:
     Raises:
         ValueError: With the setting, its value and what it has to be.
     """
+    check_precision(config)
     check_training(config.train, config.lora)
     check_on_the_way(config.evaluate)
     _check_attribution(config)

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from retrograd.trust.retrain import NOTHING, Conditions, conditions_of, retrain_
 from retrograd.trust.sets import is_mine, units_of, wanted_sets
 from retrograd.trust.standings import record, show_standings, standings, write_standings
 
-__all__ = ["validate"]
+__all__ = ["Retraining", "check_validate", "prepared", "validate"]
 
 
 def validate(config: ValidateConfig, console: Console | None = None) -> Validation | None:
@@ -45,7 +46,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         RunError: If retraining with everything does not reproduce the run, or every retraining diverges.
     """
     console = console or Console()
-    _check(config)
+    check_validate(config)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
@@ -54,18 +55,44 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         return _validate(config, run[1], rank, ranks, console)
 
 
-def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
+class Retraining(NamedTuple):
+    """What a call of `validate` is made of: every set, those of this call, and how they are retrained without.
+
+    methods, plans: other scores that are compared, and the sets of the strongest.
+    """
+
+    run: Opened
+    conditions: Conditions
+    methods: list[Method]
+    plans: list[Plan]
+    wanted: list[LeftOut]
+    mine: list[LeftOut]
+    bank: Bank
+
+
+def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Console) -> Retraining:
+    """Load a run and what is to be retrained without, and read its bank.
+
+    Args:
+        part: Ends the name of this process's own file of the bank.
+    Raises:
+        ValueError: For anything the user can mend.
+    """
     number = config.subsets * len(config.fraction) * len(config.weight)
     conditions = conditions_of(manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
-    conditions = _stackable(run, conditions, config, console)
-    scores = stored_scores(run)
+    conditions, scores = _stackable(run, conditions, config, console), stored_scores(run)
     methods = [Method(OWN, scores), *other_methods(config, run)]
     plans = _plans(config, run, methods)
     wanted = [*wanted_sets(config, run, scores), *(one for plan in plans for one in plan.sets)]
     mine = [one for one in wanted if is_mine(one, config)]
+    return Retraining(run, conditions, methods, plans, wanted, mine, _bank(config, run, part))
+
+
+def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
     part = _part(config, rank, ranks)
-    bank = _bank(config, run, part)
+    run, conditions, methods, plans, wanted, mine, bank = prepared(config, manifest, part, console)
+    scores = methods[0].scores
     _carry_out(run, mine[rank::ranks], bank, conditions, config.save_models, console)
     if rank:
         return None
@@ -98,7 +125,12 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
     return result
 
 
-def _check(config: ValidateConfig) -> None:
+def check_validate(config: ValidateConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
     for name, number in (("subsets", config.subsets), ("start", config.start), ("workers", config.workers),
                          ("together", config.together), ("stop", config.stop or 0)):  # fmt: skip
         if number < 0:

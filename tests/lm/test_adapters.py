@@ -103,6 +103,22 @@ def test_settings_that_contradict_each_other(config: LoraConfig, message: str) -
         check_training(TrainConfig(), config)
 
 
+def test_a_plan_counts_what_would_be_trained(world: Path) -> None:
+    from retrograd.plan.weightless import weightless
+
+    def counted(how: Any) -> int:
+        found = weightless(
+            str(world / "adapter"), "float32", torch.device("cpu"), LoraConfig(adapter=how), TrainConfig()
+        )
+        return sum(leaf.numel() for leaf in found.params.values())
+
+    for how in ("merge", "continue"):
+        loaded = load_causal_lm(str(world / "adapter"), adapter=how)  # type: ignore[arg-type]
+        assert counted(how) == sum(leaf.numel() for leaf in loaded.params.values())
+    with pytest.raises(ValueError, match="is a folder of adapters for"):
+        counted(None)
+
+
 def test_adapters_that_do_not_fit_are_refused(world: Path, tmp_path: Path) -> None:
     def changed(name: str, **values: Any) -> Path:
         shutil.copytree(world / "adapter", tmp_path / name)
