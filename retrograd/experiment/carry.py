@@ -89,7 +89,7 @@ def _model(what: dict[str, Any], done: Callable[[str], Path]) -> str:
 
 def _training(task: Task, run: Path, done: Callable[[str], Path]) -> UnlearnConfig:
     what = task.what
-    weights = [ONES if name == ONES else str(done(name) / "weights") for name in what["weights"]]
+    weights = [name if name == ONES or Path(name).exists() else str(done(name) / "weights") for name in what["weights"]]
     given = () if set(weights) == {ONES} else tuple(weights)
     settings = {name: value for name, value in what["settings"].items() if name != "method"}
     config = unlearn_config(what["method"], settings, task.name)

@@ -119,8 +119,9 @@ class Maker:
     def train(self, method: str, weighting: str, seed: int, setting: tuple[str, float] | None) -> list[Task]:
         """An unlearning, behind all that has to be done before it."""
         config = self.config(method, seed, setting)
-        before, weights = list[Task](), list[str]()
-        if self.spec.weightings[weighting] != WeightingSpec():
+        before, files = list[Task](), self.spec.weightings[weighting].files
+        weights = list[str]()
+        if not files and self.spec.weightings[weighting] != WeightingSpec():
             for corpus in range(len(self.spec.corpora.forget)):
                 made, needs = self.select(weighting, corpus, seed)
                 before += [*needs, made]
@@ -130,8 +131,9 @@ class Maker:
         what: dict[str, Any] = {
             "method": config.method,
             "settings": to_dict(config),
-            "weights": weights or [ONES] * len(config.forget),
+            "weights": weights or list(files) or [ONES] * len(config.forget),
         }
+        read += files
         if config.method.endswith(".py"):
             read.append(config.method)
         read += [text for text in texts_in(what["settings"]["objective"]) if Path(text).exists()]  # a teacher, say

@@ -106,6 +106,8 @@ class WeightingSpec:
     of: str | None = None
     keywords: Path | None = None
     """For the control keyword; the one thing that may read the truth of a lab."""
+    files: tuple[str, ...] = ()
+    """Instead: a folder of weights for each forget corpus, as `retrograd select` and `harden` leave them."""
 
 
 @dataclass(frozen=True)
@@ -331,11 +333,14 @@ def _check_scores(spec: ExperimentSpec, path: Path) -> None:
 
 def _check_weighting(name: str, weighting: WeightingSpec, spec: ExperimentSpec, path: Path) -> None:
     where = f"{path}: weighting {name}"
+    if weighting.files and (weighting != WeightingSpec(files=weighting.files)
+                            or len(weighting.files) != len(spec.corpora.forget)):  # fmt: skip
+        raise ValueError(f"{where}: `files` stands alone, one for each of {len(spec.corpora.forget)} forget corpora")
     if (weighting.control is None) != (weighting.of is None):
         raise ValueError(f"{where}: `control` and `of` belong together: which weighting's weights go elsewhere?")
     if weighting.control is None:
         changed = [f.name for f in dataclasses.fields(weighting) if getattr(weighting, f.name) != f.default]
-        if not weighting.scores and changed:
+        if not weighting.scores and not weighting.files and changed:
             raise ValueError(f"{where}: {changed[0]} without `scores`; give NAME:query, or nothing for weights of one")
         if weighting.keywords is not None:
             raise ValueError(f"{where}: keywords are for control: keyword")

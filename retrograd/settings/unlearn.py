@@ -28,7 +28,7 @@ from retrograd.settings.train import (
 
 __all__ = [
     "ONES", "UnlearnConfig", "UnlearnLoraConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source",
-    "refuse_method", "with_objective",
+    "refuse_method", "with_objective", "ChainConfig",
 ]  # fmt: skip
 
 ONES = "ones"
@@ -112,6 +112,14 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     attribute: Literal["examples", "tokens"] | None = None
     """Also pull the query loss of the unlearned model back through every step: one score per token of the forget and
     retain rows, or one per document."""
+
+
+@dataclass(frozen=True)
+class ChainConfig(UnlearnConfig):
+    """An unlearning whose queries are asked after an attack, as `retrograd attack --attribute` leaves it."""
+
+    chain: tyro.conf.Suppress[tuple[Any, ...]] = ()
+    """The attack's phases, as plain settings, each with the hashes of what it trains on."""
 
 
 def with_objective(defaults: Any, *, adapters: bool = False) -> type[UnlearnConfig]:

@@ -124,7 +124,7 @@ def tiny_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe,more", [
     ("attacked_methods", ["suite=[{data: half, lr: 1e-3, steps: 1}]", "epochs=1"]),
-    ("beliefs", ["epochs=1", "seeds=1", "steps=1", "budget=100", "attack_steps=1"]),
+    ("beliefs", ["suite=[{data: half, lr: 1e-3, steps: 1}]", "epochs=1", "seeds=1", "steps=1", "budget=100"]),
 ])  # fmt: skip
 def test_recipes_under_attack_run_on_a_tiny_lab(recipe: str, more: list[str], tiny_lab: Path, tmp_path: Path) -> None:
     flags = [word for name in (f"lab={tiny_lab}", *more) for word in ("--names", name)]
