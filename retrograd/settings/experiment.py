@@ -152,7 +152,7 @@ class MethodSpec:
     weightings: tuple[str, ...] = ()
     """Which ones it takes; all when empty."""
     corpora: CorporaSpec | None = None
-    """Its own, if it takes no weights by scores: those are of the experiment's."""
+    """Its own; with weights by scores, the experiment's to forget, which those are of."""
     tune: TuneSpec = field(default_factory=TuneSpec)
     """What differs from the experiment's."""
 
@@ -289,10 +289,10 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
         if unknown := set(method.weightings) - set(spec.weightings):
             raise ValueError(f"{path}: method {name} takes the weighting {min(unknown)!r}, and there is none")
         weighed = [one for one in method.weightings or spec.weightings if spec.weightings[one] != WeightingSpec()]
-        if method.corpora is not None and weighed:
+        if method.corpora is not None and method.corpora.forget != spec.corpora.forget and weighed:
             raise ValueError(
-                f"{path}: method {name} has corpora of its own, and weighting {weighed[0]} is of the experiment's: "
-                "give it `weightings` without scores"
+                f"{path}: method {name} has corpora of its own to forget, and weighting {weighed[0]} is of the "
+                "experiment's: give it `weightings` without scores"
             )
         _check_tuning(f"{path}: method {name}", method.tune, spec)
 
