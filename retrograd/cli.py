@@ -42,7 +42,7 @@ from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import MaskConfig, SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
-from retrograd.settings.unlearn import UnlearnConfig, refuse_method, with_objective
+from retrograd.settings.unlearn import ChainConfig, UnlearnConfig, refuse_method, with_objective
 
 __all__ = ["main", "run"]
 
@@ -240,6 +240,8 @@ def _perturbed(run: Path, arguments: list[str]) -> Any:
     from retrograd.unlearn.methods import find_method
 
     refuse_method(config.method, run / "run_config.yaml", "__trust_code" in map(_plain_name, arguments))
+    if isinstance(config, ChainConfig):
+        return perturbed(ChainConfig)
     return perturbed(with_objective(find_method(config.method).defaults))
 
 

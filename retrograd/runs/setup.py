@@ -88,11 +88,13 @@ class Loaded(Setup):
     texts: an excerpt of each document.
     asked: the queries by name.
     parts: the data sets that the rows are from, where there are several sides.
+    after: what parameters become before they are asked, such as by an attack; they are asked as they are when None.
     """
 
     texts: list[str]
     asked: list[Asked]
     parts: Sequence[Part] = ()
+    after: Callable[[Params], Params] | None = None
 
     @property
     def doing(self) -> dict[str, Callable[..., Any]]:

@@ -32,7 +32,8 @@ class DataConfig(Source):
     """What the model is trained on."""
 
     dataset: str = tyro.MISSING
-    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file."""
+    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or one of them with
+    .gz or .zst behind it."""
     chunk_length: int | None = None
     """Pack documents into chunks of this many tokens instead; attention stays inside each document. 0, as None: one row
     a document."""
@@ -129,6 +130,9 @@ class LoraConfig:
     """Scale: adapters are multiplied by alpha/rank."""
     target_modules: tuple[str, ...] = ()
     """Names of the layers to adapt; peft's choice for the architecture when empty."""
+    adapter: Literal["merge", "continue"] | None = None
+    """Where --model is a folder of adapters: merge them into their base and train the result as the other settings say,
+    or continue to train them, as they are, on their base. None refuses such a folder."""
 
 
 @dataclass(frozen=True)
@@ -204,10 +208,6 @@ _NOT_THE_RUN = (
 )  # fmt: skip
 _NOT_STORED = {"run", "config", "overwrite", "query_file", "trust_code"}
 GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
-_LATER = {
-    "train.spare_norms": False,
-    "tf32": False,
-}  # what runs did that were begun before there was such a setting, if not None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -218,7 +218,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "name: old → new" for all that makes two configurations different runs."""
-    flat_old, flat_new = ({**_LATER, **_flatten(values)} for values in (old, new))
+    flat_new = _flatten(new)
+    # a run that was begun before there was such a setting did without
+    off: dict[type, Any] = {bool: False, list: []}
+    without = {name: off[type(value)] for name, value in flat_new.items() if type(value) in off}
+    flat_old = {**without, **_flatten(old)}
     names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
     return [
         f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
@@ -297,6 +301,11 @@ def check_training(train: TrainConfig, lora: LoraConfig) -> None:
         raise ValueError(f"--train.max_grad_norm is {train.max_grad_norm}; it has to be above 0")
     if lora.rank is not None and lora.rank < 0:  # None: the method's own, of unlearning
         raise ValueError(f"--lora.rank is {lora.rank}; it has to be at least 1, or 0 for no adapters")
+    if lora.adapter == "continue" and (lora.rank != 0 or lora.target_modules):
+        raise ValueError(
+            f"--lora.adapter continue trains the adapters of --model, and --lora.rank is {lora.rank}, with "
+            f"{len(lora.target_modules)} target modules: leave both out (rank 0), or merge and train new ones"
+        )
 
 
 def _check_schedule(train: TrainConfig) -> None:

@@ -125,7 +125,9 @@ def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
     rank, alpha = config.lora.rank, config.lora.alpha
     if rank is None:
         rank = method.adapter_rank(model_width(config.model))
-    return LoraConfig(rank, float(rank) if alpha is None else alpha, config.lora.target_modules)
+    return LoraConfig(
+        rank, float(rank) if alpha is None else alpha, config.lora.target_modules, adapter=config.lora.adapter
+    )
 
 
 def read(config: UnlearnConfig, method: Method, sources: Sources | None = None) -> Read:
