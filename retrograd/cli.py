@@ -8,13 +8,16 @@ the run is certified only partly.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import importlib
+import io
 import os
 import sys
 import typing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,11 +37,12 @@ from retrograd.settings.commands import (
 )
 from retrograd.settings.experiment import ExperimentConfig
 from retrograd.settings.harden import HardenConfig
+from retrograd.settings.plan import PLANNED, PlanConfig, PlanOf
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import MaskConfig, SelectConfig
 from retrograd.settings.train import RunConfig, TrainRunConfig
-from retrograd.settings.unlearn import UnlearnConfig, refuse_method, with_objective
+from retrograd.settings.unlearn import ChainConfig, UnlearnConfig, refuse_method, with_objective
 
 __all__ = ["main", "run"]
 
@@ -56,6 +60,12 @@ _COMMANDS = {
         MagicConfig, "train, query, reverse: an exact score for every training example or token", "commands.magic"
     ),
     "query": _Command(QueryRunConfig, "ask a trained run further questions, without training again", "commands.query"),
+    "plan": _Command(
+        PlanConfig,
+        "a command's arguments: steps, states, replays, memory, disk and time beforehand",
+        "commands.plan",
+        "COMMAND",
+    ),
     "validate": _Command(
         ValidateConfig, "retrain without random subsets: do the scores predict what happens?", "trust.validate"
     ),
@@ -128,11 +138,14 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in _COMMANDS:
         return _fail(ValueError(f"unknown command {name!r}; the commands are: {', '.join(_COMMANDS)}"), 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # or torch warns of every second that one process waits for another
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages; read when it is loaded
     warnings.showwarning = _warn
     try:
         config = _parse(name, arguments[1:])
-        code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)(config)
+        with _ranks(name, config):
+            code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)(config)
         _report(name, config)
         return code if isinstance(code, int) else 0
     except ValueError as error:
@@ -142,6 +155,33 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
+
+
+_SHARED = ("train", "magic", "unlearn")  # commands whose steps the processes of a job share
+_DEALT = ("validate", "evaluate")  # commands of which each process takes a part of its own
+
+
+@contextlib.contextmanager
+def _ranks(name: str, config: Any) -> Iterator[None]:
+    """The processes of a torchrun job, together for one command. The first alone says what there is to say."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or name in _DEALT:
+        yield
+        return
+    if name not in _SHARED:
+        raise ValueError(
+            f"retrograd {name} is one process, and this is one of {world}: start it without torchrun. Several share "
+            f"{', '.join(_SHARED)}, {' and '.join(_DEALT)}."
+        )
+    from retrograd.parallel.group import joined
+
+    with joined(config.patience) as group:
+        if group.rank == 0:
+            yield
+            return
+        warnings.showwarning = lambda *_, **__: None
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
 
 
 # the setting that names the folder; whether the command writes the page, or only one that is there anew
@@ -173,6 +213,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
     kind = _COMMANDS[name].config
     if name == "unlearn":
         return _parse_unlearn(arguments)
+    if name == "plan":
+        return _parse_plan(arguments)
     options: dict[str, Any] = {}
     file: str | None = None
     if issubclass(kind, RunConfig):
@@ -198,6 +240,8 @@ def _perturbed(run: Path, arguments: list[str]) -> Any:
     from retrograd.unlearn.methods import find_method
 
     refuse_method(config.method, run / "run_config.yaml", "__trust_code" in map(_plain_name, arguments))
+    if isinstance(config, ChainConfig):
+        return perturbed(ChainConfig)
     return perturbed(with_objective(find_method(config.method).defaults))
 
 
@@ -214,6 +258,20 @@ def _with_queries(config: Any, arguments: list[str], file: str | None, options: 
             named.pop("query", None)
         refuse_code(named, Path(file), trusted)
     return config
+
+
+def _parse_plan(arguments: list[str]) -> PlanOf:
+    """The command's own arguments, with those of the plan anywhere among them."""
+    known = next((word for word in arguments if word in PLANNED), None)
+    if known is not None and {"-h", "--help"} & set(arguments):
+        return PlanOf(PlanConfig(), known, _parse(known, ["--help"]))
+    given = _spell_out_switches(arguments, PlanConfig)
+    flags = (tyro.conf.FlagConversionOff,)
+    plan, rest = tyro.cli(PlanConfig, prog="retrograd plan", args=given, config=flags, return_unknown_args=True)
+    if not rest or rest[0] not in PLANNED:
+        found = f"and this one is {rest[0]!r}" if rest else "and there is none"
+        raise ValueError(f"retrograd plan takes a command, one of {', '.join(PLANNED)}, {found}")
+    return PlanOf(plan, rest[0], _parse(rest[0], rest[1:]))
 
 
 def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:

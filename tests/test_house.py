@@ -19,7 +19,7 @@ RANKS = [
     ("runs",),
     ("evaluate", "trust", "select"),
     ("unlearn", "attack"),
-    ("lab", "experiment"),
+    ("lab", "experiment", "plan"),
     ("report",),
     ("commands",),
     ("cli", "trainer", "optim", "__init__", "__main__"),

@@ -17,10 +17,11 @@ from retrograd.core.optim import Params
 from retrograd.data.pairs import joined
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
+from retrograd.lm.load import load_model
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
 from retrograd.runs.arithmetic import begun_with
-from retrograd.runs.setup import Differentiated, Setup, find_device, load_model, set_up, visits
+from retrograd.runs.setup import Differentiated, Setup, find_device, set_up, visits
 from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig, attack_steps
 from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source

@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,8 @@ from retrograd.core import tree
 from retrograd.core.step import State
 from retrograd.evaluate.on_the_way import prepare_on_the_way, show_again, watching
 from retrograd.lm.save import save_causal_lm
+from retrograd.parallel.group import here
+from retrograd.parallel.shard import Sharded
 from retrograd.runs.begin import begin, check_folder, empty
 from retrograd.runs.files import write_json
 from retrograd.runs.lock import locked
@@ -24,7 +26,7 @@ from retrograd.runs.manifest import Manifest
 from retrograd.runs.run_folder import refuse_other
 from retrograd.runs.session import Session, Watcher, open_session
 from retrograd.runs.setup import Setup
-from retrograd.runs.states.budget import Replay
+from retrograd.runs.states.budget import TRAINED_ONLY
 from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.train import ExportConfig, RunConfig
 
@@ -66,12 +68,19 @@ def open_folder(
     Raises:
         ValueError: For anything the user can mend, another process in the folder too; nothing has been changed then.
     """
+    if here().rank:
+        load()[0].follow()
     check_loggers(config.log)
     check_folder(config, command)  # before anything is made there
     with locked(config.run):
         check_folder(config, command)
         setup, told = load()
         finished = "" if config.overwrite else done(Manifest(config.run / "manifest.json"))
+        if isinstance(setup.training.engine, Sharded) and config.evaluate.wanted:
+            raise ValueError(
+                "--parallel shard leaves no process with the whole model between steps, so nothing can be evaluated on "
+                "the way: leave --evaluate out and evaluate the model that is left, or take --parallel replicate"
+            )
         prepared = prepare_on_the_way(OnTheWayConfig() if finished else config.evaluate, setup.model, setup.tokenizer)
         if config.overwrite:
             empty(config.run)  # only now that the new run is known to be sound
@@ -113,7 +122,7 @@ def carry_out(
         if opened.done:
             return
         setup, manifest = opened.setup, opened.manifest
-        replay = Replay(plan="binomial", slots=1, heartbeat=config.heartbeat)  # a resume point is all that is kept
+        replay = replace(TRAINED_ONLY, heartbeat=config.heartbeat)
         with open_session(setup, config.run, manifest, replay, log=config.log, watch=opened.watch) as session:
             final = session.train()
         check_end(setup, final)

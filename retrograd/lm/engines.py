@@ -38,7 +38,10 @@ from retrograd.lm.spans import inner
 if TYPE_CHECKING:
     from retrograd.accel.compiled import Compiled
 
-__all__ = ["ENGINES", "Choice", "Load", "choose_engine", "compiled_engine", "graph_bytes"]
+__all__ = [
+    "ENGINES", "Choice", "Curve", "Load", "blocks_bytes", "choose_engine", "compiled_engine", "graph_bytes",
+    "graph_curve",
+]  # fmt: skip
 
 ENGINES = ("auto", "double", "blocks")
 _LENGTHS = (4, 8, 12)  # tokens of the rows that the graph is measured on
@@ -105,7 +108,7 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
         return Choice(Double(objective), "double", f"{needs}; but {_told(error)}")
     hidden = _hidden_bytes(module, load)
     layers = max(1, len(chain.links) - 1)
-    small = (1 + load.queries) * (layers + 2) * hidden + graph // layers
+    small = blocks_bytes(graph, layers, hidden, load.queries)
     return Choice(Blocks(chain), "blocks", f"{needs}; blocks takes about {_size(small)}")
 
 
@@ -181,17 +184,40 @@ def _apart(module: nn.Module, rows: int, length: int) -> str:
 
 def graph_bytes(module: nn.Module, objective: _Objective, rows: int, length: int) -> int:
     """Bytes of activations that `double` holds at its peak for `rows` rows of `length` tokens."""
-    sizes = [_saved_bytes(module, objective, tokens) for tokens in _LENGTHS]
-    near, middle, far = sizes
+    return graph_curve(module, objective).double(rows, length)
+
+
+def blocks_bytes(graph: int, layers: int, hidden: int, queries: int) -> int:
+    """Bytes of activations that `blocks` holds where `double` holds `graph`; `hidden` those of one hidden state."""
+    return (1 + queries) * (layers + 2) * hidden + graph // layers
+
+
+class Curve(NamedTuple):
+    """Bytes that autograd holds for a row of T tokens: constant + slope·T + bend·T²."""
+
+    constant: float
+    slope: float
+    bend: float
+
+    def at(self, length: int) -> float:
+        return max(0.0, self.constant + self.slope * length + self.bend * length**2)
+
+    def double(self, rows: int, length: int) -> int:
+        """At the peak of a second way back, if the curve is of a gradient with its graph."""
+        return int(_PENDING * self.at(length) * rows)
+
+
+def graph_curve(module: nn.Module, objective: _Objective, *, twice: bool = True) -> Curve:
+    """Of a gradient with its graph; of the loss alone where it is not differentiated twice."""
+    near, middle, far = (_saved_bytes(module, objective, tokens, twice) for tokens in _LENGTHS)
     step = _LENGTHS[1] - _LENGTHS[0]
     bend = (far - 2 * middle + near) / (2 * step**2)
     slope = (middle - near) / step - bend * (_LENGTHS[0] + _LENGTHS[1])
-    saved = near + slope * (length - _LENGTHS[0]) + bend * (length**2 - _LENGTHS[0] ** 2)
-    return int(_PENDING * max(0.0, saved) * rows)
+    return Curve(near - slope * _LENGTHS[0] - bend * _LENGTHS[0] ** 2, slope, bend)
 
 
-def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int) -> int:
-    """Bytes that autograd holds once a gradient has its graph, on one row; what the module owns is not counted."""
+def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int, twice: bool = True) -> int:
+    """Bytes that autograd holds on one row; what the module owns is not counted."""
     params = trainable(module)[0]
     own = {x.untyped_storage().data_ptr() for x in (*params.values(), *module.parameters(), *module.buffers())}
     held: dict[int, int] = {}
@@ -210,7 +236,7 @@ def _saved_bytes(module: nn.Module, objective: _Objective, tokens: int) -> int:
     factors = mask.to(torch.promote_types(first.dtype, torch.float32)).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.enable_grad():
         loss = objective(live, {"input_ids": ids, "target_mask": mask}, factors)
-        grads = grad(loss, list(live.values()), create_graph=True, materialize_grads=True)
+        grads = grad(loss, list(live.values()), create_graph=True, materialize_grads=True) if twice else ()
     del loss, grads
     return sum(held.values())
 

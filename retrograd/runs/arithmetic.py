@@ -17,7 +17,7 @@ import torch
 from retrograd.runs.identity import EDITION, told_apart
 from retrograd.runs.manifest import Manifest
 
-__all__ = ["Arithmetic", "begun_with", "deterministic", "refuse_other_arithmetic"]
+__all__ = ["Arithmetic", "begun_with", "deterministic", "precise", "refuse_other_arithmetic"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Arithmetic:
         dtype: Of parameters and activations, torch's name.
         engine: What differentiates the steps.
         compiled: Whether its passes are.
-        tf32: Whether float32 products may round their factors (`torch.set_float32_matmul_precision`).
+        tf32: Whether float32 products round their factors (`--tf32`).
         device, device_name: Where it computes, and what that is.
         threads: Of the host; sums are split by thread.
-        world_size: Processes that share each step.
-        layout: How parameters lie over them.
+        shards: Logical shards that each step's rows are summed in; any number of processes that divides it shares them.
+        layout: How parameters lie over processes, where bits depend on it.
     """
 
     dtype: str
@@ -42,28 +42,31 @@ class Arithmetic:
     device: str
     device_name: str
     threads: int
-    world_size: int = 1
+    shards: int = 1
     layout: str = "whole"
 
     @classmethod
-    def here(cls, dtype: torch.dtype, device: torch.device, engine: str, *, compiled: bool) -> Arithmetic:
+    def here(
+        cls, dtype: torch.dtype, device: torch.device, engine: str, *, compiled: bool, shards: int = 1
+    ) -> Arithmetic:
         """With what this process has of threads and precision."""
         name = platform.processor() or platform.machine()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
         tf32 = torch.get_float32_matmul_precision() != "highest"
         kind = (str(dtype).removeprefix("torch."), engine, compiled, tf32)
-        return cls(*kind, str(device), name, torch.get_num_threads())
+        return cls(*kind, str(device), name, torch.get_num_threads(), shards)
 
     @property
     def chosen(self) -> tuple[Any, ...]:
         """What a run's identity covers: all but what the machine gives, for states may be read on another."""
-        return (self.dtype, self.engine, self.compiled, self.tf32, self.world_size, self.layout)
+        return (self.dtype, self.engine, self.compiled, self.tf32, self.shards, self.layout)
 
     def apply(self) -> None:
         """Let this process compute so, as far as it can choose: threads and precision."""
         torch.set_num_threads(self.threads)
         if self.tf32 != (torch.get_float32_matmul_precision() != "highest"):
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.tf32
 
 
 def begun_with(run: Path) -> Arithmetic | None:
@@ -78,7 +81,8 @@ def begun_with(run: Path) -> Arithmetic | None:
         return None
     if not begun.startswith(f"{EDITION}-"):
         raise ValueError(f"the run in {run} {told_apart(begun, 'the one asked for')}, or with --overwrite.")
-    return Arithmetic(**values["arithmetic"])
+    known = dict(values["arithmetic"])
+    return Arithmetic(**{"shards": known.pop("world_size", 1), **known})
 
 
 def refuse_other_arithmetic(run: Path, begun: Arithmetic | None, here: Arithmetic) -> None:
@@ -95,6 +99,23 @@ def refuse_other_arithmetic(run: Path, begun: Arithmetic | None, here: Arithmeti
         f"{run} was begun with other arithmetic:\n  {lines}\nReplay has to take the steps that training took, bit for "
         "bit. Go on where it was begun, use another folder, or --overwrite to start afresh."
     )
+
+
+def precise(device: torch.device, *, tf32: bool) -> None:
+    """Let float32 products keep their bits, or round their factors to TF32's 11, in this process from now on.
+
+    Raises:
+        ValueError: If TF32 is asked for where there is none: nothing would be faster, and the run's record untrue.
+    """
+    if tf32 and device.type != "cuda":
+        raise ValueError(f"--tf32 needs an NVIDIA GPU of 2020 or later, and this run is on {device}. Leave --tf32 out.")
+    if tf32 and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        raise ValueError(
+            f"--tf32 needs a GPU of compute capability 8.0 or more, and {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}. Leave --tf32 out."
+        )
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # convolutions, which take TF32 unless they are told not to
 
 
 def deterministic(device: torch.device) -> None:

@@ -16,12 +16,12 @@ from retrograd.runs.kinds import assemble, read_settings
 from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.setup import Loaded, Setup
-from retrograd.runs.states.budget import Replay, free_memory
+from retrograd.runs.states.budget import Layout, Replay, free_memory
 from retrograd.runs.trajectory import Trajectory
 from retrograd.settings import run as configs
 from retrograd.settings.parse import build, parse_size, read_yaml
 from retrograd.settings.run import AttributedConfig, QueryConfig
-from retrograd.settings.train import ExportConfig
+from retrograd.settings.train import ExportConfig, RunConfig
 from retrograd.settings.unlearn import UnlearnConfig, refuse_method
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "added_queries",
     "describe",
     "finished",
+    "free_disk",
+    "heartbeat_of",
     "holding",
     "load_run",
     "open_run",
@@ -191,18 +193,34 @@ def refuse_other(folder: Path, manifest: Manifest, loaded: Setup) -> None:
     )
 
 
-def replay_of(config: AttributedConfig) -> Replay:
-    """Budgets in bytes; "auto" is half of what is free now."""
+def replay_of(config: AttributedConfig, memory: int | None = None, disk: int | None = None) -> Replay:
+    """Budgets in bytes; "auto" is half of what is free: as given, or now."""
     given = config.replay
-    memory = free_memory() // 2 if given.memory == "auto" else parse_size(given.memory)
-    disk = shutil.disk_usage(config.run).free // 2 if given.disk == "auto" else parse_size(given.disk)
-    heartbeat = config.heartbeat if isinstance(config, ExportConfig) else given.heartbeat
-    return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, heartbeat)
+    free = (free_memory() if memory is None else memory, free_disk(config.run) if disk is None else disk)
+    memory, disk = (
+        there // 2 if asked == "auto" else parse_size(asked)
+        for asked, there in zip((given.memory, given.disk), free, strict=True)
+    )
+    return Replay(given.plan, memory, disk, given.interval, given.slots, given.keep, heartbeat_of(config))
 
 
-def describe(trajectory: Trajectory) -> dict[str, Any]:
+def heartbeat_of(config: RunConfig) -> float:
+    """Seconds between a run's resume points."""
+    if isinstance(config, ExportConfig):
+        return config.heartbeat
+    return config.replay.heartbeat if isinstance(config, AttributedConfig) else Replay.heartbeat
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is or would be."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
+
+
+def describe(chosen: Layout) -> dict[str, Any]:
     """The chosen replay plan, for the manifest."""
-    chosen = trajectory.layout
     return {
         "plan": chosen.kind, "state_bytes": chosen.state_bytes, "slots": chosen.cost.slots, "on_disk": chosen.on_disk,
         "held_bytes": chosen.held_bytes, "gradients_on_disk": chosen.gradients_on_disk,

@@ -5,38 +5,48 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, Adam, AdamW, Muon, Optimizer, Params, Schedule
+from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.engines import Choice, Load, choose_engine, compiled_engine
-from retrograd.lm.model import DTYPES, CausalLM, load_causal_lm, load_tokenizer, norms_and_biases
+from retrograd.lm.load import load_model
+from retrograd.lm.model import (
+    DTYPES,
+    CausalLM,
+    load_tokenizer,
+    only_trained,
+)
+from retrograd.parallel.group import here
 from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
-from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic
+from retrograd.query.together import answering
+from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
+from retrograd.runs.recipe import recipe_of
+from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
-from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig
+from retrograd.settings.train import RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "assemble", "attributed", "find_device", "load_model",
-    "load_recipe", "optimizer", "set_up", "set_up_recipe",
+    "Differentiated", "Loaded", "Setup", "Sources", "assemble", "attributed", "find_device", "load_recipe",
+    "owed_bytes", "set_up", "set_up_recipe",
 ]  # fmt: skip
 
 
@@ -78,11 +88,18 @@ class Loaded(Setup):
     texts: an excerpt of each document.
     asked: the queries by name.
     parts: the data sets that the rows are from, where there are several sides.
+    after: what parameters become before they are asked, such as by an attack; they are asked as they are when None.
     """
 
     texts: list[str]
     asked: list[Asked]
     parts: Sequence[Part] = ()
+    after: Callable[[Params], Params] | None = None
+
+    @property
+    def doing(self) -> dict[str, Callable[..., Any]]:
+        """As `Ready.doing`, and a part of what is asked."""
+        return {**super().doing, "ask": answering(here(), self.asked)}
 
     @property
     def queries(self) -> Queries:
@@ -99,6 +116,8 @@ class Differentiated(NamedTuple):
         queries: Cotangents that the way back carries at once; 0 for a training that is not attributed.
         run: Folder of the run, for what is said of it.
         begun: The arithmetic of a run that was begun: its replay takes no other.
+        shards: Logical shards; as many as there are processes when None.
+        parallel: How several processes share: "shard", or else every one computes with the whole parameters it is sent.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -106,6 +125,8 @@ class Differentiated(NamedTuple):
     queries: int = 0
     run: Path | None = None
     begun: Arithmetic | None = None
+    shards: int | None = 1
+    parallel: str = "replicate"
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -118,7 +139,7 @@ def assemble(config: MagicConfig) -> Loaded:
     size = config.train.micro_batch_size or config.train.batch_size
     asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
     queries = sum(len(one.columns) for one in asked) + config.sharpness
-    how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config))
+    how = _how(config, queries)
     visited = visits(stream, config.attribute, config.dtype)
     setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
     return attributed(setup, texts, asked)
@@ -138,16 +159,20 @@ def set_up_recipe(config: RecipeConfig) -> Setup:
         ValueError: As `assemble`.
     """
     model, tokenizer, stream, _ = load_recipe(config)
-    how = Differentiated(config.engine, config.compile, 0, config.run, _begun(config))
+    how = _how(config, 0)
     return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
 
 
-def load_recipe(config: RecipeConfig, *, per_token: bool = False) -> tuple[CausalLM, Any, DataStream, list[str]]:
+def load_recipe(
+    config: RecipeConfig, *, per_token: bool = False, sources: Sources | None = None
+) -> tuple[CausalLM, Any, DataStream, list[str]]:
     """Model, tokenizer, stream and an excerpt of each document."""
-    device, train, data = find_device(config.device), config.train, config.data
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    model = load_model(config.model, config.dtype, device, config.lora, train)
-    rows, texts = load_rows(data, tokenizer, model, "data", chunk_length=data.chunk_length, min_chars=data.min_chars)
+    sources = sources or Sources()
+    device, train, data = find_device(config.device, tf32=config.tf32), config.train, config.data
+    tokenizer = sources.tokenizer(config.tokenizer or config.model)
+    model = sources.model(config.model, config.dtype, device, config.lora, train)
+    given: dict[str, Any] = {"chunk_length": data.chunk_length, "min_chars": data.min_chars}
+    rows, texts = sources.rows(data, tokenizer, model, "data", **given)
     stream = DataStream(
         rows,
         train.batch_size,
@@ -189,64 +214,55 @@ def set_up(
         ValueError: If the engine cannot work, the first step is no function or, where a query is to come, it is not
             differentiated right.
     """
+    group = here()
+    how = how._replace(begun=group.agreed(how.begun))  # another rank may have looked later
     if how.begun is not None:
         how.begun.apply()
+    shards = logical_shards(how.shards, how.begun, group, how.run)
     size = train.micro_batch_size or stream.batch_size
-    recipe = Recipe(
-        optimizer(train, len(stream), _embeddings(model), norms_and_biases(model.module) if train.spare_norms else ()),
-        train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout,
-    )  # fmt: skip
+    recipe = recipe_of(train, model, len(stream), shards)
     dtype = next(model.module.parameters()).dtype
-    kind = (stream.batch_size, len(stream.rows), str(dtype).removeprefix("torch."))
+    tf32 = torch.get_float32_matmul_precision() != "highest" and dtype == torch.float32
+    kind = (stream.batch_size, len(stream.rows), "tf32" if tf32 else str(dtype).removeprefix("torch."))
     findings = recipe_findings(recipe, *kind) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
-    shape = (min(size, len(stream.rows)), stream.rows.max_length)
+    shape = (-(-min(size, len(stream.rows)) // group.world), stream.rows.max_length)
     loss: Objective = model.objective if objective is None else objective
+    if group.rank:  # what fits differs by rank
+        how = how._replace(engine=group.agreed(how.engine))
     engine = _engine(how, model, loss, shape, train, initial, stream)
-    arithmetic = Arithmetic.here(dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None)
+    if not group.rank:
+        group.agreed(engine.name)
+    arithmetic = Arithmetic.here(
+        dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards
+    )
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
-    hashes = {
-        "recipe": fingerprint(recipe),
-        "rows": stream.rows.digest()[:16],
-        "model": fingerprint(initial.params),
-        "frozen weights and buffers": fingerprint(held_tensors(model.module)),
-        "the model's configuration and code": architecture(model.module),
-    }
+    hashes = _hashes(recipe, stream.rows, initial, model.module)
+    refuse_unequal(group, hashes, arithmetic)
+    if how.parallel == "shard" and group.world > 1:
+        training = training._replace(engine=in_pieces(engine.engine, shards, group, model, initial, recipe.optimizer))
+    else:
+        training = training._replace(engine=shared(engine.engine, shards, group, stream))
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)
 
 
-def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:
-    """The optimizer of a configuration.
-
-    Args:
-        exclude: The matrices that Muon leaves to AdamW.
-        spared: The parameters that do not decay.
-    """
-    lr = _schedule(train, steps)
-    adam = (train.beta1, train.beta2, train.eps, train.eps_root)
-    match train.optimizer:
-        case "sgd":
-            return SGD(lr, train.momentum, train.nesterov, train.weight_decay, spared)
-        case "adam":
-            return Adam(lr, *adam, train.weight_decay, spared)
-        case "adamw":
-            return AdamW(lr, *adam, train.weight_decay, spared)
-        case "muon":
-            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude, spared)
-    raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adam, adamw, muon")
+def _hashes(recipe: Recipe, rows: Rows, initial: State, module: nn.Module) -> dict[str, str]:
+    return {
+        "recipe": fingerprint(recipe),
+        "rows": rows.digest()[:16],
+        "model": fingerprint(initial.params),
+        "frozen weights and buffers": fingerprint(held_tensors(module)),
+        "the model's configuration and code": architecture(module),
+    }
 
 
-def _schedule(train: TrainConfig, steps: int) -> Schedule:
-    ratio = train.warmup_ratio
-    if ratio is None:
-        ratio = 0.3 if train.lr_schedule.startswith("one-cycle") else 0.0
-    warmup = min(steps - 1, math.ceil(ratio * steps)) if train.warmup_steps is None else train.warmup_steps
-    power = 2.0 if train.lr_power is None else train.lr_power
-    return Schedule(train.lr_schedule, train.lr, steps, warmup, power, train.lr_start, train.lr_end)
+def _how(config: RecipeConfig, queries: int) -> Differentiated:
+    asked = (config.engine, config.compile, queries, config.run)
+    return Differentiated(*asked, _begun(config), config.shards, config.parallel)
 
 
 def _begun(config: RecipeConfig) -> Arithmetic | None:
@@ -282,11 +298,15 @@ def _engine(
                 "--train.dropout take --engine double"
             )
         asked = "double"
-    # g, and of each query ḡ, Hḡ, λ and the next λ
-    owed = tree.nbytes(model.params) * (1 + 2 * how.queries) + 2 * how.queries * tree.nbytes(initial)
+    owed = owed_bytes(tree.nbytes(model.params), tree.nbytes(initial), how.queries)
     load = Load(*batch, how.queries, _free(next(iter(model.params.values())).device) - owed)
     choice = choose_engine(asked, model.module, objective, load)
     return choice._replace(why=_BEGUN) if begun else choice
+
+
+def owed_bytes(params: int, state: int, queries: int) -> int:
+    """Bytes that a step and its pullback take besides state and activations: g, and of each query ḡ, Hḡ, λ, next λ."""
+    return params * (1 + 2 * queries) + 2 * queries * state
 
 
 def _prove(
@@ -315,45 +335,32 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // 2
 
 
-def load_model(
-    model: str, dtype: Literal["float32", "float64", "bfloat16"], device: torch.device, lora: LoraConfig,
-    train: TrainConfig,
-) -> CausalLM:  # fmt: skip
-    """A causal language model, with adapters if their rank is above 0.
+class Sources(NamedTuple):
+    """Where the parts of a training come from; `plan` has a model without weights in place of a loaded one."""
 
-    Raises:
-        ValueError: If it cannot be loaded, or adapted.
-    """
-    adapters = None
-    if lora.rank:
-        from peft import LoraConfig as Adapters
-
-        adapters = Adapters(
-            r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            target_modules=list(lora.target_modules) or None, task_type="CAUSAL_LM",
-        )  # fmt: skip
-    return load_causal_lm(model, dtype=dtype, device=device, lora=adapters, seed=train.seed, dropout=train.dropout)
+    tokenizer: Callable[[str], Any] = load_tokenizer
+    model: Callable[..., CausalLM] = load_model
+    rows: Callable[..., tuple[Rows, list[str]]] = load_rows
+    narrow: Callable[[CausalLM, Collection[str]], CausalLM] = only_trained
 
 
-def _embeddings(model: CausalLM) -> tuple[str, ...]:
-    """Names of the input and output embeddings, which Muon leaves to AdamW."""
-    ends = [m for m in (model.module.get_input_embeddings(), model.module.get_output_embeddings()) if m is not None]  # type: ignore[operator]
-    weights = {end.weight.untyped_storage().data_ptr() for end in ends if hasattr(end, "weight")}
-    return tuple(name for name, leaf in model.params.items() if leaf.untyped_storage().data_ptr() in weights)
-
-
-def find_device(name: str) -> torch.device:
+def find_device(name: str, *, tf32: bool = False) -> torch.device:
     """The device of a name; "auto" is a GPU if there is one.
 
+    Args:
+        tf32: Let float32 products round their factors.
     Raises:
-        ValueError: If it cannot be used here.
+        ValueError: If it cannot be used here, or has no TF32.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in name and here().world > 1:
+        raise ValueError(f"--device {name} would be the device of every rank: give cuda, and each takes its own")
     try:
         device = torch.device(name)
         torch.zeros((), device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     deterministic(device)
+    precise(device, tf32=tf32)
     return device

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from retrograd.trust.retrain import NOTHING, Conditions, conditions_of, retrain_
 from retrograd.trust.sets import is_mine, units_of, wanted_sets
 from retrograd.trust.standings import record, show_standings, standings, write_standings
 
-__all__ = ["validate"]
+__all__ = ["Retraining", "bank_of", "carry_out", "check_validate", "prepared", "stackable", "validate"]
 
 
 def validate(config: ValidateConfig, console: Console | None = None) -> Validation | None:
@@ -45,7 +46,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         RunError: If retraining with everything does not reproduce the run, or every retraining diverges.
     """
     console = console or Console()
-    _check(config)
+    check_validate(config)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
@@ -54,19 +55,45 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
         return _validate(config, run[1], rank, ranks, console)
 
 
-def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
-    number = config.subsets * len(config.fraction) * len(config.weight)
+class Retraining(NamedTuple):
+    """What a call of `validate` is made of: every set, those of this call, and how they are retrained without.
+
+    methods, plans: other scores that are compared, and the sets of the strongest.
+    """
+
+    run: Opened
+    conditions: Conditions
+    methods: list[Method]
+    plans: list[Plan]
+    wanted: list[LeftOut]
+    mine: list[LeftOut]
+    bank: Bank
+
+
+def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Console) -> Retraining:
+    """Load a run and what is to be retrained without, and read its bank.
+
+    Args:
+        part: Ends the name of this process's own file of the bank.
+    Raises:
+        ValueError: For anything the user can mend.
+    """
+    number = (config.subsets * len(config.fraction) + len(config.top) * (config.controls + 1)) * len(config.weight)
     conditions = conditions_of(manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
-    conditions = _stackable(run, conditions, config, console)
-    scores = stored_scores(run)
+    conditions, scores = stackable(run, conditions, config, console), stored_scores(run)
     methods = [Method(OWN, scores), *other_methods(config, run)]
     plans = _plans(config, run, methods)
     wanted = [*wanted_sets(config, run, scores), *(one for plan in plans for one in plan.sets)]
     mine = [one for one in wanted if is_mine(one, config)]
+    return Retraining(run, conditions, methods, plans, wanted, mine, bank_of(run, part))
+
+
+def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
     part = _part(config, rank, ranks)
-    bank = _bank(config, run, part)
-    _carry_out(run, mine[rank::ranks], bank, conditions, config.save_models, console)
+    run, conditions, methods, plans, wanted, mine, bank = prepared(config, manifest, part, console)
+    scores = methods[0].scores
+    carry_out(run, mine[rank::ranks], bank, conditions, config.save_models, console)
     if rank:
         return None
     note_wanted(bank.folder, part, wanted)
@@ -98,7 +125,12 @@ def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int,
     return result
 
 
-def _check(config: ValidateConfig) -> None:
+def check_validate(config: ValidateConfig) -> None:
+    """Refuse, before anything is loaded, what cannot work.
+
+    Raises:
+        ValueError: With the setting, its value and what it has to be.
+    """
     for name, number in (("subsets", config.subsets), ("start", config.start), ("workers", config.workers),
                          ("together", config.together), ("stop", config.stop or 0)):  # fmt: skip
         if number < 0:
@@ -141,13 +173,14 @@ def _part(config: ValidateConfig, rank: int, ranks: int) -> str:
     return f"{part}-rank{rank}" if ranks > 1 else part
 
 
-def _bank(config: ValidateConfig, run: Opened, part: str) -> Bank:
+def bank_of(run: Opened, part: str) -> Bank:
+    """The bank of a run, written to by this process under a name that ends in `part`."""
     queries = {one.name: one.digest for one in run.loaded.asked}
     names, made = run.loaded.queries.names, made_here(run.loaded.arithmetic)
-    return Bank(config.run / "validation", run.loaded.identity, queries, names, part, made)
+    return Bank(run.folder / "validation", run.loaded.identity, queries, names, part, made)
 
 
-def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, console: Console) -> Conditions:
+def stackable(run: Opened, conditions: Conditions, config: ValidateConfig, console: Console) -> Conditions:
     """Without a stack where the model cannot be stacked, unless stacks were asked for."""
     if conditions.together == 1:
         return conditions
@@ -161,7 +194,7 @@ def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, cons
     return conditions
 
 
-def _carry_out(
+def carry_out(
     run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, keep: bool, console: Console
 ) -> None:
     """Ask the kept models what is not known of them, and retrain the rest."""

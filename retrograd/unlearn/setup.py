@@ -14,17 +14,17 @@ from retrograd.core.step import coefficients, micro_batches
 from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
 from retrograd.lm.checkpoint import model_width
-from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer, only_trained
-from retrograd.query.load import load_rows
+from retrograd.lm.model import DTYPES, CausalLM
+from retrograd.parallel.group import here
 from retrograd.query.named import load_queries
 from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import (
     Differentiated,
     Loaded,
     Setup,
+    Sources,
     attributed,
     find_device,
-    load_model,
     set_up,
 )
 from retrograd.select import weights as weights_file
@@ -38,10 +38,10 @@ from retrograd.unlearn.methods import METHODS, find_method
 from retrograd.unlearn.reference import perturbed, reference_of
 from retrograd.unlearn.settings import Settings
 
-__all__ = ["assemble", "reached"]
+__all__ = ["Read", "assemble", "reached", "read", "settings_of"]
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """What an unlearning run is made of, before its objective."""
 
     model: CausalLM
@@ -63,21 +63,23 @@ def assemble(config: UnlearnConfig) -> Loaded:
     """
     method = find_method(config.method)
     if config.attribute is not None:
-        guards.check_attributable(method, _settings(config, method))
-    read = _read(config, method)
-    size = config.train.micro_batch_size or read.stream.batch_size
-    asked = load_queries(queries_of(config), read.model, read.tokenizer, batch_size=size, like=read.stream.weights)
+        guards.check_attributable(method, settings_of(config, method))
+    loaded = read(config, method)
+    size = config.train.micro_batch_size or loaded.stream.batch_size
+    given = (queries_of(config), loaded.model, loaded.tokenizer)
+    asked = load_queries(*given, batch_size=size, like=loaded.stream.weights)
     queries = sum(len(one.columns) for one in asked) + config.sharpness
-    return attributed(_set_up(config, method, read, queries), read.texts, asked, read.parts)
+    return attributed(_set_up(config, method, loaded, queries), loaded.texts, asked, loaded.parts)
 
 
-def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) -> Setup:
-    model, stream, train = read.model, read.stream, config.train
-    settings = _settings(config, method)
+def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -> Setup:
+    model, stream, train = loaded.model, loaded.stream, config.train
+    settings = settings_of(config, method)
     reference = reference_of(model) if method.needs_reference(settings) else None
     fitted = method.fitted_to(model, reference, stream, settings)
     objective = method.objective(model, reference, settings, fitted)
     guards.check_stream(objective, stream, train.micro_batch_size)
+    guards.check_shards(method, config.shards or here().world)
     guards.check_reference(objective, model.params, stream[0])
     start = perturbed(model.params, method.perturb, train.seed) if method.perturb else model.params
     if method.edit is not None:
@@ -93,11 +95,11 @@ def _set_up(config: UnlearnConfig, method: Method, read: _Read, queries: int) ->
         *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
         *([fitted.digest] if fitted else []),
     )  # fmt: skip
-    how = Differentiated(queries=queries, run=config.run, begun=begun)
-    return set_up(model, read.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
+    how = Differentiated(queries=queries, run=config.run, begun=begun, shards=config.shards)
+    return set_up(model, loaded.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
 
 
-def _settings(config: UnlearnConfig, method: Method) -> Settings:
+def settings_of(config: UnlearnConfig, method: Method) -> Settings:
     """The method's settings: its defaults, those that were parsed, or plain values from a run's folder."""
     given = config.objective
     if given is None:
@@ -123,24 +125,27 @@ def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
     rank, alpha = config.lora.rank, config.lora.alpha
     if rank is None:
         rank = method.adapter_rank(model_width(config.model))
-    return LoraConfig(rank, float(rank) if alpha is None else alpha, config.lora.target_modules)
+    return LoraConfig(
+        rank, float(rank) if alpha is None else alpha, config.lora.target_modules, adapter=config.lora.adapter
+    )
 
 
-def _read(config: UnlearnConfig, method: Method) -> _Read:
+def read(config: UnlearnConfig, method: Method, sources: Sources | None = None) -> Read:
     """The model, and forget, retain and alternative rows under one weight tensor."""
-    device = find_device(config.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    sources = sources or Sources()
+    device = find_device(config.device, tf32=config.tf32)
+    tokenizer = sources.tokenizer(config.tokenizer or config.model)
     adapters = _adapters(config, method)
-    model = load_model(config.model, config.dtype, device, adapters, config.train)
+    model = sources.model(config.model, config.dtype, device, adapters, config.train)
     if method.trained is not None and not adapters.rank:
-        model = only_trained(model, method.trained(_settings(config, method), model.module))
+        model = sources.narrow(model, method.trained(settings_of(config, method), model.module))
     named, texts = list[tuple[str, str, Rows]](), list[str]()
-    for side, sources in (
+    for side, given in (
         ("forget", config.forget), ("retain", config.retain), ("alternative", config.alternative),
     ):  # fmt: skip
-        for source in sources:
+        for source in given:
             data = parse_source(source, config)
-            rows, excerpts = load_rows(data, tokenizer, model, side, min_chars=data.min_chars)
+            rows, excerpts = sources.rows(data, tokenizer, model, side, min_chars=data.min_chars)
             named.append((side, source, rows))
             texts += excerpts
     forget, retain, alternative = (
@@ -156,7 +161,7 @@ def _read(config: UnlearnConfig, method: Method) -> _Read:
         weights=_weights(config, method, forget, [*retain, *alternative]), per_token=config.attribute != "examples",
         dtype=dtype, device=device,
     )  # fmt: skip
-    return _Read(model, tokenizer, stream, texts, parts_of(named))
+    return Read(model, tokenizer, stream, texts, parts_of(named))
 
 
 def _check_alternatives(forget: Rows, alternative: Rows) -> None:
@@ -180,8 +185,8 @@ def _weights(config: UnlearnConfig, method: Method, forget: Sequence[Rows], othe
         part = torch.ones(len(rows), longest)
         if name != ONES:
             _refuse_teaching(method, Path(name))
-            read = weights_file.read(Path(name), rows, signed=method.signed and not _reversed(method, Path(name)))
-            part[:, : read.shape[1]] = read[:, :longest]
+            given = weights_file.read(Path(name), rows, signed=method.signed and not _reversed(method, Path(name)))
+            part[:, : given.shape[1]] = given[:, :longest]
         parts.append(part)
     return torch.cat([*parts, *(torch.ones(len(rows), longest) for rows in others)])
 

@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from retrograd.cli import main
+from retrograd.runs import arithmetic, setup
 from retrograd.runs.arithmetic import Arithmetic, begun_with, refuse_other_arithmetic
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def test_what_is_applied_is_what_this_process_has(settings: None) -> None:
 
 @pytest.mark.parametrize("name, value, hashed", [
     ("dtype", "float64", True), ("engine", "blocks", True), ("compiled", True, True), ("tf32", True, True),
-    ("world_size", 2, True), ("layout", "shards", True), ("threads", 64, False), ("device", "cuda:0", False),
+    ("shards", 2, True), ("layout", "shards", True), ("threads", 64, False), ("device", "cuda:0", False),
     ("device_name", "another", False),
 ])  # fmt: skip
 def test_every_part_is_compared_and_what_was_chosen_is_hashed(name: str, value: object, hashed: bool) -> None:
@@ -63,6 +64,8 @@ def test_a_run_goes_on_with_its_own_threads_and_on_its_own_machine(
     assert begun is not None
     assert manifest["arithmetic"] == asdict(begun) == asdict(here(engine=begun.engine))
     del manifest["finished"]
+    del manifest["arithmetic"]["shards"]
+    manifest["arithmetic"]["world_size"] = 1  # as earlier versions called it
     torch.set_num_threads(2)
     path.write_text(json.dumps(manifest))
     assert main(train) == 0
@@ -75,3 +78,52 @@ def test_a_run_goes_on_with_its_own_threads_and_on_its_own_machine(
     assert f"device_name: another processor → {begun.device_name}" in words
     assert "Go on where it was begun, use another folder, or --overwrite" in words
     assert json.loads(path.read_text()) == manifest, "nothing has been changed"
+
+
+def test_tf32_is_chosen_recorded_hashed_and_compared(
+    tmp_path: Path, settings: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A processor has no TF32, so here the one function that asks the device is told that it has."""
+    tiny.save_model(tmp_path / "model", "gpt-neox")
+    tiny.save_jsonl(tmp_path / "train.jsonl", tiny.sentences(8))
+
+    def magic(name: str, *more: str) -> list[str]:
+        return ["magic", str(tmp_path / name), "--model", str(tmp_path / "model"), "--data.dataset",
+                str(tmp_path / "train.jsonl"), "--query.dataset", str(tmp_path / "train.jsonl"), "--train.batch_size", "4",
+                "--device", "cpu", *more]  # fmt: skip
+
+    assert main(magic("run", "--tf32")) == 2
+    assert "--tf32 needs an NVIDIA GPU of 2020 or later, and this run is on cpu" in capsys.readouterr().err
+    assert main(magic("run", "--tf32", "--dtype", "bfloat16")) == 2
+    assert "--dtype is bfloat16: it would change nothing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    whole = manifest_of(magic("whole"), tmp_path / "whole")
+    assert not whole["arithmetic"]["tf32"]
+    precise = setup.precise
+    monkeypatch.setattr(
+        setup, "precise", lambda device, *, tf32: torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    )
+    rounded = manifest_of(magic("rounded", "--tf32"), tmp_path / "rounded")
+    assert rounded["arithmetic"]["tf32"]
+    assert rounded["identity"] != whole["identity"]
+    assert {name: rounded["hashes"][name] for name in whole["hashes"]} == whole["hashes"]
+    told = json.loads((tmp_path / "rounded/health.json").read_text())["findings"]
+    assert "tf32" in {finding["kind"] for finding in told}
+    assert main(magic("rounded")) == 2
+    assert "tf32: True → False" in " ".join(capsys.readouterr().err.split())
+    assert main(magic("rounded", "--tf32")) == 0  # it is done
+    monkeypatch.setattr(setup, "precise", precise)
+    precise(CPU, tf32=False)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_gpu_without_tf32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an older one")
+    with pytest.raises(ValueError, match=r"capability 8.0 or more, and an older one has 7.5"):
+        arithmetic.precise(torch.device("cuda"), tf32=True)
+
+
+def manifest_of(arguments: list[str], run: Path) -> dict:
+    assert main(arguments) == 0
+    return json.loads((run / "manifest.json").read_text())

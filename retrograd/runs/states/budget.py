@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrograd.core import plan as plans
+from retrograd.core import tree
+from retrograd.core.optim import ELEMENTWISE
+from retrograd.core.step import Recipe, State
 
-__all__ = ["Layout", "Replay", "free_memory", "layout"]
+__all__ = ["TRAINED_ONLY", "Layout", "Replay", "free_memory", "layout", "layout_of"]
 
 _REMADE = 0.25  # of a step's time, for a state made again; 0.28 by bench/overhead.py, 0.09 since there is accel.pool
 _WORTH = 2 / 3  # of the bytes that all states take: what else is kept has to be as small, for the time it takes
@@ -42,6 +45,9 @@ class Replay:
     slots: int | None = None
     keep: bool = False
     heartbeat: float = 60.0
+
+
+TRAINED_ONLY = Replay(plan="binomial", slots=1)  # of a training without a way back: a resume point is all that is kept
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,18 @@ def layout(
         return gradients
     fit = [way for way in (room.tried("all"), gradients, room.tried("binomial")) if way is not None]
     return min(fit, key=lambda way: way.extra) if fit else room.laid("binomial")  # which says what is missing
+
+
+def layout_of(
+    replay: Replay, recipe: Recipe, initial: State, steps: int, *, on_host: bool = True, share: int = 1
+) -> Layout:
+    """What is kept of a run that begins with this state; as `layout`.
+
+    Args:
+        share: Ranks that divide each state and gradient among them; the budgets are of one rank.
+    """
+    sizes = (-(-tree.nbytes(initial) // share), -(-tree.nbytes(initial.params) // share))
+    return layout(replay, steps, *sizes, elementwise=isinstance(recipe.optimizer, ELEMENTWISE), on_host=on_host)
 
 
 def free_memory() -> int:

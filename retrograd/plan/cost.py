@@ -1,0 +1,237 @@
+"""Time, memory and disk of a run, on integers and rates. The arithmetic is docs/plan.md's, section by section.
+
+In units of a forward pass F a gradient is 3, and with h multiplications of a token in the vocabulary head, b in the
+layers and K queries a pullback is
+
+    double  7K·h + (3 + 6K)·b          blocks  (1 + 6K)·h + (5 + 8K)·b
+
+where the moments give the gradient back, and 3 more where it is computed again and does not fall out of the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from retrograd.core import plan as plans
+from retrograd.plan.machine import Machine
+from retrograd.plan.work import Work
+from retrograd.runs.states.budget import Layout
+
+__all__ = [
+    "Forecast",
+    "Kept",
+    "Pace",
+    "device_bytes",
+    "floor_of",
+    "forecast",
+    "pace_by_rate",
+    "pullback_units",
+    "step_bytes",
+]
+
+STREAM = 0.8  # share of a memory's bandwidth that elementwise work reaches: a guess
+
+
+class Pace(NamedTuple):
+    """Seconds of a step, of one taken again, of a pullback, of all queries, and before the first step."""
+
+    step: float
+    again: float
+    reverse: float
+    query: float
+    before: float = 0.0
+
+
+class Kept(NamedTuple):
+    """Bytes of states and gradients that are held in host memory and on disk, at most at once.
+
+    moved, written: bytes that go to the host and back, and to disk and back, in the whole run.
+    """
+
+    memory: int
+    disk: int
+    moved: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes, a rank.
+
+    Args:
+        work, machine: Of what, on what.
+        engine, rows: What differentiates a step, and the rows of a micro-batch on each rank.
+        layout: What is kept of the run; None where it has no way back.
+        seconds: By phase; empty where no time is known.
+        floor: Seconds of the arithmetic alone at the data sheet's rate, or at the rate given.
+        device, host, disk: Bytes by what they are of. On a CPU all memory is the host's.
+        changes: What was changed to make it fit.
+        known: Whether the bytes of activations are; where not, none are counted.
+        pace: Seconds by step, if known.
+        peak: Bytes that the process has taken at most before the first step, where that was done here.
+    """
+
+    work: Work
+    machine: Machine
+    engine: str
+    rows: int
+    layout: Layout | None
+    seconds: dict[str, float]
+    floor: float | None
+    device: dict[str, int]
+    host: dict[str, int]
+    disk: dict[str, int]
+    changes: tuple[str, ...] = ()
+    known: bool = True
+    pace: Pace | None = None
+    peak: int = 0
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def device_hours(self) -> float:
+        return self.total * self.machine.ranks / 3600
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory at the peak."""
+        return max(self.peak, sum(self.host.values()))
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """Bytes that are lacking, of device, host and disk; empty where it fits."""
+        there = {"device": self.machine.memory, "host": self.machine.host, "disk": self.machine.disk}
+        needed = {"device": sum(self.device.values()), "host": self.host_peak, "disk": sum(self.disk.values())}
+        lacking = {name: needed[name] - size for name, size in there.items() if size is not None}
+        return {name: size for name, size in lacking.items() if size > 0}
+
+
+def pullback_units(work: Work, engine: str, *, parts: int) -> float:
+    """Of a pullback, in forward passes."""
+    k, head, body = work.queries, work.model.head, work.model.body
+    double, blocks = 7 * k * head + (3 + 6 * k) * body, (1 + 6 * k) * head + (5 + 8 * k) * body
+    again = 3.0 if work.matter.again and not (engine == "double" and parts == 1) else 0.0
+    return (double if engine == "double" else blocks) / max(1, head + body) + again
+
+
+def floor_of(work: Work) -> float:
+    """Operations of the method at the least: 3 units to train, 3 + 6K to pull back, 3 for the queries."""
+    back = 3 + 6 * work.queries if work.queries else 0
+    return (3 + back) * work.products + 3 * work.asked
+
+
+def pace_by_rate(work: Work, machine: Machine, engine: str, rows: int) -> Pace:
+    """Seconds by arithmetic: matrix work at the rate, and elementwise work at the memory's bandwidth, if known."""
+    assert machine.rate is not None, "a rate is given, or a GPU that has one"
+    steps, k, matter = max(1, work.steps.steps), work.queries, work.matter
+    unit = work.products / steps / machine.ranks / machine.rate
+    state, params = matter.state / machine.shards, matter.params / machine.shards
+    slow = (machine.bandwidth or float("inf")) * STREAM
+    references = work.references * unit
+    update = (3 * state + 2 * params) / slow  # state and gradient read, the next written and digested
+    pulled = (state + k * (2 * state + 6 * params)) / slow
+    parts = -(-work.steps.batch // (rows * machine.ranks))
+    reverse = unit * pullback_units(work, engine, parts=parts) + pulled + references
+    step = 3 * unit + update + references
+    return Pace(step, step, reverse if k else 0.0, 3 * work.asked / machine.ranks / machine.rate)
+
+
+def forecast(
+    work: Work, machine: Machine, layout: Layout | None, pace: Pace | None, engine: str, rows: int
+) -> Forecast:
+    """What a run takes with this engine and so many rows at once on each rank.
+
+    Args:
+        pace: None where nothing is to be said of time.
+    """
+    kept = kept_of(layout, work.matter.params // machine.shards)
+    activations = work.activations(engine, rows, twice=work.queries > 0)
+    on_host = machine.memory is None
+    device = device_bytes(work, machine, engine, activations or 0)
+    host = {"process": machine.base, "states and gradients kept": kept.memory}
+    host = {**host, **device} if on_host else host
+    seconds = _seconds(work, machine, layout, pace, kept)
+    rate = machine.peak or machine.rate
+    floor = floor_of(work) / rate / machine.ranks if rate else None
+    return Forecast(
+        work, machine, engine, rows, layout, seconds, floor, {} if on_host else {"CUDA": machine.base, **device}, host,
+        _disk(work, machine, layout, kept, sum(seconds.values())), known=activations is not None, pace=pace,
+    )  # fmt: skip
+
+
+def kept_of(layout: Layout | None, gradient: int) -> Kept:
+    """Of a layout's slots; on their way to disk and back are one of each more."""
+    if layout is None:
+        return Kept(0, 0, 0, 0)
+    states, state = layout.cost.slots, layout.state_bytes
+    files = min(layout.on_disk, states)
+    steps = sum(isinstance(action, plans.Reverse) for action in layout.plan)
+    gradients = 0 if layout.gradients_on_disk is None else steps
+    written = min(layout.gradients_on_disk or 0, gradients)
+    memory = (states - files) * state + (gradients - written) * gradient
+    memory += 2 * state * (files > 0) + 2 * gradient * (written > 0)
+    moved = (layout.cost.snapshots + layout.cost.restores) * state + 2 * gradients * gradient
+    on_disk = files * state + written * gradient
+    return Kept(memory, on_disk, moved, int(moved * on_disk / max(1, states * state + gradients * gradient)))
+
+
+def step_bytes(work: Work, shards: int) -> dict[str, int]:
+    """Bytes beside state and activations at the peak of a step, or of its pullback.
+
+    A step holds the state after it and a gradient. A pullback holds, of each query, what is pulled through the update
+    so far (a state), ḡ and H ḡ; the moments after the step; and the gradient, where ḡ is a function of it.
+    """
+    state, params, k = work.matter.state // shards, work.matter.params // shards, work.queries
+    forward = {"next state": state, "gradient": params}
+    if not k:
+        return forward
+    gradient = params if work.matter.needed else 0
+    back = {"moments after": state - params, "cotangents": k * state, "ḡ and H ḡ": 2 * k * params, "gradient": gradient}
+    return back if sum(back.values()) > sum(forward.values()) else forward
+
+
+def device_bytes(work: Work, machine: Machine, engine: str, activations: int) -> dict[str, int]:
+    """Bytes where steps are taken, by what they are of, besides what a process takes anyway."""
+    model, shards = work.model, machine.shards
+    found = {"model": (model.trained_bytes + model.frozen_bytes) // shards}
+    if work.references:
+        found["reference"] = (model.trained_bytes + model.frozen_bytes) // shards
+    found["state"] = work.matter.state // shards
+    found |= step_bytes(work, shards)
+    if shards > 1:  # a layer is gathered whole, and the next one meanwhile; double has them all in its graph
+        layers = max(1, model.layers) if engine == "blocks" else 1
+        found["gathered"] = 2 * (model.trained_bytes + model.frozen_bytes) // layers
+    return {**found, "activations": activations}
+
+
+def _seconds(work: Work, machine: Machine, layout: Layout | None, pace: Pace | None, kept: Kept) -> dict[str, float]:
+    if pace is None:
+        return {}
+    steps = work.steps.steps
+    found = {"before": pace.before, "train": steps * pace.step}
+    if layout is None:
+        return found
+    back = layout.cost.replays * pace.again + steps * pace.reverse
+    # copies run beside the computation, and are waited for where they take longer: half of them on each way
+    copies = (kept.moved / 2 / machine.link if machine.link else 0.0,
+              kept.written / 2 / machine.disk_rate if machine.disk_rate else 0.0)  # fmt: skip
+    found["train"], back = max(found["train"], *copies), max(back, *copies)
+    return {**found, "query": pace.query, "reverse": back}
+
+
+def _disk(work: Work, machine: Machine, layout: Layout | None, kept: Kept, seconds: float) -> dict[str, int]:
+    """Final state, query gradients and scores stay; resume points are there meanwhile, if a heartbeat passes."""
+    state, params, k = work.matter.state // machine.shards, work.matter.params // machine.shards, work.queries
+    found = {"final state": state, "states and gradients kept": kept.disk}
+    beats = 2.0 if not seconds else seconds / max(1e-9, work.heartbeat)
+    if beats >= 1:  # the last on the way forward, and those that became slots; the last two on the way back
+        slots = 0 if layout is None else int(min(1.0, beats / work.steps.steps) * (layout.cost.slots - 1))
+        found["resume points"] = (1 + slots + k * min(2, int(beats))) * state
+    if k:
+        found |= {"query gradients": k * params, "scores": 12 * work.scores}
+    if work.exported:
+        found["model"] = work.model.trained_bytes + work.model.frozen_bytes
+    return found

@@ -1,0 +1,187 @@
+"""The plan of one run: what it is, what it takes, and the cheapest change that would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from retrograd.plan.cost import Forecast, Pace, device_bytes, forecast, pace_by_rate
+from retrograd.plan.described import Described, described, is_attributed, loaded
+from retrograd.plan.machine import Machine, machine_of, resident
+from retrograd.plan.probe import disk_rate, probe
+from retrograd.runs.run_folder import replay_of
+from retrograd.runs.setup import find_device
+from retrograd.runs.states.budget import Layout, Replay, layout_of
+from retrograd.settings.plan import PlanConfig, Precision
+from retrograd.settings.run import AttributedConfig
+from retrograd.settings.train import RunConfig
+
+__all__ = ["Planned", "plan_run", "precision_of"]
+
+_MOST_RANKS = 64  # that are tried to make a run fit
+
+
+class Planned(NamedTuple):
+    """A run's plan, and with what changes it would fit; None where it fits, or no change tried would do."""
+
+    forecast: Forecast
+    remedy: Forecast | None
+    why: str = ""  # nothing is kept that would fit, in the words of the run
+
+
+def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = time.perf_counter) -> Planned:
+    """What a run of this configuration takes.
+
+    Args:
+        clock: Of the probe; another than the wall's where the machine has other work.
+    Raises:
+        ValueError: For what the run itself would refuse.
+    """
+    start = clock()
+    device = torch.device("cpu") if plan.by_arithmetic else find_device(config.device)
+    machine = machine_of(plan, _folder(config), device, precision_of(config))
+    found = described(config, plan) if plan.by_arithmetic else loaded(config)
+    before = clock() - start
+    peak = resident("VmHWM") if found.setup is not None and machine.memory is None else 0
+    replay = _replay(config, plan, machine)
+    found, engine, rows = _chosen(found, machine)
+    try:
+        layout = _layout(found, replay, machine) if is_attributed(config) else None
+    except ValueError as error:
+        return _unkept(found, machine, replay, engine, rows, str(error))
+    pace: Pace | None = None
+    if found.setup is not None:
+        pace = probe(found.setup, found.work, found.asked, layout, clock)
+        pace = _shared(pace, machine)._replace(before=before)
+        if layout is not None and (layout.on_disk or layout.gradients_on_disk) and machine.disk_rate is None:
+            machine = machine._replace(disk_rate=disk_rate(_folder(config), clock))
+    elif machine.rate is not None:
+        pace = pace_by_rate(found.work, machine, engine, rows)
+    first = dataclasses.replace(forecast(found.work, machine, layout, pace, engine, rows), peak=peak)
+    return Planned(first, _remedy(first, found, replay) if first.missing else None)
+
+
+def precision_of(config: RunConfig) -> Precision | None:
+    """What products are computed in, for a data sheet's rate; None where it has none."""
+    if config.dtype != "float32":
+        return "bfloat16" if config.dtype == "bfloat16" else None
+    return "tf32" if config.tf32 else "float32"
+
+
+def _folder(config: RunConfig) -> Path:
+    return config.run if isinstance(config.run, Path) else Path.cwd()
+
+
+def _replay(config: RunConfig, plan: PlanConfig, machine: Machine) -> Replay:
+    """The run's own budgets, of what the machine has."""
+    if not isinstance(config, AttributedConfig):
+        return Replay()
+    elsewhere = plan.hardware != "here" or plan.host is not None or plan.disk is not None
+    return replay_of(config, *((machine.host, machine.disk) if elsewhere else ()))
+
+
+def _layout(found: Described, replay: Replay, machine: Machine) -> Layout:
+    steps, on_host = found.work.steps.steps, machine.memory is None
+    return layout_of(replay, found.recipe, found.initial, steps, on_host=on_host, share=machine.shards)
+
+
+def _chosen(found: Described, machine: Machine) -> tuple[Described, str, int]:
+    """The engine, as the run would choose it, and the rows of a micro-batch on a rank."""
+    rows = -(-found.work.steps.largest[0] // machine.ranks)
+    engine = found.work.engine
+    if engine == "auto":
+        graph = found.work.activations("double", rows, twice=True)
+        free = machine.host // 2 if machine.memory is None else machine.memory - machine.base
+        needs = sum(device_bytes(found.work, machine, "double", graph or 0).values())
+        engine = "double" if graph is None or needs <= free else "blocks"
+        found = found._replace(work=dataclasses.replace(found.work, engine=engine))
+    return found, engine, rows
+
+
+def _shared(pace: Pace, machine: Machine) -> Pace:
+    """A measured pace on so many ranks, as if nothing were lost between them."""
+    ranks = machine.ranks
+    return Pace(pace.step / ranks, pace.again / machine.shards, pace.reverse / ranks, pace.query / ranks, pace.before)
+
+
+def _unkept(found: Described, machine: Machine, replay: Replay, engine: str, rows: int, why: str) -> Planned:
+    """Of a run whose states fit nowhere: all but what is kept and time."""
+    first = forecast(found.work, machine, None, None, engine, rows)
+    return Planned(first, _remedy(first, found, dataclasses.replace(replay, plan="auto")), why)
+
+
+def _remedy(first: Forecast, found: Described, replay: Replay) -> Forecast | None:
+    """The change that fits with the fewest ranks; of those the one of the fewest device hours, then of fewest changes.
+
+    Tried are the engine blocks, smaller micro-batches, plan auto with all the memory and disk there is, and more ranks
+    that divide parameters and states.
+    """
+    fits = [tried for tried in _tries(first, found, replay) if not tried.missing]
+    return min(fits, key=lambda tried: (tried.machine.ranks, tried.device_hours, len(tried.changes)), default=None)
+
+
+def _tries(first: Forecast, found: Described, replay: Replay) -> Iterator[Forecast]:
+    machine, work = first.machine, found.work
+    ranks = machine.ranks
+    while ranks <= max(_MOST_RANKS, machine.ranks):
+        shards = ranks if ranks > machine.ranks else machine.shards
+        for share in {shards, ranks}:
+            spread = machine._replace(ranks=ranks, shards=share)
+            for engine in dict.fromkeys((first.engine, "blocks") if work.queries else (first.engine,)):
+                yield from _smaller(first, found, replay, spread, engine)
+        ranks *= 2
+
+
+def _smaller(first: Forecast, found: Described, replay: Replay, machine: Machine, engine: str) -> Iterator[Forecast]:
+    """With smaller and smaller micro-batches."""
+    work, least = found.work, replay
+    if work.queries:
+        least = dataclasses.replace(replay, plan="auto", slots=None, memory=machine.host, disk=machine.disk)
+    rows = -(-work.steps.largest[0] // machine.ranks)
+    while True:
+        for given in (replay, least):
+            try:
+                layout = _layout(found, given, machine) if work.queries else None
+            except ValueError:
+                continue
+            pace = _repaced(first, found, machine, engine, rows)
+            tried = forecast(work, machine, layout, pace, engine, rows)
+            yield dataclasses.replace(tried, changes=_changes(first, tried, layout))
+        if rows == 1:
+            return
+        rows = -(-rows // 2)
+
+
+def _repaced(first: Forecast, found: Described, machine: Machine, engine: str, rows: int) -> Pace | None:
+    """By arithmetic; a measured pace keeps its measure, in proportion to the arithmetic's units."""
+    if machine.rate is not None:
+        return pace_by_rate(found.work, machine, engine, rows)
+    old = first.pace
+    if old is None:
+        return None
+    even = machine._replace(rate=1e12)
+    was = pace_by_rate(found.work, first.machine._replace(rate=1e12), first.engine, first.rows)
+    now = pace_by_rate(found.work, even, engine, rows)
+    step, again, reverse, query = (x * b / a if a else x for x, a, b in zip(old[:4], was[:4], now[:4]))
+    return Pace(step, again, reverse, query, old.before)
+
+
+def _changes(first: Forecast, tried: Forecast, layout: Layout | None) -> tuple[str, ...]:
+    found = []
+    if tried.engine != first.engine:
+        found.append(f"--engine {tried.engine}")
+    if tried.rows * tried.machine.ranks < first.rows * first.machine.ranks:
+        found.append(f"--train.micro_batch_size {tried.rows * tried.machine.ranks}")
+    if tried.machine.ranks != first.machine.ranks or tried.machine.shards != first.machine.shards:
+        how = "shard" if tried.machine.shards > 1 else "replicate"
+        found.append(f"{tried.machine.ranks} ranks, {how}")
+    old = first.layout
+    if layout is not None and (old is None or old.kind != layout.kind or old.cost != layout.cost):
+        kept = sum(size for name, size in tried.host.items() if name == "states and gradients kept")
+        found.append(f"--replay.plan {layout.kind}, {layout.cost.slots} states in {kept / 1e9:.3g} GB of host memory")
+    return tuple(found)
