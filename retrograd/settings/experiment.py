@@ -40,7 +40,8 @@ class ExperimentConfig:
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = tyro.MISSING
-    """YAML file: base, corpora, scores, weightings, methods, seeds, match, tune, report. See docs/experiment.md."""
+    """YAML file: a grid of recipes whose scores are validated; or base, corpora, scores, weightings, methods, seeds,
+    match, tune, report. See docs/experiment.md."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the experiment. A changed file may use the same folder: what is the same is not computed again."""
     workers: int = 1
@@ -151,7 +152,7 @@ class MethodSpec:
     weightings: tuple[str, ...] = ()
     """Which ones it takes; all when empty."""
     corpora: CorporaSpec | None = None
-    """Its own, if it takes no weights by scores: those are of the experiment's."""
+    """Its own; with weights by scores, the experiment's to forget, which those are of."""
     tune: TuneSpec = field(default_factory=TuneSpec)
     """What differs from the experiment's."""
 
@@ -288,10 +289,10 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
         if unknown := set(method.weightings) - set(spec.weightings):
             raise ValueError(f"{path}: method {name} takes the weighting {min(unknown)!r}, and there is none")
         weighed = [one for one in method.weightings or spec.weightings if spec.weightings[one] != WeightingSpec()]
-        if method.corpora is not None and weighed:
+        if method.corpora is not None and method.corpora.forget != spec.corpora.forget and weighed:
             raise ValueError(
-                f"{path}: method {name} has corpora of its own, and weighting {weighed[0]} is of the experiment's: "
-                "give it `weightings` without scores"
+                f"{path}: method {name} has corpora of its own to forget, and weighting {weighed[0]} is of the "
+                "experiment's: give it `weightings` without scores"
             )
         _check_tuning(f"{path}: method {name}", method.tune, spec)
 
