@@ -75,7 +75,8 @@ class Queries:
         """(φ [K] in nats, ∇φ [K, *shape])."""
         found = [self._sum(params, column, slopes=True) for column in self.columns]
         values = torch.stack([value for value, _ in found])
-        return values, {name: torch.stack([grad[name] for _, grad in found]) for name in params}
+        # leaf by leaf, each given up as it is copied: whole gradients are as large as the model
+        return values, {name: torch.stack([grad.pop(name) for _, grad in found]) for name in params}
 
     @staticmethod
     def _sum(params: Params, column: Column, slopes: bool = False) -> tuple[Tensor, Params]:
@@ -88,9 +89,8 @@ class Queries:
                 part = objective(leaves, batch.inputs, coefficients(batch, ones))
             value = part.detach() if value is None else value + part.detach()
             if slopes:
-                found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
-                grads = dict(zip(leaves, found))
-                total = {name: total[name] + grads[name] for name in grads} if total else grads
+                grads = dict(zip(leaves, torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)))
+                total = {name: total.pop(name) + grads.pop(name) for name in leaves} if total else grads
         assert value is not None, "a column has at least one part"
         return value, total
 
