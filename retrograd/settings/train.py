@@ -20,7 +20,8 @@ from retrograd.settings.question import Source
 __all__ = [
     "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
     "TrainConfig", "TrainRunConfig",
-    "at_least_1", "check_precision", "check_recipe", "check_train", "check_training", "difference", "finite", "to_dict",
+    "at_least_1", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training", "difference",
+    "finite", "to_dict",
 ]  # fmt: skip
 
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
@@ -159,6 +160,15 @@ class RunConfig:
     """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
     overwrite: bool = False
     """Start afresh where the folder holds another run."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """How the processes of a torchrun job share a run. Each takes some of the rows of every micro-batch. replicate:
+    rank 0 has the optimizer and the states between steps; shard: each has its pieces of them. The bits are the same.
+    auto is replicate; without torchrun there is one process."""
+    shards: int | None = None
+    """Logical shards: the parts of a micro-batch that sums over rows are taken in, whose order the bits depend on. Any
+    number of processes that divides it goes on with the run. As many as processes when None."""
+    patience: float = 600.0
+    """Seconds that the processes of a job wait for one of them before they give up."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,7 @@ class TrainRunConfig(RecipeConfig, ExportConfig):
 # The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
 _NOT_THE_RUN = (
     "run", "config", "overwrite", "trust_code", "replay", "heartbeat", "sharpness", "engine", "compile", "evaluate",
-    "log", "export",
+    "log", "export", "parallel", "shards", "patience",
 )  # fmt: skip
 _NOT_STORED = {"run", "config", "overwrite", "query_file", "trust_code"}
 GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
@@ -264,6 +274,18 @@ def check_recipe(config: RecipeConfig) -> None:
     if data.max_length is not None and data.chunk_length is not None:
         raise ValueError("--data.max_length and --data.chunk_length exclude each other: cut documents, or pack them")
     check_on_the_way(config.evaluate)
+    check_ranks(config)
+
+
+def check_ranks(config: RunConfig) -> None:
+    """As `check_train`, for how processes share a run.
+
+    Raises:
+        ValueError: As `check_train`.
+    """
+    at_least_1({"shards": config.shards})
+    if not 0 < config.patience < math.inf:
+        raise ValueError(f"--patience is {config.patience}; it has to be a number of seconds above 0")
 
 
 def check_training(train: TrainConfig, lora: LoraConfig) -> None:

@@ -16,7 +16,7 @@ from retrograd.core.optim import AdamW, Schedule
 from retrograd.lm.model import load_causal_lm, norms_and_biases, trainable
 from retrograd.runs.files import read_tensors
 from retrograd.runs.identity import canonical
-from retrograd.runs.setup import optimizer
+from retrograd.runs.recipe import optimizer
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig, check_training, difference, to_dict
 
 PUBLISHED = {
