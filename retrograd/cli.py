@@ -8,13 +8,16 @@ the run is certified only partly.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import importlib
+import io
 import os
 import sys
 import typing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,11 +138,14 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in _COMMANDS:
         return _fail(ValueError(f"unknown command {name!r}; the commands are: {', '.join(_COMMANDS)}"), 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # or torch warns of every second that one process waits for another
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages; read when it is loaded
     warnings.showwarning = _warn
     try:
         config = _parse(name, arguments[1:])
-        code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)(config)
+        with _ranks(name, config):
+            code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)(config)
         _report(name, config)
         return code if isinstance(code, int) else 0
     except ValueError as error:
@@ -149,6 +155,33 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
+
+
+_SHARED = ("train", "magic", "unlearn")  # commands whose steps the processes of a job share
+_DEALT = ("validate", "evaluate")  # commands of which each process takes a part of its own
+
+
+@contextlib.contextmanager
+def _ranks(name: str, config: Any) -> Iterator[None]:
+    """The processes of a torchrun job, together for one command. The first alone says what there is to say."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or name in _DEALT:
+        yield
+        return
+    if name not in _SHARED:
+        raise ValueError(
+            f"retrograd {name} is one process, and this is one of {world}: start it without torchrun. Several share "
+            f"{', '.join(_SHARED)}, {' and '.join(_DEALT)}."
+        )
+    from retrograd.parallel.group import joined
+
+    with joined(config.patience) as group:
+        if group.rank == 0:
+            yield
+            return
+        warnings.showwarning = lambda *_, **__: None
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
 
 
 # the setting that names the folder; whether the command writes the page, or only one that is there anew

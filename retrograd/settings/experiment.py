@@ -40,7 +40,8 @@ class ExperimentConfig:
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = tyro.MISSING
-    """YAML file: base, corpora, scores, weightings, methods, seeds, match, tune, report. See docs/experiment.md."""
+    """YAML file: a grid of recipes whose scores are validated; or base, corpora, scores, weightings, methods, seeds,
+    match, tune, report. See docs/experiment.md."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the experiment. A changed file may use the same folder: what is the same is not computed again."""
     workers: int = 1
