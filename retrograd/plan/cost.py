@@ -227,9 +227,9 @@ def _disk(work: Work, machine: Machine, layout: Layout | None, kept: Kept, secon
     state, params, k = work.matter.state // machine.shards, work.matter.params // machine.shards, work.queries
     found = {"final state": state, "states and gradients kept": kept.disk}
     beats = 2.0 if not seconds else seconds / max(1e-9, work.heartbeat)
-    if beats >= 1:  # the last on the way forward, and those that became slots; the last two on the way back
+    if beats >= 1:  # on the way forward the last and those that became slots; on the way back the last two
         slots = 0 if layout is None else int(min(1.0, beats / work.steps.steps) * (layout.cost.slots - 1))
-        found["resume points"] = (1 + slots + k * min(2, int(beats))) * state
+        found["resume points"] = max(1 + slots, 1 + k * min(2, int(beats))) * state
     if k:
         found |= {"query gradients": k * params, "scores": 12 * work.scores}
     if work.exported:

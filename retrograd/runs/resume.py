@@ -21,7 +21,7 @@ from retrograd.core.optim import Cotangent
 from retrograd.core.step import State
 from retrograd.core.sweep import Reversed
 from retrograd.durable import remove, remove_leftovers
-from retrograd.runs.errors import RunError
+from retrograd.runs.errors import RunError, StoppedError, asked_to_stop
 from retrograd.runs.files import append_line, read_lines, read_tensors, sync, write_tensors
 from retrograd.runs.identity import told_apart
 from retrograd.runs.states.budget import Layout, Replay
@@ -155,6 +155,16 @@ class Durable:
         self.store.save(state, self._extra - set(self.store.held), first=self._sync_logs)
         self._extra = {state.step}
 
+    def stop_if_asked(self) -> None:
+        """End, once what the last heartbeat has made durable is on disk, if somebody asked for it.
+
+        Raises:
+            StoppedError: If somebody did.
+        """
+        if asked_to_stop():
+            self.store.settle()
+            raise StoppedError
+
     def reverse_heartbeat(self, event: Reversed, scores: Tensor, key: str, query: str) -> None:
         """Make the cotangent and the scores so far durable if it is time; later states are then done with.
 
@@ -238,7 +248,8 @@ class Durable:
         return self.folder / f"reverse{'-' if key else ''}{key}.safetensors" if self.folder else None
 
     def _due(self) -> bool:
-        if self.folder is None or time.monotonic() - self._beat < self.replay.heartbeat:
+        waited = time.monotonic() - self._beat >= self.replay.heartbeat
+        if self.folder is None or not (waited or asked_to_stop()):
             return False
         self.rest()
         return True
