@@ -174,7 +174,7 @@ def kept_of(layout: Layout | None, gradient: int) -> Kept:
     memory = (states - files) * state + (gradients - written) * gradient
     memory += 2 * state * (files > 0) + 2 * gradient * (written > 0)
     moved = (layout.cost.snapshots + layout.cost.restores) * state + 2 * gradients * gradient
-    on_disk = files * state + written * gradient
+    on_disk = max(0, files - 1) * state + written * gradient  # the first state is never written
     return Kept(memory, on_disk, moved, int(moved * on_disk / max(1, states * state + gradients * gradient)))
 
 
