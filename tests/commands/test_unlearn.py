@@ -147,6 +147,30 @@ def test_a_killed_variant_goes_on_to_the_same_bits(method: str, world: Path, tmp
     _killed_and_resumed(method, world, tmp_path, *VARIANTS[method])
 
 
+OF_EACH_FAMILY = {"npo": [], "circuit_breakers": ["--lora.rank", "0"], "task_arithmetic": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OF_EACH_FAMILY)
+def test_killed_three_times_it_ends_with_the_bits_of_the_undisturbed_run(
+    method: str, world: Path, tmp_path: Path
+) -> None:
+    more = ["--heartbeat", "0", "--train.epochs", "8", *OF_EACH_FAMILY[method]]
+    arguments = command(world, tmp_path / "run", method, *more)
+    for step in (2, 6, 10):
+        _kill_after(arguments, tmp_path / "run", step)
+        assert not (tmp_path / "run/model").exists()
+    assert main(arguments) == 0
+    assert main(command(world, tmp_path / "whole", method, *more)) == 0
+    ours, whole = final(tmp_path / "run"), final(tmp_path / "whole")
+    assert all(torch.equal(x, whole[name]) for name, x in ours.items())
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == list(range(14))
+
+
+def test_the_families_are_all_there() -> None:
+    assert {METHODS[name].family for name in OF_EACH_FAMILY} == {method.family for method in METHODS.values()}
+
+
 def test_a_run_under_a_latent_attack_is_not_attributed(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

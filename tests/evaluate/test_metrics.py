@@ -309,6 +309,8 @@ def test_an_experiment_has_them_as_columns(world: Path, tmp_path: Path) -> None:
     assert cells[1][place] == "1.000 [1.000, 1.000]"
     assert cells[1][place - 1].startswith("1.000 [")
     assert "[" in cells[2][place]
+    page = (tmp_path / "out/report.html").read_text()
+    assert '<th scope="col" class="n">depth deep</th>' in page
 
 
 # ---------------------------------------------------------------- refusals and docs

@@ -16,6 +16,7 @@ def experiment(subject: Experiment, view: View) -> Content:
     """The table's arms, from results.parquet, and its words, from results.md."""
     import pyarrow.parquet as parquet
 
+    columns = list(subject.spec.get("columns") or [])
     rows = parquet.read_table(subject.folder / "results.parquet").to_pylist()
     arms: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
@@ -23,19 +24,25 @@ def experiment(subject: Experiment, view: View) -> Content:
             continue  # a model that arms are compared with
         key = (row["match"], row["method"], row["weighting"])
         arm = arms.setdefault(key, {"match": key[0], "method": key[1], "weighting": key[2], "seeds": [], "missing": [],
-                                    "verdicts": {}, "setting": row["setting"], "chosen": row["chosen"]})  # fmt: skip
-        _add(arm, row)
+                                    "metrics": {}, "verdicts": {}, "setting": row["setting"],
+                                    "chosen": row["chosen"]})  # fmt: skip
+        _add(arm, row, columns)
     path = subject.folder / "results.md"
     words = path.read_text(encoding="utf8").splitlines() if path.exists() else []
     told = [line[2:].replace("**", "") for line in words if line.startswith("* ")]
     claims = [line for line in told if "claim:" in line or "better" in line]
     data = {"arms": list(arms.values()), "models": _models(rows), "claims": [view.mask.text(one) for one in claims],
-            "table": view.mask.text("\n".join(words)), "seeds": subject.spec.get("seeds")}  # fmt: skip
+            "table": view.mask.text("\n".join(words)), "seeds": subject.spec.get("seeds"),
+            "columns": columns}  # fmt: skip
     return Content(data, [Source(subject.folder / "results.parquet", f"retrograd experiment FILE {subject.folder}")])
 
 
-def _add(arm: dict[str, Any], row: dict[str, Any]) -> None:
+def _add(arm: dict[str, Any], row: dict[str, Any], columns: list[str]) -> None:
     """A line of the table: of an arm over all seeds, or of one of them."""
+    if row["quantity"] in columns:
+        found = {"value": row["value"], "low": row["low"], "high": row["high"]}
+        arm["metrics"][row["quantity"]] = None if row["value"] is None else found
+        return
     if row["missing"]:
         arm["missing"].append(row["missing"])
     if row["seed"] is None:
