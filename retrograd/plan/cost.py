@@ -152,7 +152,8 @@ def forecast(
     on_host = machine.memory is None
     device = device_bytes(work, machine, engine, activations or 0)
     host = {"process": machine.base, "states and gradients kept": kept.memory}
-    host = {**host, **device} if on_host else host
+    if on_host:  # what a step has done with, such as the state before it, is used again
+        host = {**host, **device, "memory used again": work.matter.state // machine.shards}
     seconds = _seconds(work, machine, layout, pace, kept)
     rate = machine.peak or machine.rate
     floor = floor_of(work) / rate / machine.ranks if rate else None
