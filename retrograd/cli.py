@@ -12,11 +12,13 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import io
 import os
 import sys
 import threading
 import typing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +45,7 @@ from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, qu
 from retrograd.settings.select import MaskConfig, SelectConfig
 from retrograd.settings.submit import SUBMITTED, SubmitConfig, SubmitOf
 from retrograd.settings.train import RunConfig, TrainRunConfig
-from retrograd.settings.unlearn import UnlearnConfig, refuse_method, with_objective
+from retrograd.settings.unlearn import ChainConfig, UnlearnConfig, refuse_method, with_objective
 
 __all__ = ["main", "run"]
 
@@ -142,13 +144,16 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in _COMMANDS:
         return _fail(ValueError(f"unknown command {name!r}; the commands are: {', '.join(_COMMANDS)}"), 2)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # or torch warns of every second that one process waits for another
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors in huge pages; read when it is loaded
     warnings.showwarning = _warn
     try:
         config = _parse(name, arguments[1:])
         command = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)
         main_thread = threading.current_thread() is threading.main_thread()  # the only one that gets signals
-        with stoppable() if name in _STOPPABLE and main_thread else contextlib.nullcontext():
+        stopping = stoppable() if name in _STOPPABLE and main_thread else contextlib.nullcontext()
+        with _ranks(name, config), stopping:
             code = command(config)
         _report(name, config)
         return code if isinstance(code, int) else 0
@@ -165,6 +170,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 _STOPPABLE = ("train", "magic", "unlearn", "validate")  # an experiment's workers see to it themselves
+
+_SHARED = ("train", "magic", "unlearn")  # commands whose steps the processes of a job share
+_DEALT = ("validate", "evaluate")  # commands of which each process takes a part of its own
+
+
+@contextlib.contextmanager
+def _ranks(name: str, config: Any) -> Iterator[None]:
+    """The processes of a torchrun job, together for one command. The first alone says what there is to say."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1 or name in _DEALT:
+        yield
+        return
+    if name not in _SHARED:
+        raise ValueError(
+            f"retrograd {name} is one process, and this is one of {world}: start it without torchrun. Several share "
+            f"{', '.join(_SHARED)}, {' and '.join(_DEALT)}."
+        )
+    from retrograd.parallel.group import joined
+
+    with joined(config.patience) as group:
+        if group.rank == 0:
+            yield
+            return
+        warnings.showwarning = lambda *_, **__: None
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
 
 
 # the setting that names the folder; whether the command writes the page, or only one that is there anew
@@ -225,6 +256,8 @@ def _perturbed(run: Path, arguments: list[str]) -> Any:
     from retrograd.unlearn.methods import find_method
 
     refuse_method(config.method, run / "run_config.yaml", "__trust_code" in map(_plain_name, arguments))
+    if isinstance(config, ChainConfig):
+        return perturbed(ChainConfig)
     return perturbed(with_objective(find_method(config.method).defaults))
 
 

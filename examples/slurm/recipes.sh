@@ -11,16 +11,17 @@
 set -euo pipefail
 
 for recipe in $(find recipes -name '*.yaml' -path "recipes/${ONLY:-*}" | sort); do
-    line=$(grep -m 1 -oE 'retrograd (magic|unlearn|experiment) [^#]*$' "$recipe" || true)
+    line=$(grep -m 1 -oE '^# +retrograd (magic|unlearn|experiment) [^#]*' "$recipe" || true)
     [ -n "$line" ] || continue
+    line=${line##*retrograd }
     read -r -a words <<< "${line% --workers *}"
-    case "${words[1]}" in
+    case "${words[0]}" in
         magic) options=(--gpus 4 --time 12:00:00) ;;
         unlearn) options=(--gpus 1 --time 06:00:00) ;;
         experiment) options=(--gpus 1 --workers 8 --time 08:00:00) ;;
     esac
     name=$(basename "$(dirname "$recipe")")_$(basename "$recipe" .yaml)
-    retrograd submit --name "$name" "${options[@]}" "$@" "${words[@]:1}"
+    retrograd submit --name "$name" "${options[@]}" "$@" "${words[@]}"
 done
 
 for suite in ${MODELS:+recipes/attack/*.yaml}; do

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retrograd.attack.chain import Link, check_chain, forget_queries, pulled_back, unlearning_of
 from retrograd.attack.chain_validation import validate_chain
+from retrograd.attack.chained import chain_config
 from retrograd.attack.finetune import After, phases, set_up_phase
 from retrograd.attack.folder import Attacked, Folder
 from retrograd.attack.material import Material
@@ -63,9 +64,9 @@ def attribute(
     one = folder.configurations[name]
     assert isinstance(one, Finetune), "an attack without training is not differentiated"
     place = folder.path / "attributed" / target.name / name
-    unlearning = _unlearning(config, place / "unlearn", target.source, folder.tasks)
     runs = phases(one, target.source, place, material.sources, material.tasks, config)
     chained = [_alone(phase.config) for phase in runs]
+    unlearning = chain_config(_unlearning(config, place / "unlearn", target.source, folder.tasks), chained)
 
     def begun() -> tuple[Loaded, dict[str, Any]]:
         loaded = assemble(unlearning)
@@ -136,7 +137,9 @@ def _through(
     if path.exists():
         tensors, about = read_tensors(path)
         if about.get("identity") == identity:
-            return tensors.pop("values"), {name.removeprefix("gradient."): leaf for name, leaf in tensors.items()}
+            values, gradient = tensors.pop("values"), {n.removeprefix("gradient."): leaf for n, leaf in tensors.items()}
+            _leave_gradients(unlearning, loaded, values, gradient)
+            return values, gradient
     queries = sum(len(one.columns) for one in loaded.asked)
     links = [Link(partial(_set_up, run, loaded, queries), partial(_open, run, unlearning, console)) for run in runs]
 
@@ -148,7 +151,19 @@ def _through(
     write_tensors(path, {"values": values, **named}, {"identity": identity})
     for run in runs:
         remove(run.run / "checkpoints")
+    _leave_gradients(unlearning, loaded, values, gradient)
     return values, gradient
+
+
+def _leave_gradients(unlearning: UnlearnConfig, loaded: Loaded, values: Tensor, gradient: Params) -> None:
+    """The queries' values and gradients at the end of the unlearning, as any attributed run has them on disk."""
+    start = 0
+    for one in loaded.asked:
+        part = slice(start, start := start + len(one.columns))
+        named = {f"gradient.{name}": leaf[part] for name, leaf in gradient.items()}
+        path = unlearning.run / "queries" / one.name / "gradient.safetensors"
+        about = {"identity": f"{loaded.identity}/{one.digest}", "layout": "whole"}
+        write_tensors(path, {"values": values[part], **named}, about)
 
 
 def _set_up(run: PhaseConfig, loaded: Loaded, queries: int, params: Params) -> Setup:

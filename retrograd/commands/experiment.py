@@ -29,6 +29,7 @@ from retrograd.durable import LOCK, foreign, make_folder
 from retrograd.evaluate.metrics import check_column
 from retrograd.experiment.attacked import ATTACKS, gathered
 from retrograd.experiment.carry import Runners
+from retrograd.experiment.grid import GridMaker, write_grid
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import Plan
 from retrograd.experiment.seen import refuse_oracles
@@ -44,6 +45,7 @@ from retrograd.settings.attack import AttackConfig, Configuration
 from retrograd.settings.attacked import LAB
 from retrograd.settings.commands import CompareConfig, LabConfig
 from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, lab_of, read_experiment
+from retrograd.settings.grid import GridSpec, is_grid, read_grid
 from retrograd.settings.parse import build
 
 __all__ = ["experiment"]
@@ -63,6 +65,34 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     console = console or Console()
     if config.workers < 1 or not config.lease > 0:
         raise ValueError(f"--workers is {config.workers} and --lease {config.lease}: at least 1, and above 0")
+    maker = _maker(config, console)
+    _claim(config.out, maker.spec, write=True)
+    queue = Queue(config.out.resolve() / TASKS, config.lease)
+    if config.retry:
+        queue.forget_failures()
+    with stoppable(signal.SIGINT) as stop, _others(config, stop), _shown(queue) as show:
+        try:
+            plan = work(maker, queue, Runners(magic, unlearn, partial(_meet, config.out)), show, stop)
+        except StoppedError:
+            console.print("stopped; the same command goes on")
+            return 143
+    if isinstance(maker, GridMaker):
+        text = write_grid(maker, queue, plan.lost(queue), config.out, config.file.stem)
+    else:
+        told = _attacked(maker.spec, plan, queue, config.out)
+        text = write_results(maker.spec, plan, queue, config.out, config.file.stem, told)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    lost = plan.lost(queue)
+    console.print(f"{config.out / 'results.md'}: {len(plan.tasks) - len(lost)} of {len(plan.tasks)} tasks are done.")
+    return 1 if lost else 0
+
+
+def _maker(config: ExperimentConfig, console: Console) -> Maker | GridMaker:
+    """What makes the tasks of a file; what cannot work is told now."""
+    if is_grid(config.file):
+        grid = read_grid(config.file, config.names)
+        _claim(config.out, grid, write=False)
+        return GridMaker(grid)
     built = lab_of(config.file, config.names, config.out.resolve() / LAB)
     names = config.names if built is None else (*config.names, f"{LAB}={built.dir}")
     spec = read_experiment(config.file, names)
@@ -75,23 +105,8 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
         check_column(column, spec.report.tasks)
     maker = Maker(spec)
     for method in spec.methods:
-        maker.config(method, spec.seeds[0], None)  # what cannot work is told now
-    _claim(config.out, spec, write=True)
-    queue = Queue(config.out.resolve() / TASKS, config.lease)
-    if config.retry:
-        queue.forget_failures()
-    with stoppable(signal.SIGINT) as stop, _others(config, stop), _shown(queue) as show:
-        try:
-            plan = work(maker, queue, Runners(magic, unlearn, partial(_meet, config.out)), show, stop)
-        except StoppedError:
-            console.print("stopped; the same command goes on")
-            return 143
-    told = _attacked(spec, plan, queue, config.out)
-    text = write_results(spec, plan, queue, config.out, config.file.stem, told)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    lost = plan.lost(queue)
-    console.print(f"{config.out / 'results.md'}: {len(plan.tasks) - len(lost)} of {len(plan.tasks)} tasks are done.")
-    return 1 if lost else 0
+        maker.config(method, spec.seeds[0], None)
+    return maker
 
 
 def _build(config: LabConfig, console: Console) -> None:
@@ -122,7 +137,7 @@ def _attacked(spec: ExperimentSpec, plan: Plan, queue: Queue, out: Path) -> list
         return written(CompareConfig((config.out,), utility=config.utility[0]))
 
 
-def _claim(out: Path, spec: ExperimentSpec, *, write: bool) -> None:
+def _claim(out: Path, spec: ExperimentSpec | GridSpec, *, write: bool) -> None:
     """Refuse a folder of something else; say in it what the experiment is."""
     if out.exists() and not (out / SPEC).exists() and (not out.is_dir() or any(foreign(out))):
         raise ValueError(f"{out} exists and is no experiment; choose another folder")

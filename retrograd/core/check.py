@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from retrograd.core import lookups, tree
-from retrograd.core.engine.double import Double
 from retrograd.core.optim import Moments, Params
 from retrograd.core.step import (
     Batch,
@@ -192,8 +191,10 @@ def _weight_tangent(
     """∂g/∂w · direction."""
     if training.engine.linear:
         return training.engine.gradient(params, batches, direction, seed)[1]
-    assert isinstance(training.engine, Double), "the engine of objectives that are not linear in their coefficients"
-    return training.engine.tangent(params, batches, training.weights, direction, seed)
+    tangent = getattr(training.engine, "tangent", None)
+    assert tangent is not None, "the engine of objectives that are not linear in their coefficients has one"
+    found: Params = tangent(params, batches, training.weights, direction, seed)
+    return found
 
 
 def _update_tangent(

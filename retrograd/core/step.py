@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -85,6 +85,8 @@ class Recipe:
         micro_batch_size: Rows a forward pass takes at once; None for the whole batch.
         seed: Random numbers of active dropout, a function of (seed, step, micro-batch).
         stochastic: Whether the loss draws random numbers.
+        pieces: Of each leaf: norms are added up, and states digested, piece by piece, so that the bits are those of a
+            training whose leaves lie in pieces over as many processes.
     """
 
     optimizer: Optimizer
@@ -92,6 +94,7 @@ class Recipe:
     micro_batch_size: int | None = None
     seed: int = 0
     stochastic: bool = False
+    pieces: int = field(default=1, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -254,7 +257,7 @@ def again(recipe: Recipe, state: State, grads: Params) -> State:
 
 def updated(recipe: Recipe, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
     """U_t∘clip: the update half, differentiable and under any transform of torch.func."""
-    clipped = clip(grads, recipe.max_grad_norm) if recipe.max_grad_norm else grads
+    clipped = clip(grads, recipe.max_grad_norm, recipe.pieces) if recipe.max_grad_norm else grads
     return recipe.optimizer.update(params, moments, clipped, step)
 
 
@@ -342,11 +345,11 @@ def _pull_update(
 ) -> _Half:
     """The pullback of `updated`."""
     limit, grads = recipe.max_grad_norm, grads and _in_order(grads)
-    clipped = clip(grads, limit) if limit and grads else grads
+    clipped = clip(grads, limit, recipe.pieces) if limit and grads else grads
     optimizer = recipe.optimizer
     pulled, bars, numbers, slope = optimizer.pullback(state.params, state.moments, clipped, state.step, cotangent)
     metric = optimizer.preconditioner(state.params, state.moments, clipped, state.step) if probe and clipped else None
-    bars = clip_pullback(grads, limit, bars) if limit and grads else bars
+    bars = clip_pullback(grads, limit, bars, recipe.pieces) if limit and grads else bars
     if probe is not None:
         bars = {name: torch.cat([bar, probe[name][None]]) for name, bar in bars.items()}
     return _Half(pulled, memory.Owned(bars), numbers, slope, metric)
@@ -384,4 +387,6 @@ def _counted(step: int) -> bool:
 def _swallowed(before: Params, after: Params, grads: Params) -> float:
     moved = [(g != 0, before[name] == after[name]) for name, g in grads.items()]
     live = sum(int(pushed.count_nonzero()) for pushed, _ in moved)  # a sum would make numbers of them first
-    return sum(int((pushed & still).count_nonzero()) for pushed, still in moved) / max(1, live)
+    lost = sum(int((pushed & still).count_nonzero()) for pushed, still in moved)
+    live, lost = tree.total(torch.tensor([live, lost])).tolist()
+    return lost / max(1, live)

@@ -2,27 +2,77 @@
 
 A tree is any nesting of dicts, tuples, NamedTuples and lists. Functions act on its tensors; other leaves (a step
 count, a None) pass through unchanged, so that mapping over a state cannot forget a field.
+
+Every number that a step makes of several leaves, such as a norm, goes through `across` or `total`. Where leaves lie
+over several processes, whoever knows how hands that in (`lying`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
 __all__ = [
-    "Frame", "bit_sums", "digest", "dot", "frame", "leaves", "map", "named", "nbytes", "nonfinite", "norm", "stacked",
-    "unnamed",
+    "Frame", "Lying", "across", "bit_sums", "cut", "digest", "dot", "frame", "leaves", "lying", "map", "named",
+    "nbytes", "nonfinite", "norm", "stacked", "total", "unnamed",
 ]  # fmt: skip
 
 T = TypeVar("T")
 _HOLE = type("Hole", (), {"__repr__": lambda _: "tensor"})()
+
+
+@runtime_checkable
+class Lying(Protocol):
+    """How the leaves of trees lie over processes, which all call the same functions in the same order."""
+
+    def across(self, parts: Tensor) -> Tensor:
+        """As `tree.across`."""
+
+    def total(self, part: Tensor) -> Tensor:
+        """As `tree.total`."""
+
+
+class _Here:
+    """All leaves are in this process."""
+
+    def across(self, parts: Tensor) -> Tensor:
+        return parts
+
+    def total(self, part: Tensor) -> Tensor:
+        return part
+
+
+_lying: Lying = _Here()
+
+
+@contextmanager
+def lying(how: Lying) -> Iterator[None]:
+    """Within it, leaves of trees lie over processes so."""
+    global _lying
+    before, _lying = _lying, how
+    try:
+        yield
+    finally:
+        _lying = before
+
+
+def across(parts: Tensor) -> Tensor:
+    """One number (or row) for each leaf that is here, [n, …] → for every leaf wherever it is, in one order, [N, …]."""
+    return _lying.across(parts)
+
+
+def total(part: Tensor) -> Tensor:
+    """What comes of the leaves that are here, added up over processes."""
+    return _lying.total(part)
 
 
 def map(function: Callable[..., Any], tree: T, *rest: Any) -> T:
@@ -32,6 +82,23 @@ def map(function: Callable[..., Any], tree: T, *rest: Any) -> T:
         return function(leaf, *others) if isinstance(leaf, Tensor) else leaf
 
     return _pytree.tree_map(apply, tree, *rest)
+
+
+def cut(leaf: Tensor, pieces: int, dim: int = 0) -> list[Tensor]:
+    """Copies of a leaf's pieces: ⌈n/pieces⌉ of a dimension each, the last ones shorter or empty. A scalar is one row.
+
+    >>> [x.tolist() for x in cut(torch.arange(5), 4)]
+    [[0, 1], [2, 3], [4], []]
+    """
+    if pieces == 1:
+        return [leaf]
+    rows = leaf.unsqueeze(dim) if leaf.ndim == dim else leaf
+    height = -(-rows.shape[dim] // pieces)
+    starts = [min(s * height, rows.shape[dim]) for s in range(pieces + 1)]
+    return [
+        rows.narrow(dim, start, stop - start).clone(memory_format=torch.contiguous_format)
+        for start, stop in itertools.pairwise(starts)
+    ]
 
 
 def leaves(tree: Any) -> list[Tensor]:
@@ -70,7 +137,7 @@ def frame(tree: Any) -> Frame:
 def dot(first: Any, second: Any) -> Tensor:
     """Σ ⟨a, b⟩ over two trees of the same structure, [], accumulated in float64."""
     pairs = zip(leaves(first), leaves(second), strict=True)
-    return sum((torch.sum(a.double() * b.double()) for a, b in pairs), torch.zeros((), dtype=torch.float64))
+    return total(sum((torch.sum(a.double() * b.double()) for a, b in pairs), torch.zeros((), dtype=torch.float64)))
 
 
 def norm(tree: Any, batch_dims: int = 0) -> Tensor:
@@ -79,14 +146,15 @@ def norm(tree: Any, batch_dims: int = 0) -> Tensor:
     if not floating:
         return torch.zeros(())
     parts = [torch.linalg.vector_norm(leaf.reshape(*leaf.shape[:batch_dims], -1), dim=-1).double() for leaf in floating]
-    return torch.stack(parts).square().sum(0).sqrt()
+    return across(torch.stack(parts)).square().sum(0).sqrt()
 
 
 def nonfinite(tree: Any) -> float:
     """Fraction of the tree's entries that are NaN or infinite."""
     floating = [leaf for leaf in leaves(tree) if leaf.is_floating_point()]
-    total = sum(leaf.numel() for leaf in floating)
-    return sum(int((~torch.isfinite(leaf)).sum()) for leaf in floating) / max(1, total)
+    entries, bad = sum(leaf.numel() for leaf in floating), sum(int((~torch.isfinite(x)).sum()) for x in floating)
+    entries, bad = total(torch.tensor([entries, bad])).tolist()
+    return bad / max(1, entries)
 
 
 def nbytes(tree: Any) -> int:

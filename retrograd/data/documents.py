@@ -14,34 +14,40 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrograd.data.json_files import read_json
+from retrograd.data.files import PACKED, format_of
+from retrograd.data.json_files import json_rows
+from retrograd.data.readers import READ
+from retrograd.data.tables import RowsOf, read_rows
+from retrograd.data.text_files import csv_rows, text_rows, tsv_rows
+from retrograd.settings.question import Source, names_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["EXCERPT", "load_documents"]
+__all__ = ["EXCERPT", "documents_of", "load_documents"]
 
 EXCERPT = 200  # characters of a document that are shown for it
 
-# suffix → (packaged builder of `datasets`, its options)
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {"sep": ","}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {}),
+# suffix → what reads its rows; `datasets` reads parquet
+_FORMATS: dict[str, RowsOf | None] = {
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".parquet": None,
+    ".txt": text_rows,
 }
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def load_documents(
-    source: str, *, split: str = "train", subset: str | None = None, limit: int | None = None
-) -> Dataset:
+    source: str, *, split: str = "train", subset: str | None = None, limit: int | None = None,
+    columns: Sequence[str] = (),
+) -> Dataset:  # fmt: skip
     """Load the documents of one split, in their original order.
 
     A source that exists on this machine is never looked up on the hub.
@@ -49,13 +55,15 @@ def load_documents(
     Args:
         source: A folder written by `save_to_disk`; a .jsonl, .json, .csv, .tsv, .parquet or .txt file (text: one
             document per line, blank lines included; CSV: every column is text; JSON: every value is what is written),
-            which counts as split "train"; a folder of such files, whose names say their split as on the hub; else the
-            name of a data set on the hub.
+            all but .parquet also with .gz or .zst behind, which counts as split "train"; a folder of such files, whose
+            names say their split as on the hub; else the name of a data set on the hub.
         split: A split or an expression of splits: "train[:8]", "train[10%:20%]", "train[:4]+test[:4]".
         subset: Name of the subset ("configuration"), for hub data sets and folders whose README.md declares some.
         limit: Keep only the first `limit` documents.
+        columns: What columns are, as in "prompt=question": they get these names, and others that would be read in
+            their stead are left out.
     Raises:
-        ValueError: If the source, split or subset does not exist, holds no document, or cannot be read.
+        ValueError: If the source, split, subset or a column does not exist, holds no document, or cannot be read.
 
     Example:
         >>> import tempfile, pathlib
@@ -81,12 +89,44 @@ def load_documents(
         raise ValueError(
             f"split {split!r} of {source!r} is empty: 0 documents. Give a source with documents, or a wider split."
         )
-    return documents if limit is None else documents.select(range(min(limit, len(documents))))
+    documents = documents if limit is None else documents.select(range(min(limit, len(documents))))
+    return _renamed(documents, columns) if columns else documents
+
+
+def documents_of(source: Source) -> Dataset:
+    """The documents of a source's settings; errors as `load_documents`."""
+    assert source.dataset is not None, "checked by the settings"
+    if source.text_column and source.columns:
+        raise ValueError(
+            f"text_column {source.text_column!r} and columns {', '.join(source.columns)}: give one of them, such as "
+            f"columns text={source.text_column}"
+        )
+    return load_documents(
+        source.dataset, split=source.split, subset=source.subset, limit=source.limit, columns=source.columns
+    )
+
+
+def _renamed(documents: Dataset, columns: Sequence[str]) -> Dataset:
+    wanted = names_of(columns)
+    if missing := [name for name in wanted.values() if name not in documents.column_names]:
+        raise ValueError(f"no column {missing[0]!r}; the data set has {', '.join(documents.column_names)}")
+    partners = {name for group in _GROUPS if group & wanted.keys() for name in group}
+    rivals = (set(READ) - partners if wanted.keys() & set(READ) else set()) | wanted.keys()
+    left = [name for name in documents.column_names if name in wanted.values() or name not in rivals]
+    return documents.select_columns(left).rename_columns({name: role for role, name in wanted.items()})
+
+
+_GROUPS = (
+    {"input_ids", "labels", "attention_mask"},
+    {"messages", "tools"},
+    {"prompt", "completion", "tools"},
+    {"text"},
+)
 
 
 def _looks_local(source: str) -> bool:
     """Whether no hub data set could have this name."""
-    return Path(source).suffix.lower() in _FORMATS or _HUB_NAME.fullmatch(source) is None
+    return format_of(Path(source)) in _FORMATS or _HUB_NAME.fullmatch(source) is None
 
 
 def _load_hub(source: str, split: str, subset: str | None) -> Dataset:
@@ -183,7 +223,7 @@ def _folder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
     files = {str(name): [Path(file) for file in found] for name, found in builder.config.data_files.items()}
     taken = {file for found in files.values() for file in found}
     for file in taken:
-        if file.suffix.lower() not in _FORMATS:
+        if format_of(file) not in _FORMATS:
             raise ValueError(f"folder {folder} holds {file.name}; documents come from {', '.join(_FORMATS)} files")
     if subset is None:
         _warn_left_out(folder, taken)
@@ -194,7 +234,7 @@ def _warn_left_out(folder: Path, taken: set[Path]) -> None:
     """Beside train.jsonl, a file with no split in its name, or of another format, is left out without a word."""
     from datasets.data_files import FILES_TO_IGNORE
 
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _FORMATS and file not in taken]
+    files = [file for file in sorted(folder.rglob("*")) if format_of(file) in _FORMATS and file not in taken]
     hidden = [file for file in files if any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)]
     left_out = [file.name for file in files if file not in hidden and file.name not in FILES_TO_IGNORE]
     if left_out:
@@ -214,37 +254,29 @@ def _load_files(files: list[Path]) -> Dataset:
         return datasets.Dataset.from_dict({"text": []})
     for file in files:
         _check_suffix(file, files[0])
-    kind, options = _FORMATS[files[0].suffix.lower()]
+    rows_of = _FORMATS[format_of(files[0])]
     # `datasets` knows a changed local file by its modification time alone, so the bytes go into the address
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "retrograd" / _digest(files)
     try:
-        if kind == "json":
-            return read_json(files, cache)
+        if rows_of is not None:
+            return read_rows(rows_of, files, cache / rows_of.__name__)
         try:
-            return _built(kind, files, cache, options)
+            return _parquet(files, cache)
         except Exception:
             if len(files) == 1:
                 raise
-            parts = [_built(kind, [file], cache, options) for file in files]  # of other columns than the first
-            return _joined(parts)
+            return _joined([_parquet([file], cache) for file in files])  # of other columns than the first
     except Exception as error:
         names = files[0].name if len(files) == 1 else f"{files[0].name} … {files[-1].name} ({len(files)} files)"
-        fault = error if isinstance(error, ValueError) and kind == "json" else _told(error.__cause__ or error)
+        fault = error if isinstance(error, ValueError) and rows_of is not None else _told(error.__cause__ or error)
         raise ValueError(f"cannot read {names} in {files[0].parent}: {fault}") from error
 
 
-def _built(kind: str, files: list[Path], cache: Path, options: dict[str, Any]) -> Dataset:
+def _parquet(files: list[Path], cache: Path) -> Dataset:
     import datasets
 
-    more = _csv_options(files[0], options["sep"]) if kind == "csv" else {}
-    return datasets.load_dataset(
-        kind,
-        data_files=[glob.escape(str(file)) for file in files],
-        split="train",
-        cache_dir=str(cache),
-        **options,
-        **more,
-    )
+    names = [glob.escape(str(file)) for file in files]
+    return datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=str(cache))
 
 
 def _joined(parts: list[Dataset]) -> Dataset:
@@ -277,28 +309,14 @@ def _as_written(part: Dataset, names: list[str]) -> Dataset:
 
 
 def _check_suffix(file: Path, first: Path) -> None:
-    if file.suffix.lower() not in _FORMATS:
+    found = format_of(file)
+    if found not in _FORMATS or (found == ".parquet" and file.suffix.lower() in PACKED):
         raise ValueError(
-            f"{file} is of no known kind; documents come from {', '.join(_FORMATS)} files. Rename or convert it."
+            f"{file} is of no known kind; documents come from {', '.join(_FORMATS)} files, texts among them with "
+            f"{' or '.join(PACKED)} behind. Rename or convert it."
         )
-    if _FORMATS[file.suffix.lower()] != _FORMATS.get(first.suffix.lower()):
+    if _FORMATS[found] != _FORMATS.get(format_of(first)):
         raise ValueError(f"{first.parent}: one split mixes {first.name} and {file.name}; give it files of one format")
-
-
-def _csv_options(file: Path, separator: str) -> dict[str, Any]:
-    """Every column as text: a column guessed to be numbers turns "007" into 7, and a document "NA" into nothing."""
-    import datasets
-    import pandas
-
-    head = pandas.read_csv(file, sep=separator, nrows=1, dtype=str, keep_default_na=False)
-    if not isinstance(head.index, pandas.RangeIndex):  # pandas would take the first field for row names
-        raise ValueError(
-            f"line 2 has more fields than the header ({', '.join(head.columns)}); quote fields with {separator!r}"
-        )
-    return {
-        "features": datasets.Features(dict.fromkeys(head.columns, datasets.Value("string"))),
-        "keep_default_na": False,
-    }
 
 
 def _digest(files: list[Path]) -> str:

@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.data.tokens import encode, encode_pairs, without_doubles
+from retrograd.data.readers import Reader, Tokens, reader
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["Rows", "build_rows", "pad"]
 
-_IGNORED = -100  # label of an unsupervised token, by the convention of transformers
 _BATCH = 1000  # documents tokenised in one call
 
 
@@ -83,17 +81,6 @@ class Rows:
         return total.hexdigest()
 
 
-class _Tokens(NamedTuple):
-    """One document."""
-
-    ids: np.ndarray  # [n] int64
-    supervised: np.ndarray  # [n] bool
-
-
-# the chosen columns' values in a batch, and the first document's id → each document, or why it is skipped
-_Reader = Callable[[list[list[Any]], int], list["_Tokens | str"]]
-
-
 def build_rows(
     documents: Dataset,
     tokenizer: Any | None,
@@ -102,6 +89,7 @@ def build_rows(
     max_length: int | None = None,
     chunk_length: int | None = None,
     min_chars: int = 0,
+    assistant_only_loss: bool = False,
     vocab_size: int | None = None,
 ) -> Rows:
     """Token rows of a data set; a document's id is its position there, whatever is skipped.
@@ -111,9 +99,10 @@ def build_rows(
     - `text_column`, if given: plain text, with the tokenizer's default special tokens and no EOS added. A text that
       begins or ends with those itself gets no second ones.
     - `input_ids`: tokens; `labels`, if there, is -100 at unsupervised tokens and equals `input_ids` elsewhere.
-    - `messages`: a chat, through the tokenizer's chat template; every token is a target.
-    - `prompt` and `completion`: tokenised as one text, EOS last; only the completion is a target, from the first token
-      that holds a character of it (see `tokens`).
+    - `messages` or `conversations`: a chat, through the tokenizer's chat template, with the row's `tools`; every token
+      is a target, or what the assistant says alone (see `chats`). `from` and `value` are read as `role` and `content`.
+    - `prompt` and `completion`: texts, tokenised as one, EOS last; only the completion is a target, from the first
+      token that holds a character of it (see `tokens`). Or messages both: a chat of which the completion is a target.
     - `text`: plain text.
 
     Args:
@@ -122,7 +111,9 @@ def build_rows(
         text_column: Column of plain text to read instead.
         max_length: Cut documents to this many tokens, from the right.
         chunk_length: Pack instead: documents, each ended by EOS, joined in order and cut every `chunk_length` tokens.
-        min_chars: Skip documents with fewer characters than this (prompt and completion together).
+        min_chars: Skip documents with fewer characters than this (prompt and completion together); chats are not
+            counted.
+        assistant_only_loss: Of a chat, only what the assistant says is a target.
         vocab_size: Rows of the model's embedding; token ids must be below.
     Raises:
         ValueError: If columns, tokenizer, lengths or tokens do not fit, or no document has a valid target.
@@ -134,9 +125,9 @@ def build_rows(
         ([9, 4], [2, 2], {1: 'one token'})
     """
     _check_lengths(max_length, chunk_length)
-    columns, read = _reader(documents.column_names, tokenizer, text_column, min_chars)
+    columns, read = reader(documents.column_names, tokenizer, text_column, min_chars, assistant_only_loss)
     eos = None if chunk_length is None else _eos(tokenizer)
-    kept: dict[int, _Tokens] = {}
+    kept: dict[int, Tokens] = {}
     skipped: dict[int, str] = {}
     truncated = 0
     for document, found in enumerate(_read(documents, columns, read)):
@@ -215,8 +206,8 @@ def _eos(tokenizer: Any | None) -> int:
 
 
 def _finish(
-    tokens: _Tokens, document: int, eos: int | None, max_length: int | None, vocab_size: int | None
-) -> _Tokens | str:
+    tokens: Tokens, document: int, eos: int | None, max_length: int | None, vocab_size: int | None
+) -> Tokens | str:
     """The document as it goes into rows, or why it cannot."""
     ids, supervised = tokens
     if len(ids) == 0:
@@ -234,7 +225,7 @@ def _finish(
     ids, supervised = ids[:max_length], supervised[:max_length]
     if len(ids) == 1:
         return "one token"
-    return _Tokens(ids, supervised) if supervised[1:].any() else "masked"
+    return Tokens(ids, supervised) if supervised[1:].any() else "masked"
 
 
 def _first_tokens(doc_ids: np.ndarray) -> np.ndarray:
@@ -245,7 +236,7 @@ def _first_tokens(doc_ids: np.ndarray) -> np.ndarray:
 _Parts = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], int]
 
 
-def _rows(kept: dict[int, _Tokens]) -> _Parts:
+def _rows(kept: dict[int, Tokens]) -> _Parts:
     masks = [tokens.supervised for tokens in kept.values()]
     for mask in masks:
         mask[0] = False
@@ -253,7 +244,7 @@ def _rows(kept: dict[int, _Tokens]) -> _Parts:
     return [tokens.ids for tokens in kept.values()], masks, doc_ids, 0
 
 
-def _chunks(kept: dict[int, _Tokens], chunk_length: int) -> _Parts:
+def _chunks(kept: dict[int, Tokens], chunk_length: int) -> _Parts:
     if not kept:
         return [], [], [], 0
     ids = np.concatenate([tokens.ids for tokens in kept.values()])
@@ -271,130 +262,9 @@ def _chunks(kept: dict[int, _Tokens], chunk_length: int) -> _Parts:
     )
 
 
-def _read(documents: Dataset, columns: list[str], read: _Reader) -> Iterator[_Tokens | str]:
+def _read(documents: Dataset, columns: list[str], read: Reader) -> Iterator[Tokens | str]:
     first = 0
     for batch in documents.with_format(None).select_columns(columns).iter(batch_size=_BATCH):
         values = [batch[column] for column in columns]
         yield from read(values, first)
         first += len(values[0])
-
-
-def _reader(
-    columns: list[str], tokenizer: Any | None, text_column: str | None, min_chars: int
-) -> tuple[list[str], _Reader]:
-    """The columns to read, and how."""
-    if text_column is not None and text_column not in columns:
-        raise ValueError(f"no column {text_column!r}; the data set has {', '.join(columns)}")
-    if text_column is None and "input_ids" in columns:
-        used = [name for name in columns if name in ("input_ids", "labels", "attention_mask")]
-        return used, partial(_read_tokens, used)
-    readers: list[tuple[list[str], _Reader]] = [
-        (["messages"], partial(_read_chats, tokenizer)),
-        (["prompt", "completion"], partial(_read_completions, tokenizer, min_chars)),
-        (["text"], partial(_read_texts, tokenizer, min_chars)),
-    ]
-    if text_column is not None:
-        readers = [([text_column], readers[-1][1])]
-    found = [reader for reader in readers if set(reader[0]) <= set(columns)]
-    if not found:
-        raise ValueError(
-            f"no column to read among {', '.join(columns)}; the data set needs input_ids, messages, prompt and "
-            "completion, or text. Name another column of text with text_column."
-        )
-    used, read = found[0]
-    if tokenizer is None:
-        raise ValueError(f"column {used[0]!r} needs a tokenizer; only input_ids can do without")
-    if used == ["messages"] and text_column is None and not tokenizer.chat_template:
-        raise ValueError(
-            "the data set has messages and the tokenizer has no chat_template: set one, take the tokenizer of an "
-            "instruction-tuned model, or name a column of text with text_column"
-        )
-    return used, read
-
-
-def _read_tokens(names: list[str], values: list[list[Any]], first: int) -> list[_Tokens | str]:
-    return [_pretokenised(dict(zip(names, row)), document) for document, row in enumerate(zip(*values), start=first)]
-
-
-def _pretokenised(fields: dict[str, Any], document: int) -> _Tokens | str:
-    if fields["input_ids"] in (None, []):
-        return "blank"
-    ids = np.asarray(fields["input_ids"])
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(
-            f"document {document}: input_ids must be a list of integers, not {str(fields['input_ids'])[:60]}"
-        )
-    if 0 in (fields.get("attention_mask") or ()):
-        raise ValueError(
-            f"document {document}: attention_mask hides some of its tokens, and padding would be trained on like text. "
-            "Store documents without padding, or drop the column if they have none."
-        )
-    labels = np.asarray(fields.get("labels", ids))
-    if labels.shape != ids.shape:
-        raise ValueError(f"document {document}: labels of shape {labels.shape} for input_ids of shape {ids.shape}")
-    supervised = labels != _IGNORED
-    wrong = np.flatnonzero(supervised & (labels != ids))
-    if len(wrong):
-        k = wrong[0]
-        raise ValueError(
-            f"document {document}: label {labels[k]} at token {k}, where input_ids has {ids[k]}. Labels are {_IGNORED} "
-            "or the token itself, unshifted: position k is the target k."
-        )
-    return _Tokens(ids.astype(np.int64), supervised)
-
-
-def _read_texts(tokenizer: Any, min_chars: int, values: list[list[Any]], first: int) -> list[_Tokens | str]:
-    reasons = [_text_reason([text], document, min_chars) for document, text in enumerate(values[0], start=first)]
-    texts = [text for text, reason in zip(values[0], reasons) if reason is None]
-    return _fill(reasons, (_tokens(without_doubles(found).ids) for found in encode(tokenizer, texts)))
-
-
-def _read_completions(tokenizer: Any, min_chars: int, values: list[list[Any]], first: int) -> list[_Tokens | str]:
-    pairs = list(zip(*values))
-    reasons = [_text_reason([prompt or "", end], first + i, min_chars) for i, (prompt, end) in enumerate(pairs)]
-    good = [(prompt or "", completion) for (prompt, completion), reason in zip(pairs, reasons) if reason is None]
-    eos = tokenizer.eos_token_id
-    pairs_of_tokens = encode_pairs(tokenizer, good)
-    ended = ((ids if eos is None or ids[-1:] == [eos] else [*ids, eos], first) for (ids, *_), first in pairs_of_tokens)
-    return _fill(reasons, (_tokens(ids, first) for ids, first in ended))
-
-
-def _read_chats(tokenizer: Any, values: list[list[Any]], first: int) -> list[_Tokens | str]:
-    reasons = [None if chat else "blank" for chat in values[0]]
-    good = [document for document, chat in enumerate(values[0]) if chat]
-    chats = _tokenize_chats(tokenizer, [values[0][i] for i in good], [first + i for i in good])
-    return _fill(reasons, (_tokens(ids) for ids in chats))
-
-
-def _text_reason(texts: list[Any], document: int, min_chars: int) -> str | None:
-    """Why a document is skipped; its last text is what is trained on."""
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f"document {document} is {type(text).__name__} {str(text)[:60]!r}, not text: name a text column"
-            )
-    if texts[-1] is None or not texts[-1].strip():
-        return "blank"
-    return f"shorter than min_chars={min_chars}" if sum(map(len, texts)) < min_chars else None
-
-
-def _tokens(ids: list[int], unsupervised: int = 0) -> _Tokens:
-    return _Tokens(np.array(ids, dtype=np.int64), np.arange(len(ids)) >= unsupervised)
-
-
-def _fill(reasons: list[str | None], tokens: Iterator[_Tokens]) -> list[_Tokens | str]:
-    """Documents in their places: the next tokens where there is no reason to skip."""
-    return [next(tokens) if reason is None else reason for reason in reasons]
-
-
-def _tokenize_chats(tokenizer: Any, chats: list[Any], documents: list[int]) -> list[list[int]]:
-    if not chats:
-        return []
-    options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
-    try:
-        return tokenizer.apply_chat_template(chats, **options)["input_ids"]
-    except Exception as error:  # templates raise what they like
-        if len(chats) == 1:
-            raise ValueError(f"document {documents[0]}: the chat template refuses it: {error}") from error
-        one_by_one = (_tokenize_chats(tokenizer, [chat], [document]) for chat, document in zip(chats, documents))
-        return [ids for found in one_by_one for ids in found]

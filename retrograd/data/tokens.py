@@ -12,10 +12,10 @@ s leave those of the prompt alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Text", "encode", "encode_pairs", "without_doubles"]
+__all__ = ["Text", "encode", "encode_pairs", "located", "without_doubles"]
 
 
 class Text(NamedTuple):
@@ -55,6 +55,42 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
         single = without_doubles(text)
         found.append((single, first - (text.before - single.before)))
     return found
+
+
+def located(
+    tokenizer: Any, texts: Sequence[str], passages: Sequence[Sequence[tuple[int, int]]]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Tokens of texts, none added, and which of them hold a character of the text's passages (from, to).
+
+    Raises:
+        ValueError: If a tokenizer that tells no characters (a slow one) has a token across the end of a passage.
+    """
+    if not texts:
+        return
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    found = tokenizer(list(texts), return_offsets_mapping=tokenizer.is_fast, **options)
+    for number, (text, spans, ids) in enumerate(zip(texts, passages, found["input_ids"], strict=True)):
+        held = [False] * len(ids)
+        for start, end in spans:
+            if tokenizer.is_fast:
+                places = found["offset_mapping"][number]
+                first = next((k for k, (_, to) in enumerate(places) if to > start), len(ids)) if start else 0
+                last = next((k for k, (at, _) in enumerate(places) if at >= end and k >= first), len(ids))
+                last = len(ids) if end == len(text) else last
+            else:
+                first, last = (_tokens_of_prefix(tokenizer, text[:place], ids) for place in (start, end))
+            held[first:last] = [True] * max(0, last - first)
+        yield ids, held
+
+
+def _tokens_of_prefix(tokenizer: Any, prefix: str, ids: list[int]) -> int:
+    begun = _ids(tokenizer, [prefix], False)[0]
+    if ids[: len(begun)] != begun:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} does not tell which characters a token holds, and one stands "
+            f"across a boundary, behind {prefix[-20:]!r}: take a fast tokenizer"
+        )
+    return len(begun)
 
 
 def _firsts_by_character(tokenizer: Any, pairs: Sequence[tuple[str, str]], texts: Sequence[Text]) -> list[int]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from retrograd.attack.folder import configuration_from
 from retrograd.durable import remove
 from retrograd.evaluate.folder import content
+from retrograd.experiment.grid import attribute
 from retrograd.experiment.measure import measure
 from retrograd.experiment.tasks import Task, unlearn_config
 from retrograd.experiment.within import scores_within
@@ -71,6 +72,8 @@ def carry_out(
             runners.unlearn(_training(task, folder / RUN, done), console)
             remove(folder / RUN / "checkpoints")  # its model is what is left of it
             return {}
+        case "attribute":
+            return attribute(task, folder / RUN, runners.magic, console)
         case "measure":
             return measure(what, _model(what, done), folder / "answers")
         case "attack":
@@ -86,7 +89,7 @@ def _model(what: dict[str, Any], done: Callable[[str], Path]) -> str:
 
 def _training(task: Task, run: Path, done: Callable[[str], Path]) -> UnlearnConfig:
     what = task.what
-    weights = [ONES if name == ONES else str(done(name) / "weights") for name in what["weights"]]
+    weights = [name if name == ONES or Path(name).exists() else str(done(name) / "weights") for name in what["weights"]]
     given = () if set(weights) == {ONES} else tuple(weights)
     settings = {name: value for name, value in what["settings"].items() if name != "method"}
     config = unlearn_config(what["method"], settings, task.name)

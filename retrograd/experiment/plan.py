@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from retrograd.attack.material import attacked_models
+from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.seen import tuning_value
 from retrograd.experiment.tasks import Maker, Task
 from retrograd.experiment.tune import Chosen, Goal, Impossible, Try, bisect
@@ -99,8 +100,10 @@ class Plan(NamedTuple):
         return found
 
 
-def planned(maker: Maker, results: Results) -> Plan:
+def planned(maker: Maker | GridMaker, results: Results) -> Plan:
     """All tasks that are known to be wanted, each behind what it needs."""
+    if isinstance(maker, GridMaker):
+        return Plan({task.name: task for task in maker.cells.values()}, [], None, None, {})
     spec, tasks = maker.spec, dict[str, Task]()
 
     def add(*more: Task) -> Task:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from retrograd.attack.material import ASKED_SPLITS
-from retrograd.data.documents import load_documents
+from retrograd.data.documents import documents_of
 from retrograd.experiment.tasks import dataset_of, texts_in
 from retrograd.settings.experiment import ExperimentSpec, Match
 from retrograd.settings.parse import read_yaml
@@ -163,7 +163,7 @@ def _corpora(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
 def _keys(source: Source) -> set[str]:
     """What a document or question is, whatever its file and its place there."""
     assert source.dataset is not None
-    documents = load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
+    documents = documents_of(source)
     names = [name for name in ("question", "choices") if name in documents.column_names] or documents.column_names
     told = (json.dumps([one[name] for name in names], default=str) for one in documents.select_columns(names))
     return {hashlib.sha256(text.encode()).hexdigest() for text in told}

@@ -5,6 +5,7 @@
     analyse   how separated two score sets of one corpus are                                    numbers
     train     an unlearning                                                                     a run of `unlearn`
     measure   a model's answers, and its divergence from the base on held-out rows              files and numbers
+    attribute a recipe's scores, its metasmoothness, and how they predict retraining (`grid`)   a run of `magic`
     attack    one configuration of an attack against one model                                  runs of `attack`
 
 Two tasks that are made of the same are one; two that are not have different names.
@@ -31,10 +32,10 @@ from retrograd.settings.tasks import tasks_from
 from retrograd.settings.unlearn import ONES, UnlearnConfig, check_unlearn, parse_source, with_objective
 from retrograd.unlearn.methods import find_method
 
-__all__ = ["Kind", "Maker", "Task", "dataset_of", "merged", "texts_in", "unlearn_config"]
+__all__ = ["Kind", "Maker", "Task", "dataset_of", "merged", "named", "nested", "texts_in", "unlearn_config"]
 
 T = TypeVar("T")
-Kind = Literal["scores", "select", "analyse", "train", "measure", "attack"]
+Kind = Literal["scores", "select", "analyse", "train", "measure", "attack", "attribute"]
 _RULE = ("rule", "use", "alpha", "soft", "clip", "q", "k")
 _MEETING = ("lab", "data", "tasks", "half", "base", "max_passes", "max_length", "chunk_length", "limit", "batch_size",
             "tokenizer", "device")  # of an attack's settings, what makes a meeting another one  # fmt: skip
@@ -118,8 +119,9 @@ class Maker:
     def train(self, method: str, weighting: str, seed: int, setting: tuple[str, float] | None) -> list[Task]:
         """An unlearning, behind all that has to be done before it."""
         config = self.config(method, seed, setting)
-        before, weights = list[Task](), list[str]()
-        if self.spec.weightings[weighting] != WeightingSpec():
+        before, files = list[Task](), self.spec.weightings[weighting].files
+        weights = list[str]()
+        if not files and self.spec.weightings[weighting] != WeightingSpec():
             for corpus in range(len(self.spec.corpora.forget)):
                 made, needs = self.select(weighting, corpus, seed)
                 before += [*needs, made]
@@ -129,8 +131,9 @@ class Maker:
         what: dict[str, Any] = {
             "method": config.method,
             "settings": to_dict(config),
-            "weights": weights or [ONES] * len(config.forget),
+            "weights": weights or list(files) or [ONES] * len(config.forget),
         }
+        read += files
         if config.method.endswith(".py"):
             read.append(config.method)
         read += [text for text in texts_in(what["settings"]["objective"]) if Path(text).exists()]  # a teacher, say
@@ -185,7 +188,7 @@ class Maker:
         if not find_method(own.method).alternatives:
             values["alternative"] = ()
         if setting is not None:
-            values = merged(values, _nested(setting[0], setting[1]))
+            values = merged(values, nested(setting[0], setting[1]))
         return unlearn_config(own.method, values, f"method {method}")
 
     def _sources(self, weighting: WeightingSpec, corpus: int) -> tuple[dict[str, Any], list[Task]]:
@@ -207,16 +210,23 @@ class Maker:
         return found, list({run.name: run for run in runs}.values())
 
     def _task(self, kind: Kind, label: str, needs: Sequence[str], what: dict[str, Any], read: Sequence[str]) -> Task:
-        plain = json.loads(json.dumps(what, default=str))
-        made_of = {"kind": kind, "what": plain, "threads": self.spec.threads,
-                   "read": {source: self._content(source) for source in sorted(set(read))}}  # fmt: skip
-        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-        return Task(kind, f"{kind}.{label}.{digest}", tuple(dict.fromkeys(needs)), plain)
+        contents = {source: self._content(source) for source in sorted(set(read))}
+        return named(kind, label, needs, what, contents, self.spec.threads)
 
     def _content(self, source: str) -> str | None:
         if source not in self.contents:
             self.contents[source] = content(source)
         return self.contents[source]
+
+
+def named(
+    kind: Kind, label: str, needs: Sequence[str], what: dict[str, Any], read: Mapping[str, str | None], threads: int
+) -> Task:
+    """A task under the name that what it is made of gives it; read: hashes of what it reads."""
+    plain = json.loads(json.dumps(what, default=str))
+    made_of = {"kind": kind, "what": plain, "threads": threads, "read": dict(read)}
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+    return Task(kind, f"{kind}.{label}.{digest}", tuple(dict.fromkeys(needs)), plain)
 
 
 def unlearn_config(method: str, values: Mapping[str, Any], where: str) -> UnlearnConfig:
@@ -274,7 +284,7 @@ def _corpora(spec: ExperimentSpec, own: CorporaSpec | None = None) -> dict[str, 
     return {"model": spec.base, **asdict(own or spec.corpora)}
 
 
-def _nested(name: str, value: float) -> dict[str, Any]:
+def nested(name: str, value: Any) -> dict[str, Any]:
     """{"a": {"b": value}} of a.b."""
     first, dot, rest = name.partition(".")
-    return {first: _nested(rest, value) if dot else value}
+    return {first: nested(rest, value) if dot else value}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from retrograd.data.documents import load_documents
+from retrograd.data.documents import documents_of
 from retrograd.evaluate.answers import write_table
 from retrograd.select.files import Stated
 from retrograd.select.sources import DataSet, load_data, load_scores
@@ -50,7 +50,7 @@ def scores_within(source: str, corpus: str, rows: Path, path: Path) -> str:
 def _places_within(larger: DataSet, own: DataSet, corpus: str) -> np.ndarray:
     """Which row of the larger set each row of the corpus is, [rows]."""
     data = larger.config.data
-    documents = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
+    documents = documents_of(data)
     if missing := {"file", "line"} - set(documents.column_names):
         raise ValueError(f"{data.dataset} has no column {min(missing)}: it has to say of which file each row is")
     lines = {

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 
 from retrograd.experiment.carry import Runners, carry_out
+from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.lease import Lease, LeaseLostError, Queue
 from retrograd.experiment.plan import Plan, planned
 from retrograd.experiment.tasks import Maker, Task
@@ -33,7 +34,9 @@ __all__ = ["work"]
 _GRACE = 20.0  # seconds that a training gets to come to a durable point
 
 
-def work(maker: Maker, queue: Queue, runners: Runners, show: Callable[[Plan, str], None], stop: Stop) -> Plan:
+def work(
+    maker: Maker | GridMaker, queue: Queue, runners: Runners, show: Callable[[Plan, str], None], stop: Stop
+) -> Plan:
     """Do tasks until all are settled; returns the final plan.
 
     Args:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from retrograd.lm.adapters import Adapter, adapted, base_of, check_adapter
+
 __all__ = ["DTYPES", "load_module", "model_width", "read_config", "refuse_no_folder", "told"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -21,14 +23,25 @@ _COMPOSITE = "ForConditionalGeneration"  # text beside images or sound: AutoMode
 _NAMED = 5  # weights named in a message
 
 
-def load_module(name: str, dtype: torch.dtype) -> Any:
+def load_module(name: str, dtype: torch.dtype, adapter: Adapter | None = "merge") -> Any:
     """The module of a hub name or local folder, with every weight from the checkpoint.
 
     Attention is SDPA where the architecture has it, else its own ("eager").
 
+    Args:
+        adapter: What to make of a folder of adapters: merge them into their base, or leave them there to be trained
+            ("continue"). None: whoever calls has to say which.
     Raises:
         ValueError: If it cannot be loaded, is no causal language model, or the checkpoint lacks weights.
     """
+    base = check_adapter(name, adapter)
+    if base is None:
+        return _load_whole(name, dtype)
+    assert adapter is not None, "checked"
+    return adapted(name, _load_whole(base, dtype), adapter)
+
+
+def _load_whole(name: str, dtype: torch.dtype) -> Any:
     import transformers
     from transformers.utils import logging
 
@@ -106,13 +119,14 @@ def refuse_no_folder(name: str, what: str) -> None:
 
 
 def read_config(name: str) -> Any:
-    """The configuration of a model by hub name or local folder.
+    """The configuration of a model by hub name or local folder; of a folder of adapters, its base's.
 
     Raises:
         ValueError: If there is none.
     """
     from transformers import AutoConfig
 
+    name = base_of(name) or name
     refuse_no_folder(name, "model")
     try:
         return AutoConfig.from_pretrained(name)

@@ -21,7 +21,7 @@ def load_model(
     Raises:
         ValueError: If it cannot be loaded, or adapted.
     """
-    given = {"lora": adapters_of(lora), "seed": train.seed, "dropout": train.dropout}
+    given = {"lora": adapters_of(lora), "adapter": lora.adapter, "seed": train.seed, "dropout": train.dropout}
     return load_causal_lm(model, dtype=dtype, device=device, **given)
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.func import functional_call
 
 from retrograd.core.optim import Params
 from retrograd.core.residuals import Residual
+from retrograd.lm.adapters import Adapter, base_of
 from retrograd.lm.checkpoint import DTYPES, load_module, refuse_no_folder, told
 from retrograd.lm.head import fused_ce_again, fused_ce_leaving
 from retrograd.lm.layout import Layout, twice_differentiable
@@ -112,13 +114,16 @@ def norms_and_biases(module: nn.Module) -> tuple[str, ...]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a hub name or local folder.
+    """The tokenizer of a hub name or local folder; of adapters without one, their base's.
 
     Raises:
         ValueError: If there is none.
     """
     from transformers import AutoTokenizer
 
+    base = base_of(name)
+    if base and not (Path(name).expanduser() / "tokenizer_config.json").is_file():
+        name = base
     refuse_no_folder(name, "a tokenizer from")
     try:
         return AutoTokenizer.from_pretrained(name)
@@ -135,6 +140,7 @@ def load_causal_lm(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     lora: Any | None = None,
+    adapter: Adapter | None = "merge",
     seed: int = 0,
     dropout: bool = False,
 ) -> CausalLM:
@@ -143,13 +149,14 @@ def load_causal_lm(
     Args:
         dtype: "float32", "float64" or "bfloat16", of parameters and of all arithmetic.
         lora: A peft `LoraConfig`; then only the adapters are trained and differentiated.
+        adapter: As for `load_module`: what to make of a folder of adapters.
         seed: Of the adapters' random initialisation.
         dropout: Leave dropout active; its draws are then replayed.
     Raises:
         ValueError: If the model cannot be loaded, is not causal, or lacks weights, its objective cannot be
             proved to be its own, or the LoRA targets do not exist.
     """
-    module = load_module(name, DTYPES[dtype])
+    module = load_module(name, DTYPES[dtype], adapter)
     if lora is not None:
         module = adapted(module, lora, seed)
     module.to(device).train(dropout)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from retrograd.core.optim import Params
 from retrograd.durable import remove, rename, temporary_name
+from retrograd.lm.adapters import merged
 from retrograd.lm.checkpoint import load_module
 from retrograd.lm.model import trainable
 
@@ -71,47 +72,7 @@ def _whole(module: nn.Module, params: Params | None) -> tuple[Any, dict[str, Any
         for name, parameter in adapted.named_parameters():
             if name in found:
                 parameter.copy_(found[name])
-    expected = _logits(adapted)
-    _untie(adapted)
-    merged = adapted.merge_and_unload()
-    _check_merged(expected, _logits(merged))
-    return merged, None
-
-
-def _untie(adapted: Any) -> None:
-    """Gives a weight that an adapter changes storage of its own, where it shares it with another."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    model = adapted.get_base_model()
-    names = [p.untyped_storage().data_ptr() for _, p in model.named_parameters(remove_duplicate=False)]
-    changed = False
-    for part in model.modules():
-        weight = getattr(part.get_base_layer(), "weight", None) if isinstance(part, BaseTunerLayer) else None
-        if weight is not None and names.count(weight.untyped_storage().data_ptr()) > 1:
-            part.get_base_layer().weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            changed = True
-    if changed:
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
-        model.all_tied_weights_keys = {}  # what `transformers` leaves out when it saves
-
-
-def _logits(model: Any) -> Tensor:
-    """[8, 8, V], of tokens from all over the vocabulary."""
-    table = model.get_input_embeddings().weight
-    ids = torch.linspace(0, len(table) - 1, 64, device=table.device).long().view(8, 8)
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def _check_merged(expected: Tensor, found: Tensor) -> None:
-    near = min(1000 * torch.finfo(expected.dtype).eps, 0.05)
-    off = float((found.double() - expected.double()).norm() / expected.double().norm())
-    if off > near:  # not finite in both: a diverged model is saved as such
-        raise ValueError(
-            f"the adapters cannot be merged into the model that was measured: its logits move by {off:.1e} of their "
-            f"size, and rounding explains {near:.1e}. Choose other --lora.target_modules, or leave saving out."
-        )
+    return merged(adapted), None
 
 
 def _check_saved(folder: Path, written: Path, expected: dict[str, Tensor]) -> None:

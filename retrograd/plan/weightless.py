@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from retrograd.core.optim import Params
 from retrograd.data.rows import Rows
 from retrograd.data.stream import token_rows
+from retrograd.lm.adapters import adapter_settings, check_adapter
 from retrograd.lm.checkpoint import DTYPES, read_config
 from retrograd.lm.engines import Curve, graph_curve
 from retrograd.lm.load import adapters_of
@@ -39,8 +40,11 @@ def weightless(
     Raises:
         ValueError: If it has no configuration, or no causal language model is of that type.
     """
+    check_adapter(name, lora.adapter)
     with torch.device("meta"):
         module = _built(read_config(name), name, DTYPES[dtype])
+        if lora.adapter == "continue":
+            module = adapted(module, adapter_settings(name), train.seed)
         if lora.rank:
             module = adapted(module, adapters_of(lora), train.seed)
     return CausalLM(module, trainable(module)[0], _nothing, True)

@@ -36,6 +36,7 @@ __all__ = [
     "function_column",
     "load_function",
     "query_columns",
+    "taken",
 ]
 
 
@@ -81,18 +82,25 @@ class Queries:
     def _sum(params: Params, column: Column, slopes: bool = False) -> tuple[Tensor, Params]:
         value, total = None, dict[str, Tensor]()
         for objective, batch in column.parts:
-            # data weights of one, wherever the batch points
-            ones = batch.scale.new_ones(int(batch.index.max()) + 1)
-            leaves = {name: theta.detach().requires_grad_(slopes) for name, theta in params.items()}
-            with torch.set_grad_enabled(slopes), lookups.whole():
-                part = objective(leaves, batch.inputs, coefficients(batch, ones))
-            value = part.detach() if value is None else value + part.detach()
-            if slopes:
-                found = torch.autograd.grad(part, list(leaves.values()), materialize_grads=True)
-                grads = dict(zip(leaves, found))
-                total = {name: total[name] + grads[name] for name in grads} if total else grads
+            part, grads = taken(Part(objective, batch), params, slopes)
+            value = part if value is None else value + part
+            total = {name: total[name] + grads[name] for name in grads} if total else grads
         assert value is not None, "a column has at least one part"
         return value, total
+
+
+def taken(part: Part, params: Params, slopes: bool = True) -> tuple[Tensor, Params]:
+    """A part's value [] and, if asked for, its gradient."""
+    objective, batch = part
+    # data weights of one, wherever the batch points
+    ones = batch.scale.new_ones(int(batch.index.max()) + 1)
+    leaves = {name: theta.detach().requires_grad_(slopes) for name, theta in params.items()}
+    with torch.set_grad_enabled(slopes), lookups.whole():
+        value = objective(leaves, batch.inputs, coefficients(batch, ones))
+    if not slopes:
+        return value.detach(), {}
+    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return value.detach(), dict(zip(leaves, found))
 
 
 def query_columns(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from retrograd.data.documents import EXCERPT, load_documents
+from retrograd.data.chats import as_messages
+from retrograd.data.documents import EXCERPT, documents_of
+from retrograd.data.readers import columns_shown
 from retrograd.data.rows import Rows, build_rows
 from retrograd.lm.model import CausalLM
 from retrograd.lm.spans import text_config
@@ -28,22 +31,28 @@ def load_rows(
     Raises:
         ValueError: If the data set cannot be loaded, or does not fit the tokenizer or the model.
     """
-    documents = _documents(source)
+    documents = documents_of(source)
     settings, longest = context_length(model, source.max_length or chunk_length, flag)
     longest = None if chunk_length else longest
     try:
         rows = build_rows(
             documents, tokenizer, text_column=source.text_column, max_length=longest, chunk_length=chunk_length,
-            min_chars=min_chars, vocab_size=settings.vocab_size,
+            min_chars=min_chars, assistant_only_loss=source.assistant_only_loss, vocab_size=settings.vocab_size,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{_named(source, flag)}: {error}") from error
+    if rows.truncated and getattr(source, "form", "text") != "generate":
+        warnings.warn(
+            f"{_named(source, flag)}: {rows.truncated} of {rows.documents} documents were cut to {longest} tokens; "
+            "what is behind has no part in the result",
+            stacklevel=2,
+        )
     return rows, _excerpts(documents, source.text_column, tokenizer)
 
 
 def load_choices(question: Question, tokenizer: Any, model: CausalLM, flag: str | None) -> Questions:
     """Multiple-choice questions of a data set; arguments and errors as `load_rows`."""
-    documents = _documents(question)
+    documents = documents_of(question)
     if isinstance(question, Task) and question.alias:
         documents = aliased(documents, Path(question.alias))
     settings, longest = context_length(model, question.max_length, flag)
@@ -69,29 +78,21 @@ def context_length(model: CausalLM, asked: int | None, flag: str | None) -> tupl
     return settings, asked or context
 
 
-def _documents(source: Source) -> Any:
-    assert source.dataset is not None, "checked by the settings"
-    return load_documents(source.dataset, split=source.split, subset=source.subset, limit=source.limit)
-
-
 def _named(source: Source, flag: str | None) -> str:
     return f"--{flag}.dataset {source.dataset}" if flag else str(source.dataset)
 
 
 def _excerpts(documents: Any, column: str | None, tokenizer: Any) -> list[str]:
-    names = documents.column_names
-    for columns in ([column], ["messages"], ["prompt", "completion"], ["text"], ["input_ids"]):
-        if all(name in names for name in columns):
-            found = zip(*(documents[name] for name in columns))
-            return [_excerpt(values, tokenizer) for values in found]
-    raise AssertionError("build_rows has chosen a column")
+    found = zip(*(documents[name] for name in columns_shown(documents.column_names, column)))
+    return [_excerpt(values, tokenizer) for values in found]
 
 
 def _excerpt(values: tuple[Any, ...], tokenizer: Any) -> str:
     parts = []
     for value in values:
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            parts.append(" ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in value))
+            turns = as_messages(value, 0)
+            parts.append(" ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns))
         elif isinstance(value, list):
             parts.append(tokenizer.decode(value[:EXCERPT]))
         else:

@@ -90,7 +90,7 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
     if isinstance(subject, Hardened):
         path = Path(subject.config["run"]) / "run_config.yaml"
         yield from [read_yaml(path)] if path.exists() else []
-    if isinstance(subject, Experiment):
+    if isinstance(subject, Experiment) and not subject.grid:
         yield subject.spec["corpora"]
         yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
     if isinstance(subject, Evaluation):

@@ -164,6 +164,11 @@ class Experiment(Subject):
     def spec(self) -> dict[str, Any]:
         return read_yaml(self.folder / "experiment.yaml")
 
+    @property
+    def grid(self) -> bool:
+        """Whether it is a grid of recipes, with no arms."""
+        return "grid" in self.spec
+
 
 class Attack(Subject):
     """A folder of `retrograd attack`."""

@@ -31,8 +31,8 @@ class Arithmetic:
         tf32: Whether float32 products round their factors (`--tf32`).
         device, device_name: Where it computes, and what that is.
         threads: Of the host; sums are split by thread.
-        world_size: Processes that share each step.
-        layout: How parameters lie over them.
+        shards: Logical shards that each step's rows are summed in; any number of processes that divides it shares them.
+        layout: How parameters lie over processes, where bits depend on it.
     """
 
     dtype: str
@@ -42,22 +42,24 @@ class Arithmetic:
     device: str
     device_name: str
     threads: int
-    world_size: int = 1
+    shards: int = 1
     layout: str = "whole"
 
     @classmethod
-    def here(cls, dtype: torch.dtype, device: torch.device, engine: str, *, compiled: bool) -> Arithmetic:
+    def here(
+        cls, dtype: torch.dtype, device: torch.device, engine: str, *, compiled: bool, shards: int = 1
+    ) -> Arithmetic:
         """With what this process has of threads and precision."""
         name = platform.processor() or platform.machine()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
         tf32 = torch.get_float32_matmul_precision() != "highest"
         kind = (str(dtype).removeprefix("torch."), engine, compiled, tf32)
-        return cls(*kind, str(device), name, torch.get_num_threads())
+        return cls(*kind, str(device), name, torch.get_num_threads(), shards)
 
     @property
     def chosen(self) -> tuple[Any, ...]:
         """What a run's identity covers: all but what the machine gives, for states may be read on another."""
-        return (self.dtype, self.engine, self.compiled, self.tf32, self.world_size, self.layout)
+        return (self.dtype, self.engine, self.compiled, self.tf32, self.shards, self.layout)
 
     def apply(self) -> None:
         """Let this process compute so, as far as it can choose: threads and precision."""
@@ -79,7 +81,8 @@ def begun_with(run: Path) -> Arithmetic | None:
         return None
     if not begun.startswith(f"{EDITION}-"):
         raise ValueError(f"the run in {run} {told_apart(begun, 'the one asked for')}, or with --overwrite.")
-    return Arithmetic(**values["arithmetic"])
+    known = dict(values["arithmetic"])
+    return Arithmetic(**{"shards": known.pop("world_size", 1), **known})
 
 
 def refuse_other_arithmetic(run: Path, begun: Arithmetic | None, here: Arithmetic) -> None:

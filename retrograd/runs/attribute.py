@@ -15,8 +15,9 @@ from torch import Tensor
 
 from retrograd.core.optim import rate
 from retrograd.core.step import State
-from retrograd.query.columns import Queries
+from retrograd.parallel.group import here
 from retrograd.query.named import Asked
+from retrograd.query.together import ask_together
 from retrograd.runs.files import read_tensors, write_json, write_tensors
 from retrograd.runs.health import Finding, sweep_findings
 from retrograd.runs.journal import read_journal, recipe_gradients
@@ -144,7 +145,7 @@ def _ask_one(folder: Path, loaded: Setup, one: Asked, final: State) -> tuple[Ten
         tensors, metadata = read_tensors(path)
         if metadata.get("identity") == identity:
             return tensors.pop("values"), {name.removeprefix("gradient."): g for name, g in tensors.items()}
-    values, gradient = Queries(one.columns)(final.params)
+    values, gradient = ask_together(here(), one, final.params)
     if not torch.isfinite(values).all():
         raise ValueError(f"query {one.name!r} after training is {values.tolist()}; lower the learning rate")
     named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}

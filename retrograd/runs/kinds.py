@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.setup import Loaded
 from retrograd.settings.run import AttributedConfig, MagicConfig, check, settings_from
-from retrograd.settings.unlearn import UnlearnConfig, check_unlearn
+from retrograd.settings.unlearn import ChainConfig, UnlearnConfig, check_unlearn
 
 __all__ = ["KINDS", "assemble", "check_settings", "command_of", "read_settings"]
 
@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "attack": Kind(ChainConfig, check_unlearn, "retrograd.attack.chained"),  # before what it is a kind of
     "magic": Kind(MagicConfig, check, "retrograd.runs.setup"),
     "unlearn": Kind(UnlearnConfig, check_unlearn, "retrograd.unlearn.setup"),
 }

@@ -21,6 +21,7 @@ from retrograd.core.optim import Cotangent
 from retrograd.core.step import State
 from retrograd.core.sweep import Reversed
 from retrograd.durable import remove, remove_leftovers
+from retrograd.parallel.group import ALONE, Group
 from retrograd.runs.errors import RunError, StoppedError, asked_to_stop
 from retrograd.runs.files import append_line, read_lines, read_tensors, sync, write_tensors
 from retrograd.runs.identity import told_apart
@@ -43,6 +44,7 @@ class Durable:
         store, gradients: Slots for states and for gradients.
         digests: Step → digest, as the ledger knows them; those that are here already are on disk.
         logs: Files that are synced before a resume point that comes after.
+        group: Processes that each have a part of every state: what is durable is what all of them have.
     """
 
     def __init__(
@@ -55,23 +57,26 @@ class Durable:
         gradients: Gradients,
         digests: dict[int, str],
         logs: Sequence[Path] = (),
+        group: Group = ALONE,
     ) -> None:
+        self.group = group
         self.folder, self.steps, self.replay, self.layout, self.logs = folder, steps, replay, layout, logs
         self.store, self.gradients, self.digests = store, gradients, digests
         self.start, self.identity = store.initial.step, store.identity
         self._told = set(digests)  # whose digest has its line
         self._beat = time.monotonic()
-        self._extra: set[int] = set()  # state files that are resume points and no slot
+        self._ending = False  # by agreement of all processes
+        self._extra: list[int] = []  # state files that are resume points and no slot, the latest last
 
     def forward_plan(self) -> plans.Plan:
         """The layout's plan, or one that goes on from the highest state file."""
-        if not self.store.durable():
+        if not self.group.common(self.store.durable()):
             return plans.shifted(self.layout.plan, self.start)
         return self.resumed(self.steps, turn=True)
 
     def resumed(self, steps: int, *, turn: bool) -> plans.Plan:
         """A plan over the states that survived, with what room the budgets leave."""
-        held = [self.start, *(t for t in self.store.durable() if t < steps)]
+        held = [self.start, *(t for t in self.group.common(self.store.durable()) if t < steps)]
         in_memory = self.replay.memory // max(1, self.layout.state_bytes)
         if self.gradients.keeps:
             in_memory = min(in_memory, self.layout.cost.slots)  # the rest is theirs
@@ -122,8 +127,8 @@ class Durable:
     def reverse_steps_left(self, key: str = "") -> int:
         """Steps still to be pulled back, by the durable cotangent."""
         path = self._reverse(key)
-        left = int(read_tensors(path)[1]["step"]) if path is not None and path.exists() else self.steps
-        return left - self.start
+        left = self._reverse_step(path) if path is not None else None
+        return (self.steps if left is None else left) - self.start
 
     def refuse_other(self) -> None:
         """Refuse a folder whose digests are another run's: its states may be gone, and drift would be blamed.
@@ -149,11 +154,15 @@ class Durable:
         self._beat = time.monotonic()
 
     def forward_heartbeat(self, state: State) -> None:
-        """Make the state durable if it is time; of these resume points only the last is kept."""
+        """Make the state durable if it is time; of these resume points only the last is kept.
+
+        Of several processes the last two: one may be ahead of another.
+        """
         if not self._due() or self.store.has(state.step):
             return
-        self.store.save(state, self._extra - set(self.store.held), first=self._sync_logs)
-        self._extra = {state.step}
+        still = self._extra[-1:] if self.group.world > 1 else []
+        self.store.save(state, set(self._extra) - {*still, *self.store.held}, first=self._sync_logs)
+        self._extra = [*still, state.step]
 
     def stop_if_asked(self) -> None:
         """End, once what the last heartbeat has made durable is on disk, if somebody asked for it.
@@ -161,7 +170,7 @@ class Durable:
         Raises:
             StoppedError: If somebody did.
         """
-        if asked_to_stop():
+        if self._ending:
             self.store.settle()
             raise StoppedError
 
@@ -197,8 +206,8 @@ class Durable:
             RunError: If the file is another run's, of another query, or broken.
         """
         path = self._reverse(key)
-        if path is None or not path.exists():
-            return cotangent, scores, self.steps
+        if path is None or len(set(self.group.everywhere(self._reverse_step(path)))) > 1 or not path.exists():
+            return cotangent, scores, self.steps  # the sweep starts over, too, where processes were killed between
         tensors, metadata = read_tensors(path)
         read_scores = tensors.pop("scores")
         if metadata.get("identity") != self.identity:
@@ -218,7 +227,8 @@ class Durable:
 
     def write_final(self, final: State) -> None:
         if self.folder:
-            metadata = {"step": str(final.step), "identity": self.identity, "digest": self.digests[final.step]}
+            known = self.store.digests.get(final.step) or tree.digest((final.params, final.moments))
+            metadata = {"step": str(final.step), "identity": self.identity, "digest": known}
             self._sync_logs()
             write_tensors(self._final, tree.named(final), metadata)
 
@@ -228,7 +238,7 @@ class Durable:
         Raises:
             RunError: If its file is another run's, or broken.
         """
-        if self.folder is None or not self._final.exists():
+        if self.folder is None or not all(self.group.everywhere(self._final.exists())):
             return None
         path = self._final
         tensors, metadata = read_tensors(path)
@@ -247,9 +257,14 @@ class Durable:
     def _reverse(self, key: str) -> Path | None:
         return self.folder / f"reverse{'-' if key else ''}{key}.safetensors" if self.folder else None
 
+    def _reverse_step(self, path: Path) -> int | None:
+        """The step of a durable cotangent, if there is one."""
+        return int(read_tensors(path)[1]["step"]) if path.exists() else None
+
     def _due(self) -> bool:
-        waited = time.monotonic() - self._beat >= self.replay.heartbeat
-        if self.folder is None or not (waited or asked_to_stop()):
+        waited, asked = time.monotonic() - self._beat >= self.replay.heartbeat, asked_to_stop()
+        due, self._ending = self.group.agreed((waited or asked, asked))
+        if self.folder is None or not due:
             return False
         self.rest()
         return True

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from retrograd.core.step import State
 from retrograd.core.sweep import Event
+from retrograd.parallel.split import Noting
 from retrograd.runs.journal import Journal
 from retrograd.runs.loggers import Logger, open_loggers
 from retrograd.runs.manifest import Manifest
@@ -54,14 +55,6 @@ class Watcher(Protocol):
     ) -> None: ...
 
 
-@runtime_checkable
-class Noting(Protocol):
-    """An objective of several terms that says what each came to."""
-
-    def noted(self) -> dict[str, float]:
-        """The terms by name, since it was asked last."""
-
-
 class Session:
     """A trajectory in a run's folder, with bars, journal and manifest. See `open_session`."""
 
@@ -77,8 +70,9 @@ class Session:
         watch: Callable[[Session], Watcher] | None = None,
     ) -> None:
         self.setup, self.run, self.manifest, self.bars = setup, run, manifest, bars
-        objective = getattr(setup.training.engine, "objective", None)
-        noted = objective.noted if isinstance(objective, Noting) else dict
+        engine = setup.training.engine
+        noting = engine if isinstance(engine, Noting) else getattr(engine, "objective", None)
+        noted = noting.noted if isinstance(noting, Noting) else dict
         self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers, noted)
         self.watcher = watch(self) if watch is not None else None
         self.trajectory = setup.trajectory(replay, run / "checkpoints", self._observe, logs=[self.journal.path])

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from retrograd.core import tree
 from retrograd.core.engine import Double
-from retrograd.core.optim import SGD, Adam, AdamW, Muon, Optimizer, Params, Schedule
+from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
@@ -26,25 +26,27 @@ from retrograd.lm.model import (
     DTYPES,
     CausalLM,
     load_tokenizer,
-    norms_and_biases,
     only_trained,
-    trainable,
 )
+from retrograd.parallel.group import here
 from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
+from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
+from retrograd.runs.recipe import recipe_of
+from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "Sources", "assemble", "attributed", "find_device", "load_recipe", "optimizer",
-    "owed_bytes", "recipe_of", "set_up", "set_up_recipe",
+    "Differentiated", "Loaded", "Setup", "Sources", "assemble", "attributed", "find_device", "load_recipe",
+    "owed_bytes", "set_up", "set_up_recipe",
 ]  # fmt: skip
 
 
@@ -86,11 +88,18 @@ class Loaded(Setup):
     texts: an excerpt of each document.
     asked: the queries by name.
     parts: the data sets that the rows are from, where there are several sides.
+    after: what parameters become before they are asked, such as by an attack; they are asked as they are when None.
     """
 
     texts: list[str]
     asked: list[Asked]
     parts: Sequence[Part] = ()
+    after: Callable[[Params], Params] | None = None
+
+    @property
+    def doing(self) -> dict[str, Callable[..., Any]]:
+        """As `Ready.doing`, and a part of what is asked."""
+        return {**super().doing, "ask": answering(here(), self.asked)}
 
     @property
     def queries(self) -> Queries:
@@ -107,6 +116,8 @@ class Differentiated(NamedTuple):
         queries: Cotangents that the way back carries at once; 0 for a training that is not attributed.
         run: Folder of the run, for what is said of it.
         begun: The arithmetic of a run that was begun: its replay takes no other.
+        shards: Logical shards; as many as there are processes when None.
+        parallel: How several processes share: "shard", or else every one computes with the whole parameters it is sent.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -114,6 +125,8 @@ class Differentiated(NamedTuple):
     queries: int = 0
     run: Path | None = None
     begun: Arithmetic | None = None
+    shards: int | None = 1
+    parallel: str = "replicate"
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -126,7 +139,7 @@ def assemble(config: MagicConfig) -> Loaded:
     size = config.train.micro_batch_size or config.train.batch_size
     asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
     queries = sum(len(one.columns) for one in asked) + config.sharpness
-    how = Differentiated(config.engine, config.compile, queries, config.run, _begun(config))
+    how = _how(config, queries)
     visited = visits(stream, config.attribute, config.dtype)
     setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
     return attributed(setup, texts, asked)
@@ -146,7 +159,7 @@ def set_up_recipe(config: RecipeConfig) -> Setup:
         ValueError: As `assemble`.
     """
     model, tokenizer, stream, _ = load_recipe(config)
-    how = Differentiated(config.engine, config.compile, 0, config.run, _begun(config))
+    how = _how(config, 0)
     return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
 
 
@@ -201,69 +214,55 @@ def set_up(
         ValueError: If the engine cannot work, the first step is no function or, where a query is to come, it is not
             differentiated right.
     """
+    group = here()
+    how = how._replace(begun=group.agreed(how.begun))  # another rank may have looked later
     if how.begun is not None:
         how.begun.apply()
+    shards = logical_shards(how.shards, how.begun, group, how.run)
     size = train.micro_batch_size or stream.batch_size
-    recipe = recipe_of(train, model, len(stream))
+    recipe = recipe_of(train, model, len(stream), shards)
     dtype = next(model.module.parameters()).dtype
     tf32 = torch.get_float32_matmul_precision() != "highest" and dtype == torch.float32
     kind = (stream.batch_size, len(stream.rows), "tf32" if tf32 else str(dtype).removeprefix("torch."))
     findings = recipe_findings(recipe, *kind) if how.queries else []
     initial = initial_state(recipe, model.params if start is None else start)
-    shape = (min(size, len(stream.rows)), stream.rows.max_length)
+    shape = (-(-min(size, len(stream.rows)) // group.world), stream.rows.max_length)
     loss: Objective = model.objective if objective is None else objective
+    if group.rank:  # what fits differs by rank
+        how = how._replace(engine=group.agreed(how.engine))
     engine = _engine(how, model, loss, shape, train, initial, stream)
-    arithmetic = Arithmetic.here(dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None)
+    if not group.rank:
+        group.agreed(engine.name)
+    arithmetic = Arithmetic.here(
+        dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards
+    )
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
         _prove(training, initial, model, objective, attributed=how.queries > 0)
-    hashes = {
-        "recipe": fingerprint(recipe),
-        "rows": stream.rows.digest()[:16],
-        "model": fingerprint(initial.params),
-        "frozen weights and buffers": fingerprint(held_tensors(model.module)),
-        "the model's configuration and code": architecture(model.module),
-    }
+    hashes = _hashes(recipe, stream.rows, initial, model.module)
+    refuse_unequal(group, hashes, arithmetic)
+    if how.parallel == "shard" and group.world > 1:
+        training = training._replace(engine=in_pieces(engine.engine, shards, group, model, initial, recipe.optimizer))
+    else:
+        training = training._replace(engine=shared(engine.engine, shards, group, stream))
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)
 
 
-def recipe_of(train: TrainConfig, model: CausalLM, steps: int) -> Recipe:
-    """The recipe of a configuration, for a model and so many steps."""
-    spared = norms_and_biases(model.module) if train.spare_norms else ()
-    chosen = optimizer(train, steps, _embeddings(model), spared)
-    return Recipe(chosen, train.max_grad_norm, train.micro_batch_size, train.seed, train.dropout)
+def _hashes(recipe: Recipe, rows: Rows, initial: State, module: nn.Module) -> dict[str, str]:
+    return {
+        "recipe": fingerprint(recipe),
+        "rows": rows.digest()[:16],
+        "model": fingerprint(initial.params),
+        "frozen weights and buffers": fingerprint(held_tensors(module)),
+        "the model's configuration and code": architecture(module),
+    }
 
 
-def optimizer(train: TrainConfig, steps: int, exclude: tuple[str, ...] = (), spared: tuple[str, ...] = ()) -> Optimizer:
-    """The optimizer of a configuration.
-
-    Args:
-        exclude: The matrices that Muon leaves to AdamW.
-        spared: The parameters that do not decay.
-    """
-    lr = _schedule(train, steps)
-    adam = (train.beta1, train.beta2, train.eps, train.eps_root)
-    match train.optimizer:
-        case "sgd":
-            return SGD(lr, train.momentum, train.nesterov, train.weight_decay, spared)
-        case "adam":
-            return Adam(lr, *adam, train.weight_decay, spared)
-        case "adamw":
-            return AdamW(lr, *adam, train.weight_decay, spared)
-        case "muon":
-            return Muon(lr, train.momentum or 0.95, True, train.weight_decay, 5, *adam, exclude, spared)
-    raise ValueError(f"unknown optimizer {train.optimizer!r}; the optimizers are sgd, adam, adamw, muon")
-
-
-def _schedule(train: TrainConfig, steps: int) -> Schedule:
-    ratio = train.warmup_ratio
-    if ratio is None:
-        ratio = 0.3 if train.lr_schedule.startswith("one-cycle") else 0.0
-    warmup = min(steps - 1, math.ceil(ratio * steps)) if train.warmup_steps is None else train.warmup_steps
-    power = 2.0 if train.lr_power is None else train.lr_power
-    return Schedule(train.lr_schedule, train.lr, steps, warmup, power, train.lr_start, train.lr_end)
+def _how(config: RecipeConfig, queries: int) -> Differentiated:
+    asked = (config.engine, config.compile, queries, config.run)
+    return Differentiated(*asked, _begun(config), config.shards, config.parallel)
 
 
 def _begun(config: RecipeConfig) -> Arithmetic | None:
@@ -345,15 +344,6 @@ class Sources(NamedTuple):
     narrow: Callable[[CausalLM, Collection[str]], CausalLM] = only_trained
 
 
-def _embeddings(model: CausalLM) -> tuple[str, ...]:
-    """Names of the input and output embeddings, which Muon leaves to AdamW."""
-    ends = (model.module.get_input_embeddings(), model.module.get_output_embeddings())  # type: ignore[operator]
-    weights = {id(end.weight) for end in ends if hasattr(end, "weight")}
-    named, readers = model.module.named_parameters(remove_duplicate=False), trainable(model.module)[1]
-    found = {readers[name] for name, parameter in named if id(parameter) in weights and name in readers}
-    return tuple(name for name in model.params if name in found)
-
-
 def find_device(name: str, *, tf32: bool = False) -> torch.device:
     """The device of a name; "auto" is a GPU if there is one.
 
@@ -364,6 +354,8 @@ def find_device(name: str, *, tf32: bool = False) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in name and here().world > 1:
+        raise ValueError(f"--device {name} would be the device of every rank: give cuda, and each takes its own")
     try:
         device = torch.device(name)
         torch.zeros((), device=device)

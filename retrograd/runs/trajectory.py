@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from retrograd.core import plan as plans
 from retrograd.core.optim import Cotangent, Moments
 from retrograd.core.residuals import Residuals
 from retrograd.core.slots import BlankLedger, Ledger
-from retrograd.core.step import State, Training, micro_batches_of, needs_gradient, recovered
+from retrograd.core.step import State, Training, initial_state, micro_batches_of, needs_gradient, recovered
 from retrograd.core.sweep import (
     Advanced,
     Event,
@@ -31,11 +31,16 @@ from retrograd.core.sweep import (
     sweep,
 )
 from retrograd.durable import make_folder
+from retrograd.parallel.group import ALONE, here
+from retrograd.parallel.pieces import PieceLedger, Pieces
+from retrograd.parallel.shard import Sharded
+from retrograd.parallel.split import Split
 from retrograd.runs.resume import Durable, first_missing, read_digests
 from retrograd.runs.states.budget import Replay, layout_of
+from retrograd.runs.states.relay import part_of, relay
 from retrograd.runs.states.store import Gradients, Store
 
-__all__ = ["Ready", "Trajectory"]
+__all__ = ["InPieces", "Ready", "Trajectory"]
 
 
 class Trajectory:
@@ -50,6 +55,7 @@ class Trajectory:
         observe: Called with every event.
         logs: Files that `observe` appends to; they are synced before a resume point that comes after.
         ledger: What replayed states are held against; that of the folder when None.
+        pieces: How states lie over processes, each of which has a trajectory of its pieces; None where they are whole.
     """
 
     def __init__(
@@ -62,20 +68,27 @@ class Trajectory:
         observe: Callable[[Event], None] = lambda event: None,
         logs: Sequence[Path] = (),
         ledger: Ledger | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         self.training, self.initial, self.folder, self.observe = training, initial, folder, observe
         self.replay = replay or Replay()
         if folder is not None:
             make_folder(folder)
         self.start, self.steps = initial.step, len(training.stream)
+        group = ALONE if pieces is None else pieces.group
         on_host = all(leaf.device.type == "cpu" for leaf in tree.leaves(initial))
-        self.layout = layout_of(self.replay, training.recipe, initial, self.steps - self.start, on_host=on_host)
-        self.ledger = ledger or Ledger(read_digests(folder) if folder else {})
+        fitting = layout_of(self.replay, training.recipe, initial, self.steps - self.start, on_host=on_host)
+        self.layout = group.agreed(fitting)  # pieces are not all of one size
+        digests = read_digests(folder) if folder else {}
+        digests = {step: digests[step] for step in group.common(digests)}
+        count = training.recipe.pieces
+        self.ledger = ledger or (Ledger(digests, count) if pieces is None else PieceLedger(digests, pieces))
         self.residuals = Residuals.of(training, initial)
-        self.store = Store(initial, folder, identity, self.layout.on_disk, self.ledger.digests)
-        self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk)
+        known = self.ledger.digests if self.ledger.pieces == 1 else {}  # a store's are of what it holds
+        self.store = Store(initial, folder, identity, self.layout.on_disk, known)
+        self.gradients = Gradients(initial.params, folder, identity, self.layout.gradients_on_disk, group)
         kept = (self.layout, self.store, self.gradients, self.ledger.digests)
-        self.durable = Durable(folder, self.steps, self.replay, *kept, logs)
+        self.durable = Durable(folder, self.steps, self.replay, *kept, logs, group)
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
         self._final: State | None = None
 
@@ -132,6 +145,7 @@ class Trajectory:
         curvature: bool = False,
         moments: Moments | None = None,
         reached: Callable[[Cotangent], None] = lambda cotangent: None,
+        query: str | None = None,
     ) -> Tensor:
         """Scores [K, *weights.shape] for the query gradients [K, *shape], from the last durable cotangent if any.
 
@@ -140,13 +154,14 @@ class Trajectory:
             curvature: Estimate the preconditioned Hessian's largest eigenvalue on the way; see `sweep`.
             moments: λ_T's part for the moments, [K, *shape]; zero when None, as for every query of the parameters.
             reached: Shown the cotangent of the first state.
+            query: What tells the gradient, where this is a part of it; its digest when None.
         """
         gradient = {name: gradient[name] for name in self.initial.params}  # files have their own order
+        query = query or tree.digest((gradient, moments))
         queries = next(iter(gradient.values())).shape[0]
         cotangent = seed_cotangent(gradient, self.initial)
         if moments is not None:
             cotangent = cotangent._replace(moments=moments)
-        query = tree.digest((gradient, moments))
         weights = self.training.weights
         scores = torch.zeros((queries, *weights.shape), dtype=weights.dtype)
         cotangent, scores, left = self.durable.read_reverse(cotangent, scores, key, query)
@@ -219,6 +234,68 @@ class Trajectory:
         return self.durable.resumed(left, turn=False), None
 
 
+class InPieces(Trajectory):
+    """A trajectory whose states lie in pieces: every process of a job has one, of its own pieces in its own folder.
+
+    Rank 0's is called by whoever trains, and the others follow it: they are made, train and reverse when it does. What
+    it is given, and gives, is whole. Arguments as for `Trajectory`; of the first state the engine has the pieces.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        initial: State,
+        replay: Replay,
+        folder: Path | None = None,
+        identity: str = "",
+        observe: Callable[[Event], None] = lambda event: None,
+        logs: Sequence[Path] = (),
+    ) -> None:
+        engine = training.engine
+        assert isinstance(engine, Sharded), "parameters in pieces have an engine that gathers them"
+        self.lying, group = engine.lying, engine.group
+        self._whole = (folder, initial, training.recipe, identity)
+        training = training._replace(recipe=self.lying.recipe_of(training.recipe))
+        own = initial_state(training.recipe, engine.first)._replace(step=initial.step)
+        part = None if folder is None else part_of(folder, group.world, group.rank)
+        super().__init__(training, own, replay, part, identity, observe, logs, None, self.lying)
+
+    def train(self) -> State:
+        """As `Trajectory.train`; the parameters are whole, the moments are not."""
+        self.lying.group.call("train")
+        with tree.lying(self.lying):
+            final = super().train()
+        return final._replace(params=self.lying.whole(final.params))
+
+    def reverse(
+        self,
+        gradient: dict[str, Tensor],
+        key: str = "",
+        *,
+        curvature: bool = False,
+        **more: Any,
+    ) -> Tensor:
+        """As `Trajectory.reverse`, of a whole gradient; nothing else can be asked for."""
+        assert not more, "cotangents are in pieces"
+        self.lying.group.call("reverse", gradient, key, curvature)
+        whole = {name: gradient[name] for name in self.lying.shapes}
+        query, own = tree.digest(whole), memory.Owned(self.lying.own(whole))
+        if self.lying.group.rank:
+            gradient.clear()  # whoever serves holds it
+        del gradient, whole
+        with tree.lying(self.lying):
+            return super().reverse(own.take(), key, curvature=curvature, query=query)
+
+    def clean(self, key: str = "") -> None:
+        """As `Trajectory.clean`; what is left is whole."""
+        group, (folder, initial, recipe, identity) = self.lying.group, self._whole
+        group.call("clean", key)
+        super().clean(key)
+        group.collected(None)  # all have
+        if folder is not None and group.rank == 0:
+            relay(folder, initial, recipe, 1, identity)
+
+
 @dataclass(frozen=True, eq=False)
 class Ready:
     """A training ready for its first step: the one place that makes a `Trajectory`.
@@ -247,7 +324,39 @@ class Ready:
             weights: Other data weights than the run's own; `identity` then tells that run from this one.
         """
         training = self.training if weights is None else self.training._replace(weights=weights)
-        return Trajectory(training, self.initial, replay, folder, identity or self.identity, observe, logs)
+        given = (replay, folder, identity or self.identity)
+        engine = training.engine
+        world = engine.group.world if isinstance(engine, Sharded) else 1
+        if folder is not None:
+            relay(folder, self.initial, training.recipe, world, given[-1])
+        if isinstance(engine, Sharded):
+            engine.group.call("trajectory", *given)
+            return InPieces(training, self.initial, *given, observe, logs)
+        return Trajectory(training, self.initial, *given, observe, logs)
+
+    def follow(self) -> NoReturn:
+        """Do what rank 0 does with this training, until it has ended, and end. By the other ranks of a job."""
+        here().serve(self.doing)
+        raise SystemExit(0)
+
+    @property
+    def doing(self) -> dict[str, Callable[..., Any]]:
+        """What the other ranks of a job do for rank 0, by name."""
+        engine = self.training.engine
+        assert isinstance(engine, Split), "a job of several processes has several shards"
+        if not isinstance(engine, Sharded):
+            return engine.doing
+        made = list[InPieces]()
+
+        def make(replay: Replay, folder: Path | None, identity: str) -> None:
+            made.append(InPieces(self.training, self.initial, replay, folder, identity))
+
+        return {
+            "trajectory": make,
+            "train": lambda: made[-1].train(),
+            "reverse": lambda gradient, key, curvature: made[-1].reverse(gradient, key, curvature=curvature),
+            "clean": lambda key: made[-1].clean(key),
+        }
 
     def final(self, weights: Tensor) -> State:
         """The final state at these data weights. Of the way there nothing is kept: for retraining.

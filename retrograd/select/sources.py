@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retrograd.data.documents import load_documents
+from retrograd.data.documents import documents_of
 from retrograd.data.pairs import Part
 from retrograd.data.rows import Rows, build_rows
 from retrograd.lm.checkpoint import read_config
@@ -275,11 +275,11 @@ def _data_set(config: MagicConfig) -> DataSet:
     data = config.data
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     model = read_config(config.model)
-    documents = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
+    documents = documents_of(data)
     text = model.get_text_config(decoder=True)  # of a composite model the part that reads
     longest = data.max_length or getattr(text, "max_position_embeddings", None)
     rows = build_rows(
-        documents, tokenizer, text_column=data.text_column, max_length=None if data.chunk_length else longest,
-        chunk_length=data.chunk_length, min_chars=data.min_chars,
+        documents, tokenizer, text_column=data.text_column, assistant_only_loss=data.assistant_only_loss,
+        max_length=None if data.chunk_length else longest, chunk_length=data.chunk_length, min_chars=data.min_chars,
     )  # fmt: skip
     return DataSet(config, rows, places_of(rows), tokenizer)

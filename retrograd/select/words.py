@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.data.documents import load_documents
+from retrograd.data.documents import documents_of
 from retrograd.data.rows import build_rows
 from retrograd.query.questions import build_questions
 from retrograd.select.places import Places
@@ -36,9 +36,15 @@ def query_tokens(name: str, query: QueryConfig, tokenizer: Any) -> list[list[int
     """
     if query.dataset is None:
         raise ValueError(f"query {name!r} has no text for control bm25: it is a function or a contrast. Leave bm25 out")
-    documents = load_documents(query.dataset, split=query.split, subset=query.subset, limit=query.limit)
+    documents = documents_of(query)
     if query.form == "text":
-        rows = build_rows(documents, tokenizer, text_column=query.text_column, max_length=query.max_length)
+        rows = build_rows(
+            documents,
+            tokenizer,
+            text_column=query.text_column,
+            assistant_only_loss=query.assistant_only_loss,
+            max_length=query.max_length,
+        )
         return [ids.tolist() for ids in rows.input_ids]
     gold = build_questions(documents, tokenizer, form="cloze").gold
     texts = [f"{row['question']} {row['choices'][right]}" for row, right in zip(documents, gold)]

@@ -40,7 +40,8 @@ class ExperimentConfig:
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = tyro.MISSING
-    """YAML file: base, corpora, scores, weightings, methods, seeds, match, tune, report. See docs/experiment.md."""
+    """YAML file: a grid of recipes whose scores are validated; or base, corpora, scores, weightings, methods, seeds,
+    match, tune, report. See docs/experiment.md."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
     """Folder of the experiment. A changed file may use the same folder: what is the same is not computed again."""
     workers: int = 1
@@ -105,6 +106,8 @@ class WeightingSpec:
     of: str | None = None
     keywords: Path | None = None
     """For the control keyword; the one thing that may read the truth of a lab."""
+    files: tuple[str, ...] = ()
+    """Instead: a folder of weights for each forget corpus, as `retrograd select` and `harden` leave them."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class MethodSpec:
     weightings: tuple[str, ...] = ()
     """Which ones it takes; all when empty."""
     corpora: CorporaSpec | None = None
-    """Its own, if it takes no weights by scores: those are of the experiment's."""
+    """Its own; with weights by scores, the experiment's to forget, which those are of."""
     tune: TuneSpec = field(default_factory=TuneSpec)
     """What differs from the experiment's."""
 
@@ -286,10 +289,10 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
         if unknown := set(method.weightings) - set(spec.weightings):
             raise ValueError(f"{path}: method {name} takes the weighting {min(unknown)!r}, and there is none")
         weighed = [one for one in method.weightings or spec.weightings if spec.weightings[one] != WeightingSpec()]
-        if method.corpora is not None and weighed:
+        if method.corpora is not None and method.corpora.forget != spec.corpora.forget and weighed:
             raise ValueError(
-                f"{path}: method {name} has corpora of its own, and weighting {weighed[0]} is of the experiment's: "
-                "give it `weightings` without scores"
+                f"{path}: method {name} has corpora of its own to forget, and weighting {weighed[0]} is of the "
+                "experiment's: give it `weightings` without scores"
             )
         _check_tuning(f"{path}: method {name}", method.tune, spec)
 
@@ -330,11 +333,14 @@ def _check_scores(spec: ExperimentSpec, path: Path) -> None:
 
 def _check_weighting(name: str, weighting: WeightingSpec, spec: ExperimentSpec, path: Path) -> None:
     where = f"{path}: weighting {name}"
+    if weighting.files and (weighting != WeightingSpec(files=weighting.files)
+                            or len(weighting.files) != len(spec.corpora.forget)):  # fmt: skip
+        raise ValueError(f"{where}: `files` stands alone, one for each of {len(spec.corpora.forget)} forget corpora")
     if (weighting.control is None) != (weighting.of is None):
         raise ValueError(f"{where}: `control` and `of` belong together: which weighting's weights go elsewhere?")
     if weighting.control is None:
         changed = [f.name for f in dataclasses.fields(weighting) if getattr(weighting, f.name) != f.default]
-        if not weighting.scores and changed:
+        if not weighting.scores and not weighting.files and changed:
             raise ValueError(f"{where}: {changed[0]} without `scores`; give NAME:query, or nothing for weights of one")
         if weighting.keywords is not None:
             raise ValueError(f"{where}: keywords are for control: keyword")

@@ -7,13 +7,13 @@ import re
 import string
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 
-__all__ = ["build", "fill", "named", "parse_size", "read_yaml"]
+__all__ = ["build", "fill", "named", "parse_size", "read_named", "read_yaml"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -53,6 +53,18 @@ def named(text: str) -> tuple[str, str]:
     if not equals:
         raise ValueError(f"--names {text}: write NAME=VALUE")
     return name, value
+
+
+def read_named(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """As `read_yaml`, with the words of its `names` put where ${word} stands, or others given as "word=value".
+
+    Raises:
+        ValueError: As `read_yaml`, and if a word is not known.
+    """
+    values = read_yaml(path)
+    known = {**(values.pop("names", None) or {}), **dict(named(text) for text in names)}
+    found: dict[str, Any] = fill(values, known, str(path))
+    return found
 
 
 def fill(value: Any, names: Mapping[str, Any], where: str) -> Any:

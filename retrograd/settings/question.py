@@ -13,14 +13,44 @@ A choice loss, in nats, is four_way (among the question's options) or full (of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ChoiceForm", "ChoiceLoss", "Form", "Question", "Source"]
+__all__ = ["COLUMNS", "ChoiceForm", "ChoiceLoss", "Form", "Question", "Source", "names_of"]
 
 ChoiceForm = Literal["letter", "cloze"]
 Form = Literal["letter", "cloze", "text", "generate", "memory", "kl", "depth"]
 ChoiceLoss = Literal["four_way", "full"]
+
+COLUMNS = (
+    "input_ids", "labels", "messages", "tools", "prompt", "completion", "text",
+    "question", "choices", "answer", "subject",
+)  # fmt: skip
+"""What a column can be."""
+
+
+def names_of(columns: Sequence[str]) -> dict[str, str]:
+    """The column of each role, of settings such as "prompt=question".
+
+    Raises:
+        ValueError: If one is no such setting, or a role or a column is named twice.
+
+    >>> names_of(["prompt=instruction", "completion=output"])
+    {'prompt': 'instruction', 'completion': 'output'}
+    """
+    found: dict[str, str] = {}
+    for one in columns:
+        role, equals, name = one.partition("=")
+        if role not in COLUMNS or not equals or not name:
+            raise ValueError(
+                f"columns: {one!r} does not say what a column is; write ROLE=COLUMN, with the role one of "
+                f"{', '.join(COLUMNS)}"
+            )
+        if role in found or name in found.values():
+            raise ValueError(f"columns: {', '.join(columns)} names {role!r} or column {name!r} twice; name each once")
+        found[role] = name
+    return found
 
 
 @dataclass(frozen=True)
@@ -28,13 +58,19 @@ class Source:
     """A data set, and how much of it is read."""
 
     dataset: str | None = None
-    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file."""
+    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or one of them with
+    .gz or .zst behind it."""
     subset: str | None = None
     """Subset ("configuration") of a hub data set."""
     split: str = "train"
     """Split or expression of splits, such as train[:8]."""
     text_column: str | None = None
     """Column of text; found by itself when None (input_ids, messages, prompt and completion, or text)."""
+    columns: tuple[str, ...] = ()
+    """What columns are, where they have other names: prompt=instruction completion=output, or messages=dialogue. Of
+    input_ids, labels, messages, tools, prompt, completion, text; question, choices, answer, subject."""
+    assistant_only_loss: bool = False
+    """Of chats, count what the assistant says alone. Every token of a chat counts otherwise."""
     max_length: int | None = None
     """Cut documents to this many tokens, questions from the left; the model's context length when None."""
     limit: int | None = None

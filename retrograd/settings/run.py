@@ -200,6 +200,7 @@ def _check_belongs(name: str, query: QueryConfig, source: str, changed: list[str
     elif query.form == "text":
         unread, kind = [s for s in changed if s in ("template", "loss", "normalise")], "--query.form text"
     else:
-        unread, kind = [s for s in changed if s == "text_column"], f"--query.form {query.form}"
+        unread = [s for s in changed if s in ("text_column", "assistant_only_loss")]
+        kind = f"--query.form {query.form}"
     if unread:
         raise ValueError(f"query {name!r}: {kind} has no use for {', '.join(unread)}; leave that out")

@@ -14,7 +14,7 @@ __all__ = ["PARALLEL", "SUBMITTED", "SubmitConfig", "SubmitOf", "check_submit"]
 
 SUBMITTED = ("train", "magic", "query", "unlearn", "validate", "verify", "metasmoothness", "attack", "evaluate",
              "experiment", "harden", "select", "compare")  # fmt: skip
-PARALLEL = ("train", "magic", "unlearn", "attack", "validate")  # commands whose steps or retrainings ranks share
+PARALLEL = ("train", "magic", "unlearn", "validate", "evaluate")  # commands that ranks share
 
 
 @dataclass(frozen=True)

@@ -210,11 +210,11 @@ _GENERATE = ("prompt_tokens", "new_tokens")
 _PROBES = ("probe_of", "alias")
 _TEXTS = ("template", "normalise", "group", "expect", *_GENERATE, *_PROBES)
 _UNREAD = {
-    "letter": ("text_column", "normalise", "against", *_GENERATE),
-    "cloze": ("text_column", "against", *_GENERATE),
+    "letter": ("text_column", "assistant_only_loss", "normalise", "against", *_GENERATE),
+    "cloze": ("text_column", "assistant_only_loss", "against", *_GENERATE),
     "text": (*_TEXTS, "against"),
     "generate": ("template", "normalise", "group", "expect", "role", "against", *_PROBES),
     "memory": _TEXTS,
     "kl": (*_TEXTS, "against"),
-    "depth": ("text_column", "normalise", "group", "expect", "against", "probe_of", *_GENERATE),
+    "depth": ("text_column", "assistant_only_loss", "normalise", "group", "expect", "against", "probe_of", *_GENERATE),
 }

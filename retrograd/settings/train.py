@@ -20,7 +20,8 @@ from retrograd.settings.question import Source
 __all__ = [
     "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
     "TrainConfig", "TrainRunConfig",
-    "at_least_1", "check_precision", "check_recipe", "check_train", "check_training", "difference", "finite", "to_dict",
+    "at_least_1", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training", "difference",
+    "finite", "to_dict",
 ]  # fmt: skip
 
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
@@ -31,7 +32,8 @@ class DataConfig(Source):
     """What the model is trained on."""
 
     dataset: str = tyro.MISSING
-    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file."""
+    """Hub name, folder saved by `datasets`, or a .jsonl, .json, .csv, .tsv, .parquet or .txt file, or one of them with
+    .gz or .zst behind it."""
     chunk_length: int | None = None
     """Pack documents into chunks of this many tokens instead; attention stays inside each document. 0, as None: one row
     a document."""
@@ -128,6 +130,9 @@ class LoraConfig:
     """Scale: adapters are multiplied by alpha/rank."""
     target_modules: tuple[str, ...] = ()
     """Names of the layers to adapt; peft's choice for the architecture when empty."""
+    adapter: Literal["merge", "continue"] | None = None
+    """Where --model is a folder of adapters: merge them into their base and train the result as the other settings say,
+    or continue to train them, as they are, on their base. None refuses such a folder."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,15 @@ class RunConfig:
     """YAML file of defaults, such as another run's run_config.yaml; flags override it."""
     overwrite: bool = False
     """Start afresh where the folder holds another run."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """How the processes of a torchrun job share a run. Each takes some of the rows of every micro-batch. replicate:
+    rank 0 has the optimizer and the states between steps; shard: each has its pieces of them. The bits are the same.
+    auto is replicate; without torchrun there is one process."""
+    shards: int | None = None
+    """Logical shards: the parts of a micro-batch that sums over rows are taken in, whose order the bits depend on. Any
+    number of processes that divides it goes on with the run. As many as processes when None."""
+    patience: float = 600.0
+    """Seconds that the processes of a job wait for one of them before they give up."""
 
 
 @dataclass(frozen=True)
@@ -190,14 +204,10 @@ class TrainRunConfig(RecipeConfig, ExportConfig):
 # The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
 _NOT_THE_RUN = (
     "run", "config", "overwrite", "trust_code", "replay", "heartbeat", "sharpness", "engine", "compile", "evaluate",
-    "log", "export",
+    "log", "export", "parallel", "shards", "patience",
 )  # fmt: skip
 _NOT_STORED = {"run", "config", "overwrite", "query_file", "trust_code"}
 GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
-_LATER = {
-    "train.spare_norms": False,
-    "tf32": False,
-}  # what runs did that were begun before there was such a setting, if not None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -208,7 +218,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Lines "name: old → new" for all that makes two configurations different runs."""
-    flat_old, flat_new = ({**_LATER, **_flatten(values)} for values in (old, new))
+    flat_new = _flatten(new)
+    # a run that was begun before there was such a setting did without
+    off: dict[type, Any] = {bool: False, list: []}
+    without = {name: off[type(value)] for name, value in flat_new.items() if type(value) in off}
+    flat_old = {**without, **_flatten(old)}
     names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
     return [
         f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
@@ -260,6 +274,18 @@ def check_recipe(config: RecipeConfig) -> None:
     if data.max_length is not None and data.chunk_length is not None:
         raise ValueError("--data.max_length and --data.chunk_length exclude each other: cut documents, or pack them")
     check_on_the_way(config.evaluate)
+    check_ranks(config)
+
+
+def check_ranks(config: RunConfig) -> None:
+    """As `check_train`, for how processes share a run.
+
+    Raises:
+        ValueError: As `check_train`.
+    """
+    at_least_1({"shards": config.shards})
+    if not 0 < config.patience < math.inf:
+        raise ValueError(f"--patience is {config.patience}; it has to be a number of seconds above 0")
 
 
 def check_training(train: TrainConfig, lora: LoraConfig) -> None:
@@ -275,6 +301,11 @@ def check_training(train: TrainConfig, lora: LoraConfig) -> None:
         raise ValueError(f"--train.max_grad_norm is {train.max_grad_norm}; it has to be above 0")
     if lora.rank is not None and lora.rank < 0:  # None: the method's own, of unlearning
         raise ValueError(f"--lora.rank is {lora.rank}; it has to be at least 1, or 0 for no adapters")
+    if lora.adapter == "continue" and (lora.rank != 0 or lora.target_modules):
+        raise ValueError(
+            f"--lora.adapter continue trains the adapters of --model, and --lora.rank is {lora.rank}, with "
+            f"{len(lora.target_modules)} target modules: leave both out (rank 0), or merge and train new ones"
+        )
 
 
 def _check_schedule(train: TrainConfig) -> None:

@@ -12,6 +12,7 @@ import tyro
 
 from retrograd.settings.on_the_way import check_on_the_way
 from retrograd.settings.parse import build
+from retrograd.settings.question import COLUMNS
 from retrograd.settings.run import AttributedConfig, QueryConfig, ReplayConfig, check_attributed
 from retrograd.settings.train import (
     DataConfig,
@@ -21,17 +22,18 @@ from retrograd.settings.train import (
     TrainConfig,
     at_least_1,
     check_precision,
+    check_ranks,
     check_training,
     finite,
 )
 
 __all__ = [
     "ONES", "UnlearnConfig", "UnlearnLoraConfig", "UnlearnTrainConfig", "check_unlearn", "parse_source",
-    "refuse_method", "with_objective",
+    "refuse_method", "with_objective", "ChainConfig",
 ]  # fmt: skip
 
 ONES = "ones"
-_SOURCE = ("subset", "split", "text_column", "limit")
+_SOURCE = ("subset", "split", "text_column", "limit", "assistant_only_loss")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     Each has settings of its own, --objective.*: `retrograd unlearn METHOD --help` shows them.
 
     A data set is a hub name or a file, and may be followed by what to read of it, as in
-    `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`.
+    `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`, or with what
+    its columns are: `--retain dialogues.jsonl,messages=dialogue,assistant_only_loss=true`.
 
     `--attribute tokens --query.dataset …` also gives the exact score of every forget and retain token for the
     unlearned model's loss on that query.
@@ -112,6 +115,14 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     retain rows, or one per document."""
 
 
+@dataclass(frozen=True)
+class ChainConfig(UnlearnConfig):
+    """An unlearning whose queries are asked after an attack, as `retrograd attack --attribute` leaves it."""
+
+    chain: tyro.conf.Suppress[tuple[Any, ...]] = ()
+    """The attack's phases, as plain settings, each with the hashes of what it trains on."""
+
+
 def with_objective(defaults: Any, *, adapters: bool = False) -> type[UnlearnConfig]:
     """The configuration with the settings of a method, by its defaults, as `objective`.
 
@@ -137,9 +148,13 @@ def parse_source(text: str, config: UnlearnConfig) -> DataConfig:
     """
     if Path(text).exists():
         return DataConfig(text, max_length=config.max_length, min_chars=config.min_chars)
-    name, *settings = re.split(rf",(?=(?:{'|'.join(_SOURCE)})=)", text)
-    values = dict(setting.split("=", 1) for setting in settings)
-    found = {"dataset": name, "max_length": config.max_length, "min_chars": config.min_chars, **values}
+    name, *settings = re.split(rf",(?=(?:{'|'.join((*_SOURCE, *COLUMNS))})=)", text)
+    values: dict[str, Any] = dict(setting.split("=", 1) for setting in settings)
+    columns = tuple(f"{role}={values.pop(role)}" for role in COLUMNS if role in values)
+    if "assistant_only_loss" in values:
+        values["assistant_only_loss"] = {"true": True, "false": False}.get(values["assistant_only_loss"].lower())
+    given = {"max_length": config.max_length, "min_chars": config.min_chars, "columns": columns}
+    found = {"dataset": name, **given, **values}
     source: DataConfig = build(DataConfig, found, f"data set {text!r}")
     return source
 
@@ -165,6 +180,9 @@ def check_unlearn(config: UnlearnConfig) -> None:
     """
     check_precision(config)
     check_training(config.train, config.lora)
+    check_ranks(config)
+    if config.parallel == "shard":
+        raise ValueError("--parallel shard is for train and magic; unlearn shares steps by --parallel replicate")
     check_on_the_way(config.evaluate)
     _check_attribution(config)
     at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,

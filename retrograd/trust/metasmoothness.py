@@ -70,7 +70,8 @@ def _found(config: MetasmoothnessConfig) -> Smoothness:
     if path.exists():
         value = json.loads(path.read_text(encoding="utf8"))["value"]
     else:
-        value = smoothness(*_finals(config, loaded, manifest, folder / key))
+        finals = _finals(config, loaded, manifest, folder / key)
+        value = smoothness(*(finals if loaded.after is None else map(loaded.after, finals)))
         write_json(path, {**_judge(value, config.train)._asdict(), "h": config.h, "seed": config.noise_seed})
         shutil.rmtree(folder / key, ignore_errors=True)
     return _judge(value, config.train)

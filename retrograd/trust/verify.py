@@ -24,6 +24,7 @@ from torch import Tensor
 
 from retrograd.core import check, tree
 from retrograd.core.optim import Params
+from retrograd.core.slots import digest_of
 from retrograd.core.step import Batch, NonFiniteError, State, Stream, Training
 from retrograd.core.sweep import metagradient
 from retrograd.lm.model import CausalLM
@@ -149,13 +150,14 @@ def _objective_check(model: CausalLM, longest: int) -> Check:
 class _Ledger:
     """Compares replayed states with the digests of the run, and shows how far the replay is."""
 
-    def __init__(self, expected: dict[int, str], move: Callable[[int], None]) -> None:
-        self.expected, self.move = expected, move
+    def __init__(self, run: Opened, move: Callable[[int], None]) -> None:
+        self.expected, self.move = digests(run), move
+        self.pieces = run.loaded.training.recipe.pieces
         self.same: set[int] = set()
         self.drifted: list[int] = []
 
     def __call__(self, state: State) -> None:
-        found = tree.digest((state.params, state.moments))
+        found = digest_of(state, self.pieces)
         if self.expected.get(state.step) == found:
             self.same.add(state.step)
         else:
@@ -177,7 +179,7 @@ class _Ledger:
 def _replayed(config: VerifyConfig, run: Opened, scores: Tensor | None, bars: Bars) -> Iterator[Check]:
     """Replay, query and adjoint identity, from one pass through training."""
     training, params = run.loaded.training, run.loaded.initial.params
-    ledger = _Ledger(digests(run), lambda step: bars.move("replay", step))
+    ledger = _Ledger(run, lambda step: bars.move("replay", step))
     adjoint = [Check("adjoint", "not checked", "the scores cannot be used" if scores is None else COARSE)]
     final, pushed = None, None
     if scores is not None and _dtype(params) in ADJOINT:
@@ -187,7 +189,7 @@ def _replayed(config: VerifyConfig, run: Opened, scores: Tensor | None, bars: Ba
         except Exception as error:
             adjoint = [Check("adjoint", "not checked", f"the forward tangent stopped with {told(error)}")]
     if final is None:
-        ledger = _Ledger(digests(run), lambda step: bars.move("replay", step))
+        ledger = _Ledger(run, lambda step: bars.move("replay", step))
         try:
             final = check.train(training, params, observe=ledger)
         except NonFiniteError as error:

@@ -23,6 +23,7 @@ __all__ = [
     "check_attributable",
     "check_changed",
     "check_reference",
+    "check_shards",
     "check_start",
     "check_stream",
     "check_weights",
@@ -46,6 +47,19 @@ def check_attributable(method: Method, settings: Settings | None = None) -> None
         raise ValueError(
             f"runs of {method.name} cannot be attributed: {why}. Scores through it would be wrong. "
             "Leave --attribute out, or take another method"
+        )
+
+
+def check_shards(method: Method, shards: int) -> None:
+    """Logical shards change no result where micro-batches add up.
+
+    Raises:
+        ValueError: If the method compares rows of one micro-batch, and shards would part them.
+    """
+    if shards > 1 and not method.additive:
+        raise ValueError(
+            f"{method.name} compares the forget rows of one micro-batch, and {shards} logical shards would part them: "
+            "the objective would be another one. Run it in one process, without torchrun and --shards"
         )
 
 

@@ -15,6 +15,7 @@ from retrograd.data.pairs import PairStream, Part, joined, parts_of
 from retrograd.data.rows import Rows
 from retrograd.lm.checkpoint import model_width
 from retrograd.lm.model import DTYPES, CausalLM
+from retrograd.parallel.group import here
 from retrograd.query.named import load_queries
 from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import (
@@ -78,6 +79,7 @@ def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -
     fitted = method.fitted_to(model, reference, stream, settings)
     objective = method.objective(model, reference, settings, fitted)
     guards.check_stream(objective, stream, train.micro_batch_size)
+    guards.check_shards(method, config.shards or here().world)
     guards.check_reference(objective, model.params, stream[0])
     start = perturbed(model.params, method.perturb, train.seed) if method.perturb else model.params
     if method.edit is not None:
@@ -93,7 +95,7 @@ def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -
         *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
         *([fitted.digest] if fitted else []),
     )  # fmt: skip
-    how = Differentiated(queries=queries, run=config.run, begun=begun)
+    how = Differentiated(queries=queries, run=config.run, begun=begun, shards=config.shards)
     return set_up(model, loaded.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
 
 
@@ -123,7 +125,9 @@ def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
     rank, alpha = config.lora.rank, config.lora.alpha
     if rank is None:
         rank = method.adapter_rank(model_width(config.model))
-    return LoraConfig(rank, float(rank) if alpha is None else alpha, config.lora.target_modules)
+    return LoraConfig(
+        rank, float(rank) if alpha is None else alpha, config.lora.target_modules, adapter=config.lora.adapter
+    )
 
 
 def read(config: UnlearnConfig, method: Method, sources: Sources | None = None) -> Read:

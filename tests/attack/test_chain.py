@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,21 @@ import tiny
 import torch
 from torch import Tensor
 
+from retrograd.attack import chained
 from retrograd.attack.chain import check_chain, forget_queries, unlearning_of
 from retrograd.attack.finetune import After, set_up_phase
 from retrograd.attack.folder import read_folder
 from retrograd.cli import main
+from retrograd.runs.files import read_tensors, write_tensors
+from retrograd.runs.kinds import read_settings
 from retrograd.runs.states.budget import Replay
 from retrograd.settings.attack import Finetune, PhaseConfig
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import Task
 from retrograd.settings.train import LoraConfig, TrainConfig
-from retrograd.settings.unlearn import UnlearnConfig, UnlearnLoraConfig
+from retrograd.settings.unlearn import ChainConfig, UnlearnConfig, UnlearnLoraConfig
 from retrograd.trust.left_out import random_subset, without
+from retrograd.trust.smoothness import metasmoothness, perturbed
 from retrograd.unlearn.setup import assemble
 
 PLAN = Replay(plan="all", memory=1 << 30, disk=0)
@@ -137,6 +142,51 @@ def test_sets_left_out_are_retrained_and_held_against_the_scores(attacked: Path,
     told = json.loads((run / "validation.json").read_text())
     assert told["sets"] == 3
     assert told["interval"][0] <= told["lds"] <= told["interval"][1]
+
+
+@pytest.mark.slow
+def test_its_folder_is_verified_validated_and_judged_like_any_other(
+    attacked: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place_of(attacked) / "unlearn", run)
+    assert main(["verify", str(run), "--steps", "2", "--strict"]) == 0
+    told = json.loads((run / "verify.json").read_text())
+    assert told["verdict"] == "certified"
+    checks = {check["name"]: check for check in told["checks"]}
+    for name in ("query", "adjoint", "retraining", "float64 adjoint", "float64 retraining"):
+        assert checks[name]["verdict"] == "passed", name
+    assert main(["validate", str(run), "--subsets", "3", "--fraction", "0.2", "--tokens", "True"]) == 0
+    assert main(["metasmoothness", str(run), "--h", "0.01"]) == 0
+    loaded = chained.assemble(read_settings(run))
+    assert loaded.after is not None
+    final = loaded.trajectory(PLAN).train().params
+    finals = [loaded.after(loaded.trajectory(PLAN, weights=perturbed(loaded.training.weights, k * 0.01, 0), identity="x").train().params)
+              for k in range(3)]  # fmt: skip
+    (path,) = (run / "metasmoothness").glob("*.json")
+    assert json.loads(path.read_text())["value"] == pytest.approx(metasmoothness(*finals), abs=1e-9)
+    values, slopes = loaded.queries(final)
+    assert float(values) == pytest.approx(float(value(world, tmp_path / "x")), rel=1e-9)
+    direct = chained.unlearning.assemble(read_settings(run)).queries(final)
+    assert abs(float(values) / float(direct[0]) - 1) > 1e-3  # the attack counts
+    assert all(slopes[name].shape == direct[1][name].shape for name in slopes)
+    tensors, about = read_tensors(run / "queries/asked/gradient.safetensors")
+    name = next(name for name in tensors if name.startswith("gradient."))
+    write_tensors(run / "queries/asked/gradient.safetensors", {**tensors, name: 1.01 * tensors[name]}, about)
+    assert main(["verify", str(run), "--steps", "0", "--directions", "0"]) == 1  # a gradient that is not the chain's
+    capsys.readouterr()
+    text = (world / "attack.jsonl").read_text()
+    (world / "attack.jsonl").write_text(text + text.splitlines()[0] + "\n")
+    try:
+        with pytest.raises(ValueError, match="which is gone or has changed"):
+            chained.assemble(read_settings(run))
+    finally:
+        (world / "attack.jsonl").write_text(text)
+
+
+def test_a_folder_that_does_not_tell_its_attack_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not tell its attack"):
+        chained.assemble(ChainConfig(run=tmp_path))
 
 
 @pytest.mark.slow

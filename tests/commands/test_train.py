@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import tiny
 import torch
 
 from retrograd.cli import main
-from retrograd.lm.model import load_causal_lm
+from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.runs.files import read_tensors
 
 RECIPE = ["--train.lr", "1e-2", "--train.epochs", "2", "--train.batch_size", "4", "--train.eps_root", "1e-6"]
@@ -123,3 +124,22 @@ def _kill_after(arguments: list[str], run: Path, step: int) -> None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def test_documents_that_were_cut_are_told(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(world, tmp_path / "run", "--data.max_length", "4")) == 0
+    tokenizer = load_tokenizer(str(world / "model"))
+    cut = sum(len(tokenizer(text)["input_ids"]) > 4 for text in tiny.sentences(20))
+    told = f"warning: --data.dataset {world}/train.jsonl: {cut} of 20 documents were cut to 4 tokens"
+    assert told in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["rows"]["truncated"] == cut
+
+
+def test_columns_of_other_names_and_packed_files(world: Path, tmp_path: Path) -> None:
+    rows = [{"body": text, "text": "a cat"} for text in tiny.sentences(20)]
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    named = ["--data.dataset", str(tmp_path / "rows.jsonl.gz"), "--data.columns", "text=body"]
+    assert main(command(world, tmp_path / "run", *named)) == 0
+    assert main(command(world, tmp_path / "plain")) == 0
+    ours, theirs = final(tmp_path / "run"), final(tmp_path / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

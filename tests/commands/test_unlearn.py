@@ -299,3 +299,5 @@ def test_help_names_every_method_and_a_source_may_be_narrowed() -> None:
     source = parse_source("hub/name,subset=a,split=train[:8],text_column=page,limit=3", UnlearnConfig(max_length=9))
     assert (source.dataset, source.subset, source.split) == ("hub/name", "a", "train[:8]")
     assert (source.text_column, source.limit, source.max_length) == ("page", 3, 9)
+    chats = parse_source("a.jsonl,messages=talk,limit=2,assistant_only_loss=true,tools=given", UnlearnConfig())
+    assert (chats.columns, chats.limit, chats.assistant_only_loss) == (("messages=talk", "tools=given"), 2, True)

@@ -531,7 +531,7 @@ def test_a_chat_the_template_refuses_is_named() -> None:
     good, bad = [{"role": "user", "content": "a"}], [{"role": "bad", "content": "a"}]
     with pytest.raises(ValueError, match="document 2: the chat template refuses it: no such role"):
         build_rows(of(messages=[good, [], bad]), tokenizer(chat=True))
-    with pytest.raises(ValueError, match="document 0: the chat template refuses it"):
+    with pytest.raises(ValueError, match="document 0 is str 'a chat as text', not a list of messages"):
         build_rows(of(messages=["a chat as text"]), tokenizer(chat=True))
 
 

@@ -24,7 +24,7 @@ from retrograd.data.rows import build_rows, pad
 from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.depth import LEAST, depths, patched
 from retrograd.evaluate.evaluate import evaluate
-from retrograd.evaluate.memory import by_heart, extraction, largest
+from retrograd.evaluate.memory import Memory, by_heart, extraction, largest
 from retrograd.evaluate.metrics import METRICS, Given, Sampled, auc, check_column, estimated, metrics_of, truth_ratios
 from retrograd.evaluate.on_the_way import prepare_on_the_way
 from retrograd.lm.model import load_causal_lm, load_tokenizer
@@ -84,6 +84,23 @@ def test_the_auc_is_that_of_mann_and_whitney() -> None:
     draw = np.random.default_rng(1)
     members, others = draw.integers(0, 6, 30), draw.integers(0, 5, 20)
     assert auc(members, others) == pytest.approx(mannwhitneyu(members, others).statistic / 600)
+
+
+def memory(nats: list[float], min_k: list[float], size: int = 10) -> Memory:
+    n = len(nats)
+    return Memory(nats, [4] * n, [0.0] * n, [0.0] * n, min_k, min_k, [size * (k + 1) for k in range(n)], list(range(n)))
+
+
+def test_membership_is_guessed_from_losses_as_published() -> None:
+    tasks = {"in": Task("x", form="memory", against="out"), "out": Task("x", form="memory")}
+    model = {"in": memory([1.0, 2.0], [1.0, 4.0]), "out": memory([1.5, 3.0], [3.0, 5.0])}
+    never = {"in": memory([2.0, 2.0], [2.0, 2.0]), "out": memory([2.0, 2.5], [2.0, 1.0])}
+    found = {name: one["value"] for name, one in metrics_of(Given("in", tasks, model, never)).items()}
+    assert found["mia_loss"] == 3 / 4  # 1 below 1.5 and 3, 2 below 3 alone
+    assert found["mia_zlib"] == 1.0  # 1/10 and 2/20 nats a byte, against 1.5/10 and 3/20
+    assert found["mia_min_k"] == 3 / 4
+    assert found["mia_reference"] == 3 / 4  # 1 and 0 above the other model, against 0.5 and −0.5
+    assert found["privleak"] == pytest.approx((1 / 4 - 3 / 4) / (3 / 4))  # of the one that never knew the AUC is 1/4
 
 
 def test_extraction_strength_is_the_share_that_need_not_be_given() -> None:

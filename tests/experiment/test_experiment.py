@@ -62,6 +62,23 @@ def test_every_task_is_done_once_and_the_table_has_every_arm(done: Path) -> None
     assert "## Missing" not in text
 
 
+def test_weights_from_files_are_those_of_the_weighting_that_made_them(done: Path, world: Path, tmp_path: Path) -> None:
+    before = arms.outcomes(done / "out")
+    made = next(Path(one["place"]) / "weights" for name, one in before.items() if name.startswith("select.value"))
+    file = arms.write(tmp_path / "files.yaml", weightings={"mine": {"files": [str(made)]}}, seeds=1)
+    assert run(file, tmp_path / "out", world) == 0
+    (name,) = (name for name in arms.outcomes(tmp_path / "out") if name.startswith("measure.report-npo-mine-s0"))
+    same = next(one for name, one in before.items() if name.startswith("measure.report-npo-value-s0"))
+    assert arms.outcomes(tmp_path / "out")[name]["digest"] == same["digest"]
+
+
+def test_weights_from_files_stand_alone(world: Path, tmp_path: Path) -> None:
+    for weighting in ({"files": ["a", "b"]}, {"files": ["a"], "q": 0.2}):
+        file = arms.write(tmp_path / "one.yaml", weightings={"mine": weighting})
+        with pytest.raises(ValueError, match="`files` stands alone, one for each of 1 forget corpora"):
+            read_experiment(file, (f"world={world}",))
+
+
 @pytest.mark.slow
 def test_running_again_does_nothing_and_a_changed_file_what_is_new(done: Path, world: Path) -> None:
     before = arms.outcomes(done / "out")

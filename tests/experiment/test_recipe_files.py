@@ -37,13 +37,14 @@ def names(world: Path, split: bool, recipe: str = "phase2") -> list[str]:
     """The real names of the original recipes changed to those of the tiny world."""
     found = {
         "base": "base", "never": "never", "forget": "forget.jsonl", "retain": "retain.jsonl", "wmdp": "q_go.jsonl",
-        "mmlu": "q_stay.jsonl", "report_tasks": "tasks.yaml", "tune_rows": "tune.jsonl", "report_rows": "report.jsonl",
+        "mmlu": "q_stay.jsonl", "report_tasks": "tasks.yaml", "tune_rows": "tune.jsonl", "high_g": "retain.jsonl", "report_rows": "report.jsonl",
     }  # fmt: skip
     plain = {"max_length": "", "k": "3", "batch_size": "4", "lr": "1e-3", "wmdp_split": "train", "wmdp_form": "cloze",
              "mmlu_split": "train", "mmlu_form": "cloze", "mmlu_subset": "", "high": "1", "budget": "100", "steps": "1", "train_lr": "1e-3", "budget_first": "100",
              **{f"wmdp_{n}": "" for n in range(1, 7)}}  # fmt: skip
     if "approaches" not in recipe:
         plain = {name: value for name, value in plain.items() if name not in ("train_lr", "budget_first")}
+        del found["high_g"]
     if not split:
         found = {name: value for name, value in found.items() if name not in ("never", "tune_rows", "report_rows")}
     return [f"{name}={world / value}" for name, value in found.items()] + [f"{n}={v}" for n, v in plain.items()]
@@ -124,7 +125,7 @@ def tiny_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe,more", [
     ("attacked_methods", ["suite=[{data: half, lr: 1e-3, steps: 1}]", "epochs=1"]),
-    ("beliefs", ["epochs=1", "seeds=1", "steps=1", "budget=100", "attack_steps=1"]),
+    ("beliefs", ["suite=[{data: half, lr: 1e-3, steps: 1}]", "epochs=1", "seeds=1", "steps=1", "budget=100"]),
 ])  # fmt: skip
 def test_recipes_under_attack_run_on_a_tiny_lab(recipe: str, more: list[str], tiny_lab: Path, tmp_path: Path) -> None:
     flags = [word for name in (f"lab={tiny_lab}", *more) for word in ("--names", name)]
@@ -140,7 +141,7 @@ SIX = {"guided_breakers", "selected_corpus", "two_phases", "representation", "as
 @pytest.mark.parametrize("recipe", ["lab", "original"])
 def test_each_approach_stands_against_its_unweighted_form_and_matched_random_tokens(recipe: str) -> None:
     spec = read_experiment(RECIPES / recipe / "approaches.yaml")
-    assert set(spec.methods) == SIX | {"curriculum_reversed", "curriculum_shuffled"}
+    assert set(spec.methods) == SIX | {"ascent_orth_high_g", "curriculum_reversed", "curriculum_shuffled"}
     assert len(spec.seeds) >= 5
     for name in SIX:
         arms_of = spec.methods[name].weightings

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retrograd import DataStream, Trainer
-from retrograd.lm import save
+from retrograd.lm import adapters
 from retrograd.lm.model import CausalLM, bound_model, load_causal_lm, load_tokenizer
 from retrograd.lm.save import save_causal_lm
 from retrograd.optim import adamw
@@ -213,7 +213,7 @@ def test_adapters_on_tied_weights_are_saved_as_the_model_that_was_measured(tmp_p
 def test_adapters_that_change_both_of_two_tied_weights_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(save, "_untie", lambda adapted: None)
+    monkeypatch.setattr(adapters, "_untie", lambda adapted: None)
     source = saved(tmp_path, "qwen2-tied")
     lm = adapted(source, "lm_head")
     with pytest.raises(ValueError, match=r"adapters cannot be merged .* logits move by .*Choose other --lora.target"):

@@ -80,7 +80,10 @@ def test_memory_of_a_pullback_is_what_it_holds() -> None:
 def test_what_is_kept_lies_where_the_layout_puts_it() -> None:
     every = layout(Replay("all", memory=1000, disk=10_000), 8, 300, 100, elementwise=True)
     found = kept_of(every, 100)
-    assert (found.memory, found.disk) == (3 * 300 + 2 * 300, 4 * 300)  # two more on their way; the first is never written
+    assert (found.memory, found.disk) == (
+        3 * 300 + 2 * 300,
+        4 * 300,
+    )  # two more on their way; the first is never written
     assert found.moved == (every.cost.snapshots + every.cost.restores) * 300
     assert found.written == int(found.moved * 4 / 8)
     grads = layout(Replay("gradients", slots=2), 8, 300, 100, elementwise=True)

@@ -16,7 +16,7 @@ from retrograd.core.optim import AdamW, Schedule
 from retrograd.lm.model import load_causal_lm, norms_and_biases, trainable
 from retrograd.runs.files import read_tensors
 from retrograd.runs.identity import canonical
-from retrograd.runs.setup import optimizer
+from retrograd.runs.recipe import optimizer
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig, check_training, difference, to_dict
 
 PUBLISHED = {
@@ -149,3 +149,11 @@ def test_settings_that_came_later_leave_earlier_runs_what_they_were() -> None:
     assert difference(old, to_dict(RecipeConfig(model="m"))) == []
     changed = to_dict(RecipeConfig(model="m", train=TrainConfig(spare_norms=True)))
     assert difference(old, changed) == ["train.spare_norms: False → True"]
+
+
+def test_a_setting_that_a_begun_run_did_not_know_and_that_is_off_is_no_difference() -> None:
+    new = to_dict(RecipeConfig(model="m"))
+    for name, off, on in (("columns", [], ["text=body"]), ("assistant_only_loss", False, True)):
+        old = {**new, "data": {key: value for key, value in new["data"].items() if key != name}}
+        assert difference(old, new) == []
+        assert difference(old, {**new, "data": {**new["data"], name: on}}) == [f"data.{name}: {off} → {on}"]

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from unlearning import evened, language_model, pairs, started
+from unlearning import OPTIMIZERS, evened, language_model, pairs, query, started
 
-from retrograd.core.step import coefficients, micro_batches
+from retrograd.core import check
+from retrograd.core.engine import Double
+from retrograd.core.step import Recipe, Training, coefficients, micro_batches
+from retrograd.core.sweep import metagradient
 from retrograd.data.pairs import FORGET
 from retrograd.lm.outputs import outputs_of
 from retrograd.unlearn import guards
@@ -142,6 +145,21 @@ def test_removal_stops_beyond_the_budget_and_goes_on_within_it() -> None:
     assert broken_laws(TWO, wide) == []
     with pytest.raises(ValueError, match="two_phase needs a reference"):
         TWO.objective(lm, None, wide)
+
+
+@pytest.mark.parametrize(("method", "changes"), [
+    (SEQUENTIAL, {"l2_sp": 0.05}), (TWO, {"budget": 0.02, "switch": 0.9}), (TWO, {"budget": 1e6, "switch": 0.9}),
+])  # fmt: skip
+def test_their_metagradients_agree_with_retraining(method: Any, changes: dict[str, Any]) -> None:
+    """A budget of 0.02 is kept at some steps and not at others."""
+    lm, stream = language_model(layers=1), pairs(method)
+    objective, params = started(method, lm, evened(method, **changes))
+    weights = 0.6 + torch.rand(stream.weights.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    run = Training(Recipe(OPTIMIZERS["adamw"]), Double(objective), stream, weights)
+    scores = metagradient(run, params, query(lm))[1][0]
+    v = torch.randn(weights.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    measured = check.central_difference(run, params, query(lm), v, 2e-5)[0]
+    assert check.relative_error(torch.sum(scores * v), measured) < 1e-6
 
 
 @pytest.mark.parametrize(("method", "changes", "match"), [

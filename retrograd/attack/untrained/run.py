@@ -11,7 +11,7 @@ from retrograd.attack.untrained.attacks import find_untraining, strengths_of
 from retrograd.attack.untrained.contract import Given
 from retrograd.core import tree
 from retrograd.core.optim import Params
-from retrograd.data.documents import load_documents
+from retrograd.data.documents import documents_of
 from retrograd.data.pairs import joined
 from retrograd.data.rows import Rows
 from retrograd.evaluate.answers import write_measured
@@ -125,7 +125,7 @@ def _source(key: str, sources: dict[str, tuple[str, ...]], name: str) -> tuple[s
 def _solved(source: str) -> list[str]:
     data = _data(source)
     assert data.dataset is not None, "a source has a name"
-    rows = load_documents(data.dataset, split=data.split, subset=data.subset, limit=data.limit)
+    rows = documents_of(data)
     if not {"prompt", "completion"} <= set(rows.column_names):
         raise ValueError(f"{source}: solved questions have the columns prompt and completion")
     return [prompt + completion for prompt, completion in zip(rows["prompt"], rows["completion"])]

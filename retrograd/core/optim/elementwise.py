@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from retrograd.core import memory
+from retrograd.core import memory, tree
 from retrograd.core.optim.protocol import Params
 
 __all__ = ["Formula", "elementwise", "is_traced"]
@@ -32,18 +32,19 @@ def elementwise(
     Args:
         at: Trees of the leaves [*shape] that the formula is given.
         bar: Trees of cotangents [K, *shape] that it is given; none for an update.
-        like: What each result is like. Whatever the formula returns beyond those is added up, over pieces and leaves.
+        like: What each result is like. Whatever the formula returns beyond those is added up, over pieces, leaves and
+            the processes that have some.
     """
 
     def apply(leaves: Sequence[Tensor], wide: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         results = formula(leaves, wide)
         return results[: len(like)], results[len(like) :]
 
-    queries = max((len(x) for tree in bar for x in tree.values()), default=1)
+    queries = max((len(x) for one in bar for x in one.values()), default=1)
     found: list[Params] = [{} for _ in like]
     sums: list[Tensor] = []
     for names in _groups([*at, *bar]):
-        leaves, wide, patterns = ([[tree[name] for name in names] for tree in trees] for trees in (at, bar, like))
+        leaves, wide, patterns = ([[one[name] for name in names] for one in trees] for trees in (at, bar, like))
         if len(names) == 1:
             single = ([x[0] for x in leaves], [x[0] for x in wide], [x[0] for x in patterns])
             results, more = _in_pieces(apply, *single, queries)
@@ -53,10 +54,10 @@ def elementwise(
             results, more = apply([torch.cat([x.flatten() for x in each]) for each in leaves], joined)
             sizes = [x.numel() for x in leaves[0]] if leaves else [x[0].numel() for x in wide[0]]
             parts = [list(x.split(sizes, -1)) for x in results]
-        for tree, each, pattern in zip(found, parts, patterns, strict=True):
-            tree.update({name: x.view(p.shape) for name, x, p in zip(names, each, pattern, strict=True)})
+        for result, each, pattern in zip(found, parts, patterns, strict=True):
+            result.update({name: x.view(p.shape) for name, x, p in zip(names, each, pattern, strict=True)})
         sums = _added(sums, more)
-    return found, sums
+    return found, [tree.total(x) for x in sums]
 
 
 def is_traced(x: Tensor) -> bool:
@@ -76,8 +77,8 @@ def _groups(trees: Sequence[Params]) -> list[list[str]]:
     groups, filled, before = list[list[str]](), 0, None
     for name, leaf in trees[0].items():
         odd = leaf.numel() * leaf.element_size() % 64 != 0
-        alone = odd or leaf.device.type not in _JOINED or any(is_traced(tree[name]) for tree in trees)
-        kind = None if alone else [(tree[name].dtype, tree[name].device) for tree in trees]
+        alone = odd or leaf.device.type not in _JOINED or any(is_traced(one[name]) for one in trees)
+        kind = None if alone else [(one[name].dtype, one[name].device) for one in trees]
         filled += leaf.numel()
         if kind is None or kind != before or filled > _BUCKET:
             groups.append([])

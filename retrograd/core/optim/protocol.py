@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from retrograd.core import tree
+
 __all__ = [
     "Cotangent",
     "LearningRate",
@@ -101,7 +103,7 @@ def zeros(params: Params) -> Params:
 def inner(cotangent: Params, direction: Params) -> Tensor:
     """⟨λ_k, direction⟩ for each query, [K] float64."""
     parts = (torch.mv(bar.reshape(len(bar), -1), direction[name].flatten()).double() for name, bar in cotangent.items())
-    return sum(parts, start=torch.zeros((), dtype=torch.float64))
+    return tree.total(sum(parts, start=torch.zeros((), dtype=torch.float64)))
 
 
 def holds_gradient(moments: Params, decay: float) -> bool:

@@ -6,6 +6,7 @@ from retrograd.report.panel import Panel
 from retrograd.report.panels.compare import compare
 from retrograd.report.panels.exam import answers, exam, samples, tradeoff, tradeoff_of_several
 from retrograd.report.panels.experiment import experiment
+from retrograd.report.panels.grid import grid
 from retrograd.report.panels.harden import harden
 from retrograd.report.panels.questions import questions
 from retrograd.report.panels.rows import carriers, distribution, order, rows
@@ -37,6 +38,7 @@ PANELS = (
     Panel("exam", "What the models know", Evaluation, exam),
     Panel("answers", "Answers, question by question", Evaluation, answers),
     Panel("experiment", "Arms and their controls", Experiment, experiment),
+    Panel("grid", "Which recipes' scores predict retraining", Experiment, grid),
     Panel("compare", "Which hold, under the same attacks?", Attack, compare),
     Panel("tamper", "Does it come back?", Attack, tamper),
     Panel("harden", "Does it learn to hold?", Hardened, harden),

@@ -12,8 +12,10 @@ __all__ = ["experiment"]
 _QUANTITIES = ("forget", "position", "retain", "kl")
 
 
-def experiment(subject: Experiment, view: View) -> Content:
-    """The table's arms, from results.parquet, and its words, from results.md."""
+def experiment(subject: Experiment, view: View) -> Content | None:
+    """The table's arms, from results.parquet, and its words, from results.md; None of a grid, which has none."""
+    if subject.grid:
+        return None
     import pyarrow.parquet as parquet
 
     columns = list(subject.spec.get("columns") or [])

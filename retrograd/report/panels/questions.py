@@ -76,7 +76,7 @@ def texts_of(settings: dict[str, Any], count: int, mask: Mask) -> tuple[list[dic
     try:
         documents = load_documents(
             settings["dataset"], split=settings.get("split") or "train", subset=settings.get("subset"),
-            limit=settings.get("limit"),
+            limit=settings.get("limit"), columns=settings.get("columns") or (),
         )  # fmt: skip
     except (ValueError, OSError, KeyError, TypeError) as error:
         return [], f"the texts cannot be read: {error}"

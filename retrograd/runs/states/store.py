@@ -21,6 +21,7 @@ from torch import Tensor
 from retrograd.core import memory, tree
 from retrograd.core.optim import Params
 from retrograd.core.step import State
+from retrograd.parallel.group import ALONE, Group
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
 from retrograd.runs.identity import told_apart
@@ -263,16 +264,20 @@ class Gradients:
         params: The pattern of all gradients.
         folder, identity: As for states.
         on_disk: How many of the first steps' go to disk; None if none are to be kept but those that are there.
+        group: Processes that each have a part of every gradient, and have to know of the same ones.
     """
 
-    def __init__(self, params: Params, folder: Path | None, identity: str, on_disk: int | None = None) -> None:
+    def __init__(
+        self, params: Params, folder: Path | None, identity: str, on_disk: int | None = None, group: Group = ALONE
+    ) -> None:
+        self.group = group
         self.keeps = on_disk is not None
         self.store = Store(State(0, params, {}), folder, identity, on_disk or 0, name="gradient", thin=True)
         self.find()
 
     def find(self) -> None:
         """Those that are on disk are there for a sweep, again after one that left them."""
-        self.store.held |= set(self.store.durable())
+        self.store.held |= set(self.group.common(self.store.durable()))
 
     def follow(self, steps: Iterable[int]) -> None:
         """Expect those of these steps to be asked for, in this order."""

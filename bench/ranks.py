@@ -1,0 +1,187 @@
+"""What processes that share a run hold, whether they agree, and what a kill of one of them changes.
+
+    python bench/ranks.py --ranks 1 2 3 4 --depth 4 --width 128
+    python bench/ranks.py --kills 20 --seed 0
+
+The first runs `retrograd magic` on a GPT-NeoX of random weights with each number of ranks, replicated and in pieces, and
+tells for each rank the bytes of all tensors that it holds between two steps of the way back, where states are kept in
+memory; and how far scores are from those of one process, relative to the largest. With --kills a run of two ranks is
+killed at random times, one rank each time, and goes on with one rank or two, replicated or in pieces, until it is done:
+its `scores.pt` has to have the bytes of a run that was left alone. Ranks are forked processes with gloo. Exit code 1 if
+anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parallel"))
+
+import ranks
+import tiny
+import torch
+from tools import gpt_neox, machine, table, write_json
+
+from retrograd.cli import main as command
+from retrograd.parallel.group import Group
+from retrograd.runs.resume import Durable
+
+MODES = ("replicate", "shard")
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
+
+
+def made(folder: Path, depth: int, width: int, steps: int) -> list[str]:
+    """A model, documents and a question; the settings that name them."""
+    module = gpt_neox(layers=depth, width=width, heads=2, vocabulary=tiny.VOCABULARY, length=160)
+    module.save_pretrained(folder / "model")
+    tiny.save_tokenizer(folder / "model")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choice(tiny.WORDS) for _ in range(draw.choice((8, 12, 40, 128)))) for _ in range(8 * steps)]
+    tiny.save_jsonl(folder / "train.jsonl", texts)
+    tiny.save_jsonl(folder / "query.jsonl", tiny.sentences(3, seed=1))
+    return [
+        "--model", str(folder / "model"), "--data.dataset", str(folder / "train.jsonl"), "--query.dataset",
+        str(folder / "query.jsonl"), "--train.batch_size", "8", "--train.lr", "1e-3", "--train.eps_root", "1e-6",
+        "--train.max_grad_norm", "1.0",
+    ]  # fmt: skip
+
+
+def held() -> int:
+    """Bytes of all tensors of this process."""
+    storages = {}
+    for one in gc.get_objects():
+        with contextlib.suppress(ReferenceError):
+            if issubclass(type(one), torch.Tensor) and one.layout is torch.strided and one.device.type != "meta":
+                storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def watched(before: int) -> list[int]:
+    """Notes what is held between steps beyond what was held before, in this process from now on."""
+    found: list[int] = []
+    heartbeat, wait = Durable.reverse_heartbeat, Group._wait
+
+    def beat(self: Durable, event: Any, *given: Any) -> None:
+        if event.step == self.steps - 2:
+            found.append(held() - before)
+        heartbeat(self, event, *given)
+
+    def waits(self: Group, key: str, **options: Any) -> Any:
+        if key.startswith("call/") and len(found) < 40:
+            found.append(held() - before)
+        return wait(self, key, **options)
+
+    Durable.reverse_heartbeat, Group._wait = beat, waits  # type: ignore[method-assign]
+    return found
+
+
+def run(world: int, arguments: list[str]) -> list[tuple[int, int]]:
+    """(exit code, bytes held) of each rank."""
+
+    def rank(_: int) -> tuple[int, int]:
+        found = watched(held())
+        code = 0
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                code = command(arguments)
+            except SystemExit as end:  # how other ranks than the first end
+                code = int(end.code or 0)
+        return code, max(found, default=0)
+
+    return ranks.forked(world, rank)
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    base = made(folder, options.depth, options.width, options.steps)
+    settings = [*base, "--dtype", options.dtype, "--replay.plan", "all", "--replay.memory", "8GiB"]
+    rows, records, worst, first = list[list[str]](), list[dict[str, Any]](), 0.0, None
+    for world in options.ranks:
+        for mode in MODES if world > 1 else MODES[:1]:
+            place = folder / f"{mode}-{world}"
+            done = run(world, ["magic", str(place), *settings, "--parallel", mode])
+            assert all(code == 0 for code, _ in done), f"{world} ranks, {mode}: exit codes {done}"
+            scores = torch.load(place / "scores.pt", weights_only=True).double()
+            first = scores if first is None else first
+            apart = float((scores - first).abs().max() / first.abs().max())
+            sizes, worst = [size for _, size in done], max(worst, apart)
+            records.append({"ranks": world, "mode": mode, "held_bytes": sizes, "apart": apart})
+            told = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
+            rows.append([mode if world > 1 else "one process", str(world), told, f"{apart:.1g}"])
+    print(table(["mode", "ranks", "MiB held between steps, by rank", "scores apart"], rows))
+    return {"records": records, "worst": worst, "ok": worst <= TOLERANCE[options.dtype]}
+
+
+def kill(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    base = [*made(folder, 2, 16, 20), "--shards", "2", "--replay.heartbeat", "0"]
+    draw, reference, differ, killed = random.Random(options.seed), folder / "alone", 0, 0
+    start = time.monotonic()
+    assert all(code == 0 for code, _ in run(2, ["magic", str(reference), *base]))
+    seconds = time.monotonic() - start
+    expected = (reference / "scores.pt").read_bytes()
+    while killed < options.kills:
+        place, told = folder / "run", list[str]()
+        while not (place / "scores.pt").exists():
+            world, mode, victim = draw.choice((1, 2, 2, 2)), draw.choice(MODES), draw.randrange(2)
+            after = draw.uniform(0.3, 1.1) * seconds
+
+            def during(processes: list[Any], victim: int = victim, after: float = after) -> None:
+                until = time.monotonic() + after
+                while time.monotonic() < until and all(process.is_alive() for process in processes):
+                    time.sleep(0.01)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(processes[victim % len(processes)].pid, signal.SIGKILL)
+
+            def job(_: int, place: Path = place, mode: str = mode) -> int:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    return command(["magic", str(place), *base, "--parallel", mode])
+
+            codes = ranks.forked(world, job, during=during if killed < options.kills else lambda _: None)
+            dead = [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL]
+            killed += len(dead)
+            told.append(f"{mode} on {world}" + (f", rank {dead[0]} killed after {after:.1f} s" if dead else ""))
+            assert dead or set(codes) <= {0, None}, f"exit codes {codes} without a kill: {told}"
+        same = (place / "scores.pt").read_bytes() == expected
+        differ += not same
+        print(f"{'same' if same else 'OTHER'} bytes after: {'; '.join(told)}", flush=True)
+        shutil.rmtree(place)
+    print(f"{killed} kills, {differ} runs with other scores")
+    return {"kills": killed, "differ": differ, "ok": differ == 0}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--depth", type=int, default=4, help="layers")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
+    parser.add_argument("--kills", type=int, default=0, help="kill a run of two ranks this often instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = kill(options, Path(folder)) if options.kills else compare(options, Path(folder))
+    if options.json:
+        write_json(options.json, {**machine(), **found})
+    return 0 if found["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

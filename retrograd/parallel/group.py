@@ -1,0 +1,394 @@
+"""The processes of one job: the first runs the command, the others serve it.
+
+    torchrun --nproc-per-node 4 -m retrograd magic runs/x …
+
+Every rank loads model and rows by the same code, with whatever could differ taken from rank 0 (`agreed`), and shows
+that it has the same bits (`collected`). Then rank 0 goes on alone; it has the folder, the states, the optimizer and the
+journal. The others wait in `serve` for its calls: a name, and arguments whose tensors are broadcast. So a run on many
+ranks is the run on one, but for whoever takes a step's rows.
+
+Small things go through the job's key-value store, tensors by gloo on a CPU and NCCL on a GPU. A rank that dies or hangs
+is missed within `patience` seconds by all others, which then say so and end: every rank has a pulse in the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["ALONE", "Group", "RankError", "here", "joined"]
+
+T = TypeVar("T")
+
+_PULSE = 1.0  # seconds between two beats
+_BUCKET = 32 << 20  # bytes of small tensors that are broadcast at once
+
+
+class RankError(RuntimeError):
+    """A process of the job is gone, hangs or has failed; the same command resumes."""
+
+
+class Group:
+    """This process among those of its job. Every method but those of rank 0 alone is called by all ranks, in one order.
+
+    Args:
+        rank, world: Which it is, of how many.
+        store: Of the job; None for a job of one process.
+        patience: Seconds to wait for another rank.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, store: Any = None, patience: float = 600.0) -> None:
+        self.rank, self.world, self.patience, self._store = rank, world, patience, store
+        self._calls = self._values = 0
+        self._stop = threading.Event()
+        if store is not None:
+            threading.Thread(target=self._beat, args=(store.clone(),), daemon=True).start()
+
+    def agreed(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        key = self._next_value()
+        if self.rank == 0:
+            self._store.set(key, pickle.dumps(value))
+            return value
+        return pickle.loads(self._wait(key))
+
+    def collected(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks; of rank 0's use only, the others get none."""
+        if self.world == 1:
+            return [value]
+        key = self._next_value()
+        if self.rank:
+            self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
+            return []
+        found = [value]
+        for rank in range(1, self.world):
+            found.append(pickle.loads(self._wait(f"{key}/{rank}")))
+            self._store.delete_key(f"{key}/{rank}")
+        return found
+
+    def everywhere(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        return self.agreed(self.collected(value))
+
+    def common(self, values: Iterable[int]) -> list[int]:
+        """Those that every rank has, ascending, on every rank."""
+        every = self.everywhere(list(values))
+        return sorted(set(every[0]).intersection(*every[1:]))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Have the other ranks do what they have under this name. Of rank 0's use alone; what they do calls nobody."""
+        if self.world == 1 or self.rank:
+            return
+        text = io.BytesIO()
+        pickler = _Pickler(text)
+        pickler.dump(arguments)
+        told = [(x.shape, x.dtype, x.device.type) for x in pickler.tensors]
+        self._calls += 1
+        self._store.set(f"call/{self._calls}", pickle.dumps((name, told, text.getvalue())))
+        self._broadcast(pickler.tensors)
+        self._store.delete_key(f"call/{self._calls - 1}")
+
+    def serve(self, doing: Mapping[str, Callable[..., Any]]) -> None:
+        """Do what rank 0 calls for, until it has ended. By the other ranks."""
+        while True:
+            self._calls += 1
+            called = self._wait(f"call/{self._calls}", ends=True)
+            if called is None:
+                return
+            name, arguments = self._called(called)
+            doing[name](*arguments)
+            del arguments  # or they would live until the next
+
+    def _called(self, called: bytes) -> tuple[str, Any]:
+        name, told, text = pickle.loads(called)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in told]
+        self._broadcast(tensors)
+        return name, _Unpickler(io.BytesIO(text), tensors).load()
+
+    def exchanged(self, parts: Tensor) -> Tensor:
+        """Of every rank's [world, n], whose row q is for rank q, the rows for this one, in the order of ranks."""
+        if self.world == 1:
+            return parts
+        import torch.distributed as dist
+
+        found = torch.empty_like(parts)
+        with self._together():
+            dist.all_to_all_single(found, parts)
+        return found
+
+    def shared(self, part: Tensor) -> list[Tensor]:
+        """Every rank's tensor of one shape, in the order of ranks, on every rank."""
+        if self.world == 1:
+            return [part]
+        import torch.distributed as dist
+
+        part = part.contiguous()
+        found = [torch.empty_like(part) for _ in range(self.world)]
+        with self._together():
+            dist.all_gather(found, part)
+        return found
+
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        """Every rank's tensor of one shape, in the order of ranks; of rank 0's use only, the others get none."""
+        if self.world == 1:
+            return [part]
+        import torch.distributed as dist
+
+        found = [torch.empty_like(part) for _ in range(self.world)] if self.rank == 0 else None
+        with self._together():
+            dist.gather(part, found)
+        return found or []
+
+    def sent(self, tensor: Tensor) -> None:
+        """Send a tensor to rank 0, which has to know its shape (`received`)."""
+        import torch.distributed as dist
+
+        with self._together():
+            dist.send(tensor.contiguous(), 0)
+
+    def received(self, like: Tensor, rank: int) -> Tensor:
+        """What a rank has sent, of the shape and dtype of `like`. By rank 0 alone."""
+        import torch.distributed as dist
+
+        found = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        with self._together():
+            dist.recv(found, rank)
+        return found
+
+    def end(self, error: BaseException | None = None) -> bool:
+        """Nothing more comes from this rank; of rank 0, the others then end too.
+
+        Returns:
+            Whether rank 0 has failed too, and says what of.
+        """
+        told = False
+        with contextlib.suppress(RuntimeError):  # whoever has the store may be gone
+            if self.rank == 0:
+                self._store.set("ended", "")
+                self._store.wait([f"left/{rank}" for rank in range(1, self.world)], timedelta(seconds=5))
+            elif error is not None and not self._ended():
+                self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            else:
+                told = error is not None
+                self._store.set(f"left/{self.rank}", "")
+        self._stop.set()
+        return told
+
+    def _ended(self) -> bool:
+        """Whether rank 0 ends too, in a moment."""
+        with contextlib.suppress(RuntimeError):
+            self._store.wait(["ended"], timedelta(seconds=3 * _PULSE))
+            return True
+        return False
+
+    def _next_value(self) -> str:
+        self._values += 1
+        if self.rank == 0:
+            with contextlib.suppress(Exception):
+                self._store.delete_key(f"value/{self._values - 8}")
+        return f"value/{self._values}"
+
+    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Rank 0's tensors, into the others' of the same shapes; small ones together."""
+        import torch.distributed as dist
+
+        for group in _buckets(tensors):
+            flat = _as_bytes(group[0]) if len(group) == 1 else torch.cat([_as_bytes(x) for x in group])
+            with self._together():
+                dist.broadcast(flat, 0)
+            start = 0
+            for x in group if self.rank and len(group) > 1 else ():
+                _as_bytes(x).copy_(flat[start : start + x.nbytes])
+                start += x.nbytes
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around what takes all ranks: a failure is told by its cause."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._missed(error)
+
+    def _wait(self, key: str, *, ends: bool = False) -> Any:
+        """The value of a key, once another rank has set it; None once rank 0 has ended, if that may be."""
+        pulses = _Pulses(self)
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=_PULSE))
+                return self._store.get(key)
+            except RuntimeError as error:
+                if self._lost():
+                    raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
+                if self._store.check(["failed"]):
+                    self._missed(error)
+                if self.rank and self._store.check(["ended"]):
+                    if ends:
+                        return None
+                    raise SystemExit(0) from None  # rank 0 has said why
+                if late := pulses.late():
+                    raise RankError(late) from None
+
+    def _lost(self) -> bool:
+        try:
+            self._store.check(["failed"])
+        except RuntimeError:
+            return True
+        return False
+
+    def _missed(self, error: RuntimeError) -> NoReturn:
+        """Why something did not come about."""
+        pulses = _Pulses(self)
+        until = time.monotonic() + 4 * _PULSE
+        while time.monotonic() < until:
+            try:
+                if self._store.check(["failed"]):
+                    raise RankError(f"{self._store.get('failed').decode()} The same command resumes.")
+            except RankError:
+                raise
+            except RuntimeError as gone:
+                raise RankError("the job's store is gone, and with it rank 0; see what that one says") from gone
+            time.sleep(_PULSE / 4)
+        still = pulses.still()
+        who = f"rank {', '.join(map(str, still))} has stopped" if still else "a rank is late"
+        raise RankError(
+            f"{who}: {str(error).strip().splitlines()[0]}. It was waited for {self.patience:g} s at most "
+            "(--patience). The same command resumes."
+        ) from error
+
+    def _beat(self, store: Any) -> None:
+        count = 0
+        while not self._stop.wait(_PULSE):
+            count += 1
+            try:
+                store.set(f"pulse/{self.rank}", str(count))
+            except RuntimeError:
+                return  # the store is gone: whoever waits will see
+
+
+ALONE = Group()
+_here = ALONE
+
+
+def here() -> Group:
+    """The group of this process."""
+    return _here
+
+
+@contextlib.contextmanager
+def joined(patience: float) -> Iterator[Group]:
+    """The processes of this job, by the environment that torchrun sets; the group of this process meanwhile.
+
+    Raises:
+        RankError: If they do not come together in time.
+    """
+    global _here
+    import torch.distributed as dist
+
+    wait = timedelta(seconds=patience)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # what one that failed has left is in the store
+        store = dist.PrefixStore(f"retrograd {attempt}", store)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=world, timeout=wait
+        )
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"the processes of this job did not come together within {patience:g} s: {error}. Start them with torchrun"
+        ) from error
+    _here = Group(rank, world, store, patience)
+    try:
+        yield _here
+    except BaseException as error:
+        if _here.end(None if isinstance(error, SystemExit) and not error.code else error):
+            raise SystemExit(0) from None
+        raise
+    else:
+        _here.end()
+    finally:
+        _here = ALONE
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+
+class _Pulses:
+    """Which ranks beat, from now on."""
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.since = group, time.monotonic()
+        self.first = self._read()
+
+    def still(self) -> list[int]:
+        """Ranks that have not beaten since."""
+        return [rank for rank, count in self._read().items() if count == self.first[rank]]
+
+    def late(self) -> str:
+        """What to say of ranks that have not beaten for longer than patience; empty if there is none."""
+        if time.monotonic() - self.since < self.group.patience:
+            return ""
+        if still := self.still():
+            return f"rank {', '.join(map(str, still))} has stopped for {self.group.patience:g} s (--patience)"
+        self.since, self.first = time.monotonic(), self._read()
+        return ""
+
+    def _read(self) -> dict[int, bytes]:
+        store, ranks = self.group._store, [r for r in range(self.group.world) if r != self.group.rank]
+        return {r: store.get(f"pulse/{r}") if store.check([f"pulse/{r}"]) else b"" for r in ranks}
+
+
+class _Pickler(pickle.Pickler):
+    """Everything but tensors, which are set aside."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value.detach())
+        return len(self.tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one device that are broadcast together; a large one by itself."""
+    group, size = list[Tensor](), 0
+    for x in tensors:
+        if x.numel() == 0:
+            continue
+        if group and (size + x.nbytes > _BUCKET or x.device.type != group[0].device.type):
+            yield group
+            group, size = [], 0
+        group.append(x)
+        size += x.nbytes
+    if group:
+        yield group

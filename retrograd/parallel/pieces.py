@@ -1,0 +1,175 @@
+"""Parameters cut along their first dimension: S logical pieces of each, S/W neighbours on every process.
+
+    piece s of θ [n, …]  =  rows s·p … (s + 1)·p − 1,  p = ⌈n/S⌉          named "θ@s"
+
+The last pieces are shorter, or empty, where S does not divide n; a scalar is one row. A piece is a leaf of its own in
+every tree of a process, so that whatever is computed leaf by leaf (an update, a norm before it is added up, a digest)
+does not depend on how many processes there are; and where the pieces are cut from whole leaves for those numbers alone
+(`Recipe.pieces`), it has the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retrograd.core import tree
+from retrograd.core.optim import Params
+from retrograd.core.slots import Ledger, joined_digest
+from retrograd.core.step import Recipe, State
+from retrograd.parallel.group import Group
+from retrograd.parallel.sums import OrderedSum
+
+__all__ = ["PieceLedger", "PieceSum", "Pieces", "name_of"]
+
+
+class Pieces:
+    """How the parameters of one model lie over the processes of a group. Every method is called by all of them.
+
+    Tensors [K, *shape] of K queries are cut along the parameter's own first dimension.
+
+    Args:
+        like: The whole parameters.
+        shards: Logical pieces of each.
+        group: The processes; their number divides `shards`.
+    """
+
+    def __init__(self, like: Params, shards: int, group: Group) -> None:
+        self.shapes = {name: x.shape for name, x in like.items()}
+        self.shards, self.group, self.each = shards, group, shards // group.world
+
+    def names(self, name: str) -> list[str]:
+        """Names of this process's pieces of a parameter, in order."""
+        return [name_of(name, s) for s in range(self.group.rank * self.each, (self.group.rank + 1) * self.each)]
+
+    def own(self, whole: Params) -> Params:
+        """Copies of this process's pieces of tensors that it has whole."""
+        found: Params = {}
+        for name, x in whole.items():
+            rows = self._rows(name, x)
+            start, stop = self._bounds(name, self.group.rank)
+            found.update(self._pieces(name, rows[:, start:stop], x.ndim > len(self.shapes[name])))
+        return found
+
+    def whole(self, own: Params) -> Params:
+        """The whole tensors of the pieces that every process has, on all of them."""
+        found: Params = {}
+        for name, shape in self.shapes.items():
+            pieces = [own[label] for label in self.names(name)]
+            wide = pieces[0].ndim > max(1, len(shape))
+            mine = torch.cat([self._flat(name, piece, wide) for piece in pieces], 1)
+            slab = F.pad(mine, (0, 0, 0, self._height(name) * self.each - mine.shape[1]))
+            rows = torch.cat(self.group.shared(slab), 1)[:, : self._count(name)]
+            found[name] = rows.reshape(len(rows), *shape) if wide else rows.reshape(shape)
+        return found
+
+    def dealt(self, name: str, whole: Tensor) -> Tensor:
+        """[W, K·rows·columns]: for every process its rows, padded to one number."""
+        rows, height = self._rows(name, whole), self._height(name) * self.each
+        slabs = [rows[:, slice(*self._bounds(name, rank))] for rank in range(self.group.world)]
+        return torch.stack([F.pad(slab, (0, 0, 0, height - slab.shape[1])).flatten() for slab in slabs])
+
+    def taken(self, name: str, dealt: Tensor, wide: bool) -> Iterator[tuple[str, Tensor]]:
+        """The pieces in this process's row of `dealt`; `wide` says whether there are K."""
+        height, (start, stop) = self._height(name) * self.each, self._bounds(name, self.group.rank)
+        rows = dealt.view(len(dealt) // (height * self._columns(name)), height, self._columns(name))
+        yield from self._pieces(name, rows[:, : stop - start], wide)
+
+    def width(self, name: str, shape: torch.Size) -> int:
+        """Entries of a row of `dealt`, of a tensor of this shape."""
+        queries = shape[0] if len(shape) > len(self.shapes[name]) else 1
+        return queries * self._height(name) * self.each * self._columns(name)
+
+    def _pieces(self, name: str, slab: Tensor, wide: bool) -> Iterator[tuple[str, Tensor]]:
+        height, shape = self._height(name), self.shapes[name][1:]
+        for place, label in enumerate(self.names(name)):
+            piece = slab[:, place * height : (place + 1) * height]
+            shaped = piece.reshape(len(piece), piece.shape[1], *shape)
+            yield label, (shaped if wide else shaped[0]).clone(memory_format=torch.contiguous_format)
+
+    def _count(self, name: str) -> int:
+        return self.shapes[name][0] if self.shapes[name] else 1
+
+    def _columns(self, name: str) -> int:
+        return math.prod(self.shapes[name][1:])
+
+    def _height(self, name: str) -> int:
+        """Rows of a piece that is not among the last."""
+        return -(-self._count(name) // self.shards)
+
+    def _bounds(self, name: str, rank: int) -> tuple[int, int]:
+        """The rows of a process."""
+        count, height = self._count(name), self._height(name) * self.each
+        return min(count, rank * height), min(count, (rank + 1) * height)
+
+    def _rows(self, name: str, x: Tensor) -> Tensor:
+        """[K or 1, rows, columns]."""
+        return x.reshape(len(x) if x.ndim > len(self.shapes[name]) else 1, self._count(name), self._columns(name))
+
+    def _flat(self, name: str, piece: Tensor, wide: bool) -> Tensor:
+        return piece.reshape(len(piece) if wide else 1, piece.shape[1 if wide else 0], self._columns(name))
+
+    # How leaves lie, for `tree.lying`: every parameter's pieces are neighbours among a process's leaves.
+
+    def across(self, parts: Tensor) -> Tensor:
+        """As `tree.across`: parameter by parameter, its pieces in order."""
+        rows = parts.reshape(-1, self.each, *parts.shape[1:])
+        return torch.cat(self.group.shared(rows), 1).reshape(-1, *parts.shape[1:])
+
+    def total(self, part: Tensor) -> Tensor:
+        """As `tree.total`, in the order of processes."""
+        first, *others = self.group.shared(part)
+        return sum(others, start=first)
+
+    def recipe_of(self, recipe: Recipe) -> Recipe:
+        """The recipe by the names of this process's pieces; its optimizer is elementwise."""
+        optimizer: Any = recipe.optimizer
+        spared = tuple(label for name in optimizer.spared for label in self.names(name))
+        return replace(recipe, optimizer=replace(optimizer, spared=spared), pieces=1)
+
+
+class PieceSum(OrderedSum):
+    """Σ_s x_s of whole tensors by name, of which every process keeps its own pieces."""
+
+    def __init__(self, pieces: Pieces, like: Params) -> None:
+        super().__init__(pieces.group)
+        self.pieces, self.wide = pieces, {name: x.ndim > len(pieces.shapes[name]) for name, x in like.items()}
+
+    def dealt(self, names: list[str], term: Params) -> Tensor:
+        return torch.cat([self.pieces.dealt(name, term[name]) for name in names], 1)
+
+    def result(self, number: int = 0) -> Params:
+        """The pieces of a sum that are this process's."""
+        found: Params = {}
+        for part, shapes in zip(self.parts[number], self.shapes, strict=True):
+            start = 0
+            for name, shape in shapes:
+                width = self.pieces.width(name, shape)
+                found.update(self.pieces.taken(name, part[start : start + width], self.wide[name]))
+                start += width
+        return found
+
+
+class PieceLedger(Ledger):
+    """Digests of states that lie in pieces, those of the whole states."""
+
+    def __init__(self, digests: dict[int, str], lying: Pieces) -> None:
+        super().__init__(digests, lying.shards)
+        self.lying = lying
+
+    def digest(self, state: State) -> str:
+        leaves, each = tree.leaves((state.params, state.moments)), self.lying.each
+        own = [tree.digest(leaves[place::each]) for place in range(each)]
+        every = self.lying.group.everywhere(own)
+        return joined_digest(x for rank in every for x in rank)
+
+
+def name_of(name: str, piece: int) -> str:
+    """What a piece of a parameter is called."""
+    return f"{name}@{piece}"

@@ -1,0 +1,278 @@
+"""An engine whose steps are shared: the rows of every micro-batch, split into logical shards.
+
+A run has S logical shards, as many as it was begun with processes. Shard s has the s-th part of the rows of every
+micro-batch, and a step's loss, gradient and H ḡ are sums over shards in their order (`sums`), each of them the sum over
+its parts of the micro-batches in theirs. Random numbers are drawn by (seed, step, shard, micro-batch). None of it says
+which process takes a shard: rank r of W takes r, W + r, 2W + r, …, and any W that divides S gives the same bits.
+
+The coefficients of a batch have the normaliser of the whole one in them, so that sums over parts are the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from retrograd.core import tree
+from retrograd.core.optim import Params
+from retrograd.core.step import Batch, Engine, Pull
+from retrograd.parallel.group import Group
+from retrograd.parallel.sums import OrderedSum
+
+__all__ = ["Noting", "Split", "cut"]
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """An objective of several terms that says what each came to."""
+
+    def noted(self) -> dict[str, float]:
+        """The terms by name, since it was asked last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The gradient half, over logical shards. Rank 0 calls it, and the others `serve`.
+
+    Args:
+        engine: What takes the rows of a shard.
+        shards: How many there are.
+        group: The processes.
+        unit: Rows that stay together.
+    """
+
+    engine: Engine
+    shards: int
+    group: Group
+    unit: int = 1
+    _held: list[tuple[int, Pull]] = field(default_factory=list)  # pullbacks of a gradient with its graph, by shard
+    _terms: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def linear(self) -> bool:
+        return self.engine.linear
+
+    def noted(self) -> dict[str, float]:
+        """The terms of the loss over all shards, since it was asked last; see `Noting`."""
+        found = dict(self._terms)
+        self._terms.clear()
+        return found
+
+    def gradient(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
+    ) -> tuple[Tensor, Params, None]:
+        """(Σ loss [], gradient) over shards; nothing is left for the pullback."""
+        loss, grads = self._all("gradient", params, *_alone(batches, weights), seed)
+        return loss, grads, None
+
+    def linearize(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
+    ) -> tuple[Params, Pull]:
+        """The gradient, and its pullback: every process holds what its own shards leave until then."""
+        own, ones = _alone(batches, weights)
+        grads: Params = self._all("linearize", params, own, ones, seed)
+
+        def pull(bars: Params) -> tuple[Params, Tensor]:
+            return self._placed(own, self._all("pull", own, bars))
+
+        return grads, pull
+
+    def pullback(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None, bars: Params,
+        residual: None = None,
+    ) -> tuple[Params, Tensor]:  # fmt: skip
+        """(H ḡ [K, *shape], scores [K, B(, L)])."""
+        own, ones = _alone(batches, weights)
+        return self._placed(own, self._all("pullback", params, own, ones, seed, bars))
+
+    def tangent(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, direction: Tensor, seed: str | None
+    ) -> Params:
+        """ġ = ∂g/∂w · direction, as the engine has it (`Double.tangent`)."""
+        own, ones = _alone(batches, weights)
+        along = _alone(batches, direction)[1]
+        found: Params = self._all("tangent", params, own, ones, along, seed)
+        return found
+
+    def repeats(self, batches: Sequence[Batch]) -> bool:
+        parts = [mine for shard in range(self.shards) if (mine := cut(batches, shard, self.shards, self.unit))]
+        return all(map(self.engine.repeats, parts))
+
+    @property
+    def doing(self) -> dict[str, Callable[..., Any]]:
+        """What every process does for rank 0, by name."""
+        return {
+            "gradient": self._gradient, "linearize": self._linearize, "pull": self._pull, "pullback": self._pullback,
+            "tangent": self._tangent,
+        }  # fmt: skip
+
+    def _all(self, name: str, *arguments: Any) -> Any:
+        """Have every process do it, this one too."""
+        self.group.call(name, *arguments)
+        return self.doing[name](*arguments)
+
+    def _sum(self, like: Params) -> OrderedSum:
+        """For sums of tensors like these over shards."""
+        return OrderedSum(self.group)
+
+    def _own(self, batches: Sequence[Batch]) -> Iterator[tuple[int, list[Batch]]]:
+        """This process's shards in order, with their parts of the micro-batches; none where there are few rows."""
+        for shard in range(self.group.rank, self.shards, self.group.world):
+            yield shard, cut(batches, shard, self.shards, self.unit)
+
+    def _gradient(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
+    ) -> tuple[Tensor, Params]:
+        total, told = self._sum(params), []
+        self._note()  # of what was tried before
+        for shard, mine in self._own(batches):
+            loss, grads = 0.0, {name: torch.zeros_like(theta) for name, theta in params.items()}
+            if mine:
+                found, grads, _ = self.engine.gradient(params, mine, weights, _seed(seed, shard))
+                loss = float(found)
+            told.append((shard, loss, self._note()))
+            total.add({name: grads[name] for name in params})
+        return self._told(told), total.result()
+
+    def _linearize(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Params:
+        total = self._sum(params)
+        self._held.clear()
+        for shard, mine in self._own(batches):
+            grads = {name: torch.zeros_like(theta) for name, theta in params.items()}
+            if mine:
+                grads, pull = self.engine.linearize(params, mine, weights, _seed(seed, shard))
+                self._held.append((shard, pull))
+            total.add({name: grads[name] for name in params})
+        self._note()
+        return total.result()
+
+    def _pull(self, batches: Sequence[Batch], bars: Params) -> tuple[Params, list[Tensor]]:
+        pulls = dict(self._held)
+        self._held.clear()
+        return self._pulled(batches, bars, lambda shard, mine: pulls.pop(shard)(bars))
+
+    def _pullback(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None, bars: Params
+    ) -> tuple[Params, list[Tensor]]:
+        def pull(shard: int, mine: list[Batch]) -> tuple[Params, Tensor]:
+            return self.engine.pullback(params, mine, weights, _seed(seed, shard), bars)
+
+        return self._pulled(batches, bars, pull)
+
+    def _pulled(
+        self, batches: Sequence[Batch], bars: Params, pull: Callable[[int, list[Batch]], tuple[Params, Tensor]]
+    ) -> tuple[Params, list[Tensor]]:
+        """H ḡ, and the scores of this process's shards, sent to rank 0."""
+        total, scores = self._sum(bars), []
+        queries = len(next(iter(bars.values())))
+        for shard, mine in self._own(batches):
+            curvature = {name: torch.zeros_like(bar) for name, bar in bars.items()}
+            slopes = batches[0].scale.new_zeros((queries, 0, *batches[0].scale.shape[1:]))
+            if mine:
+                curvature, slopes = pull(shard, mine)
+            total.add({name: curvature[name] for name in bars})
+            scores.append(slopes)
+        found = total.result()
+        return found, self._scores(batches, scores)
+
+    def _scores(self, batches: Sequence[Batch], mine: list[Tensor]) -> list[Tensor]:
+        """The scores of every shard in order, [K, rows of the shard (, L)]; of rank 0's use only."""
+        if self.group.rank:
+            for slopes in mine:
+                if slopes.numel():
+                    self.group.sent(slopes)
+            return []
+        found = list[Tensor]()
+        for shard in range(self.shards):
+            turn, rank = divmod(shard, self.group.world)
+            if rank == 0:
+                found.append(mine[turn])
+                continue
+            rows = sum(len(part.index) for part in cut(batches, shard, self.shards, self.unit))
+            like = mine[0].new_empty((len(mine[0]), rows, *mine[0].shape[2:]))
+            found.append(self.group.received(like, rank) if like.numel() else like)
+        return found
+
+    def _placed(self, batches: Sequence[Batch], pulled: tuple[Params, list[Tensor]]) -> tuple[Params, Tensor]:
+        """The scores of all shards in the order of the batch's rows."""
+        curvature, scores = pulled
+        rows = [len(batch.index) for batch in batches]
+        whole = scores[0].new_empty((len(scores[0]), sum(rows), *scores[0].shape[2:]))
+        for shard, slopes in enumerate(scores):
+            whole[:, _places(rows, shard, self.shards, self.unit)] = slopes
+        return curvature, whole
+
+    def _tangent(
+        self, params: Params, batches: Sequence[Batch], weights: Tensor, direction: Tensor, seed: str | None
+    ) -> Params:
+        total = self._sum(params)
+        for shard, mine in self._own(batches):
+            found = {name: torch.zeros_like(theta) for name, theta in params.items()}
+            if mine:
+                engine: Any = self.engine
+                found = engine.tangent(params, mine, weights, direction, _seed(seed, shard))
+            total.add({name: found[name] for name in params})
+        return total.result()
+
+    def _note(self) -> dict[str, float]:
+        objective = getattr(self.engine, "objective", None)
+        return objective.noted() if isinstance(objective, Noting) else {}
+
+    def _told(self, mine: list[tuple[int, float, dict[str, float]]]) -> Tensor:
+        """Σ loss [] in float64, in the order of shards, and the terms noted; of rank 0's use only."""
+        return self._added([one for rank in self.group.collected(mine) for one in rank])
+
+    def _added(self, told: list[tuple[int, float, dict[str, float]]]) -> Tensor:
+        for _, _, terms in sorted(told, key=lambda one: one[0]):
+            for name, value in terms.items():
+                self._terms[name] = self._terms.get(name, 0.0) + value
+        losses = [loss for _, loss, _ in sorted(told, key=lambda one: one[0])]
+        return torch.tensor(sum(losses), dtype=torch.float64)
+
+
+def cut(batches: Sequence[Batch], shard: int, shards: int, unit: int = 1) -> list[Batch]:
+    """A shard's rows of every micro-batch that has some for it."""
+    found = []
+    for batch in batches:
+        start, stop = _bounds(len(batch.index), shard, shards, unit)
+        if stop > start:
+            found.append(tree.map(lambda x, rows=slice(start, stop): x[rows], batch))
+    return found
+
+
+def _bounds(rows: int, shard: int, shards: int, unit: int) -> tuple[int, int]:
+    """The first shards have a unit more where it does not divide."""
+    assert rows % unit == 0, "a batch is whole units"
+    units = rows // unit
+    start = shard * (units // shards) + min(shard, units % shards)
+    stop = start + units // shards + (shard < units % shards)
+    return start * unit, stop * unit
+
+
+def _places(rows: Sequence[int], shard: int, shards: int, unit: int) -> Tensor:
+    """Where a shard's rows are in the whole batch."""
+    before, places = 0, []
+    for count in rows:
+        places.append(before + torch.arange(*_bounds(count, shard, shards, unit)))
+        before += count
+    return torch.cat(places)
+
+
+def _alone(batches: Sequence[Batch], weights: Tensor) -> tuple[list[Batch], Tensor]:
+    """The same batches with weights of their own, [entries], instead of the run's."""
+    found, own, start = [], [], 0
+    for batch in batches:
+        entries = batch.index.numel()
+        place = torch.arange(start, start + entries, device=batch.index.device).view(batch.index.shape)
+        own.append(weights.flatten()[batch.index.flatten().to(weights.device)])
+        found.append(batch._replace(index=place))
+        start += entries
+    return found, torch.cat(own)
+
+
+def _seed(seed: str | None, shard: int) -> str | None:
+    return None if seed is None else f"{seed}/shard {shard}"

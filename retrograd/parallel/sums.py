@@ -1,0 +1,93 @@
+"""Sums over logical shards, in their order, whatever processes hold the terms.
+
+    Σ_s x_s = (((x_0 + x_1) + x_2) + …)
+
+A sum of floating-point numbers depends on its order. With W processes and S shards, rank r has the terms r, W + r,
+2W + r, …; in round j the terms jW … jW + W − 1 are exchanged, and each process adds its part of the entries to what it
+has, in the order of ranks. So every entry is summed in the order of shards for every W that divides S, and nobody holds
+more than one term and a part of the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retrograd.core.optim import Params
+from retrograd.parallel.group import Group
+
+__all__ = ["OrderedSum"]
+
+_BUCKET = 1 << 24  # entries that are exchanged at once
+
+
+class OrderedSum:
+    """Σ_s x_s of tensors by name. Each process adds its terms, one a round, and all of them in every round.
+
+    Several sums of tensors of the same shapes may go on at once, told apart by a number.
+
+    >>> total = OrderedSum(Group()); total.add({"x": torch.ones(2)}); total.add({"x": torch.ones(2)}); total.result()
+    {'x': tensor([2., 2.])}
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.shapes: list[list[tuple[str, torch.Size]]] = []  # by bucket
+        self.parts: dict[int, list[Tensor]] = {}  # this process's part of each bucket, [⌈n/W⌉], by sum
+
+    def add(self, term: Params, into: Sequence[int | None] | None = None) -> None:
+        """The next of this process's terms.
+
+        Args:
+            into: The sum that each process's term belongs to, None for none; all to sum 0 if not given.
+        """
+        sums = [0] * self.group.world if into is None else into
+        buckets = list(_buckets(term))
+        self.shapes = self.shapes or [[(name, term[name].shape) for name in names] for names in buckets]
+        known = set(self.parts)
+        for place, names in enumerate(buckets):
+            rows = self.group.exchanged(self.dealt(names, term))
+            for number, row in zip(sums, rows, strict=True):
+                if number is None:
+                    continue
+                parts = self.parts.setdefault(number, [])
+                if number not in known and len(parts) == place:
+                    parts.append(row.clone())
+                else:
+                    parts[place] += row
+
+    def dealt(self, names: list[str], term: Params) -> Tensor:
+        """[W, n]: what each process adds up of these tensors."""
+        tensors, world = [term[name].reshape(-1) for name in names], self.group.world
+        flat = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        width = -(-len(flat) // world)
+        return F.pad(flat, (0, world * width - len(flat))).view(world, width)
+
+    def result(self, number: int = 0) -> Params:
+        """A sum; of rank 0's use only, the others get nothing."""
+        found: Params = {}
+        for part, shapes in zip(self.parts[number], self.shapes, strict=True):
+            rows = self.group.gathered(part)
+            flat = torch.cat(rows) if len(rows) > 1 else part
+            start = 0
+            for name, shape in shapes if rows else ():
+                x = flat[start : start + shape.numel()].view(shape)
+                found[name] = x if len(shapes) == 1 else x.clone()  # aligned, as a kept gradient is
+                start += shape.numel()
+        return found
+
+
+def _buckets(tensors: Params) -> Iterator[list[str]]:
+    """Names of neighbours of one dtype, exchanged together; a large one by itself."""
+    bucket, size, kind = list[str](), 0, None
+    for name, x in tensors.items():
+        if bucket and (size + x.numel() > _BUCKET or x.dtype != kind):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(name)
+        size, kind = size + x.numel(), x.dtype
+    if bucket:
+        yield bucket
