@@ -44,7 +44,7 @@ def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = t
     """
     start = clock()
     device = torch.device("cpu") if plan.by_arithmetic else find_device(config.device)
-    machine = machine_of(plan, _folder(config), device, precision_of(config), getattr(config, "parallel", "auto"))
+    machine = machine_of(plan, _folder(config), device, precision_of(config), config.parallel)
     found = described(config, plan) if plan.by_arithmetic else loaded(config)
     before = clock() - start
     peak = resident("VmHWM") if found.setup is not None and machine.memory is None else 0
