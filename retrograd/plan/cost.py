@@ -150,7 +150,7 @@ def forecast(
     kept = kept_of(layout, work.matter.params // machine.shards)
     activations = work.activations(engine, rows, twice=work.queries > 0)
     on_host = machine.memory is None
-    device = device_bytes(work, machine, engine, activations or 0)
+    device = device_bytes(work, machine, activations or 0)
     host = {"process": machine.base, "states and gradients kept": kept.memory}
     if on_host:  # what a step has done with, such as the state before it, is used again
         host = {**host, **device, "memory used again": work.matter.state // machine.shards}
@@ -194,17 +194,16 @@ def step_bytes(work: Work, shards: int) -> dict[str, int]:
     return back if sum(back.values()) > sum(forward.values()) else forward
 
 
-def device_bytes(work: Work, machine: Machine, engine: str, activations: int) -> dict[str, int]:
+def device_bytes(work: Work, machine: Machine, activations: int) -> dict[str, int]:
     """Bytes where steps are taken, by what they are of, besides what a process takes anyway."""
     model, shards = work.model, machine.shards
-    found = {"model": (model.trained_bytes + model.frozen_bytes) // shards}
+    found = {"model": model.trained_bytes // shards + model.frozen_bytes}
     if work.references:
         found["reference"] = (model.trained_bytes + model.frozen_bytes) // shards
     found["state"] = work.matter.state // shards
     found |= step_bytes(work, shards)
-    if shards > 1:  # a layer is gathered whole, and the next one meanwhile; double has them all in its graph
-        layers = max(1, model.layers) if engine == "blocks" else 1
-        found["gathered"] = 2 * (model.trained_bytes + model.frozen_bytes) // layers
+    if shards > 1:  # while a rank passes over its rows it has parameters, and ḡ and H ḡ or the gradient, whole
+        found["gathered"] = model.trained_bytes * (1 + (2 * work.queries or 1))
     return {**found, "activations": activations}
 
 
