@@ -52,7 +52,9 @@ def carry_out_attributed(
         loaded, manifest = opened.setup, opened.manifest
         if opened.done:
             clean(config.run / "checkpoints", keep=config.replay.keep)  # a kill may have left something
-            return summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
+            outcome = summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
+            _tell_forecast(config, loaded, console)
+            return outcome
         with open_session(
             loaded, config.run, manifest, replay_of(config), log=config.log, watch=opened.watch
         ) as session:
@@ -74,7 +76,20 @@ def carry_out_attributed(
             about = {"graphs": compiled.graphs, "fixed": compiled.fixed, "seconds": compiled.seconds}
             manifest.update(compiled=about)
             console.print(f"compiled: {compiled.told}")
-        return summarise(outcome, loaded, loaded.asked, console)
+        summarise(outcome, loaded, loaded.asked, console)
+        _tell_forecast(config, loaded, console)
+        return outcome
+
+
+def _tell_forecast(config: AttributedConfig, loaded: Loaded, console: Console) -> None:
+    """What LDS to expect, or that nothing is known of it."""
+    from retrograd.trust.forecast import read_forecast
+
+    found = read_forecast(config.run, loaded.identity)
+    unknown = (
+        f"none yet. `retrograd metasmoothness {config.run}` retrains without six sets, and says what LDS to expect."
+    )
+    console.print(f"Forecast: {found.told if found else unknown}", highlight=False)
 
 
 def _parts(loaded: Loaded) -> dict[str, Any]:

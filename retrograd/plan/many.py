@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,7 +113,8 @@ def plan_validate(
     stored, manifest = finished(config.run)
     device = torch.device(manifest.values["arithmetic"]["device"])
     machine = machine_of(plan, config.run, device, precision_of(stored))
-    made = prepared(config, manifest, "", console)
+    # rivals' scores take gradients, and change no number of sets unless their own strongest are left out
+    made = prepared(config if config.top else replace(config, rivals=()), manifest, "", console)
     loaded, conditions = made.run.loaded, made.conditions
     columns = len(loaded.queries.columns)
     micro = loaded.training.recipe.micro_batch_size

@@ -6,7 +6,9 @@ good (`retrograd validate` does that).
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ SWALLOWED = 0.05  # share of updates lost to rounding
 DRIFT = 1.5  # decades between the mean |score| of different steps
 GROWTH = 1.0  # decades by which the parameters' cotangent grows on its way back
 SMALL_BATCH = 8  # rows
+SPIKE = 0.2  # rise of the loss over the median of the steps before
+BEFORE, LEVEL, AFTER = 16, 5, 8  # steps whose spread counts, whose median counts, and within which a spike is over
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ _TOLD = {
 
 def sweep_findings(train: Sequence[dict[str, Any]], reverse: Sequence[dict[str, Any]], recipe: Recipe) -> list[Finding]:
     """What the journal of a finished sweep shows."""
-    checks = (_swallowed(train), _growth(reverse), _drift(reverse), _curvature(reverse, recipe))
+    checks = (_swallowed(train), _spike(train), _growth(reverse), _drift(reverse), _curvature(reverse, recipe))
     return [finding for finding in checks if finding is not None]
 
 
@@ -90,6 +94,32 @@ def _swallowed(train: Sequence[dict[str, Any]]) -> Finding | None:
         "retraining rounds differently, so scores are noisy. Raise the learning rate, or use --dtype float64."
     )
     return Finding("swallowed", step, text)
+
+
+def _spike(train: Sequence[dict[str, Any]]) -> Finding | None:
+    """The largest rise of the loss that is over soon: by a fifth of what it was, and beyond six spreads of it."""
+    train = [entry for entry in train if "loss" in entry]
+    losses = [entry["loss"] for entry in train]
+    worst: tuple[float, int, float] | None = None
+    for place in range(4, len(losses) - 1):
+        before = losses[max(0, place - BEFORE) : place]
+        usual = statistics.median(before[-LEVEL:])
+        moves = statistics.median(abs(b - a) for a, b in itertools.pairwise(before))
+        spread = 1.0484 * moves  # σ, where batches differ like a normal; by moves, for losses fall
+        rise = losses[place] - usual
+        over = min(losses[place + 1 : place + 1 + AFTER]) < usual + rise / 2
+        if over and rise > max(SPIKE * abs(usual), 6 * spread) and (worst is None or rise > worst[0]):
+            worst = (rise, place, usual)
+    if worst is None:
+        return None
+    _, place, usual = worst
+    step = train[place]["step"]
+    text = (
+        f"step {step}: the training loss jumps to {losses[place]:.3g} from a median of {usual:.3g} in the steps before "
+        "and comes back: around such a step small changes of the data change much, and scores of what was read before "
+        "it predict little. Lower --train.lr, warm up longer (--train.warmup_ratio), or clip (--train.max_grad_norm)."
+    )
+    return Finding("spike", step, text)
 
 
 def _growth(reverse: Sequence[dict[str, Any]]) -> Finding | None:

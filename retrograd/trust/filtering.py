@@ -175,15 +175,17 @@ def show_filtering(found: Sequence[Filtered], tokens: bool, console: Console) ->
         title=f"The strongest {'tokens (per-token QLD)' if tokens else 'documents (QLD)'}, nats of query loss"
     )
     table.title_justify = "left"
-    for name in ("method", "share", "without the strongest", "more than random", "95 %", "same positions", "95 %"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_column("method", no_wrap=True)
+    matched = ("more than the same positions [95 %]",) if tokens else ()
+    for name in ("share", "without the strongest", "more than random [95 %]", *matched):
+        table.add_column(name, justify="right")
     for one in found:
         share = f"{one.fraction:.3g}" + (f" at {one.weight:g}" if one.weight else "")
         if one.missing:
             table.add_row(one.method, share, f"incomplete: {one.missing} sets are missing or diverged")
             continue
-        cells = [text for extra in (one.random, one.matched) if extra for text in
-                 (f"{extra.mean:+.4g}", f"[{extra.low:+.4g}, {extra.high:+.4g}]")]  # fmt: skip
+        others = [extra for extra in (one.random, one.matched) if extra]
+        cells = [f"{extra.mean:+.4g} [{extra.low:+.4g}, {extra.high:+.4g}]" for extra in others]
         table.add_row(one.method, share, f"{one.top:+.4g}", *cells)
     console.print(table)
 

@@ -157,12 +157,14 @@ def _sets(held: Sequence[Holding], queries: dict[str, str]) -> Table:
 def _missing(held: Sequence[Holding], queries: dict[str, str], run: Path, console: Console) -> bool:
     """Tell what is missing, by query; whether nothing is."""
     open_ = [one for one in held if not one.failed and one.queries != frozenset(queries)]
+    lacking: dict[tuple[Wanted, ...], list[str]] = {}  # queries that lack the same sets are told together
     for name in queries:
-        lacking = [one for one in open_ if name not in one.queries]
-        if lacking:
-            names = ", ".join(f"{_group(one.wanted)} set {one.wanted.name}" for one in lacking[:SHOWN])
-            more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
-            console.print(f"Query {name!r} lacks {len(lacking)} of {len(held)} sets: {names}{more}.", markup=False)
+        lacking.setdefault(tuple(one.wanted for one in open_ if name not in one.queries), []).append(name)
+    for sets, names in lacking.items():
+        if sets:
+            told = _first([f"{_group(one)} set {one.name}" for one in sets])
+            who = f"Query {names[0]!r} lacks" if len(names) == 1 else f"{len(names)} queries ({_first(names)}) lack"
+            console.print(f"{who} {len(sets)} of {len(held)} sets: {told}.", markup=False)
     if not open_:
         console.print(f"Complete: all {len(held)} sets have values of all {len(queries)} queries.")
         return True
@@ -173,6 +175,11 @@ def _missing(held: Sequence[Holding], queries: dict[str, str], run: Path, consol
         style="bold red", highlight=False,
     )  # fmt: skip
     return False
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _kinds(entries: Sequence[dict[str, Any]], arithmetic: dict[str, Any], console: Console) -> bool:

@@ -1,4 +1,7 @@
-"""`retrograd metasmoothness`: three trainings at nearby data weights, one number, and what to change if it is low."""
+"""`retrograd metasmoothness`: three trainings at nearby data weights, one number, and what to change if it is low.
+
+Of a finished run it also says what LDS to expect, by six retrainings without sets of documents: `trust.forecast`.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,39 @@ from retrograd.runs.kinds import assemble, check_settings
 from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
+from retrograd.runs.run_folder import Opened
 from retrograd.runs.session import train
 from retrograd.runs.setup import Loaded
 from retrograd.runs.states.budget import Replay
 from retrograd.settings.commands import MetasmoothnessConfig
 from retrograd.settings.run import TrainConfig
+from retrograd.trust.forecast import Forecast, forecast
 from retrograd.trust.smoothness import metasmoothness as smoothness
 from retrograd.trust.smoothness import perturbed
 
 __all__ = ["Smoothness", "metasmoothness"]
 
-SMOOTH, FAIR = 0.98, 0.9  # from runs whose LDS is known: docs/validation.md
+SMOOTH, FAIR = 0.98, 0.9
+GOOD = 0.95  # expected LDS below which levers are told
+RANKED = (0.75, 0.486, 0.907)  # how the number ranked LDS over the grid of bench/forecast.py: Spearman's, 95 % interval
 
 
 class Smoothness(NamedTuple):
-    """The number in [−1, 1], the verdict in words, and what would raise it."""
+    """The number in [−1, 1], the verdict in words, and what would raise it.
+
+    forecast: what LDS to expect; None where there are no scores yet.
+    """
 
     value: float
     verdict: str
     levers: list[str]
+    forecast: Forecast | None = None
 
 
 def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None) -> Smoothness:
     """Train at data weights 1, 1 + hv and 1 + 2hv; running again resumes, or answers from the file.
+
+    For a finished run of these very settings also retrain without six sets, and forecast its LDS.
 
     Raises:
         ValueError: For anything the user can mend.
@@ -50,20 +63,24 @@ def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None)
     if not config.h > 0:
         raise ValueError(f"--h is {config.h}; it has to be above 0, such as 0.1")
     with locked(config.run):
-        found = _found(config)
+        manifest, loaded = Manifest(config.run / "manifest.json"), assemble(config)
+        found = _found(config, manifest, loaded)
+        if manifest.done("scores") and manifest.values.get("identity") == loaded.identity:
+            found = found._replace(forecast=forecast(Opened(config.run, config, manifest, loaded), console))
     console.print(f"Metasmoothness {found.value:.3f}: {found.verdict}")
-    for lever in found.levers:
+    if found.forecast is None:
+        told = "no forecast without scores: attribute the run, and call this again. It retrains without six sets then."
+    else:
+        told = found.forecast.told
+    console.print(f"Forecast: {told}", highlight=False)
+    likely = found.forecast.expected if found.forecast else None
+    for lever in _levers(config.train) if found.value < SMOOTH or (likely is not None and likely < GOOD) else ():
         console.print(f"  {lever}", highlight=False)
-    console.print(
-        "Necessary for scores to predict retraining, not sufficient: `retrograd validate` tells.", style="dim"
-    )
     return found
 
 
-def _found(config: MetasmoothnessConfig) -> Smoothness:
+def _found(config: MetasmoothnessConfig, manifest: Manifest, loaded: Loaded) -> Smoothness:
     """From the file, or measured."""
-    manifest = Manifest(config.run / "manifest.json")
-    loaded = assemble(config)
     key = fingerprint(loaded.identity, config.h, config.noise_seed)[:8]
     folder = config.run / "metasmoothness"
     path = folder / f"{key}.json"
@@ -72,7 +89,9 @@ def _found(config: MetasmoothnessConfig) -> Smoothness:
     else:
         finals = _finals(config, loaded, manifest, folder / key)
         value = smoothness(*(finals if loaded.after is None else map(loaded.after, finals)))
-        write_json(path, {**_judge(value, config.train)._asdict(), "h": config.h, "seed": config.noise_seed})
+        judged = _judge(value, config.train)._asdict()
+        del judged["forecast"]  # in a file of its own
+        write_json(path, {**judged, "h": config.h, "seed": config.noise_seed})
         shutil.rmtree(folder / key, ignore_errors=True)
     return _judge(value, config.train)
 
@@ -99,15 +118,13 @@ def _each(tick: Callable[[], None]) -> Callable[[Event], None]:
 
 
 def _judge(value: float, train: TrainConfig) -> Smoothness:
-    if value >= SMOOTH:
-        return Smoothness(value, "smooth. Scores of this recipe can predict retraining.", [])
-    fair = value >= FAIR
+    words = "smooth" if value >= SMOOTH else "fairly smooth" if value >= FAIR else "rough"
+    ranked, low, high = RANKED
     verdict = (
-        "fair. Scores rank well at best; expect less for small sets of data."
-        if fair
-        else "rough. The derivative says little about leaving out whole examples: do not act on these scores."
+        f"{words} at nearby data weights. That is no forecast of leaving data out: over a grid of recipes the number "
+        f"ranked LDS with {ranked:.2f} [{low:.2f}, {high:.2f}]."
     )
-    return Smoothness(value, verdict, _levers(train))
+    return Smoothness(value, verdict, _levers(train) if value < SMOOTH else [])
 
 
 def _levers(train: TrainConfig) -> list[str]:

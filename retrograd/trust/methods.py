@@ -19,7 +19,7 @@ from retrograd.runs.run_folder import Opened
 from retrograd.select.files import Stated, file_scores
 from retrograd.select.json_scores import json_columns
 from retrograd.select.places import Places, places_of
-from retrograd.select.sources import DataSet, is_run, load_scores, split_name
+from retrograd.select.sources import DataSet, find_native, is_run, load_scores, split_name
 from retrograd.settings.commands import ValidateConfig
 from retrograd.settings.run import MagicConfig
 from retrograd.trust.rivals import RIVALS
@@ -77,12 +77,11 @@ def as_weights(values: Tensor, per_token: bool, run: Opened, places: Places) -> 
 def _of_source(source: str, run: Opened, places: Places, stated: Stated, tokens: bool) -> Method:
     name, path, part = _named(source)
     if is_run(path):
-        config = cast(MagicConfig, run.config)
-        one = load_scores(
-            [str(path) + (f":{part}" if part else "")], DataSet(config, run.loaded.rows, places, None), stated
-        )
-        scores, per_token = [one.values], one.per_token
-        _refuse_few(source, 1, part, run)
+        parts = _columns_of_run(path, part)
+        _refuse_few(source, len(parts), part, run)
+        data = DataSet(cast(MagicConfig, run.config), run.loaded.rows, places, None)
+        scored = [load_scores([f"{path}:{one}"], data, Stated()) for one in parts]
+        scores, per_token = [one.values for one in scored], scored[0].per_token
     else:
         parts = [part] if part is not None else _columns(path, places, run.loaded.queries.names)
         _refuse_few(source, len(parts), part, run)
@@ -111,12 +110,19 @@ def _named(source: str) -> tuple[str, Path, str | None]:
 
 def _refuse_few(source: str, columns: int, part: str | None, run: Opened) -> None:
     names = run.loaded.queries.names
-    if columns != len(names) and part is None:
+    if columns != len(names) and (part is None or columns > 1):
         raise ValueError(
             f"--scores {source} has {columns} columns of scores, and the run {len(names)} query columns: "
             f"{', '.join(names[:6])}{' …' if len(names) > 6 else ''}. Give a column for each, in their order or by "
             "these names, or name one column as FILE:COLUMN, which then counts for all of them"
         )
+
+
+def _columns_of_run(path: Path, part: str | None) -> list[str | None]:
+    """The columns of another run's query, each as RUN:COLUMN takes it."""
+    native = find_native(str(path) + (f":{part}" if part else ""))
+    told = json.loads((path / "queries" / native.query / "query.json").read_text(encoding="utf8"))
+    return list(told["columns"][native.columns])
 
 
 def _columns(path: Path, places: Places, names: Sequence[str]) -> list[str | None]:

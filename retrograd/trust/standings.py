@@ -118,15 +118,16 @@ def show_standings(groups: Sequence[Group], console: Console) -> None:
     for group in groups:
         title = f"Methods on one bank: {group_name(group.fraction, group.weight)}, {group.sets} sets"
         table = Table(title=title, title_justify="left")
-        for name in ("method", "mean LDS", "95 %", "Pearson", "slope", f"minus {OWN}", "95 %"):
-            table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column("method", no_wrap=True)
+        for name in ("mean LDS [95 %]", "Pearson", "slope", f"minus {OWN} [95 %]"):
+            table.add_column(name, justify="right")
         apart = {one.first: one for one in group.differences if one.second == OWN}
         apart |= {one.second: _turned(one) for one in group.differences if one.first == OWN}
         for one in group.standings:
             other = apart.get(one.method)
-            numbers = ("", "") if other is None else (f"{other.mean:+.3f}", f"[{other.low:+.3f}, {other.high:+.3f}]")
-            interval = f"[{one.low:.3f}, {one.high:.3f}]"
-            table.add_row(one.method, f"{one.mean:.3f}", interval, f"{one.pearson:.3f}", f"{one.slope:.3g}", *numbers)
+            less = "" if other is None else f"{other.mean:+.3f} [{other.low:+.3f}, {other.high:+.3f}]"
+            lds = f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]"
+            table.add_row(one.method, lds, f"{one.pearson:.3f}", f"{one.slope:.3g}", less)
         console.print(table)
     if groups:
         console.print(

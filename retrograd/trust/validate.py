@@ -33,7 +33,7 @@ from retrograd.trust.retrain import NOTHING, Conditions, conditions_of, retrain_
 from retrograd.trust.sets import is_mine, units_of, wanted_sets
 from retrograd.trust.standings import record, show_standings, standings, write_standings
 
-__all__ = ["Retraining", "check_validate", "prepared", "validate"]
+__all__ = ["Retraining", "bank_of", "carry_out", "check_validate", "prepared", "stackable", "validate"]
 
 
 def validate(config: ValidateConfig, console: Console | None = None) -> Validation | None:
@@ -78,22 +78,22 @@ def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Con
     Raises:
         ValueError: For anything the user can mend.
     """
-    number = config.subsets * len(config.fraction) * len(config.weight)
+    number = (config.subsets * len(config.fraction) + len(config.top) * (config.controls + 1)) * len(config.weight)
     conditions = conditions_of(manifest, number, config.workers, config.together)
     run = open_run(config.run, threads=conditions.threads, trust_code=config.trust_code)
-    conditions, scores = _stackable(run, conditions, config, console), stored_scores(run)
+    conditions, scores = stackable(run, conditions, config, console), stored_scores(run)
     methods = [Method(OWN, scores), *other_methods(config, run)]
     plans = _plans(config, run, methods)
     wanted = [*wanted_sets(config, run, scores), *(one for plan in plans for one in plan.sets)]
     mine = [one for one in wanted if is_mine(one, config)]
-    return Retraining(run, conditions, methods, plans, wanted, mine, _bank(config, run, part))
+    return Retraining(run, conditions, methods, plans, wanted, mine, bank_of(run, part))
 
 
 def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
     part = _part(config, rank, ranks)
     run, conditions, methods, plans, wanted, mine, bank = prepared(config, manifest, part, console)
     scores = methods[0].scores
-    _carry_out(run, mine[rank::ranks], bank, conditions, config.save_models, console)
+    carry_out(run, mine[rank::ranks], bank, conditions, config.save_models, console)
     if rank:
         return None
     note_wanted(bank.folder, part, wanted)
@@ -173,13 +173,14 @@ def _part(config: ValidateConfig, rank: int, ranks: int) -> str:
     return f"{part}-rank{rank}" if ranks > 1 else part
 
 
-def _bank(config: ValidateConfig, run: Opened, part: str) -> Bank:
+def bank_of(run: Opened, part: str) -> Bank:
+    """The bank of a run, written to by this process under a name that ends in `part`."""
     queries = {one.name: one.digest for one in run.loaded.asked}
     names, made = run.loaded.queries.names, made_here(run.loaded.arithmetic)
-    return Bank(config.run / "validation", run.loaded.identity, queries, names, part, made)
+    return Bank(run.folder / "validation", run.loaded.identity, queries, names, part, made)
 
 
-def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, console: Console) -> Conditions:
+def stackable(run: Opened, conditions: Conditions, config: ValidateConfig, console: Console) -> Conditions:
     """Without a stack where the model cannot be stacked, unless stacks were asked for."""
     if conditions.together == 1:
         return conditions
@@ -193,7 +194,7 @@ def _stackable(run: Opened, conditions: Conditions, config: ValidateConfig, cons
     return conditions
 
 
-def _carry_out(
+def carry_out(
     run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, keep: bool, console: Console
 ) -> None:
     """Ask the kept models what is not known of them, and retrain the rest."""

@@ -55,6 +55,29 @@ def test_updates_that_round_to_nothing_are_found() -> None:
     assert [(f.kind, f.step) for f in found] == [("swallowed", 4)]
 
 
+def journal(*losses: float) -> list[dict]:
+    return [{"step": t, "lr": 0.1, "loss": loss} for t, loss in enumerate(losses)]
+
+
+FALLING = [3.0 - 0.05 * t + (0.05, -0.02, 0.03, -0.04)[t % 4] for t in range(40)]
+
+
+def test_a_spike_of_the_loss_is_found_with_its_step_and_lever() -> None:
+    spiked = [loss + 1.2 * (t == 20) + 0.7 * (t == 21) for t, loss in enumerate(FALLING)]
+    (found,) = sweep_findings(journal(*spiked), reverse(), SMOOTH)
+    assert (found.kind, found.step) == ("spike", 20)
+    assert "--train.max_grad_norm" in str(found)
+    assert f"{spiked[20]:.3g}" in str(found)
+
+
+@pytest.mark.parametrize("losses", [
+    FALLING, FALLING[:5], [0.5 + 0.1 * t for t in range(40)], [1.0] * 20 + [2.0] * 20,
+    [(1.0, 2.0, 3.0)[t * t % 3] for t in range(40)], [loss + 0.1 * (t == 20) for t, loss in enumerate(FALLING)],
+], ids=["falling", "short", "rising", "a step up", "noisy", "small"])  # fmt: skip
+def test_other_losses_are_no_spikes(losses: list[float]) -> None:
+    assert sweep_findings(journal(*losses), reverse(), SMOOTH) == []
+
+
 @pytest.mark.parametrize("optimizer,limit", [(SGD(0.1), 2), (SGD(0.1, momentum=0.9), 3.8), (AdamW(1e-3), 38)])
 def test_a_learning_rate_beyond_stability_is_found(optimizer, limit: float) -> None:
     recipe = Recipe(optimizer)

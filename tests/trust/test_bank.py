@@ -68,7 +68,9 @@ def test_new_queries_of_kept_models_have_the_bits_of_retraining(
     assert main([str(trained) if part == "RUN" else part for part in call]) == 0
     capsys.readouterr()
     assert main(["bank", str(run)]) == 1
-    assert "5 by asking kept models, 0 by retraining" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "5 by asking kept models, 0 by retraining" in told
+    assert "2 queries (first, second) lack 5 of 5 sets: 0.2 set 0, " in told
     no_training(monkeypatch)
     assert main([str(run) if part == "RUN" else part for part in call]) == 0
     assert "kept models are asked" in capsys.readouterr().out

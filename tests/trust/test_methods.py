@@ -108,6 +108,17 @@ def test_a_file_with_the_same_scores_is_the_same_method(
     assert first["query/1"]["lds"] < own["queries"]["query/1"]["lds"]
 
 
+def test_another_run_is_a_method(banked: Path, by_token: Path) -> None:
+    call = ["validate", str(banked), *CALL, "--scores"]
+    assert main([*call, f"one={by_token}:query/1", str(by_token)]) == 0
+    methods = found(banked)["methods"]  # its tokens' scores summed by document are the run's own
+    own = methods["retrograd"]["queries"]
+    assert methods["one"]["queries"]["query/1"] == pytest.approx(own["query/1"], rel=1e-4)
+    assert methods["one"]["queries"]["query/0"]["lds"] != own["query/0"]["lds"]
+    for name in own:
+        assert methods["by-token"]["queries"][name] == pytest.approx(own[name], rel=1e-4)
+
+
 def test_scores_of_tokens_and_documents_meet(small: Path, by_token: Path, opened: Opened) -> None:
     tokens, draw = open_run(by_token), torch.Generator().manual_seed(0)
     places = places_of(tokens.loaded.rows)
@@ -182,3 +193,19 @@ def test_scores_that_cannot_be_compared(
     assert main(["validate", str(run), "--subsets", "3", "--fraction", "0.2", "--scores", *files, *more]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (run / "validation").exists()
+
+
+@pytest.mark.slow
+def test_ekfac_scores_of_the_example(banked: Path, tmp_path: Path) -> None:
+    pytest.importorskip("kronfluence")
+    import subprocess
+    import sys
+
+    example = Path(__file__).parents[2] / "examples" / "ekfac.py"
+    command = [sys.executable, str(example), str(banked), str(tmp_path / "ekfac.npy")]
+    subprocess.run(command, check=True, capture_output=True)
+    scores = np.load(tmp_path / "ekfac.npy")
+    assert scores.shape == (20, 2)
+    call = ["validate", str(banked), *CALL, "--scores", str(tmp_path / "ekfac.npy"), "--higher_is", "proponent"]
+    assert main(call) == 0
+    assert found(banked)["methods"]["ekfac"]["pearson"] > 0

@@ -26,12 +26,12 @@ FACTOR = 2.0  # between predicted and measured changes
 def trust(run: Attribution, view: View) -> Content:
     """Every test that was made of the run, with a verdict for each query column."""
     certificate, validation, health = run.read("verify.json"), run.read("validation.json"), run.read("health.json")
-    smooth = _smoothness(run.folder)
+    smooth, forecast = _smoothness(run.folder), run.read("forecast.json")
     train, reverse = run.journal
     named = _own_columns(run)
     data = {
         "columns": run.columns,
-        "verdicts": {name: judged(name, certificate, validation, smooth) for name in run.columns},
+        "verdicts": {name: judged(name, certificate, validation, smooth, forecast) for name in run.columns},
         "certificate": certificate, "validation": validation, "smoothness": smooth,
         "findings": (health or {}).get("findings", []),
         "validated": validation is not None,
@@ -68,12 +68,14 @@ def retraining(run: Attribution, view: View) -> Content | None:
 
 
 def judged(
-    name: str, certificate: dict[str, Any] | None, validation: dict[str, Any] | None, smooth: dict[str, Any] | None
-) -> dict[str, Any]:
+    name: str, certificate: dict[str, Any] | None, validation: dict[str, Any] | None, smooth: dict[str, Any] | None,
+    forecast: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The verdict on one query column, with its reasons.
 
     Args:
-        certificate, validation, smooth: verify.json, validation.json and a file of metasmoothness; None if not made.
+        certificate, validation, smooth, forecast: verify.json, validation.json, a file of metasmoothness and
+            forecast.json; None if not made.
     """
     reasons, bad, good = list[str](), list[str](), list[str]()
     if certificate is None:
@@ -85,6 +87,8 @@ def judged(
     if smooth is not None:
         told = f"metasmoothness is {smooth['value']:.3f}"
         (bad if smooth["value"] < ROUGH else reasons).append(told)
+    if forecast is not None:
+        reasons.append(f"forecast: {forecast['told']}")
     parts = [part for part in (validation or {}).get("fractions", []) if part["fraction"] and name in part["queries"]]
     for part in parts:
         if part.get("missing"):

@@ -1,0 +1,138 @@
+"""What LDS to expect of a run, from six retrainings: its scores against random removals of a tenth of the documents.
+
+    r = mean over query columns of Pearson's correlation of −Σ_s τ with φ(w, 0 on s) − φ(w), over the six sets s
+
+What r is worth was found on a grid of small recipes whose LDS is known from other sets (`bench/forecast.py`, and
+docs/validation.md). Of the candidates there, curvature along half and whole removals among them, none was surely
+better. The expected LDS is the median of the grid's recipes with the nearest r, and its range is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from retrograd.runs.files import write_json
+from retrograd.runs.run_folder import Opened
+from retrograd.settings.commands import ValidateConfig
+from retrograd.trust.evidence import stored_scores
+from retrograd.trust.left_out import agreement, predicted
+from retrograd.trust.retrain import conditions_of
+from retrograd.trust.sets import wanted_sets
+from retrograd.trust.validate import bank_of, carry_out, stackable
+
+__all__ = ["Forecast", "correlation", "expected", "forecast", "read_forecast"]
+
+SETS, SHARE, SEED = 6, 0.1, 1
+NEAREST = 7  # recipes of the grid whose LDS makes an expectation
+SURE = 0.5  # a rank correlation whose interval does not lie above this is no ground for an expectation
+FILE = "forecast.json"
+
+# r and LDS of the grid's recipes, and how r ranked LDS: Spearman's correlation with its 95 % interval, over the grid
+# and over recipes that were held out. Printed by bench/forecast.py.
+GRID: tuple[tuple[float, float], ...] = (
+    (0.971, 0.968), (0.992, 0.979), (0.91, 0.905), (0.948, 0.782), (0.642, 0.259), (0.877, 0.872),
+    (0.945, 0.853), (0.984, 0.982), (0.983, 0.97), (0.966, 0.944), (0.927, 0.896), (0.972, 0.977),
+    (0.409, 0.58), (0.95, 0.975), (0.971, 0.968), (0.952, 0.966), (0.5, 0.727), (0.98, 0.986),
+    (0.991, 0.969), (0.999, 0.999), (0.989, 0.982), (0.173, 0.15), (0.309, -0.243), (0.175, -0.089),
+    (-0.081, -0.24), (0.999, 0.997), (-0.625, -0.606), (0.493, 0.666), (0.546, 0.094), (0.985, 0.935),
+    (0.917, 0.532),
+)  # fmt: skip
+RANKED = (0.924, 0.817, 0.963)
+HELD_OUT = (0.829, 0.0, 1.0)
+
+
+class Forecast(NamedTuple):
+    """Of a run: r, and the LDS to expect with its range, None where nothing can be expected. told: in words."""
+
+    correlation: float | None
+    expected: float | None
+    low: float | None
+    high: float | None
+    told: str
+
+
+def forecast(run: Opened, console: Console) -> Forecast:
+    """Retrain without six sets, and say what LDS to expect; from the file if it is there.
+
+    The retrainings join the run's bank. The run is of its own queries alone, and its folder is held.
+
+    Raises:
+        RunError: If retraining with everything does not reproduce the run.
+    """
+    known = read_forecast(run.folder, run.loaded.identity)
+    if known is not None:
+        return known
+    found = _measured(run, console)
+    about = {"sets": SETS, "fraction": SHARE, "grid": {"recipes": len(GRID), "ranked": RANKED, "held_out": HELD_OUT}}
+    write_json(run.folder / FILE, {"identity": run.loaded.identity, **found._asdict(), **about})
+    return found
+
+
+def read_forecast(folder: Path, identity: str) -> Forecast | None:
+    """The forecast of a run of this identity, if one was made."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf8"))
+    return Forecast(**{name: values[name] for name in Forecast._fields}) if values["identity"] == identity else None
+
+
+def correlation(prediction: np.ndarray, measurement: np.ndarray) -> float:
+    """r of predicted and measured changes, [sets, K] each; NaN where a column does not vary."""
+    columns = range(prediction.shape[1])
+    return float(np.mean([agreement(prediction[:, k], measurement[:, k]).pearson for k in columns]))
+
+
+def expected(r: float) -> Forecast:
+    """What the grid says of r."""
+    on_grid = (
+        f"over {len(GRID)} recipes that ranked LDS with {_interval(RANKED)}, held-out ones with {_interval(HELD_OUT)}"
+    )
+    seen = f"{SETS} removals of a tenth of the documents correlate with the scores at {r:.3f}"
+    if RANKED[1] <= SURE:
+        told = f"no forecast: {seen}, and {on_grid}, which is no ground for one. `retrograd validate` tells."
+        return Forecast(r, None, None, None, told)
+    near = sorted(lds for _, lds in sorted(GRID, key=lambda one: abs(one[0] - r))[:NEAREST])
+    middle = float(np.median(near))
+    told = (
+        f"expect LDS about {middle:.2f} ({near[0]:.2f} to {near[-1]:.2f} in a grid's {len(near)} nearest recipes): "
+        f"{seen}; {on_grid}. `retrograd validate` tells."
+    )
+    return Forecast(r, middle, near[0], near[-1], told)
+
+
+def _measured(run: Opened, console: Console) -> Forecast:
+    scores, threads = stored_scores(run), torch.get_num_threads()
+    config = ValidateConfig(run.folder, subsets=SETS, fraction=(SHARE,), seed=SEED)
+    sets = wanted_sets(config, run, scores)
+    if len({one.key for one in sets}) < SETS:
+        told = f"no forecast: there are no {SETS} different sets of a tenth of so few documents."
+        return Forecast(None, None, None, None, told)
+    conditions = stackable(run, conditions_of(run.manifest, SETS, 1, 0), config, console)
+    bank = bank_of(run, "-forecast")
+    try:
+        torch.set_num_threads(conditions.threads)
+        carry_out(run, sets, bank, conditions, False, console)
+    finally:
+        torch.set_num_threads(threads)
+    failed = sum(one.key not in bank.known for one in sets)
+    if failed:
+        told = f"do not act on these scores: {failed} of {SETS} retrainings without a tenth of the documents diverged."
+        return Forecast(None, None, None, None, told)
+    weights = run.loaded.training.weights
+    prediction = np.array([predicted(scores, weights, one.places).numpy() for one in sets])
+    r = correlation(prediction, np.array([np.subtract(*bank.known[one.key][:2]) for one in sets]))
+    if math.isnan(r):
+        return Forecast(None, None, None, None, "no forecast: a query does not change, or is predicted not to.")
+    return expected(r)
+
+
+def _interval(ranked: tuple[float, float, float]) -> str:
+    return f"{ranked[0]:.2f} [{ranked[1]:.2f}, {ranked[2]:.2f}]"
