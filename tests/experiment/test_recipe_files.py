@@ -115,6 +115,13 @@ def test_the_recipe_of_beliefs_changes_one_thing_at_a_time() -> None:
         assert [name for name in a if a[name] != b[name]] == [setting]
 
 
+def test_the_recipe_of_hardened_weights_has_its_matched_control() -> None:
+    spec = read_experiment(RECIPES / "lab/hardened.yaml", ("hard=elsewhere",))
+    assert spec.weightings["hardened"].files == ("elsewhere/best/0", "elsewhere/best/1")
+    assert spec.weightings["matched"].files == ("elsewhere/matched/0", "elsewhere/matched/1")
+    assert (len(spec.seeds), spec.match) == (5, ("utility",))
+
+
 @pytest.fixture(scope="module")
 def tiny_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab") / "tiny"
