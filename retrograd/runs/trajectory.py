@@ -334,6 +334,10 @@ class Ready:
             return InPieces(training, self.initial, *given, observe, logs)
         return Trajectory(training, self.initial, *given, observe, logs)
 
+    def settle(self, folder: Path) -> None:
+        """Lay out whole what a finished run may have left in pieces, killed before it had."""
+        relay(folder, self.initial, self.training.recipe, 1, self.identity)
+
     def follow(self) -> NoReturn:
         """Do what rank 0 does with this training, until it has ended, and end. By the other ranks of a job."""
         here().serve(self.doing)
