@@ -142,6 +142,24 @@ def test_recipes_under_attack_run_on_a_tiny_lab(recipe: str, more: list[str], ti
     assert "## Missing" not in text
 
 
+@pytest.mark.slow
+def test_every_method_runs_on_a_tiny_lab(tiny_lab: Path, tmp_path: Path) -> None:
+    text = (RECIPES / "lab/unlearn_methods.yaml").read_text()
+    smaller = {"train[:384]": "train[:16]", "train[384:432]": "train[16:24]", "train[432:]": "train[24:]",
+               "train[:60]": "train[:4]", "train[60:]": "train[4:]", "seeds: 3": "seeds: 1",
+               "match: utility": "match: none"}  # fmt: skip
+    for old, new in smaller.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "methods.yaml").write_text(text)
+    assert (
+        main(["experiment", str(tmp_path / "methods.yaml"), str(tmp_path / "out"), "--names", f"lab={tiny_lab}"]) == 0
+    )
+    told = (tmp_path / "out/results.md").read_text()
+    assert told.count(" | 1/1 | ") == len(read_experiment(RECIPES / "lab/unlearn_methods.yaml").methods)
+    assert "## Missing" not in told
+
+
 SIX = {"guided_breakers", "selected_corpus", "two_phases", "representation", "ascent_orth", "curriculum"}
 
 
