@@ -72,37 +72,41 @@ def held() -> int:
     return sum(storages.values())
 
 
-def watched(before: int) -> list[int]:
-    """Notes what is held between steps beyond what was held before, in this process from now on."""
-    found: list[int] = []
+def watched(before: int) -> tuple[list[int], list[int]]:
+    """Notes what is held between steps beyond what was held before, in this process from now on.
+
+    Between two steps of its own way back; and, where a process has none, while it waits to be called.
+    """
+    between: list[int] = []
+    waiting: list[int] = []
     heartbeat, wait = Durable.reverse_heartbeat, Group._wait
 
     def beat(self: Durable, event: Any, *given: Any) -> None:
         if event.step == self.steps - 2:
-            found.append(held() - before)
+            between.append(held() - before)
         heartbeat(self, event, *given)
 
     def waits(self: Group, key: str, **options: Any) -> Any:
-        if key.startswith("call/") and len(found) < 40:
-            found.append(held() - before)
+        if key.startswith("call/") and 4 <= self._calls <= 8:
+            waiting.append(held() - before)
         return wait(self, key, **options)
 
     Durable.reverse_heartbeat, Group._wait = beat, waits  # type: ignore[method-assign]
-    return found
+    return between, waiting
 
 
 def run(world: int, arguments: list[str]) -> list[tuple[int, int]]:
     """(exit code, bytes held) of each rank."""
 
     def rank(_: int) -> tuple[int, int]:
-        found = watched(held())
+        between, waiting = watched(held())
         code = 0
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
                 code = command(arguments)
             except SystemExit as end:  # how other ranks than the first end
                 code = int(end.code or 0)
-        return code, max(found, default=0)
+        return code, max(between or waiting, default=0)
 
     return ranks.forked(world, rank)
 
@@ -128,40 +132,46 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def kill(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    base = [*made(folder, 2, 16, 20), "--shards", "2", "--replay.heartbeat", "0"]
+    base = [*made(folder, 2, 16, 20), "--shards", "2", "--replay.heartbeat", "0", "--patience", "30"]
     draw, reference, differ, killed = random.Random(options.seed), folder / "alone", 0, 0
     start = time.monotonic()
-    assert all(code == 0 for code, _ in run(2, ["magic", str(reference), *base]))
+    assert set(carried_out(2, [str(reference), *base])) == {0}
     seconds = time.monotonic() - start
     expected = (reference / "scores.pt").read_bytes()
     while killed < options.kills:
         place, told = folder / "run", list[str]()
         while not (place / "scores.pt").exists():
             world, mode, victim = draw.choice((1, 2, 2, 2)), draw.choice(MODES), draw.randrange(2)
-            after = draw.uniform(0.3, 1.1) * seconds
-
-            def during(processes: list[Any], victim: int = victim, after: float = after) -> None:
-                until = time.monotonic() + after
-                while time.monotonic() < until and all(process.is_alive() for process in processes):
-                    time.sleep(0.01)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(processes[victim % len(processes)].pid, signal.SIGKILL)
-
-            def job(_: int, place: Path = place, mode: str = mode) -> int:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                    return command(["magic", str(place), *base, "--parallel", mode])
-
-            codes = ranks.forked(world, job, during=during if killed < options.kills else lambda _: None)
-            dead = [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL]
-            killed += len(dead)
-            told.append(f"{mode} on {world}" + (f", rank {dead[0]} killed after {after:.1f} s" if dead else ""))
-            assert dead or set(codes) <= {0, None}, f"exit codes {codes} without a kill: {told}"
+            after = draw.uniform(0.1, 0.9) * seconds if killed < options.kills else 10 * seconds
+            codes = carried_out(world, [str(place), *base, "--parallel", mode], victim % world, after)
+            dead = -signal.SIGKILL in codes
+            killed += dead
+            told.append(f"{mode} on {world}" + (f", rank {victim % world} killed after {after:.1f} s" if dead else ""))
+            assert dead or set(codes) == {0}, f"exit codes {codes} without a kill: {told}"
         same = (place / "scores.pt").read_bytes() == expected
         differ += not same
         print(f"{'same' if same else 'OTHER'} bytes after: {'; '.join(told)}", flush=True)
         shutil.rmtree(place)
     print(f"{killed} kills, {differ} runs with other scores")
     return {"kills": killed, "differ": differ, "ok": differ == 0}
+
+
+def carried_out(world: int, arguments: list[str], victim: int = 0, after: float = float("inf")) -> list[int]:
+    """The exit codes of `magic`, one rank of which is killed after so many seconds if all are still there."""
+
+    def during(processes: list[Any]) -> None:
+        until = time.monotonic() + after
+        while all(process.is_alive() for process in processes):
+            if time.monotonic() > until:
+                os.kill(processes[victim].pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    def job(_: int) -> int:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return command(["magic", *arguments])
+
+    return [code or 0 for code in ranks.forked(world, job, during=during)]
 
 
 def main() -> int:

@@ -142,9 +142,9 @@ def write_hardened(folder: Path) -> None:
            "gradient_norm": 2.0, "largest_weight": 1.0, "predicted_change": 0.2, "measured_change": None,
            "forget_after_attack": [1.0, 3.0], "held_out_forget": [0.6]}  # fmt: skip
     two = {**one, "iteration": 1, "objective": 1.25, "expected_change": 0.2, "measured_change": 0.25}
-    (folder / "harden.json").write_text(json.dumps({"best": 1, "iterations": [one, two]}))
+    (folder / "harden.json").write_text(json.dumps({"run": str(folder / "run"), "best": 1, "iterations": [one, two]}))
     (folder / "made_of.json").write_text("{}")
-    config = {"suite": ["<mine>.yaml"], "held_out": ["other.yaml"], "learn": ["weights", "lr"], "mu": 1.0, "run": "x"}
+    config = {"suite": ["<mine>.yaml"], "held_out": ["other.yaml"], "learn": ["weights", "lr"], "mu": 1.0}
     (folder / "run_config.yaml").write_text(yaml.safe_dump(config))
 
 

@@ -20,6 +20,7 @@ SMALL = ["--depth", "2", "--width", "16", "--length", "12", "--vocabulary", "64"
         ("engines", [*SMALL, "--only", "--step", "--against", "blocks", "compile", "--turns", "1"]),
         ("queries", ["--queries", "1", "2", "--depth", "2", "--width", "16", "--steps", "2", "--turns", "1"]),
         ("overhead", ["--steps", "1", "--turns", "1", "--hold", "4096"]),
+        ("ranks", ["--ranks", "1", "2", "--depth", "1", "--width", "16", "--steps", "2"]),
         ("replay", ["--steps", "20", "--turns", "1"]),
         ("scaling", ["--quick", "--turns", "1"]),
     ],

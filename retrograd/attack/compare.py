@@ -241,6 +241,7 @@ def _latent(group: str, cells: dict[tuple[str, str], _Cell]) -> Estimate | None:
     own = [cell.rise for (other, _), cell in cells.items() if other == group and cell.rise is not None]
     fewest = min((len(sizes) for _, sizes in own), default=0)
     half = [rise for rise, sizes in own if len(sizes) == fewest]
+    half = [rise for rise in half if len(rise) == max(map(len, half))]  # while others have not met all models
     if not half or len({rise.shape for rise in half}) > 1:
         return None
     return crossed(np.mean(half, 0), next(s for _, s in own if len(s) == fewest), resamples=RESAMPLES)

@@ -265,9 +265,9 @@ def _controls(folder: Folder, courses: Mapping[tuple[str, str], Course]) -> Any:
         target = folder.of_role(role)
         for name in folder.configurations if target is not None else ():
             course = courses.get((target.name, name)) if target is not None else None
-            if course is None or (role == "random" and folder.configurations[name].probe):
-                continue
-            mask = unseen(folder.configurations[name], course.first)
+            mask = None if course is None else unseen(folder.configurations[name], course.first)
+            if course is None or (role == "random" and mask is None):
+                continue  # it may learn what it is shown
             asked = course.forget if mask is None or role == "base" else course.forget[:, mask]
             broken = [step for place, step in enumerate(course.steps) if _breaks(role, asked, place, course.chance)]
             yield {"role": role, "configuration": name, "holds": not broken, "steps": broken}

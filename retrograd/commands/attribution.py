@@ -51,6 +51,7 @@ def carry_out_attributed(
     with open_folder(config, command, begun, told, console) as opened:
         loaded, manifest = opened.setup, opened.manifest
         if opened.done:
+            loaded.settle(config.run / "checkpoints")
             clean(config.run / "checkpoints", keep=config.replay.keep)  # a kill may have left something
             outcome = summarise(stored(config.run, config.run, loaded, loaded.asked), loaded, loaded.asked, console)
             _tell_forecast(config, loaded, console)

@@ -105,7 +105,7 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
         found = [_iteration(world, number, console) for number in range(config.iterations + 1)]
         best = max(found, key=lambda one: (one["held_out"], -one["iteration"]))
         _write_weights(world, best["iteration"])
-        told = {"best": best["iteration"], "iterations": found}
+        told = {"run": str(config.run.resolve()), "best": best["iteration"], "iterations": found}
         write_json(config.out / "harden.json", told)
     start = found[0]
     gain = best["held_out"] - start["held_out"]

@@ -119,9 +119,10 @@ def carry_out(
         return f"{_where(config)}. Use --overwrite to train it again." if finished else ""
 
     with open_folder(config, command, load, done, console) as opened:
-        if opened.done:
-            return
         setup, manifest = opened.setup, opened.manifest
+        if opened.done:
+            setup.settle(config.run / "checkpoints")
+            return
         replay = replace(TRAINED_ONLY, heartbeat=config.heartbeat)
         with open_session(setup, config.run, manifest, replay, log=config.log, watch=opened.watch) as session:
             final = session.train()

@@ -64,7 +64,8 @@ def refuse_oracles(spec: ExperimentSpec) -> None:
             raise ValueError(f"{who} reads {path}, the model that never knew: only the report may")
         if Path(path).name == _FACTS and (Path(path).parent / "lab.json").exists():
             raise ValueError(f"{who} reads {path}, the table of facts of a lab: only the control keyword may")
-    reported = {key for source in spec.report.tasks.values() if source.choices for key in _keys(source)}
+    asked = [one for one in spec.report.tasks.values() if one.choices or one.form in ("depth", "kl")]
+    reported = {key for source in asked for key in _keys(source)}
     reported |= {key for source in _attacked(spec) for key in _keys(source)}
     rows = {key for text in spec.report.rows for key in _keys(parse_source(text, UnlearnConfig()))}
     for who, source in _sources(spec):

@@ -88,7 +88,7 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
     if isinstance(subject, (Training, Attribution)) and "forget" in subject.config:
         yield subject.config
     if isinstance(subject, Hardened):
-        path = Path(subject.config["run"]) / "run_config.yaml"
+        path = Path(subject.found["run"]) / "run_config.yaml"
         yield from [read_yaml(path)] if path.exists() else []
     if isinstance(subject, Experiment) and not subject.grid:
         yield subject.spec["corpora"]

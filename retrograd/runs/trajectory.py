@@ -120,6 +120,7 @@ class Trajectory:
                 self.observe(event)  # first: a step with a durable digest counts as told when a run resumes
                 self.durable.record(state)
                 self.durable.forward_heartbeat(state)
+                self.durable.stop_if_asked()
             elif isinstance(event, Remade):
                 state = event.state
                 self.observe(event)
@@ -184,6 +185,7 @@ class Trajectory:
                 self.observe(event)
                 if isinstance(event, Reversed):
                     self.durable.reverse_heartbeat(event, scores, key, query)
+                    self.durable.stop_if_asked()
                 del event  # or its cotangent would outlast the next step
         return scores
 
@@ -331,6 +333,10 @@ class Ready:
             engine.group.call("trajectory", *given)
             return InPieces(training, self.initial, *given, observe, logs)
         return Trajectory(training, self.initial, *given, observe, logs)
+
+    def settle(self, folder: Path) -> None:
+        """Lay out whole what a finished run may have left in pieces, killed before it had."""
+        relay(folder, self.initial, self.training.recipe, 1, self.identity)
 
     def follow(self) -> NoReturn:
         """Do what rank 0 does with this training, until it has ended, and end. By the other ranks of a job."""

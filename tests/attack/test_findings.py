@@ -183,8 +183,9 @@ def test_controls_that_do_not_hold_are_named(found: dict[str, Any], tmp_path: Pa
     told = findings(read_folder(lay_out(tmp_path / "out", [HALF], bad)), (0.05,))["controls"]
     assert {control["role"]: control["steps"] for control in told} == {"base": [1], "random": [1]}
     taught = {**COURSES, "random": [(10, 10), (38, 10), (38, 10)]}  # what it is shown may be learnt
-    told = findings(read_folder(lay_out(tmp_path / "b/out", [HALF], taught)), (0.05,))["controls"]
+    told = findings(read_folder(lay_out(tmp_path / "b/out", [HALF, FORGET], taught)), (0.05,))["controls"]
     assert all(control["holds"] for control in told)
+    assert [control["configuration"] for control in told if control["role"] == "random"] == [name_of(HALF)]
 
 
 def test_the_worst_case_keeps_to_its_utility(found: dict[str, Any]) -> None:

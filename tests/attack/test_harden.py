@@ -177,6 +177,7 @@ def test_weights_are_learnt_and_read_by_the_next_unlearning(
     state.unlink()
     assert main([*arguments, "--iterations", "2"]) == 0
     found = json.loads((tmp_path / "out/harden.json").read_text())
+    assert "metasmoothness" in (tmp_path / "out/report.html").read_text()
     assert found["iterations"][:2] == partial["iterations"]
     one, two = found["iterations"][1:]
     assert one["measured_change"] == pytest.approx(one["objective"] - found["iterations"][0]["objective"])

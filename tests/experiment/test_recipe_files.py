@@ -115,6 +115,13 @@ def test_the_recipe_of_beliefs_changes_one_thing_at_a_time() -> None:
         assert [name for name in a if a[name] != b[name]] == [setting]
 
 
+def test_the_recipe_of_hardened_weights_has_its_matched_control() -> None:
+    spec = read_experiment(RECIPES / "lab/hardened.yaml", ("hard=elsewhere",))
+    assert spec.weightings["hardened"].files == ("elsewhere/best/0", "elsewhere/best/1")
+    assert spec.weightings["matched"].files == ("elsewhere/matched/0", "elsewhere/matched/1")
+    assert (len(spec.seeds), spec.match) == (5, ("utility",))
+
+
 @pytest.fixture(scope="module")
 def tiny_lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab") / "tiny"
@@ -133,6 +140,24 @@ def test_recipes_under_attack_run_on_a_tiny_lab(recipe: str, more: list[str], ti
     text = (tmp_path / "out/results.md").read_text()
     assert "### Latent recovery" in text
     assert "## Missing" not in text
+
+
+@pytest.mark.slow
+def test_every_method_runs_on_a_tiny_lab(tiny_lab: Path, tmp_path: Path) -> None:
+    text = (RECIPES / "lab/unlearn_methods.yaml").read_text()
+    smaller = {"train[:384]": "train[:16]", "train[384:432]": "train[16:24]", "train[432:]": "train[24:]",
+               "train[:60]": "train[:4]", "train[60:]": "train[4:]", "seeds: 3": "seeds: 1",
+               "match: utility": "match: none"}  # fmt: skip
+    for old, new in smaller.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "methods.yaml").write_text(text)
+    assert (
+        main(["experiment", str(tmp_path / "methods.yaml"), str(tmp_path / "out"), "--names", f"lab={tiny_lab}"]) == 0
+    )
+    told = (tmp_path / "out/results.md").read_text()
+    assert told.count(" | 1/1 | ") == len(read_experiment(RECIPES / "lab/unlearn_methods.yaml").methods)
+    assert "## Missing" not in told
 
 
 SIX = {"guided_breakers", "selected_corpus", "two_phases", "representation", "ascent_orth", "curriculum"}

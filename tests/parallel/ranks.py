@@ -16,7 +16,7 @@ from typing import Any
 from retrograd.cli import main
 from retrograd.parallel.group import joined
 
-LIMIT = 120  # seconds for all that the ranks of one call do
+LIMIT = 300  # seconds for all that the ranks of one call do
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any, patience: float = 30.0) -> list[Any]:

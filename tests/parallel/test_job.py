@@ -21,7 +21,9 @@ from retrograd.parallel.group import Group, RankError
 from retrograd.parallel.split import Split
 from retrograd.runs.arithmetic import Arithmetic
 from retrograd.runs.files import read_tensors
+from retrograd.runs.run_folder import open_run
 from retrograd.runs.shares import refuse_unequal
+from retrograd.runs.states.relay import relay
 
 RECIPES = {
     # per-token scores, K queries, tied embeddings, clipping, accumulation, and a short last batch
@@ -178,13 +180,17 @@ def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
     killed(2, 1, 3, asked)
     assert list((run / "checkpoints/of-2/rank-1").glob("state-*.safetensors"))
     killed(4, 0, 4, asked)  # in training still
-    killed(1, 0, 4, asked)  # on the way back, whole: four more steps were taken
+    killed(1, 0, 5, asked)  # on the way back, whole: three steps were left at most, one at least
     assert (run / "checkpoints/reverse.safetensors").exists()
     killed(2, 0, 3, asked)
     assert (run / "checkpoints/of-2/rank-1/reverse.safetensors").exists()
     assert command(2, asked) == [0, 0]
     assert main(arguments(world, whole, "blocks", "--shards", "4")) == 0
     assert torch.equal(scores(run), scores(whole))
+    found = open_run(run).loaded
+    relay(run / "checkpoints", found.initial, found.training.recipe, 2, found.identity)  # as if killed before the end
+    assert (run / "checkpoints/of-2/rank-0/final.safetensors").exists()
+    assert main(asked) == 0
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert left == ["digests.txt", "final.safetensors"]
     assert main(["verify", str(run), "--steps", "2", "--strict"]) == 0

@@ -22,7 +22,7 @@ def harden(subject: Hardened, view: View) -> Content:
     data: dict[str, Any] = {
         "iterations": lines, "best": found["best"], "forget": learnt,
         "held": [[one[k] for one in held] for k in range(len(held[0]))],
-        "attacks": {name: config.get(name) for name in ("suite", "held_out", "sample", "learn", "mu", "run")},
+        "attacks": {name: config.get(name) for name in ("suite", "held_out", "sample", "learn", "mu")},
         "settings": [name for name in _SHOWN if "." in name and lines[0][name] is not None],
     }  # fmt: skip
     return Content(data, [Source(subject.folder / "harden.json", f"retrograd harden {subject.folder} …")])
