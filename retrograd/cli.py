@@ -1,8 +1,8 @@
 """The command line: `retrograd COMMAND RUN …`.
 
 Nothing heavy is imported until a command runs, so that --help answers at once. Exit codes: 0 done, 2 the user can mend
-it, 1 the machine failed and the same command resumes; of `verify`, 1 says that a check failed, and with --strict 3 that
-the run is certified only partly.
+it, 1 the machine failed and the same command resumes, 143 it was asked to end and the same command goes on; of
+`verify`, 1 says that a check failed, and with --strict 3 that the run is certified only partly.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib
 import io
 import os
 import sys
+import threading
 import typing
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from retrograd.runs.errors import StoppedError, stoppable
 from retrograd.settings.attack import AttackConfig
 from retrograd.settings.commands import (
     BankConfig,
@@ -41,6 +43,7 @@ from retrograd.settings.plan import PLANNED, PlanConfig, PlanOf
 from retrograd.settings.report import ReportConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, query_file, refuse_code, settings_from
 from retrograd.settings.select import MaskConfig, SelectConfig
+from retrograd.settings.submit import SUBMITTED, SubmitConfig, SubmitOf
 from retrograd.settings.train import RunConfig, TrainRunConfig
 from retrograd.settings.unlearn import ChainConfig, UnlearnConfig, refuse_method, with_objective
 
@@ -95,6 +98,9 @@ _COMMANDS = {
     "attack": _Command(
         AttackConfig, "does what was unlearned come back, and was it there all the time?", "commands.attack", "OUT"
     ),
+    "submit": _Command(
+        SubmitConfig, "hand a command to SLURM: put back into the queue until it is done", "commands.submit", "COMMAND"
+    ),
     "report": _Command(
         ReportConfig, "one offline page about runs, evaluations, experiments and attacks", "commands.report", "PATH…"
     ),
@@ -144,18 +150,26 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = _warn
     try:
         config = _parse(name, arguments[1:])
-        with _ranks(name, config):
-            code = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)(config)
+        command = getattr(importlib.import_module(f"retrograd.{_COMMANDS[name].module}"), name)
+        main_thread = threading.current_thread() is threading.main_thread()  # the only one that gets signals
+        stopping = stoppable() if name in _STOPPABLE and main_thread else contextlib.nullcontext()
+        with _ranks(name, config), stopping:
+            code = command(config)
         _report(name, config)
         return code if isinstance(code, int) else 0
     except ValueError as error:
         return _fail(error, 2)
+    except StoppedError:
+        print("stopped at a durable point; the same command goes on", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
         return 130
     except (OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         return _fail(error, 1)
 
+
+_STOPPABLE = ("train", "magic", "unlearn", "validate")  # an experiment's workers see to it themselves
 
 _SHARED = ("train", "magic", "unlearn")  # commands whose steps the processes of a job share
 _DEALT = ("validate", "evaluate")  # commands of which each process takes a part of its own
@@ -215,6 +229,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
         return _parse_unlearn(arguments)
     if name == "plan":
         return _parse_plan(arguments)
+    if name == "submit":
+        return _parse_submit(arguments)
     options: dict[str, Any] = {}
     file: str | None = None
     if issubclass(kind, RunConfig):
@@ -272,6 +288,20 @@ def _parse_plan(arguments: list[str]) -> PlanOf:
         found = f"and this one is {rest[0]!r}" if rest else "and there is none"
         raise ValueError(f"retrograd plan takes a command, one of {', '.join(PLANNED)}, {found}")
     return PlanOf(plan, rest[0], _parse(rest[0], rest[1:]))
+
+
+def _parse_submit(arguments: list[str]) -> SubmitOf:
+    """The job's options, then a command as it would be typed, which is parsed here so that a job never fails of it."""
+    place = next((n for n, word in enumerate(arguments) if word in SUBMITTED), len(arguments))
+    given = _spell_out_switches(arguments[:place], SubmitConfig)
+    job = tyro.cli(SubmitConfig, prog="retrograd submit", args=given, config=(tyro.conf.FlagConversionOff,))
+    if place == len(arguments):
+        raise ValueError(f"retrograd submit takes a command after its own options, one of {', '.join(SUBMITTED)}")
+    try:
+        _parse(arguments[place], arguments[place + 1 :])
+    except SystemExit as error:
+        raise ValueError("the command after the job's options cannot be parsed, see above") from error
+    return SubmitOf(job, arguments[place], tuple(arguments[place + 1 :]))
 
 
 def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:

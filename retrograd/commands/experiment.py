@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,8 +35,9 @@ from retrograd.experiment.plan import Plan
 from retrograd.experiment.seen import refuse_oracles
 from retrograd.experiment.table import write_results
 from retrograd.experiment.tasks import Maker
-from retrograd.experiment.work import STARTED_BY, Stop, StoppedError, stoppable, work
+from retrograd.experiment.work import work
 from retrograd.lab.build import lab
+from retrograd.runs.errors import STARTED_BY, Stop, StoppedError, stoppable
 from retrograd.runs.files import write_atomic
 from retrograd.runs.lock import locked
 from retrograd.runs.progress import overall
@@ -68,7 +70,7 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     queue = Queue(config.out.resolve() / TASKS, config.lease)
     if config.retry:
         queue.forget_failures()
-    with stoppable() as stop, _others(config, stop), _shown(queue) as show:
+    with stoppable(signal.SIGINT) as stop, _others(config, stop), _shown(queue) as show:
         try:
             plan = work(maker, queue, Runners(magic, unlearn, partial(_meet, config.out)), show, stop)
         except StoppedError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import signal
 import time
 import traceback
 import warnings
@@ -27,32 +26,12 @@ from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.lease import Lease, LeaseLostError, Queue
 from retrograd.experiment.plan import Plan, planned
 from retrograd.experiment.tasks import Maker, Task
-from retrograd.runs.errors import RunError
+from retrograd.runs.errors import RunError, Stop, StoppedError
 from retrograd.runs.progress import progress_goes_to
 
-__all__ = ["STARTED_BY", "Stop", "StoppedError", "stoppable", "work"]
+__all__ = ["work"]
 
-STARTED_BY = "RETROGRAD_STARTED_BY"  # in a worker's environment: the process that it ends with
 _GRACE = 20.0  # seconds that a training gets to come to a durable point
-
-
-class StoppedError(BaseException):
-    """Somebody asked the process to end. No `except` of a task may take it for the task's own failure."""
-
-
-class Stop:
-    """When the process was asked to end, by a signal or by the end of whoever started it; None so far."""
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-        self.parent = os.environ.get(STARTED_BY)
-
-    @property
-    def asked(self) -> float | None:
-        """In the file system's seconds."""
-        if self.since is None and self.parent is not None and os.getppid() != int(self.parent):
-            self.since = time.time()
-        return self.since
 
 
 def work(
@@ -84,24 +63,6 @@ def work(
             continue
         _carried(*taken, queue, runners, functools.partial(show, plan), stop)
         gc.collect()
-
-
-@contextmanager
-def stoppable() -> Iterator[Stop]:
-    """SIGTERM and SIGINT ask to end, instead of ending; a second one ends at once."""
-    stop = Stop()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.since is not None:
-            raise StoppedError
-        stop.since = time.time()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _carried(task: Task, lease: Lease, queue: Queue, runners: Runners, show: Callable[[str], None], stop: Stop) -> None:

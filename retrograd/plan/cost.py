@@ -150,9 +150,10 @@ def forecast(
     kept = kept_of(layout, work.matter.params // machine.shards)
     activations = work.activations(engine, rows, twice=work.queries > 0)
     on_host = machine.memory is None
-    device = device_bytes(work, machine, engine, activations or 0)
+    device = device_bytes(work, machine, activations or 0)
     host = {"process": machine.base, "states and gradients kept": kept.memory}
-    host = {**host, **device} if on_host else host
+    if on_host:  # what a step has done with, such as the state before it, is used again
+        host = {**host, **device, "memory used again": work.matter.state // machine.shards}
     seconds = _seconds(work, machine, layout, pace, kept)
     rate = machine.peak or machine.rate
     floor = floor_of(work) / rate / machine.ranks if rate else None
@@ -174,7 +175,7 @@ def kept_of(layout: Layout | None, gradient: int) -> Kept:
     memory = (states - files) * state + (gradients - written) * gradient
     memory += 2 * state * (files > 0) + 2 * gradient * (written > 0)
     moved = (layout.cost.snapshots + layout.cost.restores) * state + 2 * gradients * gradient
-    on_disk = files * state + written * gradient
+    on_disk = max(0, files - 1) * state + written * gradient  # the first state is never written
     return Kept(memory, on_disk, moved, int(moved * on_disk / max(1, states * state + gradients * gradient)))
 
 
@@ -193,17 +194,16 @@ def step_bytes(work: Work, shards: int) -> dict[str, int]:
     return back if sum(back.values()) > sum(forward.values()) else forward
 
 
-def device_bytes(work: Work, machine: Machine, engine: str, activations: int) -> dict[str, int]:
+def device_bytes(work: Work, machine: Machine, activations: int) -> dict[str, int]:
     """Bytes where steps are taken, by what they are of, besides what a process takes anyway."""
     model, shards = work.model, machine.shards
-    found = {"model": (model.trained_bytes + model.frozen_bytes) // shards}
+    found = {"model": model.trained_bytes // shards + model.frozen_bytes}
     if work.references:
         found["reference"] = (model.trained_bytes + model.frozen_bytes) // shards
     found["state"] = work.matter.state // shards
     found |= step_bytes(work, shards)
-    if shards > 1:  # a layer is gathered whole, and the next one meanwhile; double has them all in its graph
-        layers = max(1, model.layers) if engine == "blocks" else 1
-        found["gathered"] = 2 * (model.trained_bytes + model.frozen_bytes) // layers
+    if shards > 1:  # while a rank passes over its rows it has parameters, and ḡ and H ḡ or the gradient, whole
+        found["gathered"] = model.trained_bytes * (1 + (2 * work.queries or 1))
     return {**found, "activations": activations}
 
 
@@ -227,9 +227,9 @@ def _disk(work: Work, machine: Machine, layout: Layout | None, kept: Kept, secon
     state, params, k = work.matter.state // machine.shards, work.matter.params // machine.shards, work.queries
     found = {"final state": state, "states and gradients kept": kept.disk}
     beats = 2.0 if not seconds else seconds / max(1e-9, work.heartbeat)
-    if beats >= 1:  # the last on the way forward, and those that became slots; the last two on the way back
+    if beats >= 1:  # on the way forward the last and those that became slots; on the way back the last two
         slots = 0 if layout is None else int(min(1.0, beats / work.steps.steps) * (layout.cost.slots - 1))
-        found["resume points"] = (1 + slots + k * min(2, int(beats))) * state
+        found["resume points"] = max(1 + slots, 1 + k * min(2, int(beats))) * state
     if k:
         found |= {"query gradients": k * params, "scores": 12 * work.scores}
     if work.exported:

@@ -48,13 +48,17 @@ DISK = 5e9  # bytes/s of an NVMe disk: a guess
 _CONTEXT = 10**9  # bytes of a GPU that CUDA and its libraries take: a guess
 
 
-def machine_of(config: PlanConfig, run: Path, device: torch.device, precision: Precision | None) -> Machine:
+def machine_of(
+    config: PlanConfig, run: Path, device: torch.device, precision: Precision | None, parallel: str = "auto"
+) -> Machine:
     """The machine of a configuration; `device` is that of a run here, `precision` that of its products.
 
+    Args:
+        parallel: The run's own --parallel.
     Raises:
         ValueError: If the data sheet has no rate of that precision and none is given.
     """
-    shards = config.ranks if config.layout == "shard" else 1
+    shards = config.ranks if "shard" in (config.layout, parallel if config.layout == "auto" else "") else 1
     disk = parse_size(config.disk) if config.disk else free_disk(run)
     memory, host = (parse_size(size) if size else None for size in (config.memory, config.host))
     if config.hardware == "here":

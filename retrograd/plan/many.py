@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import planned
 from retrograd.experiment.seen import refuse_oracles
@@ -25,8 +26,10 @@ from retrograd.plan.weightless import weightless
 from retrograd.plan.work import Asks, Work, matter_of, model_of, steps_of
 from retrograd.query.load import load_choices, load_rows
 from retrograd.runs.run_folder import finished
+from retrograd.settings.attacked import LAB
 from retrograd.settings.commands import ValidateConfig
-from retrograd.settings.experiment import ExperimentConfig, read_experiment
+from retrograd.settings.experiment import ExperimentConfig, lab_of, read_experiment
+from retrograd.settings.grid import is_grid, read_grid
 from retrograd.settings.parse import build
 from retrograd.settings.plan import PlanConfig
 from retrograd.settings.run import MagicConfig
@@ -39,6 +42,7 @@ from retrograd.trust.validate import check_validate, prepared
 __all__ = ["Part", "PlannedMany", "plan_experiment", "plan_validate"]
 
 TASKS = "tasks"
+_TRAINED = ("scores", "train", "attribute")  # kinds of tasks that are a run
 
 
 class Part(NamedTuple):
@@ -150,21 +154,35 @@ def plan_experiment(
     Raises:
         ValueError: As `experiment`.
     """
-    spec = read_experiment(config.file, config.names)
-    refuse_oracles(spec)
-    maker, queue = Maker(spec), Queue(config.out.resolve() / TASKS, config.lease)
+    maker, queue = _maker(config), Queue(config.out.resolve() / TASKS, config.lease)
     tasks = planned(maker, queue)
     groups: dict[str, list[Task]] = {}
     for task in tasks.tasks.values():
         groups.setdefault(_group(task), []).append(task)
-    torch.set_num_threads(spec.threads)
+    torch.set_num_threads(maker.spec.threads)
     host = machine_of(plan, config.out, torch.device("cpu"), None if plan.hardware == "here" else "float32").host
     parts, forward = list[Part](), None
-    for name, members in sorted(groups.items(), key=lambda group: group[1][0].kind not in ("scores", "train")):
+    for name, members in sorted(groups.items(), key=lambda group: group[1][0].kind not in _TRAINED):
         part, found = _part(name, members, config, plan, queue, forward, clock)
         parts.append(part)
         forward = forward or found
     return PlannedMany(parts, config.workers, tasks.more, host)
+
+
+def _maker(config: ExperimentConfig) -> Maker | GridMaker:
+    if is_grid(config.file):
+        return GridMaker(read_grid(config.file, config.names))
+    built, names = lab_of(config.file, config.names, config.out.resolve() / LAB), config.names
+    if built is not None:
+        if not built.dir.exists():
+            raise ValueError(
+                f"{config.file} builds a lab first, which its tasks read: make one by `retrograd lab DIR`, name it by "
+                f"--names {LAB}=DIR, and plan then"
+            )
+        names = (*names, f"{LAB}={built.dir}")
+    spec = read_experiment(config.file, names)
+    refuse_oracles(spec)
+    return Maker(spec)
 
 
 def _group(task: Task) -> str:
@@ -176,6 +194,8 @@ def _group(task: Task) -> str:
             return f"measure {task.what['split']}"
         case "scores":
             return f"scores {task.label}"
+        case "attribute":
+            return "attribute, as the first cell"
     return task.kind
 
 
@@ -188,7 +208,7 @@ def _part(
     done, times = len(results), [float(result["seconds"]) for result in results if "seconds" in result]
     seconds, source = (sum(times) / len(times), f"mean of {len(times)} that are done") if times else (None, "not known")
     first = members[0]
-    if first.kind not in ("scores", "train"):
+    if first.kind not in _TRAINED:
         if seconds is None and first.kind == "measure" and forward is not None:
             seconds, source = forward * _read_by(first.what), "forward passes, at the pace of a training"
         return Part(name, len(members), done, seconds, source), None
@@ -198,6 +218,10 @@ def _part(
     pace, tokens = found.pace, found.work.steps.tokens / found.work.steps.steps
     if seconds is None and found.seconds:
         seconds = found.total
+        if (
+            first.kind == "attribute"
+        ):  # and three trainings for smoothness, and the retrainings with the one of everything
+            seconds += (4 + first.what["subsets"]) * found.seconds["train"]
         source = "arithmetic" if plan.by_arithmetic else "three steps timed here"
     disk = sum(found.disk.values()) if first.kind == "scores" else found.disk.get("model", 0)
     part = Part(name, len(members), done, seconds, source, found.host_peak, disk)

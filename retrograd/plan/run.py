@@ -17,7 +17,7 @@ from retrograd.plan.probe import disk_rate, probe
 from retrograd.runs.run_folder import replay_of
 from retrograd.runs.setup import find_device
 from retrograd.runs.states.budget import Layout, Replay, layout_of
-from retrograd.settings.plan import PlanConfig, Precision
+from retrograd.settings.plan import HARDWARE, PlanConfig, Precision
 from retrograd.settings.run import AttributedConfig
 from retrograd.settings.train import RunConfig
 
@@ -44,7 +44,7 @@ def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = t
     """
     start = clock()
     device = torch.device("cpu") if plan.by_arithmetic else find_device(config.device)
-    machine = machine_of(plan, _folder(config), device, precision_of(config))
+    machine = machine_of(plan, _folder(config), device, precision_of(config), config.parallel)
     found = described(config, plan) if plan.by_arithmetic else loaded(config)
     before = clock() - start
     peak = resident("VmHWM") if found.setup is not None and machine.memory is None else 0
@@ -97,7 +97,7 @@ def _chosen(found: Described, machine: Machine) -> tuple[Described, str, int]:
     if engine == "auto":
         graph = found.work.activations("double", rows, twice=True)
         free = machine.host // 2 if machine.memory is None else machine.memory - machine.base
-        needs = sum(device_bytes(found.work, machine, "double", graph or 0).values())
+        needs = sum(device_bytes(found.work, machine, graph or 0).values())
         engine = "double" if graph is None or needs <= free else "blocks"
         found = found._replace(work=dataclasses.replace(found.work, engine=engine))
     return found, engine, rows
@@ -118,10 +118,11 @@ def _unkept(found: Described, machine: Machine, replay: Replay, engine: str, row
 def _remedy(first: Forecast, found: Described, replay: Replay) -> Forecast | None:
     """The change that fits with the fewest ranks; of those the one of the fewest device hours, then of fewest changes.
 
-    Tried are the engine blocks, smaller micro-batches, plan auto with all the memory and disk there is, and more ranks
-    that divide parameters and states.
+    Tried are the engine blocks, smaller micro-batches, plan auto with all the memory and disk there is, more ranks that
+    divide parameters and states, and as many GPUs with more memory.
     """
-    fits = [tried for tried in _tries(first, found, replay) if not tried.missing]
+    tries = [*_tries(first, found, replay), *_elsewhere(first, found, replay)]
+    fits = [tried for tried in tries if not tried.missing]
     return min(fits, key=lambda tried: (tried.machine.ranks, tried.device_hours, len(tried.changes)), default=None)
 
 
@@ -137,11 +138,25 @@ def _tries(first: Forecast, found: Described, replay: Replay) -> Iterator[Foreca
         ranks *= 2
 
 
+def _elsewhere(first: Forecast, found: Described, replay: Replay) -> Iterator[Forecast]:
+    """On other GPUs by data sheet, at the same share of their rate, as many as now."""
+    machine = first.machine
+    for name, other in HARDWARE.items() if machine.peak else ():
+        if machine.memory is not None and other.memory > machine.memory:
+            there = machine._replace(
+                name=name.upper(), memory=other.memory, host=other.host, bandwidth=other.bandwidth, link=other.link
+            )
+            yield from _smaller(first, found, replay, there, first.engine)
+
+
 def _smaller(first: Forecast, found: Described, replay: Replay, machine: Machine, engine: str) -> Iterator[Forecast]:
     """With smaller and smaller micro-batches."""
     work, least = found.work, replay
     if work.queries:
-        least = dataclasses.replace(replay, plan="auto", slots=None, memory=machine.host, disk=machine.disk)
+        spare = 2 * work.matter.state // machine.shards  # on their way to disk and back
+        memory = max(0, machine.host - machine.base - spare)
+        disk = max(0, machine.disk - (2 + work.queries) * spare)
+        least = dataclasses.replace(replay, plan="auto", slots=None, memory=memory, disk=disk)
     rows = -(-work.steps.largest[0] // machine.ranks)
     while True:
         for given in (replay, least):
@@ -172,7 +187,7 @@ def _repaced(first: Forecast, found: Described, machine: Machine, engine: str, r
 
 
 def _changes(first: Forecast, tried: Forecast, layout: Layout | None) -> tuple[str, ...]:
-    found = []
+    found = [f"--hardware {tried.machine.name.lower()}"] if tried.machine.name != first.machine.name else []
     if tried.engine != first.engine:
         found.append(f"--engine {tried.engine}")
     if tried.rows * tried.machine.ranks < first.rows * first.machine.ranks:

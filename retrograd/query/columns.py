@@ -76,7 +76,8 @@ class Queries:
         """(φ [K] in nats, ∇φ [K, *shape])."""
         found = [self._sum(params, column, slopes=True) for column in self.columns]
         values = torch.stack([value for value, _ in found])
-        return values, {name: torch.stack([grad[name] for _, grad in found]) for name in params}
+        # leaf by leaf, each given up as it is copied: whole gradients are as large as the model
+        return values, {name: torch.stack([grad.pop(name) for _, grad in found]) for name in params}
 
     @staticmethod
     def _sum(params: Params, column: Column, slopes: bool = False) -> tuple[Tensor, Params]:
@@ -84,7 +85,7 @@ class Queries:
         for objective, batch in column.parts:
             part, grads = taken(Part(objective, batch), params, slopes)
             value = part if value is None else value + part
-            total = {name: total[name] + grads[name] for name in grads} if total else grads
+            total = {name: total.pop(name) + grads.pop(name) for name in list(grads)} if total else grads
         assert value is not None, "a column has at least one part"
         return value, total
 

@@ -59,8 +59,12 @@ class Outcome(NamedTuple):
 def ask(run: Path, loaded: Setup, asked: Sequence[Asked], final: State) -> tuple[Tensor, dict[str, Tensor]]:
     """Values [K] and gradients [K, *shape] of queries at the final state, read again if they are on disk."""
     found = [_ask_one(run / "queries" / one.name, loaded, one, final) for one in asked]
-    gradient = {name: torch.cat([grads[name] for _, grads in found]).to(loaded.stream.device) for name in final.params}
-    return torch.cat([values for values, _ in found]), gradient
+    values = torch.cat([values for values, _ in found])
+    if len(found) == 1:
+        return values, {name: found[0][1][name].to(loaded.stream.device) for name in final.params}
+    # leaf by leaf, each given up as it is copied
+    parts = {name: [grads.pop(name) for _, grads in found] for name in final.params}
+    return values, {name: torch.cat(parts.pop(name)).to(loaded.stream.device) for name in final.params}
 
 
 def write_results(

@@ -41,9 +41,12 @@ class Manifest:
     @contextmanager
     def phase(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a phase; it counts as done when the block ends without an error."""
-        start, record = time.monotonic(), dict[str, Any]()
+        start, before, record = time.monotonic(), time.process_time(), dict[str, Any]()
         yield record
-        record |= {"seconds": round(time.monotonic() - start, 3), "peak_memory_bytes": _peak_memory()}
+        record |= {
+            "seconds": round(time.monotonic() - start, 3), "cpu_seconds": round(time.process_time() - before, 3),
+            "peak_memory_bytes": _peak_memory(),
+        }  # fmt: skip
         self.update(phases={**self.values.get("phases", {}), name: record})
 
 

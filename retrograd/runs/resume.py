@@ -22,7 +22,7 @@ from retrograd.core.step import State
 from retrograd.core.sweep import Reversed
 from retrograd.durable import remove, remove_leftovers
 from retrograd.parallel.group import ALONE, Group
-from retrograd.runs.errors import RunError
+from retrograd.runs.errors import RunError, StoppedError, asked_to_stop
 from retrograd.runs.files import append_line, read_lines, read_tensors, sync, write_tensors
 from retrograd.runs.identity import told_apart
 from retrograd.runs.states.budget import Layout, Replay
@@ -65,6 +65,7 @@ class Durable:
         self.start, self.identity = store.initial.step, store.identity
         self._told = set(digests)  # whose digest has its line
         self._beat = time.monotonic()
+        self._ending = False  # by agreement of all processes
         self._extra: list[int] = []  # state files that are resume points and no slot, the latest last
 
     def forward_plan(self) -> plans.Plan:
@@ -163,6 +164,16 @@ class Durable:
         self.store.save(state, set(self._extra) - {*still, *self.store.held}, first=self._sync_logs)
         self._extra = [*still, state.step]
 
+    def stop_if_asked(self) -> None:
+        """End, once what the last heartbeat has made durable is on disk, if somebody asked for it.
+
+        Raises:
+            StoppedError: If somebody did.
+        """
+        if self._ending:
+            self.store.settle()
+            raise StoppedError
+
     def reverse_heartbeat(self, event: Reversed, scores: Tensor, key: str, query: str) -> None:
         """Make the cotangent and the scores so far durable if it is time; later states are then done with.
 
@@ -251,7 +262,9 @@ class Durable:
         return int(read_tensors(path)[1]["step"]) if path.exists() else None
 
     def _due(self) -> bool:
-        if self.folder is None or not self.group.agreed(time.monotonic() - self._beat >= self.replay.heartbeat):
+        waited, asked = time.monotonic() - self._beat >= self.replay.heartbeat, asked_to_stop()
+        due, self._ending = self.group.agreed((waited or asked, asked))
+        if self.folder is None or not due:
             return False
         self.rest()
         return True

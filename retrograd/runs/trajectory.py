@@ -120,6 +120,7 @@ class Trajectory:
                 self.observe(event)  # first: a step with a durable digest counts as told when a run resumes
                 self.durable.record(state)
                 self.durable.forward_heartbeat(state)
+                self.durable.stop_if_asked()
             elif isinstance(event, Remade):
                 state = event.state
                 self.observe(event)
@@ -184,6 +185,7 @@ class Trajectory:
                 self.observe(event)
                 if isinstance(event, Reversed):
                     self.durable.reverse_heartbeat(event, scores, key, query)
+                    self.durable.stop_if_asked()
                 del event  # or its cotangent would outlast the next step
         return scores
 

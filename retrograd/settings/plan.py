@@ -65,8 +65,9 @@ class PlanConfig:
     """Share of the data sheet's rate that --hardware is taken to reach. A guess: this version has not measured it."""
     ranks: int = 1
     """Processes that share each step, one a device."""
-    layout: Literal["replicate", "shard"] = "replicate"
-    """What ranks divide: the rows of a step alone, or parameters, states, gradients and cotangents too."""
+    layout: Literal["auto", "replicate", "shard"] = "auto"
+    """What ranks divide: the rows of a step alone, or parameters, states, gradients and cotangents too; auto takes the
+    run's --parallel, and where that is auto, replicate."""
     memory: str | None = None
     """Memory of one device, such as 80GB; what --hardware has, or this machine has free, when None."""
     host: str | None = None

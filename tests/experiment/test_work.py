@@ -16,7 +16,7 @@ from retrograd.experiment.lease import Lease, Queue
 from retrograd.experiment.owner import Owner
 from retrograd.experiment.plan import Plan
 from retrograd.experiment.tasks import Maker
-from retrograd.runs.errors import RunError
+from retrograd.runs.errors import STARTED_BY, RunError, Stop, StoppedError
 from retrograd.runs.progress import counting
 from retrograd.settings.experiment import read_experiment
 
@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return arms.save_world(tmp_path_factory.mktemp("world"))
 
 
-def worked(world: Path, folder: Path, queue: Queue, magic: Callable[..., Any], stop: worker.Stop) -> Plan:
+def worked(world: Path, folder: Path, queue: Queue, magic: Callable[..., Any], stop: Stop) -> Plan:
     """An analysis, whose scores are a made-up run."""
     more: dict[str, Any] = {"methods": {}, "weightings": {},
                             "analyses": {"both": {"scores": "asked:go", "against": "asked:stay"}}}  # fmt: skip
@@ -58,7 +58,7 @@ def test_one_that_lost_its_lease_leaves_the_task_at_its_next_step(world: Path, t
         goes_on()
         reached.append("the end")
 
-    plan = worked(world, tmp_path, ours, magic, worker.Stop())
+    plan = worked(world, tmp_path, ours, magic, Stop())
     assert not reached
     assert Queue(tmp_path / "tasks", 60).failure(task_of(ours)) == "elsewhere"
     assert set(plan.lost(ours)) == set(plan.tasks)
@@ -68,20 +68,20 @@ def test_one_that_is_asked_to_end_gives_its_task_back(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "_GRACE", 0.0)
-    queue, stop = Queue(tmp_path / "tasks", 60), worker.Stop()
+    queue, stop = Queue(tmp_path / "tasks", 60), Stop()
 
     def magic(config: Any, console: Any) -> None:
         stop.since = time.time() - 1
         goes_on()
         raise AssertionError("it went on")
 
-    with pytest.raises(worker.StoppedError):
+    with pytest.raises(StoppedError):
         worked(world, tmp_path, queue, magic, stop)
     assert Queue(tmp_path / "tasks", 60, ELSEWHERE).take(task_of(queue)) == Lease(task_of(queue), 2)
 
 
 def test_a_training_that_is_asked_to_end_comes_to_its_durable_point_first(world: Path, tmp_path: Path) -> None:
-    queue, stop = Queue(tmp_path / "tasks", 60), worker.Stop()
+    queue, stop = Queue(tmp_path / "tasks", 60), Stop()
     steps: list[int] = []
 
     def magic(config: Any, console: Any) -> None:
@@ -94,7 +94,7 @@ def test_a_training_that_is_asked_to_end_comes_to_its_durable_point_first(world:
                 (config.run / "checkpoints/4.safetensors").write_text("state")
             goes_on()
 
-    with pytest.raises(worker.StoppedError):
+    with pytest.raises(StoppedError):
         worked(world, tmp_path, queue, magic, stop)
     assert steps == [0, 1, 2, 3, 4]
 
@@ -106,12 +106,12 @@ def test_a_full_disk_ends_the_worker_and_is_no_failure_of_the_task(world: Path, 
         raise RunError("the disk is full while writing x")
 
     with pytest.raises(RunError, match="the disk is full"):
-        worked(world, tmp_path, queue, magic, worker.Stop())
+        worked(world, tmp_path, queue, magic, Stop())
     assert queue.failure(task_of(queue)) is None
     assert Queue(tmp_path / "tasks", 60, ELSEWHERE).take(task_of(queue)) == Lease(task_of(queue), 2)
 
 
 def test_a_worker_ends_with_whoever_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worker.Stop().asked is None
-    monkeypatch.setenv(worker.STARTED_BY, "1234567")
-    assert worker.Stop().asked is not None
+    assert Stop().asked is None
+    monkeypatch.setenv(STARTED_BY, "1234567")
+    assert Stop().asked is not None

@@ -64,7 +64,9 @@ def retraining(run: Attribution, view: View) -> Content | None:
          "predicted": float(row["predicted"]), "measured": float(row["measured"])}
         for row in rows
     ]  # fmt: skip
-    return Content({"columns": run.columns, "sets": sets}, [Source(path, _validate(run))])
+    told = run.read("validation.json") or {}
+    tables = {name: told.get(name, []) for name in ("methods", "filtering")}
+    return Content({"columns": run.columns, "sets": sets, **tables}, [Source(path, _validate(run))])
 
 
 def judged(
