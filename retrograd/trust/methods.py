@@ -142,7 +142,7 @@ def _columns(path: Path, places: Places, names: Sequence[str]) -> list[str | Non
         except ValueError as error:
             raise ValueError(f"--scores {path} is not JSON: {error}") from error
         return [name for name in names if name in there] if set(names) & set(there) else [*there] or [None]
-    shape = getattr(read_array(path), "shape", ()) if path.suffix in (".npy", ".pt") else ()
+    shape: tuple[int, ...] = getattr(read_array(path), "shape", ()) if path.suffix in (".npy", ".pt") else ()
     documents = (places.documents, len(places.present()))
     if len(shape) == 3 or (len(shape) == 2 and shape[0] in documents and shape[1] == len(names) < places.shape[1]):
         return [str(k) for k in range(shape[-1])]
