@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,52 @@ def write_comparison(folder: Path) -> None:
         "latent": {"m": [0.3, 0.1, 0.5], "base": None},
     }  # fmt: skip
     (folder / "compare.json").write_text(json.dumps(found))
+
+
+def write_grid(folder: Path) -> None:
+    """What `retrograd experiment` leaves of a grid of two optimizers and two rates, of which one cell failed."""
+    from retrograd.evaluate.answers import write_table
+    from retrograd.experiment.grid import NUMBERS, _types
+
+    axes = {"train.optimizer": ["adamw", "muon"], "train.lr": [1e-3, 1e-2]}
+    places = [dict(zip(axes, pair)) for pair in product(*axes.values())]
+    rows: list[dict[str, Any]] = [
+        {"smoothness": 0.3 * k, "lds": 0.25 * k + 0.123, "low": 0.1, "high": 0.9, "pearson": 0.5, "query": 2.0,
+         "failed": 0.0, "cell": json.dumps(place)} for k, place in enumerate(places)
+    ]  # fmt: skip
+    rows[3] = {"missing": "it <failed>", "cell": rows[3]["cell"]}
+    columns = {name: [row.get(name) for row in rows] for name in ("cell", *NUMBERS, "missing")}
+    write_table(folder / "results.parquet", columns, _types(), {"kind": "Grid", "title": "x"})
+    spec = {"grid": axes, "subsets": 20, "fraction": 0.05}
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    (folder / "results.md").write_text("# x\n* Four recipes.\n")
+
+
+def write_evaluation(folder: Path) -> None:
+    """What `retrograd evaluate` leaves of one model with metrics of unlearning."""
+    metrics = {"mia_zlib": {"value": 0.581, "interval": [0.55, 0.62]}, "ks": {"value": None, "missing": "no <other>"}}
+    task = {"model": "m", "task": "forget", "form": "memory", "role": "forget", "of_unlearning": metrics}
+    summary = {
+        "models": {"m": {"verdict": "healthy", "reasons": ["no loss"], "digest": "d"}}, "results": [task],
+        "missing": [], "reference": "m", "comparisons": [], "positions": [], "knows": None, "never": None,
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "evaluation.json").write_text(json.dumps({"models": {"m": {"source": "m"}}, "tasks": {}}))
+
+
+def write_methods(run: Path) -> None:
+    """What `retrograd validate` adds to a run where two methods are held against one bank."""
+    part = {"fraction": 0.05, "weight": 0.0, "sets": 2}
+    method = {"pearson": 0.9, "slope": 1.1, "queries": {}}
+    told = {
+        "fractions": [],
+        "methods": [{**part, "methods": {
+            "retrograd": {**method, "mean_lds": 0.987, "interval": [0.95, 0.99]},
+            "bm25": {**method, "mean_lds": 0.432, "interval": [0.28, 0.57], "slope": None},
+        }, "differences": [{"first": "retrograd", "second": "bm25", "mean": 0.555, "interval": [0.4, 0.7]}]}],
+        "filtering": [{**part, "method": "retrograd", "missing": 0, "left_out": 6, "without_the_strongest": 0.0659,
+                       "random": {"more": 0.0651, "interval": [0.064, 0.066]}}],
+    }  # fmt: skip
+    (run / "validation.json").write_text(json.dumps(told))
+    lines = ["subset,fraction,weight,query,predicted,measured", "0,0.05,0,go,0.1,0.11", "1,0.05,0,go,-0.1,-0.12"]
+    (run / "validation.csv").write_text("\n".join(lines) + "\n")

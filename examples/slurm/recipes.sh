@@ -2,7 +2,7 @@
 # A job of SLURM for every recipe of recipes/: bash examples/slurm/recipes.sh --partition gpu --account me
 #
 # Call it where recipes/ is. All words given are options of every job; with --dry_run the scripts are printed. What a job
-# runs is the command that stands at the head of its recipe: attributions take the 4 GPUs of a node, unlearning one, and
+# runs is the command that stands, on one line, at the head of its recipe: attributions take the 4 GPUs of a node, unlearning one, and
 # experiments are arrays of 8 workers that share tasks. ONLY='original/attribution*' chooses recipes; MODELS='a b' also
 # attacks these with every suite of recipes/attack, on the lab in LAB (runs/lab).
 #
@@ -11,7 +11,7 @@
 set -euo pipefail
 
 for recipe in $(find recipes -name '*.yaml' -path "recipes/${ONLY:-*}" | sort); do
-    line=$(grep -m 1 -oE '^# +retrograd (magic|unlearn|experiment) [^#]*' "$recipe" || true)
+    line=$(grep -E '^# +retrograd (magic|unlearn|experiment) ' "$recipe" | grep -m 1 -oE '^# +retrograd [^#\\]*$' || true)
     [ -n "$line" ] || continue
     line=${line##*retrograd }
     read -r -a words <<< "${line% --workers *}"

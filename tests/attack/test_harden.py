@@ -262,6 +262,7 @@ def test_drawn_attacks_are_compared_with_themselves(world: Path, tmp_path: Path)
 
 def test_a_factor_of_weights_is_a_coefficient_of_linear_methods_alone(world: Path, tmp_path: Path) -> None:
     run = unlearned(world, tmp_path / "run", "npo")
+    command(world, tmp_path / "out", run)  # writes the suites
     with pytest.raises(ValueError, match="npo is not linear in its weights"):
         harden(HardenConfig(
             tmp_path / "out", run=run, suite=(str(world / "learnt.yaml"),), held_out=(str(world / "other.yaml"),),

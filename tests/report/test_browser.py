@@ -19,8 +19,11 @@ from reporting import (
     token_scores,
     unlearn,
     write_attack,
+    write_evaluation,
     write_experiment,
+    write_grid,
     write_hardened,
+    write_methods,
 )
 
 from retrograd.cli import main
@@ -304,12 +307,113 @@ def test_an_unlearned_model_opens_masked(browser: Any, world: Path) -> None:
         ("experiment", write_experiment),
         ("attack", write_attack),
         ("hardened", write_hardened),
+        ("grid", write_grid),
     ],
 )
-def test_tables_of_many_models_open_quietly(browser: Any, tmp_path: Path, name: str, write: Any) -> None:
+@pytest.mark.parametrize("width", [1200, 390])
+def test_tables_of_many_models_open_quietly_and_fit(
+    browser: Any, tmp_path: Path, name: str, write: Any, width: int
+) -> None:
     write(tmp_path)
-    assert main(["report", str(tmp_path)]) == 0
-    seen = Seen(browser, tmp_path / "report.html")
+    seen = opened(browser, tmp_path, width=width)
     assert seen.page.locator("svg.chart circle").count() > 1
-    seen.keep(name)
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert seen.page.evaluate(UNREACHED) == []
+    seen.keep(f"{name}-{width}")
     assert not seen.trouble
+    seen.page.close()
+
+
+# what is wider than its place and cannot be scrolled by keyboard; text of charts that has shrunk with the screen
+UNREACHED = """[...document.querySelectorAll(".scroll")].filter((one) => one.scrollWidth > one.clientWidth && one.tabIndex < 0)
+    .concat([...document.querySelectorAll("svg.chart")].filter((one) => one.clientWidth < 0.9 * one.viewBox.baseVal.width))
+    .map((one) => one.outerHTML.slice(0, 80))"""
+
+
+def opened(browser: Any, folder: Path, **how: Any) -> Seen:
+    assert main(["report", str(folder)]) == 0
+    return Seen(browser, folder / "report.html", **how)
+
+
+def cells(seen: Seen, panel: str, row: str) -> list[str]:
+    """The cells of the first row of a panel's tables with a header that has some text, each in one line."""
+    found = seen.page.locator(f"[data-panel={panel}] tr:has(th[scope=row]:has-text('{row}'))").first.locator("td")
+    return [" ".join(text.split()) for text in found.all_inner_texts()]
+
+
+def test_a_comparison_shows_what_came_back_and_what_was_hidden(browser: Any, tmp_path: Path) -> None:
+    write_attack(tmp_path)
+    found = json.loads((tmp_path / "compare.json").read_text())
+    seen = opened(browser, tmp_path)
+    after, latent = ([100 * value for value in found["cells"][0][name]] for name in ("after", "latent"))
+    assert cells(seen, "compare", "npo")[1] == f"{after[0]:.1f} {after[1]:.1f} to {after[2]:.1f}"
+    assert cells(seen, "compare", "base")[1] == "ability lost"
+    seen.page.select_option("[data-panel=compare] .shown", "latent")
+    assert cells(seen, "compare", "npo")[1] == f"{latent[0]:+.0f} {latent[1]:+.0f} to {latent[2]:+.0f}"
+    assert "Positive (orange)" in seen.page.inner_text("[data-panel=compare]")
+    assert (
+        seen.page.locator('[data-panel=compare] .fronts circle[r="5"]').count() == 3
+    )  # base has none after the attack
+    assert not seen.trouble
+    seen.page.close()
+
+
+def test_hardening_has_a_row_for_each_iteration(browser: Any, tmp_path: Path) -> None:
+    write_hardened(tmp_path)
+    found = json.loads((tmp_path / "harden.json").read_text())
+    seen = opened(browser, tmp_path)
+    rows = seen.page.locator("[data-panel=harden] tr:has(td)")
+    assert [float(row.locator("td").nth(1).inner_text()) for row in rows.all()] == [
+        one["objective"] for one in found["iterations"]
+    ]
+    assert "best" in rows.nth(found["best"]).inner_text()
+    assert not seen.trouble
+    seen.page.close()
+
+
+def test_a_grid_is_drawn_along_the_setting_that_is_chosen(browser: Any, tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    write_grid(tmp_path)
+    rows = [row for row in parquet.read_table(tmp_path / "results.parquet").to_pylist() if row["lds"] is not None]
+    seen = opened(browser, tmp_path)
+    told = [f"LDS {row['lds']:.3g}" for row in rows]
+    for axis, ticks in (("train.optimizer", {"adamw", "muon"}), ("train.lr", {"0.001", "0.01"})):
+        seen.page.select_option("[data-panel=grid] .axis", axis)
+        chart = seen.page.locator("[data-panel=grid] .lds svg")
+        hints = [text.split(": ")[1].split(",")[0] for text in chart.locator("circle title").all_text_contents()]
+        assert sorted(hints) == sorted(told)
+        assert ticks <= set(chart.locator("text").all_text_contents())
+    assert "missing: it <failed>" in seen.page.inner_text("[data-panel=grid]")
+    assert not seen.trouble
+    seen.page.close()
+
+
+def test_an_evaluation_shows_metrics_of_unlearning_with_their_meaning(browser: Any, tmp_path: Path) -> None:
+    write_evaluation(tmp_path)
+    one = json.loads((tmp_path / "summary.json").read_text())["results"][0]["of_unlearning"]["mia_zlib"]
+    seen = opened(browser, tmp_path, width=390)
+    low, high = one["interval"]
+    assert cells(seen, "exam", "mia_zlib")[1] == f"{one['value']:.3g} {low:.2g} to {high:.2g}"
+    assert "0.5: as never known" in seen.page.inner_text("[data-panel=exam]")
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert not seen.trouble
+    seen.page.close()
+
+
+def test_methods_on_one_bank_stand_side_by_side(browser: Any, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    write_methods(tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "validation.json").read_text())
+    seen = opened(browser, tmp_path / "run", width=390)
+    for name, one in told["methods"][0]["methods"].items():
+        low, high = one["interval"]
+        assert cells(seen, "retraining", name)[0] == f"{one['mean_lds']:.3g} {low:.3g} to {high:.3g}"
+    text = seen.page.inner_text("[data-panel=retraining]")
+    assert f"{told['filtering'][0]['without_the_strongest']:.3g}" in text
+    assert seen.page.locator("[data-panel=retraining] circle").count() == 2
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert seen.page.evaluate(UNREACHED) == []
+    seen.keep("methods-390")
+    assert not seen.trouble
+    seen.page.close()

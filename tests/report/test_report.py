@@ -316,6 +316,13 @@ def test_evaluations_are_told_with_chance_and_roles(unlearned: Path) -> None:
     assert found["way-1"]["steps"][0] == 0
 
 
+def test_every_metric_of_unlearning_says_how_it_is_read() -> None:
+    from retrograd.evaluate.metrics import METRICS
+    from retrograd.report.panels.exam import reading
+
+    assert all(len(reading(metric.name)) > len(metric.name) + 10 for metric in METRICS)
+
+
 def test_an_experiment_is_its_arms(tmp_path: Path) -> None:
     write_experiment(tmp_path)
     text = page(tmp_path)

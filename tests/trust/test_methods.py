@@ -71,7 +71,10 @@ def test_five_methods_stand_on_one_bank(banked: Path, capsys: pytest.CaptureFixt
     assert len(group["differences"]) == 10
     page = (banked / "report.html").read_text()
     assert "Methods on one bank: 20 % of the data left out, 8 sets" in page
-    assert all(f'<th scope="row">{name}</th><td>{group["methods"][name]["mean_lds"]:.3g} [' in page for name in methods)
+    assert all(
+        f'<th scope="row">{name}</th><td class="n">{group["methods"][name]["mean_lds"]:.3g} <' in page
+        for name in methods
+    )
     pair = group["differences"][0]
     a, b = (values[pair[side]].reshape(8, 2, 2) for side in ("first", "second"))
     draws = lds_draws(a[..., 0], a[..., 1]) - lds_draws(b[..., 0], b[..., 1])

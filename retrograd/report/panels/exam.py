@@ -14,7 +14,20 @@ from retrograd.report.panel import Content, Source, View
 from retrograd.report.panels.questions import MOST, texts_of
 from retrograd.report.subjects import Evaluation, Several
 
-__all__ = ["answers", "exam", "samples", "tradeoff", "tradeoff_of_several"]
+__all__ = ["answers", "exam", "reading", "samples", "tradeoff", "tradeoff_of_several"]
+
+_READ = {  # docs/metrics.md
+    "truth_ratio": "of a forget task, nearer to 1: forgotten; of a retain task, nearer to 1: kept",
+    "ks": "0: as never known; near 1: known",
+    "forget_quality": "1: as never known; near 0: unlike it",
+    "extraction_strength": "smaller: less is remembered",
+    "exact_memorisation": "smaller: less is remembered",
+    "mia_…": "0.5: as never known; near 1: known",
+    "privleak": "0: as never known; below 0: remembered; above 0: conspicuously forgotten",
+    "kl": "nats a token from the reference; 0: unchanged",
+    "depth": "0: still inside; 1: gone from every layer",
+    "probe": "above 0: the probe finds more than the plain question",
+}
 
 
 def exam(evaluation: Evaluation, view: View) -> Content:
@@ -37,8 +50,15 @@ def exam(evaluation: Evaluation, view: View) -> Content:
         "comparisons": summary["comparisons"], "positions": summary["positions"], "knows": summary["knows"],
         "never": summary["never"],
         "of_unlearning": [{"metric": name, "task": task, "cells": by} for (name, task), by in unlearning.items()],
+        "readings": list(dict.fromkeys(reading(name) for name, _ in unlearning)),
     }  # fmt: skip
     return Content(data, [_source(evaluation)])
+
+
+def reading(metric: str) -> str:
+    """What a value of a metric of unlearning says, in a few words."""
+    name = "mia_…" if metric.startswith("mia_") else metric
+    return f"{name}: {_READ[name]}"
 
 
 def tradeoff(evaluation: Evaluation, view: View) -> Content | None:

@@ -13,8 +13,7 @@ retrograd.panel("grid", (root, data) => {
       const mine = cells.filter((one) => told(one, axis) === name).sort((a, b) => at(a) - at(b));
       return { name, kind: "line", x: mine.map(at), y: mine.map((one) => one.lds), ...interval(mine), hint: mine.map(hint) };
     });
-    const label = numeric ? axis : `${axis}: ${values.join(", ")}, in this order`;
-    if (series.length) retrograd.chart(root.querySelector(".lds"), { title: `LDS along ${axis}, a line for each combination of the others`, keys: true, x: { label, log }, y: { label: "LDS" }, series });
+    if (series.length) retrograd.chart(root.querySelector(".lds"), { title: `LDS along ${axis}, a line for each combination of the other settings.`, keys: true, x: { label: axis, log, names: numeric ? undefined : values.map(String), range: numeric ? undefined : [-0.3, values.length - 0.7] }, y: { label: "LDS" }, series });
   }
   const measured = cells.filter((one) => one.smoothness !== null);
   if (measured.length) retrograd.chart(root.querySelector(".both"), { title: "Does metasmoothness tell which recipes' scores predict retraining?", x: { label: "metasmoothness" }, y: { label: "LDS" }, series: [{ name: "recipes", kind: "points", x: measured.map((one) => one.smoothness), y: measured.map((one) => one.lds), ...interval(measured), hint: measured.map(hint) }] });

@@ -77,6 +77,12 @@ const retrograd = (() => {
       document.dispatchEvent(new Event("theme"));
     });
   }
+  function reach() {  // what scrolls can be scrolled by keyboard
+    const all = [...document.querySelectorAll(".scroll")], mark = (one) => one.scrollWidth > one.clientWidth ? one.setAttribute("tabindex", "0") : one.removeAttribute("tabindex");
+    all.forEach(mark);
+    const seen = new ResizeObserver((entries) => entries.forEach((entry) => mark(entry.target)));
+    all.forEach((one) => seen.observe(one));
+  }
   async function start() {
     theme();
     const waiting = [];
@@ -89,6 +95,7 @@ const retrograd = (() => {
       }
     }
     await Promise.all(waiting);
+    reach();
     document.documentElement.dataset.ready = "yes";
   }
   return { panel, start, element, number, signed, percent, meaning, colour, table };

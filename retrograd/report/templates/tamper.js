@@ -1,8 +1,9 @@
 retrograd.panel("tamper", (root, data) => {
-  const pick = root.querySelector(".configuration"), why = root.querySelector(".why");
+  const pick = root.querySelector(".configuration"), shown = root.querySelector(".model"), why = root.querySelector(".why");
   for (const [name, readable] of Object.entries(data.configurations)) pick.append(retrograd.element("option", { value: name }, readable));
+  for (const name of new Set(data.curves.filter((one) => one.role === "model").map((one) => one.model))) shown.append(retrograd.element("option", {}, name));
   function fill() {
-    const mine = data.curves.filter((one) => one.configuration === pick.value), invalid = data.invalid[pick.value];
+    const mine = data.curves.filter((one) => one.configuration === pick.value && (one.role !== "model" || !shown.value || one.model === shown.value)), invalid = data.invalid[pick.value];
     why.hidden = !invalid;
     why.textContent = invalid ? `No valid attack: ${invalid}. What it leaves is no resistance.` : "";
     const strong = mine.some((one) => one.points.some((point) => point.strength !== null));
@@ -12,6 +13,6 @@ retrograd.panel("tamper", (root, data) => {
       retrograd.chart(root.querySelector(`.${side}`), { title: side === "forget" ? "Right answers about what was to go. Dashed: controls." : "Right answers about what was to stay.", keys: true, x: { label: strong ? "strength of the attack" : "tokens that the attack trained on" }, y: { label: `${side}: share right`, range: [0, 1] }, series });
     }
   }
-  pick.addEventListener("change", fill);
+  for (const one of [pick, shown]) one.addEventListener("change", fill);
   fill();
 });
