@@ -75,7 +75,9 @@ _COMMANDS = {
     "bank": _Command(BankConfig, "what a bank of retrainings holds, and what is missing from it", "trust.holdings"),
     "verify": _Command(VerifyConfig, "an independent certificate that a run's scores are exact", "trust.verify"),
     "metasmoothness": _Command(
-        MetasmoothnessConfig, "three trainings, one number: can scores of this recipe predict?", "trust.metasmoothness"
+        MetasmoothnessConfig,
+        "how smooth training is, and of a run what LDS to expect, from six removals",
+        "trust.metasmoothness",
     ),
     "lab": _Command(
         LabConfig, "build a fictional world where everything is known, with models to unlearn", "lab.build", "DIR"
@@ -293,15 +295,18 @@ def _parse_plan(arguments: list[str]) -> PlanOf:
 def _parse_submit(arguments: list[str]) -> SubmitOf:
     """The job's options, then a command as it would be typed, which is parsed here so that a job never fails of it."""
     place = next((n for n, word in enumerate(arguments) if word in SUBMITTED), len(arguments))
+    if place == len(arguments) and not {"-h", "--help"} & set(arguments):
+        found = f"and none is in {' '.join(arguments)!r}" if arguments else "and there is none"
+        raise ValueError(
+            f"retrograd submit takes a command after its own options, one of {', '.join(SUBMITTED)}, {found}"
+        )
     given = _spell_out_switches(arguments[:place], SubmitConfig)
     job = tyro.cli(SubmitConfig, prog="retrograd submit", args=given, config=(tyro.conf.FlagConversionOff,))
-    if place == len(arguments):
-        raise ValueError(f"retrograd submit takes a command after its own options, one of {', '.join(SUBMITTED)}")
     try:
-        _parse(arguments[place], arguments[place + 1 :])
+        config = _parse(arguments[place], arguments[place + 1 :])
     except SystemExit as error:
         raise ValueError("the command after the job's options cannot be parsed, see above") from error
-    return SubmitOf(job, arguments[place], tuple(arguments[place + 1 :]))
+    return SubmitOf(job, arguments[place], tuple(arguments[place + 1 :]), config)
 
 
 def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:

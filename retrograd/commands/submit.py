@@ -8,7 +8,6 @@ their environment: no agent stands between them and the signal.
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 import shutil
@@ -103,8 +102,12 @@ def _slice(asked: SubmitOf) -> str:
     """Of a validation's subsets, those of this job of the array."""
     if asked.submit.workers == 1:
         return ""
-    given = dict(itertools.pairwise(asked.arguments))
-    count, jobs = int(given.get("--subsets", "50")), asked.submit.workers
+    count, jobs = asked.config.subsets, asked.submit.workers
+    if (asked.config.start, asked.config.stop) != (0, None):
+        raise ValueError(
+            f"--workers {jobs} gives each job a slice of the {count} subsets, and --start {asked.config.start} --stop "
+            f"{asked.config.stop} is one slice already; leave these or --workers out"
+        )
     if jobs > count:
         raise ValueError(f"--workers {jobs} for {count} subsets leaves some without any; give at most {count}")
     first, after = (f"$(({count} * (SLURM_ARRAY_TASK_ID{more}) / {jobs}))" for more in ("", " + 1"))

@@ -33,6 +33,8 @@ def divergence(lm: CausalLM, base: CausalLM, rows: Rows, batch_size: int = 16) -
 
     Args:
         lm, base: Of one vocabulary.
+    Raises:
+        ValueError: If they are not.
     """
     now, then = outputs_of(lm), outputs_of(base)
     device = next(iter(lm.params.values())).device
@@ -43,6 +45,11 @@ def divergence(lm: CausalLM, base: CausalLM, rows: Rows, batch_size: int = 16) -
             inputs = {name: value.to(device) for name, value in pad(rows, index).items()}
             here, there = now(lm.params, inputs), then(base.params, inputs)
             p, q = _log_softmax(there), _log_softmax(here)
+            if p.shape != q.shape:
+                raise ValueError(
+                    f"the model gives a token one of {q.shape[-1]} places and the one it is compared with one of "
+                    f"{p.shape[-1]}: a divergence needs two models of one vocabulary"
+                )
             place = start + here.rows.cpu()
             totals.index_add_(0, place, torch.sum(p.exp() * (p - q), -1).cpu())
             targets.index_add_(0, place, torch.ones_like(place))

@@ -82,9 +82,9 @@ def _verdict(planned: Planned, console: Console) -> None:
 
 def show_many(planned: PlannedMany, console: Console) -> None:
     """Print the plan of a command that is many trainings."""
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 1))
     for name in ("", "number", "done", "each", "left", "of a worker", "on disk", "by"):
-        table.add_column(name, justify="left" if name in ("", "by") else "right")
+        table.add_column(name, justify="left" if name in ("", "by") else "right", no_wrap=name != "by")
     for part in planned.parts:
         each, left = ("?", "?") if part.seconds is None else (duration(part.seconds), duration(part.left))
         sizes = (size(part.memory) if part.memory else "", size(part.disk) if part.disk else "")

@@ -26,6 +26,7 @@ from retrograd.select.places import Places
 from retrograd.settings.select import Alignment, Sign
 
 __all__ = [
+    "read_array",
     "Stated", "file_scores", "is_original", "original_gradient", "to_prediction", "to_target", "write_original",
 ]  # fmt: skip
 
@@ -244,11 +245,25 @@ def _read(file: Path, part: str | None, places: Places) -> _Table:
         raise ValueError(f"cannot read scores from {file}: {type(error).__name__}: {error}") from error
 
 
+def read_array(file: Path) -> Any:
+    """What a .npy or .pt file holds, mapped and not yet read: a tensor, if it is one of scores.
+
+    Raises:
+        ValueError: If it is no array of numbers, or broken.
+    """
+    try:
+        if file.suffix == ".npy":
+            return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # numpy and torch raise what they like for a broken file, ValueError too
+        raise ValueError(
+            f"{file} holds no array of numbers that can be read ({type(error).__name__}: {error}): write it whole, as "
+            "floats, without pickled objects"
+        ) from error
+
+
 def _of_tensor(file: Path, part: str | None, places: Places) -> _Table:
-    if file.suffix == ".npy":
-        values = torch.from_numpy(np.load(file, allow_pickle=False))
-    else:
-        values = torch.load(file, weights_only=True, map_location="cpu")
+    values = read_array(file)
     if not isinstance(values, Tensor) or values.ndim not in (1, 2, 3) or values.is_complex():
         what = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(

@@ -53,8 +53,9 @@ def json_scores(file: Path, content: Any, part: str | None, documents: int) -> t
         return _numbers(content, part or (columns[0] if columns else None), documents)
     except (TypeError, KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            f"{file} holds no scores that can be read ({error!r}): give a list of numbers, one for each of {documents} "
-            "documents; lists of numbers by row; an object of numbers by document id; or records with doc_id and score"
+            f"{file} holds no scores that can be read ({type(error).__name__}: {error}): give a list of numbers, one "
+            f"for each of {documents} documents; lists of numbers by row; an object of numbers by document id; or "
+            "records with doc_id and score"
         ) from error
 
 

@@ -81,8 +81,8 @@ def split_name(source: str) -> tuple[Path, str | None]:
     if colon and Path(path).exists():
         return Path(path), part
     raise ValueError(
-        f"scores {source!r}: nothing exists at {path or source}; give a run's folder, RUN:query, or a .pt, .npy or "
-        ".parquet file"
+        f"scores {source!r}: nothing exists at {path or source}; give a run's folder, RUN:query, or a .pt, .npy, "
+        ".parquet or .json file"
     )
 
 

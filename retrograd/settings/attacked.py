@@ -10,7 +10,7 @@ import yaml
 
 from retrograd.settings.attack import AttackConfig, check_attack
 from retrograd.settings.commands import CompareConfig, LabConfig
-from retrograd.settings.parse import build
+from retrograd.settings.parse import build, by_name
 
 __all__ = ["LAB", "attack_settings", "lab_settings"]
 
@@ -33,6 +33,7 @@ def attack_settings(
     Raises:
         ValueError: If a setting does not exist, is the experiment's own or cannot work.
     """
+    given = by_name(given, where)
     if taken := [name for name in given if name in _OWN]:
         raise ValueError(f"{where}: {taken[0]} is set by the experiment itself; leave it out")
     suite = given.get("suite") or ()
@@ -56,6 +57,7 @@ def lab_settings(given: Mapping[str, Any], folder: Path, where: str) -> LabConfi
     Raises:
         ValueError: If a setting does not exist, or is the folder.
     """
+    given = by_name(given, where)
     if "dir" in given:
         raise ValueError(f"{where}: an experiment builds its lab in OUT/{LAB}; leave dir out, or give a finished lab "
                          f"by --names {LAB}=DIR")  # fmt: skip

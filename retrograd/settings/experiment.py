@@ -18,7 +18,7 @@ import tyro
 from retrograd.settings.attack import AttackConfig
 from retrograd.settings.attacked import LAB, attack_settings, lab_settings
 from retrograd.settings.commands import LabConfig
-from retrograd.settings.parse import build, fill, named, read_yaml
+from retrograd.settings.parse import build, by_name, fill, named, read_yaml
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.select import Alignment, Control, Rule, Sign, Use
 from retrograd.settings.tasks import Task, tasks_from, tasks_of
@@ -200,10 +200,10 @@ def lab_of(path: Path, names: tuple[str, ...], folder: Path) -> LabConfig | None
         ValueError: If its settings cannot work.
     """
     values = read_yaml(path)
-    given = dict(values.get("names") or {}) | dict(named(text) for text in names)
+    given = by_name(values.get("names"), f"{path}: names") | dict(named(text) for text in names)
     if LAB not in values or LAB in given:
         return None
-    return lab_settings(fill(values[LAB] or {}, given, str(path)), folder, f"{path}: {LAB}")
+    return lab_settings(fill(values[LAB], given, str(path)), folder, f"{path}: {LAB}")
 
 
 def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
@@ -215,13 +215,13 @@ def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
         ValueError: If the file is none, or anything in it cannot work as far as is known before data are read.
     """
     values = read_yaml(path)
-    known = {**(values.pop("names", None) or {}), **dict(named(text) for text in names)}
+    known = {**by_name(values.pop("names", None), f"{path}: names"), **dict(named(text) for text in names)}
     values.pop(LAB, None)
     values = fill(values, known, str(path))
     common = {name: values.pop(name) for name in list(values) if name in _UNLEARN}
     if str(values.get("seeds", "")).isdecimal():
         values["seeds"] = list(range(int(values["seeds"])))
-    tune = dict(values.pop("tune", None) or {})
+    tune = by_name(values.pop("tune", None), f"{path}: tune")
     asked = {name: tune.pop(name) for name in ("tasks", "rows") if name in tune}
     for name in ("report", "corpora"):
         if not isinstance(values.get(name), dict):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-__all__ = ["build", "fill", "named", "parse_size", "read_named", "read_yaml"]
+__all__ = ["build", "by_name", "fill", "named", "parse_size", "read_named", "read_yaml"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -33,6 +33,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"the configuration {path} is a {type(values).__name__}; it has to be settings by name")
     return values
+
+
+def by_name(value: Any, where: str) -> dict[str, Any]:
+    """An entry of a file that holds settings by name; nothing is none of them.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}; it has to be settings by name, such as {{first: 1, second: 2}}")
+    return dict(value or {})
 
 
 def parse_size(text: str) -> int:
@@ -62,7 +73,7 @@ def read_named(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: As `read_yaml`, and if a word is not known.
     """
     values = read_yaml(path)
-    known = {**(values.pop("names", None) or {}), **dict(named(text) for text in names)}
+    known = {**by_name(values.pop("names", None), f"{path}: names"), **dict(named(text) for text in names)}
     found: dict[str, Any] = fill(values, known, str(path))
     return found
 
@@ -105,7 +116,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value or {}, where)
+        return value if isinstance(value, hint) else build(hint, by_name(value, where), where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _convert(options[0], value, where)
@@ -116,12 +127,22 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(options[0], value, where)
     if origin is tuple:
-        return (value,) if isinstance(value, str) else tuple(value)
+        return _listed(value, where)
     if origin is dict:
-        return {str(name): _convert(options[1], inner, f"{where}: {name}") for name, inner in (value or {}).items()}
+        return {
+            str(name): _convert(options[1], inner, f"{where}: {name}") for name, inner in by_name(value, where).items()
+        }
     try:
         if hint is bool and not isinstance(value, bool):
             raise TypeError
         return hint(value)  # YAML reads 1e-4 as a string
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is {value!r}; it has to be of type {hint.__name__}") from error
+
+
+def _listed(value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{where} is {value!r}; it has to be a list")
+    return tuple(value)

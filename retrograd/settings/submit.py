@@ -6,7 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from retrograd.settings.train import at_least_1
 
@@ -59,11 +59,12 @@ class SubmitConfig:
 
 
 class SubmitOf(NamedTuple):
-    """A job of a command, with that command's arguments as they were typed."""
+    """A job of a command, with that command's arguments as they were typed, and the configuration they come to."""
 
     submit: SubmitConfig
     command: str
     arguments: tuple[str, ...]
+    config: Any
 
     @property
     def words(self) -> str:
@@ -85,6 +86,11 @@ def check_submit(asked: SubmitOf) -> None:
         raise ValueError(f"--gpus is {job.gpus}; it has to be 0 or more")
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", job.time):
         raise ValueError(f"--time is {job.time!r}; write it as SLURM does: minutes, hours:minutes:seconds, days-hours")
+    if 0 < (limit := _seconds(job.time)) <= job.notice:
+        raise ValueError(
+            f"--notice is {job.notice} seconds and --time {job.time} is {limit}: the job would be stopped and requeued "
+            "as soon as it starts, for ever; give a longer time or a shorter notice"
+        )
     if job.name is not None and not re.fullmatch(r"[\w.-]+", job.name):
         raise ValueError(f"--name is {job.name!r}; use letters, digits, '.', '_' and '-', for it names files")
     ranks = job.nodes * max(1, job.gpus)
@@ -99,3 +105,11 @@ def check_submit(asked: SubmitOf) -> None:
         raise ValueError(
             f"--workers {job.workers} jobs of {ranks} ranks: an array is of single processes; give one of the two"
         )
+
+
+def _seconds(time: str) -> int:
+    """Of a time limit as SLURM writes it; 0 is no limit."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(part * unit for part, unit in zip(parts, units))

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from retrograd.runs.run_folder import Opened
-from retrograd.select.files import Stated, file_scores
+from retrograd.select.files import Stated, file_scores, read_array
 from retrograd.select.json_scores import json_columns
 from retrograd.select.places import Places, places_of
 from retrograd.select.sources import DataSet, find_native, is_run, load_scores, split_name
@@ -56,7 +55,8 @@ def other_methods(config: ValidateConfig, run: Opened) -> list[Method]:
     names = [OWN, *(method.name for method in found)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
-            f"two methods are called {twice[0]!r}; name one of them, as in --scores other={config.scores[0]}"
+            f"two methods are called {twice[0]!r}; give a rival once, and files names of their own, as in --scores "
+            "other=FILE"
         )
     return found
 
@@ -94,7 +94,11 @@ def _of_source(source: str, run: Opened, places: Places, stated: Stated, tokens:
         )
     bad = sum(int((~torch.isfinite(values)).sum()) for values in scores)
     if bad:
-        raise ValueError(f"{bad} scores of {source} are NaN or infinite; a validation needs all")
+        of = sum(values.numel() for values in scores)
+        raise ValueError(
+            f"{bad} of {of} scores of {source} are NaN or infinite; a validation needs all, for a set is predicted by "
+            "a sum over its documents. Mend the tool that wrote them"
+        )
     return Method(name, torch.stack([as_weights(values, per_token, run, places) for values in scores]))
 
 
@@ -112,9 +116,9 @@ def _refuse_few(source: str, columns: int, part: str | None, run: Opened) -> Non
     names = run.loaded.queries.names
     if columns != len(names) and (part is None or columns > 1):
         raise ValueError(
-            f"--scores {source} has {columns} columns of scores, and the run {len(names)} query columns: "
-            f"{', '.join(names[:6])}{' …' if len(names) > 6 else ''}. Give a column for each, in their order or by "
-            "these names, or name one column as FILE:COLUMN, which then counts for all of them"
+            f"--scores {source} has {columns} column{'s' * (columns != 1)} of scores, and the run {len(names)} query "
+            f"columns: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}. Give a column for each, in their order "
+            "or by these names, or name one column as FILE:COLUMN, which then counts for all of them"
         )
 
 
@@ -138,20 +142,8 @@ def _columns(path: Path, places: Places, names: Sequence[str]) -> list[str | Non
         except ValueError as error:
             raise ValueError(f"--scores {path} is not JSON: {error}") from error
         return [name for name in names if name in there] if set(names) & set(there) else [*there] or [None]
-    shape = _shape(path)
+    shape: tuple[int, ...] = getattr(read_array(path), "shape", ()) if path.suffix in (".npy", ".pt") else ()
     documents = (places.documents, len(places.present()))
     if len(shape) == 3 or (len(shape) == 2 and shape[0] in documents and shape[1] == len(names) < places.shape[1]):
         return [str(k) for k in range(shape[-1])]
     return [None]
-
-
-def _shape(path: Path) -> tuple[int, ...]:
-    """Of what a .pt or .npy file holds; () where that is no array, which its reader says."""
-    try:
-        if path.suffix == ".npy":
-            return tuple(np.load(path, mmap_mode="r", allow_pickle=False).shape)
-        if path.suffix == ".pt":
-            return tuple(torch.load(path, weights_only=True, map_location="cpu", mmap=True).shape)
-    except Exception:  # whatever is wrong with it, `file_scores` says
-        return ()
-    return ()

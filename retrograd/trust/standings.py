@@ -125,10 +125,17 @@ def show_standings(groups: Sequence[Group], console: Console) -> None:
         apart |= {one.second: _turned(one) for one in group.differences if one.first == OWN}
         for one in group.standings:
             other = apart.get(one.method)
-            less = "" if other is None else f"{other.mean:+.3f} [{other.low:+.3f}, {other.high:+.3f}]"
-            lds = f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]"
-            table.add_row(one.method, lds, f"{one.pearson:.3f}", f"{one.slope:.3g}", less)
+            less = "" if other is None else _with_interval(other, "+.3f")
+            table.add_row(
+                one.method, _with_interval(one, ".3f"), _told(one.pearson, ".3f"), _told(one.slope, ".3g"), less
+            )
         console.print(table)
+        for one in group.standings:
+            if flat := sum(math.isnan(query.lds) for query in one.queries):
+                console.print(
+                    f"[yellow]{one.method} has no LDS: for {flat} of {len(one.queries)} query columns it predicts the "
+                    "same of every set, or nothing changed. Are these the right scores?"
+                )
     if groups:
         console.print(
             "Differences are paired: both methods over the same draws of the same sets. A slope is measured nats by "
@@ -179,6 +186,16 @@ def record(groups: Sequence[Group], names: Sequence[str]) -> list[dict[str, Any]
         }
         for group in groups
     ]  # fmt: skip
+
+
+def _with_interval(one: Standing | Difference, form: str) -> str:
+    if math.isnan(one.mean):
+        return "–"
+    return f"{one.mean:{form}} [{_told(one.low, form)}, {_told(one.high, form)}]"
+
+
+def _told(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}"
 
 
 def _turned(one: Difference) -> Difference:

@@ -148,10 +148,11 @@ def test_ranks_know_who_they_are_and_arrays_take_slices(slurm: Path, tmp_path: P
     assert sorted((tmp_path / "told.txt").read_text().splitlines()) == [
         f"{rank} {rank} 4 here 29507 -m retrograd train x --model an 'odd' name --data.dataset d" for rank in range(4)
     ]
-    (tmp_path / "told.txt").unlink()
-    assert main(["submit", "--python", str(told), "--workers", "3", "validate", "run", "--subsets", "10"]) == 0
-    slices = re.findall(r"--start (\d+) --stop (\d+)", (tmp_path / "told.txt").read_text())
-    assert slices == [("0", "3"), ("3", "6"), ("6", "10")]
+    for subsets in (["--subsets", "10"], ["--subsets=10"]):
+        (tmp_path / "told.txt").unlink()
+        assert main(["submit", "--python", str(told), "--workers", "3", "validate", "run", *subsets]) == 0
+        slices = re.findall(r"--start (\d+) --stop (\d+)", (tmp_path / "told.txt").read_text())
+        assert slices == [("0", "3"), ("3", "6"), ("6", "10")]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -189,6 +190,11 @@ def test_every_recipe_with_a_command_has_a_job(monkeypatch: pytest.MonkeyPatch, 
 
 REFUSED = {
     "takes a command after its own options, one of train, magic": ["--gpus", "2"],
+    "and none is in 'report runs/x'": ["report", "runs/x"],
+    "--notice is 120 seconds and --time 00:02:00 is 120": ["--time", "00:02:00", "verify", "x"],
+    "--notice is 300 seconds and --time 4:59 is 299": ["--notice", "300", "--time", "4:59", "verify", "x"],
+    "--time 0-01 is 3600": ["--notice", "3600", "--time", "0-01", "verify", "x"],
+    "--workers 2 gives each job a slice of the 50 subsets, and --start 5": ["--workers", "2", "validate", "x", "--start", "5"],
     "cannot be parsed, see above": ["magic", "x", "--no_such_setting", "1"],
     "--nodes is 0": ["--nodes", "0", "verify", "x"],
     "--extra is '--qos'; write an option": ["--extra=--qos", "verify", "x"],

@@ -23,6 +23,7 @@ from retrograd.cli import main
 from retrograd.data.rows import build_rows, pad
 from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.depth import LEAST, depths, patched
+from retrograd.evaluate.divergence import divergence
 from retrograd.evaluate.evaluate import evaluate
 from retrograd.evaluate.memory import Memory, by_heart, extraction, largest
 from retrograd.evaluate.metrics import METRICS, Given, Sampled, auc, check_column, estimated, metrics_of, truth_ratios
@@ -384,6 +385,11 @@ def test_models_of_other_depths_or_widths_cannot_be_patched(tmp_path: Path) -> N
         AutoModelForCausalLM.from_config(config).save_pretrained(other)
         with pytest.raises(ValueError, match=match):
             patched(lm, load_causal_lm(str(other)), asked)
+    wider = lm.module.config.__class__(**{**lm.module.config.to_dict(), "vocab_size": lm.module.config.vocab_size + 8})
+    AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")
+    rows = build_rows(quiz.dataset([{"text": text} for text in tiny.sentences(2, 4)]), load_tokenizer(str(base)))
+    with pytest.raises(ValueError, match="a divergence needs two models of one vocabulary"):
+        divergence(lm, load_causal_lm(str(tmp_path / "wider")), rows)
 
 
 def test_every_metric_is_in_the_docs() -> None:

@@ -127,6 +127,16 @@ def test_a_folder_for_the_lab_and_tuning_by_what_attacks_ask_are_refused(done: P
         refuse_oracles(seen)
 
 
+@pytest.mark.parametrize("entry", ["lab", "names", "tune", "attack"])
+def test_an_entry_that_is_no_settings_is_refused(
+    entry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "one.yaml", **{entry: "somewhere"})
+    assert main(["experiment", str(file), str(tmp_path / "out")]) == 2
+    assert "somewhere" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_recipe_from_corpus_to_comparison_is_planned_on_a_lab(done: Path, tmp_path: Path) -> None:
     assert lab_of(RECIPES / "lab_pipeline.yaml", (), tmp_path) is not None
     spec = read_experiment(RECIPES / "lab_pipeline.yaml", (f"lab={done / 'lab'}",))

@@ -176,7 +176,8 @@ def test_tracin_is_the_mean_over_checkpoints(opened: Opened) -> None:
     ("columns", "has 3 columns of scores, and the run 2 query columns"), ("nan", "NaN or infinite"),
     ("twice", "two methods are called 'good'"), ("missing", "nothing exists at"),
     ("level", "scores of documents, which say nothing about them"), ("broken", "is not JSON"),
-    ("contradiction", "--higher_is proponent contradicts"),
+    ("contradiction", "--higher_is proponent contradicts"), ("rivals", "two methods are called 'bm25'; give a rival once"),
+    ("cut", "cut.npy holds no array of numbers that can be read"), ("objects", "without pickled objects"),
 ])  # fmt: skip
 def test_scores_that_cannot_be_compared(
     small: Path, by_token: Path, tmp_path: Path, case: str, told: str, capsys: pytest.CaptureFixture
@@ -186,19 +187,34 @@ def test_scores_that_cannot_be_compared(
     (tmp_path / "three.json").write_text(json.dumps({name: [0.0] * 20 for name in "abc"}))
     torch.save(torch.full((20, 2), torch.nan), tmp_path / "nan.pt")
     (tmp_path / "broken.json").write_text("{")
+    np.save(tmp_path / "whole.npy", good.numpy())
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:100])
+    np.save(tmp_path / "objects.npy", np.array([None] * 20, dtype=object), allow_pickle=True)
     pq.write_table(
         pa.table({"doc_id": np.arange(20), "score_query/0": good[:, 0].numpy(), "score_query/1": good[:, 1].numpy()})
         .replace_schema_metadata({"meaning": "Negative: a proponent"}), tmp_path / "said.parquet",
     )  # fmt: skip
     name = {"columns": "three.json", "nan": "nan.pt", "missing": "no.pt", "broken": "broken.json",
-            "contradiction": "said.parquet"}.get(case, "good.pt")  # fmt: skip
+            "contradiction": "said.parquet", "cut": "cut.npy", "objects": "objects.npy"}.get(case, "good.pt")  # fmt: skip
     more = [] if case == "unsaid" else ["--higher_is", "proponent"]
-    more += ["--tokens"] if case == "level" else []
+    more += {"level": ["--tokens"], "rivals": ["--rivals", "bm25", "bm25"]}.get(case, [])
     files = [str(tmp_path / name)] * (2 if case == "twice" else 1)
     run = by_token if case == "level" else small / "run"
     assert main(["validate", str(run), "--subsets", "3", "--fraction", "0.2", "--scores", *files, *more]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (run / "validation").exists()
+
+
+def test_scores_that_are_all_alike_are_said_to_rank_nothing(
+    banked: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.save(tmp_path / "flat.npy", np.stack([np.full(20, 0.5), np.arange(20.0)], 1))
+    call = ["validate", str(banked), *CALL, "--scores", str(tmp_path / "flat.npy"), "--higher_is", "proponent"]
+    assert main(call) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "flat has no LDS: for 1 of 2 query columns it predicts the same of every set" in told
+    assert "nan" not in told
+    assert found(banked)["methods"]["flat"]["mean_lds"] is None
 
 
 @pytest.mark.slow
