@@ -90,7 +90,7 @@ def test_the_strongest_documents_against_random_ones(run: Path, capsys: pytest.C
     assert own["random"]["below"] == (extra > 0).sum()
     assert own["random"]["more"] > other["random"]["more"]
     assert (
-        f"<td>{own['without_the_strongest']:.3g}</td><td>{own['random']['more']:.3g} ["
+        f'<td class="n">{own["without_the_strongest"]:.3g}</td><td class="n">{own["random"]["more"]:.3g} <'
         in (run / "report.html").read_text()
     )
     assert "matched" not in own
