@@ -26,8 +26,8 @@ from scipy import stats
 from tools import machine, table, write_json
 
 from retrograd.cli import main as retrograd
+from retrograd.runs.files import read_tensors
 from retrograd.runs.run_folder import Opened, open_run
-from retrograd.select import weights as weights_file
 
 RULES = ("value", "sign", "clipped", "rank", "top_q", "two_objective", "positive_only", "negative_only", "selective",
          "compatible")  # fmt: skip
@@ -77,7 +77,7 @@ def arms(given: argparse.Namespace, scored: Path) -> dict[str, torch.Tensor]:
              *CONTROLS, "--seeds", given.seeds)  # fmt: skip
         for folder in (out, *sorted((out / "controls").iterdir())):
             name = rule if folder == out else f"{rule}/{folder.name}"
-            found[name] = weights_file.read_tensors(folder / "weights.safetensors")[0]["weights"]
+            found[name] = read_tensors(folder / "weights.safetensors")[0]["weights"]
     return found
 
 

@@ -11,6 +11,7 @@ parameter, "avg_loss": the query's value, "n_chunks": the batches it was a mean 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -254,7 +255,7 @@ def read_array(file: Path) -> Any:
     try:
         if file.suffix == ".npy":
             return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
-        return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+        return torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))  # not old files
     except Exception as error:  # numpy and torch raise what they like for a broken file, ValueError too
         raise ValueError(
             f"{file} holds no array of numbers that can be read ({type(error).__name__}: {error}): write it whole, as "

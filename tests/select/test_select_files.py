@@ -238,6 +238,8 @@ def test_broken_files(grid: Path) -> None:
 
 def test_scores_of_documents_from_files(grid: Path) -> None:
     torch.save(double(1, 2, 3), grid / "docs.pt")
+    torch.save(double(1, 2, 3), grid / "old.pt", _use_new_zipfile_serialization=False)
+    assert file_scores(grid / "old.pt", None, places_of(ROWS), Stated("positive"))[0].tolist() == [-1, -2, -3]
     values, per_token, record = file_scores(grid / "docs.pt", None, places_of(ROWS), Stated("positive"))
     assert values.tolist() == [-1, -2, -3]
     assert not per_token
