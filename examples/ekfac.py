@@ -53,9 +53,7 @@ def ekfac(run: Opened, batch: int) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer("run", model, task, output_dir=folder, disable_model_save=True, cpu=True, log_level=40)
         analyzer.fit_all_factors("factors", data, batch, factor_args=FactorArguments(strategy="ekfac"))
-        for number, parts in enumerate(
-            queries
-        )::  # its gradient is the sum over its parts' rows
+        for number, parts in enumerate(queries):  # its gradient is the sum over its parts' rows
             analyzer.compute_pairwise_scores(
                 f"query{number}", "factors", parts, data, 1, per_device_train_batch_size=batch,
                 score_args=ScoreArguments(aggregate_query_gradients=True),
@@ -104,10 +102,12 @@ def parts_of(run: Opened) -> list[list[dict[str, Tensor]]]:
     module, params = run.loaded.model.module, run.loaded.model.params
     values = run.loaded.queries.values(params)  # at the weights that the module has
     with torch.no_grad():
-        mine = torch.stack([sum((query_loss(module, part) for part in parts), torch.zeros(())) for parts in found])
+        mine = torch.stack([torch.stack([query_loss(module, part) for part in parts]).sum() for parts in found])
     if not torch.allclose(mine, values.to(mine), rtol=1e-4, atol=1e-5):
-        raise SystemExit(f"the queries here are {mine.tolist()} nats and the run's {values.tolist()}: take form text or "
-                         "cloze with the loss four_way, not normalised")  # fmt: skip
+        raise SystemExit(
+            f"the queries here are {mine.tolist()} nats and the run's {values.tolist()}: take form text, or cloze with "
+            "the loss four_way, not normalised"
+        )
     return found
 
 
