@@ -36,6 +36,7 @@ class Course(NamedTuple):
     start: What was measured at step 0, by task.
     strengths: Of an attack without training, [S].
     missing: Why, by step, where an evaluation is missing.
+    places: The run that each evaluation is of, and its step there, [S]: where the answers lie.
     """
 
     steps: list[int]
@@ -50,6 +51,7 @@ class Course(NamedTuple):
     start: dict[str, Measured | None]
     strengths: list[float] | None
     missing: dict[int, str]
+    places: list[tuple[Path, int]]
 
 
 class _Evaluation(NamedTuple):
@@ -58,6 +60,7 @@ class _Evaluation(NamedTuple):
     tokens: int
     flops: float
     why: str | None
+    place: tuple[Path, int]
 
 
 def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Task]) -> Course | None:
@@ -92,7 +95,7 @@ def _of_phases(place: Path, tasks: dict[str, Task], *, two: bool) -> list[_Evalu
             trained = manifest["tokens"].get(str(own), 0)
             spent = trained * manifest["flops_per_token"]
             results, why = _results(run, own, tasks, line.get("tasks", {}))
-            found.append(_Evaluation(step + own, results, tokens + trained, flops + spent, why))
+            found.append(_Evaluation(step + own, results, tokens + trained, flops + spent, why, (run, own)))
         if not manifest.get("finished"):
             break
         last = str(manifest["steps"])
@@ -109,7 +112,7 @@ def _of_strengths(place: Path, tasks: dict[str, Task]) -> tuple[list[_Evaluation
     found = []
     for number in range(len(strengths)):
         results, why = _results(place, number, tasks, {})
-        found.append(_Evaluation(number, results, 0, 0.0, why))
+        found.append(_Evaluation(number, results, 0, 0.0, why, (place, number)))
     return found, strengths
 
 
@@ -159,6 +162,7 @@ def _course(
         start=start,
         strengths=strengths,
         missing={one.step: one.why for one in evaluations if one.why},
+        places=[one.place for one in evaluations],
     )
 
 

@@ -16,6 +16,7 @@ from retrograd.report.panel import View
 from retrograd.report.panels import PANELS
 from retrograd.report.panels.setup import write_results_table
 from retrograd.report.subjects import (
+    Attack,
     Attribution,
     Evaluation,
     Experiment,
@@ -94,10 +95,17 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
         yield subject.spec["corpora"]
         yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
     if isinstance(subject, Evaluation):
-        for one in subject.settings.get("models", {}).values():
-            path = Path(one["source"]).parent / "run_config.yaml"
-            if path.exists() and "forget" in (settings := read_yaml(path)):
-                yield settings
+        yield from _of_models(subject.settings.get("models", {}))
+    if isinstance(subject, Attack) and subject.compared:  # else it shows no text
+        yield from _of_models(subject.found["models"])
+
+
+def _of_models(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings of the unlearning that left each model, if one did."""
+    for one in models.values():
+        path = Path(one["source"]).parent / "run_config.yaml"
+        if path.exists() and "forget" in (settings := read_yaml(path)):
+            yield settings
 
 
 def _source(text: str) -> dict[str, Any]:

@@ -352,9 +352,10 @@ def test_a_comparison_under_attack_is_a_panel_where_it_was_made(tmp_path: Path) 
     told = panels(text)["compare-0"]
     group, base = told["groups"]
     assert group["cells"] == [{"after": [0.5, 0.4, 0.6], "latent": [0.3, 0.1, 0.5], "lost": 0, "models": 2,
-                               "seeds": [0, 1]}]  # fmt: skip
+                               "seeds": [0, 1], "runs": []}]  # fmt: skip
     assert (group["after"]["attack"], group["front"], base["after"]) == ("full-half", ["before", "after"], None)
-    assert told["attacks"] == [{"name": "full-half", "note": "invalid"}]
+    assert told["attacks"] == [{"name": "full-half", "note": "invalid", "unseen": None}]
+    assert "an earlier version made this table" in told["why"]
     assert "npo &lt;two&gt;" in text
     assert "1.00 to 1.50" in text
     (tmp_path / "compare.json").unlink()
