@@ -1,7 +1,7 @@
 """TRAK scores of a run's documents by the authors' own `traker`, as a file that `retrograd validate --scores` reads.
 
     pip install --no-deps traker
-    python examples/trak.py runs/x trak.npy
+    python examples/trak_scores.py runs/x trak.npy
     retrograd validate runs/x --subsets 50 --fraction 0.05 --scores trak=trak.npy --higher_is proponent
 
 One model, the run's own final one; documents and queries as in ekfac.py beside this file. TRAK's output of a
@@ -60,6 +60,8 @@ def trak(run: Opened, batch: int, dimensions: int | None) -> tuple[np.ndarray, i
             rows = [torch.stack([row[name] for row in part]) for name in ("input_ids", "labels")]
             traker.featurize(rows, num_samples=len(part))
         traker.finalize_features()
+        # which frees the projection, and traker 0.3.2 does not draw one of up to 100 dimensions again
+        traker.projector.generate_sketch_matrix(traker.projector.generator_states[0])
         traker.start_scoring_checkpoint("queries", module.state_dict(), 0, len(queries))
         traker.score([torch.arange(len(queries))], num_samples=len(queries))
         return np.array(traker.finalize_scores("queries")), dimensions
