@@ -178,6 +178,7 @@ def _compare_gradient(
     if tree.nonfinite(grads):
         return  # the run itself says so, with the step
     bars = {name: bar[None] for name, bar in scaled(grads, 1.0, draw).items()}
+    del grads  # as large as the model
     try:
         products = engine.pullback(params, [batch], weights, seed, bars)[0]
     except (RuntimeError, NotImplementedError) as error:
