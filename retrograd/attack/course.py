@@ -17,6 +17,7 @@ from retrograd.query.prepare import Answers, Measured, Texts
 from retrograd.runs.journal import read_evaluations
 from retrograd.runs.manifest import Manifest
 from retrograd.settings.attack import Configuration, Untrained
+from retrograd.settings.prompted import Prompted
 from retrograd.settings.tasks import Task
 
 __all__ = ["Course", "read_course"]
@@ -75,6 +76,8 @@ def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Ta
     strengths: list[float] | None = None
     if isinstance(one, Untrained):
         evaluations, strengths = _of_strengths(place, asked)
+    elif isinstance(one, Prompted):
+        evaluations = _of_search(place, asked)
     else:
         evaluations = _of_phases(place, asked, two=one.before is not None)
     if not evaluations:
@@ -114,6 +117,17 @@ def _of_strengths(place: Path, tasks: dict[str, Task]) -> tuple[list[_Evaluation
         results, why = _results(place, number, tasks, {})
         found.append(_Evaluation(number, results, 0, 0.0, why, (place, number)))
     return found, strengths
+
+
+def _of_search(place: Path, tasks: dict[str, Task]) -> list[_Evaluation]:
+    path = place / "search.json"
+    told = json.loads(path.read_text(encoding="utf8")).get("found", {}) if path.exists() else {}
+    found = []
+    for step in sorted(map(int, told)):
+        results, why = _results(place, step, tasks, {})
+        spent = told[str(step)]
+        found.append(_Evaluation(step, results, spent["tokens"], float(spent["flops"]), why, (place, step)))
+    return found
 
 
 def _results(

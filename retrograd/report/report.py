@@ -63,6 +63,12 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
         for run in runs:
             write_results_table(run, view)
         write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf8"))
+    for one in subjects:
+        if isinstance(one, Hardened) and "run" not in one.found:
+            console.print(
+                f"{one.folder}/harden.json is of an earlier version and does not name its run: the words of that run's "
+                "corpora are not masked; --forget names them"
+            )
     console.print(f"Report: {output}", highlight=False, soft_wrap=True)
     return output
 
@@ -88,7 +94,7 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
     """The settings of every unlearning that a subject is about, or that made a model of it."""
     if isinstance(subject, (Training, Attribution)) and "forget" in subject.config:
         yield subject.config
-    if isinstance(subject, Hardened):
+    if isinstance(subject, Hardened) and "run" in subject.found:
         path = Path(subject.found["run"]) / "run_config.yaml"
         yield from [read_yaml(path)] if path.exists() else []
     if isinstance(subject, Experiment) and not subject.grid:

@@ -14,6 +14,7 @@ from retrograd.attack.findings import findings, unseen
 from retrograd.attack.folder import read_folder
 from retrograd.attack.tell import write_findings
 from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
+from retrograd.settings.prompted import Prompted
 from retrograd.settings.tasks import tasks_from
 
 
@@ -127,7 +128,7 @@ def test_which_questions_an_attack_does_not_show() -> None:
         Finetune(data="other_half"): [True, True, False], Finetune(data="half", before="other_half"): None,
         Finetune(data="half", before="benign"): [False, False, True], Finetune(data="forget"): None,
         Finetune(data="half", before="forget"): None, Finetune(data="mixed"): None, Untrained("prune"): [True] * 3,
-        Untrained("few_shot"): [False, False, True], Untrained("interpolate"): None,
+        Untrained("few_shot"): [False, False, True], Prompted(): [False, False, True], Untrained("interpolate"): None,
     }  # fmt: skip
     for one, expected in shown.items():
         mask = unseen(one, first)
