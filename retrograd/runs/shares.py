@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from retrograd.core.engine import Blocks
 from retrograd.core.optim import ELEMENTWISE, Optimizer
 from retrograd.core.step import Engine, State
 from retrograd.data.pairs import PairStream
@@ -12,7 +13,7 @@ from retrograd.data.stream import DataStream
 from retrograd.lm.model import CausalLM
 from retrograd.parallel.group import Group
 from retrograd.parallel.pieces import Pieces
-from retrograd.parallel.shard import Sharded, release
+from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.runs.arithmetic import Arithmetic
 
@@ -63,7 +64,8 @@ def in_pieces(
             "ones: take --parallel replicate, or adamw, adam or sgd"
         )
     lying = Pieces(initial.params, shards, group)
-    found = Sharded(engine, shards, group, lying=lying, first=lying.own(initial.params))
+    kind = ByBlock if isinstance(engine, Blocks) else Sharded
+    found = kind(engine, shards, group, lying=lying, first=lying.own(initial.params))
     if not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place
         own = [x for x in model.module.parameters() if x.requires_grad]
         release(*initial.params.values(), *model.params.values(), *own)

@@ -30,7 +30,8 @@ RECIPES = {
     "tokens": "--model {w}/tied --attribute tokens --query.reduction none --train.batch_size 7 --train.max_grad_norm 0.5 "
     "--train.micro_batch_size 4 --engine double",
     "blocks": "--model {w}/llama --train.batch_size 6 --engine blocks --train.weight_decay 0.1 --train.epochs 2",
-    "lora": "--model {w}/llama --lora.rank 2 --lora.target_modules q_proj v_proj --train.batch_size 5",
+    "lora": "--model {w}/llama --lora.rank 2 --lora.target_modules q_proj v_proj --train.batch_size 5 "
+    "--train.micro_batch_size 3 --engine blocks",
     "muon": "--model {w}/llama --train.optimizer muon --train.batch_size 8",
 }
 
