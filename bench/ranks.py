@@ -48,6 +48,7 @@ from retrograd.parallel.split import Split
 from retrograd.runs.resume import Durable
 from retrograd.runs.trajectory import Trajectory
 
+ranks.LIMIT = 3600
 MODES = ("replicate", "shard")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
 

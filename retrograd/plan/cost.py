@@ -198,9 +198,9 @@ def step_bytes(work: Work, shards: int) -> dict[str, int]:
 def device_bytes(work: Work, machine: Machine, engine: str, activations: int) -> dict[str, int]:
     """Bytes where steps are taken, by what they are of, besides what a process takes anyway."""
     model, shards = work.model, machine.shards
-    found = {"model": model.trained_bytes // shards + model.frozen_bytes}
+    found = {"model": model.trained_bytes // (1 if work.paired else shards) + model.frozen_bytes}
     if work.references:
-        found["reference"] = (model.trained_bytes + model.frozen_bytes) // shards
+        found["reference"] = model.trained_bytes + model.frozen_bytes
     found["state"] = work.matter.state // shards
     found |= step_bytes(work, shards)
     if shards > 1 and engine == "blocks" and model.block is not None:

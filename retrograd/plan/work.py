@@ -49,8 +49,8 @@ class Steps(NamedTuple):
 
 class Model(NamedTuple):
     """A model in numbers: parameters that train and that are frozen, their bytes, layers, width, multiplications of a
-    token in the layers and in the vocabulary head, bytes of activations by tokens of a row, if known, and of the trained
-    part of the largest layer, embedding or head."""
+    token in the layers and in the vocabulary head, bytes of activations by tokens of a row, if known, and of what the
+    largest layer, embedding or head has of the trained."""
 
     trained: int
     frozen: int
@@ -93,6 +93,7 @@ class Work:
         scores: Numbers that the way back writes.
         exported: Whether the model is left in the run's folder.
         heartbeat: Seconds between resume points.
+        paired: Whether it unlearns: the parameters it starts from stay whole.
     """
 
     steps: Steps
@@ -105,6 +106,7 @@ class Work:
     scores: int = 0
     exported: bool = False
     heartbeat: float = 60.0
+    paired: bool = False
 
     @property
     def products(self) -> float:

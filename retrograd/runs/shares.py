@@ -46,15 +46,24 @@ def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, ru
 
 def shared(engine: Engine, shards: int, group: Group, stream: DataStream | PairStream) -> Engine:
     """The engine over the logical shards of a run; itself where there is one."""
-    unit = stream.unit if isinstance(stream, PairStream) else 1
-    return engine if shards == 1 else Split(engine, shards, group, unit)
+    return engine if shards == 1 else Split(engine, shards, group, _unit(stream))
 
 
 def in_pieces(
-    engine: Engine, shards: int, group: Group, model: CausalLM, initial: State, optimizer: Optimizer
+    engine: Engine,
+    shards: int,
+    group: Group,
+    stream: DataStream | PairStream,
+    model: CausalLM,
+    initial: State,
+    optimizer: Optimizer,
+    *,
+    keep: bool = False,
 ) -> Sharded:
     """The engine over logical shards of a model whose parameters lie in pieces; the whole ones are let go of.
 
+    Args:
+        keep: Do not let go of them.
     Raises:
         ValueError: If the optimizer's update is not elementwise.
     """
@@ -65,11 +74,16 @@ def in_pieces(
         )
     lying = Pieces(initial.params, shards, group)
     kind = ByBlock if isinstance(engine, Blocks) else Sharded
-    found = kind(engine, shards, group, lying=lying, first=lying.own(initial.params))
-    if not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place
+    found = kind(engine, shards, group, _unit(stream), lying=lying, first=lying.own(initial.params))
+    if not keep and not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place
         own = [x for x in model.module.parameters() if x.requires_grad]
         release(*initial.params.values(), *model.params.values(), *own)
     return found
+
+
+def _unit(stream: DataStream | PairStream) -> int:
+    """Rows that stay together."""
+    return stream.unit if isinstance(stream, PairStream) else 1
 
 
 def refuse_unequal(group: Group, hashes: dict[str, str], arithmetic: Arithmetic) -> None:
