@@ -169,6 +169,7 @@ class _Parts:
             else:
                 head = PlainHead(self._used(self.model, lambda p: self.logits(p, x, batch.inputs)), self.loss)
             lookup = _is_lookup(embed, self.leaves, batch.inputs)
+        self.leaves = {}  # the chain lives as long as the run, and what it is called with need not
         return Chain(embed, links, head, self.layout.scope, lookup)
 
     def _shared_links(self) -> list[Link]:
