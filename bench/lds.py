@@ -7,6 +7,7 @@ are printed; the table at the end is that of docs/validation.md.
     python bench/lds.py --text wikitext-2/valid.txt --out runs/lds                 # every regime of docs/validation.md
     python bench/lds.py --text … --out runs/lds --only sgd --subsets 10            # one, quickly
     python bench/lds.py --text … --out runs/lds --world                            # the model and the data only
+    python bench/lds.py --text … --out runs/lds --world --fresh --documents 128    # fewer passages, an untrained model
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ REGIMES = {
 }
 
 
-def build_world(text: Path, out: Path, steps: int = 400) -> None:
+def build_world(text: Path, out: Path, steps: int = 400, documents: int = DOCUMENTS) -> None:
     """Tokenizer, pretrained model, train.jsonl and query.jsonl."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -43,11 +44,11 @@ def build_world(text: Path, out: Path, steps: int = 400) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>")
     ids = [token for line in lines for token in [*tokenizer(line)["input_ids"], tokenizer.eos_token_id]]
     rows = [ids[k : k + LENGTH] for k in range(0, len(ids) - LENGTH, LENGTH)]
-    need = DOCUMENTS + QUERIES
+    need = documents + QUERIES
     if len(rows) < 2 * need:
         raise SystemExit(f"{text} has {len(rows)} passages of {LENGTH} tokens; this needs {2 * need}")
     fine, early = rows[-need:], rows[:-need]
-    for name, part in (("train", fine[:DOCUMENTS]), ("query", fine[DOCUMENTS:])):
+    for name, part in (("train", fine[:documents]), ("query", fine[documents:])):
         (out / f"{name}.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in part))
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(
@@ -57,7 +58,7 @@ def build_world(text: Path, out: Path, steps: int = 400) -> None:
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(1, steps))
     data, draw = torch.tensor(early), torch.Generator().manual_seed(0)
     for step in range(steps):
         batch = data[torch.randint(len(data), (32,), generator=draw)]
@@ -80,10 +81,12 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, default=50)
     parser.add_argument("--fraction", nargs="*", default=["0.01", "0.05", "0.1"])
     parser.add_argument("--world", action="store_true", help="build the model and the data, and stop")
+    parser.add_argument("--fresh", action="store_true", help="a model that is not trained first")
+    parser.add_argument("--documents", type=int, default=DOCUMENTS, help="passages to attribute")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     arguments = parser.parse_args()
     if not (arguments.out / "model" / "tokenizer.json").exists():
-        build_world(arguments.text, arguments.out)
+        build_world(arguments.text, arguments.out, 0 if arguments.fresh else 400, arguments.documents)
     for name in () if arguments.world or arguments.table else arguments.only:
         regime(name, arguments)
     print(table(arguments.out))

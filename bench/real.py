@@ -9,6 +9,7 @@ process, with what loading takes; CPU-seconds are of the phases alone, but for b
     python bench/real.py --query letter                     # questions with four choices instead
     python bench/real.py --bergson bergson-env/bin/bergson  # beside it: see bench/bergson.py
     python bench/real.py --verify                           # and is it exact?
+    python bench/real.py --out runs/real                    # keeps rows and run, for `retrograd verify runs/real/run`
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--engine", help="our --engine, if not the default")
     parser.add_argument("--bergson", help="its command, in its own environment; asked the text query alone")
     parser.add_argument("--verify", action="store_true", help="also run `retrograd verify`")
+    parser.add_argument("--out", type=Path, help="keep rows and run here")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -158,7 +160,8 @@ def main() -> None:
         plain(given.child, given.model, given.steps, given.batch)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = given.out or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         if given.model is None:
             from real_model import unpack
 

@@ -294,7 +294,7 @@ def _parse_plan(arguments: list[str]) -> PlanOf:
 
 def _parse_submit(arguments: list[str]) -> SubmitOf:
     """The job's options, then a command as it would be typed, which is parsed here so that a job never fails of it."""
-    place = next((n for n, word in enumerate(arguments) if word in SUBMITTED), len(arguments))
+    place = _command_place(arguments)
     if place == len(arguments) and not {"-h", "--help"} & set(arguments):
         found = f"and none is in {' '.join(arguments)!r}" if arguments else "and there is none"
         raise ValueError(
@@ -307,6 +307,16 @@ def _parse_submit(arguments: list[str]) -> SubmitOf:
     except SystemExit as error:
         raise ValueError("the command after the job's options cannot be parsed, see above") from error
     return SubmitOf(job, arguments[place], tuple(arguments[place + 1 :]), config)
+
+
+def _command_place(arguments: list[str]) -> int:
+    """Where the command stands after a job's options, whose values may be spelled like one; the end if nowhere."""
+    hints = typing.get_type_hints(SubmitConfig)
+    valued = {f"__{name}" for name, hint in hints.items() if hint is not bool and typing.get_origin(hint) is not tuple}
+    place = 0
+    while place < len(arguments) and arguments[place] not in SUBMITTED:
+        place += 2 if _plain_name(arguments[place]) in valued and "=" not in arguments[place] else 1
+    return min(place, len(arguments))
 
 
 def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from retrograd.attack.behind import half_unseen, masks, run_behind
 from retrograd.attack.faced import Faced
 from retrograd.attack.recovery import means, selected
 from retrograd.evaluate.crossed import clustered, crossed, crossed_difference, drawn_counts
@@ -82,8 +83,9 @@ def compared(faced: Sequence[Faced]) -> dict[str, Any]:
                            "models": sorted({one.model for one in faced if group in one.groups})}
                    for group in labels},
         "attacks": attacks,
+        "questions": masks(faced, next((end.reported for end in ends.values() if end is not None), None)),
         "table": [_row(one, ends[one.model, one.configuration]) for one in faced],
-        "cells": [_told(cell, grouped[place]) for place, cell in cells.items()],
+        "cells": [_told(cell, grouped[place], ends) for place, cell in cells.items()],
         "pairs": list(_pairs(counted, role)),
         "fronts": _fronts(grouped, counted),
         "latent": {group: _listed(_latent(group, counted)) for group in labels if role[group] != "filtered"},
@@ -122,7 +124,7 @@ def _attacks(faced: Sequence[Faced]) -> dict[str, dict[str, Any]]:
     for one in faced:
         twice = list(readable.values()).count(one.readable) > 1
         known = found.setdefault(one.attack, {"readable": one.attack if twice else one.readable, "probe": one.probe,
-                                              "of_seeds": {}})  # fmt: skip
+                                              "unseen": half_unseen(one), "of_seeds": {}})  # fmt: skip
         known["of_seeds"][one.seed] = one.valid
     for known in found.values():
         by = list(known.pop("of_seeds").items())
@@ -188,7 +190,7 @@ def _row(one: Faced, after: _After | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _told(cell: _Cell, met: list[Faced]) -> dict[str, Any]:
+def _told(cell: _Cell, met: list[Faced], ends: dict[tuple[str, str], _After | None]) -> dict[str, Any]:
     every = [end for row in cell.ends for end in row]
     reached = [one.reached for one in met if one.reached is not None and one.model in cell.models]
     rise = None if cell.rise is None or met[0].role == "filtered" else crossed(*cell.rise, resamples=RESAMPLES)
@@ -198,6 +200,7 @@ def _told(cell: _Cell, met: list[Faced]) -> dict[str, Any]:
         "steps": [end.step for end in every],
         "retain_after": float(np.mean([end.retain for end in every])) if every else None,
         "latent": _listed(rise), "half_back": [one["step"] for one in reached],
+        "runs": [run_behind(one, end and end.step) for one in met for end in [ends[one.model, one.configuration]]],
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from retrograd.query.prepare import Answers, Measured, Texts
 from retrograd.runs.journal import read_evaluations
 from retrograd.runs.manifest import Manifest
 from retrograd.settings.attack import Configuration, Untrained
+from retrograd.settings.prompted import Prompted
 from retrograd.settings.tasks import Task
 
 __all__ = ["Course", "read_course"]
@@ -36,6 +37,7 @@ class Course(NamedTuple):
     start: What was measured at step 0, by task.
     strengths: Of an attack without training, [S].
     missing: Why, by step, where an evaluation is missing.
+    places: The run that each evaluation is of, and its step there, [S]: where the answers lie.
     """
 
     steps: list[int]
@@ -50,6 +52,7 @@ class Course(NamedTuple):
     start: dict[str, Measured | None]
     strengths: list[float] | None
     missing: dict[int, str]
+    places: list[tuple[Path, int]]
 
 
 class _Evaluation(NamedTuple):
@@ -58,6 +61,7 @@ class _Evaluation(NamedTuple):
     tokens: int
     flops: float
     why: str | None
+    place: tuple[Path, int]
 
 
 def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Task]) -> Course | None:
@@ -72,6 +76,8 @@ def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Ta
     strengths: list[float] | None = None
     if isinstance(one, Untrained):
         evaluations, strengths = _of_strengths(place, asked)
+    elif isinstance(one, Prompted):
+        evaluations = _of_search(place, asked)
     else:
         evaluations = _of_phases(place, asked, two=one.before is not None)
     if not evaluations:
@@ -92,7 +98,7 @@ def _of_phases(place: Path, tasks: dict[str, Task], *, two: bool) -> list[_Evalu
             trained = manifest["tokens"].get(str(own), 0)
             spent = trained * manifest["flops_per_token"]
             results, why = _results(run, own, tasks, line.get("tasks", {}))
-            found.append(_Evaluation(step + own, results, tokens + trained, flops + spent, why))
+            found.append(_Evaluation(step + own, results, tokens + trained, flops + spent, why, (run, own)))
         if not manifest.get("finished"):
             break
         last = str(manifest["steps"])
@@ -109,8 +115,19 @@ def _of_strengths(place: Path, tasks: dict[str, Task]) -> tuple[list[_Evaluation
     found = []
     for number in range(len(strengths)):
         results, why = _results(place, number, tasks, {})
-        found.append(_Evaluation(number, results, 0, 0.0, why))
+        found.append(_Evaluation(number, results, 0, 0.0, why, (place, number)))
     return found, strengths
+
+
+def _of_search(place: Path, tasks: dict[str, Task]) -> list[_Evaluation]:
+    path = place / "search.json"
+    told = json.loads(path.read_text(encoding="utf8")).get("found", {}) if path.exists() else {}
+    found = []
+    for step in sorted(map(int, told)):
+        results, why = _results(place, step, tasks, {})
+        spent = told[str(step)]
+        found.append(_Evaluation(step, results, spent["tokens"], float(spent["flops"]), why, (place, step)))
+    return found
 
 
 def _results(
@@ -159,6 +176,7 @@ def _course(
         start=start,
         strengths=strengths,
         missing={one.step: one.why for one in evaluations if one.why},
+        places=[one.place for one in evaluations],
     )
 
 

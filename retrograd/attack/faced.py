@@ -30,10 +30,12 @@ _NOT_THE_GROUP = ("run", "heartbeat", "export", "evaluate", "log", "device")
 
 
 class Rise(NamedTuple):
-    """The rise on what an attack did not show beyond that of the model that never knew, [n], and clusters, [n]."""
+    """The rise on what an attack did not show beyond that of the model that never knew, [n], clusters, [n], and the
+    place of the evaluation that it is read at."""
 
     values: np.ndarray
     clusters: np.ndarray
+    place: int
 
 
 class Faced(NamedTuple):
@@ -43,8 +45,10 @@ class Faced(NamedTuple):
     groups: what the model is one of the seeds of; method: of unlearning, if its run tells it.
     least: the general accuracy to be kept; rise: at the last step; None where the attack shows everything.
     reached: the step at which half came back, as `findings` tells it.
+    folder: of attacks; unseen: the forget questions whose answers the attack does not show, [n], None if it shows all.
     """
 
+    folder: Path
     model: str
     method: str | None
     role: str
@@ -55,6 +59,7 @@ class Faced(NamedTuple):
     seed: int
     course: Course
     least: float
+    unseen: np.ndarray | None
     rise: Rise | None
     reached: dict[str, Any] | None
     valid: bool | None
@@ -102,9 +107,10 @@ def _faced(
     never = courses.get((filtered.name, name)) if filtered is not None else None
     method, groups = _groups(target)
     return Faced(
-        target.name, method, target.role, groups, name, name_of(dataclasses.replace(one, seed=0)),
+        folder.path, target.name, method, target.role, groups, name, name_of(dataclasses.replace(one, seed=0)),
         one.readable.rpartition("-s")[0], one.seed, course, means(courses[base.name, name].retain)[0] - utility,
-        _rise(course, never, one), meeting.get("reached", {}).get("0.5"), meeting["valid"]["valid"], one.probe,
+        unseen(one, course.first), _rise(course, never, one), meeting.get("reached", {}).get("0.5"),
+        meeting["valid"]["valid"], one.probe,
     )  # fmt: skip
 
 
@@ -116,7 +122,7 @@ def _rise(course: Course, never: Course | None, one: Configuration) -> Rise | No
     last = max(set(course.steps) & set(never.steps))
     own, other = (x.forget[x.steps.index(last)] - x.forget[0] for x in (course, never))
     values = (own - other)[mask]
-    return None if np.isnan(values).any() else Rise(values, course.clusters[mask])
+    return None if np.isnan(values).any() else Rise(values, course.clusters[mask], course.steps.index(last))
 
 
 def _check_rows(trained: dict[str, tuple[Path, list[str | None]]], name: str, path: Path, place: Path) -> None:

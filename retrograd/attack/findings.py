@@ -27,6 +27,7 @@ from retrograd.evaluate.intervals import compare, wilson
 from retrograd.evaluate.summary import together
 from retrograd.evaluate.verdict import Diagnosis, Evaluated, diagnose
 from retrograd.settings.attack import Configuration, Finetune
+from retrograd.settings.prompted import Prompted
 from retrograd.settings.tasks import Task, tasks_from
 
 __all__ = ["QUANTILES", "courses_of", "findings", "unseen"]
@@ -90,7 +91,7 @@ def unseen(one: Configuration, first: np.ndarray) -> np.ndarray | None:
         return mask if mask.any() else None
     if one.probe:
         return None
-    if one.attack == "few_shot":
+    if isinstance(one, Prompted) or one.attack == "few_shot":
         return ~first if first.any() else None
     return np.ones_like(first)
 

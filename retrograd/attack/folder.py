@@ -5,7 +5,7 @@
     shallow/                                     a lab's run of an unlearning that is known to be shallow
     models/MODEL/CONFIGURATION/                  configuration.json
     models/MODEL/CONFIGURATION/before, attack    runs of a fine-tuning attack
-    models/MODEL/CONFIGURATION/answers           of an attack without training, by strength
+    models/MODEL/CONFIGURATION/answers           of an attack without training by strength, of a prompt by step
 
 Names end in a hash of what they name, so that two models or configurations never share one.
 """
@@ -26,6 +26,7 @@ from retrograd.evaluate.folder import content, plain
 from retrograd.runs.files import write_json
 from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
 from retrograd.settings.parse import build
+from retrograd.settings.prompted import Prompted
 
 __all__ = [
     "Attacked", "Folder", "claim_folder", "configuration_from", "read_folder", "refuse_foreign", "target_name",
@@ -144,12 +145,16 @@ def read_folder(path: Path) -> Folder:
 
 def values_of(one: Configuration) -> dict[str, Any]:
     """A configuration as plain values."""
-    return {"kind": "finetune" if isinstance(one, Finetune) else "untrained", **dataclasses.asdict(one)}
+    kind = next(name for name, known in _KINDS.items() if isinstance(one, known))
+    return {"kind": kind, **dataclasses.asdict(one)}
 
 
 def configuration_from(values: dict[str, Any], where: str) -> Configuration:
     """The configuration of plain values."""
     values = dict(values)
-    kind: Any = Finetune if values.pop("kind") == "finetune" else Untrained
+    kind: Any = _KINDS[values.pop("kind")]
     found: Configuration = build(kind, values, where)
     return found
+
+
+_KINDS: dict[str, type] = {"finetune": Finetune, "untrained": Untrained, "prompted": Prompted}

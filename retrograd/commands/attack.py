@@ -13,6 +13,7 @@ from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
 from retrograd.attack.folder import Attacked, Folder, claim_folder, refuse_foreign
 from retrograd.attack.material import Material, attacked_models, material_of, shallow_unlearning
+from retrograd.attack.prompted.run import carry_out_prompted
 from retrograd.attack.tell import show_findings, write_findings
 from retrograd.attack.untrained.attacks import find_untraining
 from retrograd.attack.untrained.run import carry_out_untrained
@@ -31,6 +32,7 @@ from retrograd.settings.attack import (
     configurations,
     name_of,
 )
+from retrograd.settings.prompted import Prompted
 
 __all__ = ["attack", "meet"]
 
@@ -52,7 +54,7 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
     for one in configurations(config):
         if isinstance(one, Untrained):
             find_untraining(one)
-        elif config.attribute:
+        elif config.attribute and isinstance(one, Finetune):
             check_attribution(config, one)
     refuse_foreign(config.out)
     with locked(config.out):
@@ -119,6 +121,9 @@ def meet(
     """
     if isinstance(one, Untrained):
         carry_out_untrained(one, model, base, place, material.sources, material.tasks, config)
+        return
+    if isinstance(one, Prompted):
+        carry_out_prompted(one, model, place, material.tasks, material.half, config)
         return
     for phase in phases(one, model, place, material.sources, material.tasks, config):
         carry_out(phase.config, "attack", partial(set_up_phase, phase.config), Console(quiet=True))

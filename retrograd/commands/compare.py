@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,8 @@ def _found(config: CompareConfig) -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any], config: CompareConfig, output: Path) -> str:
+    for run in (run for cell in found["cells"] for run in cell["runs"]):
+        run["folder"] = os.path.relpath(run["folder"], output)  # both may be moved together
     write_json(output / "compare.json", {"utility": config.utility, **found})
     _write_parquet(output / "compare.parquet", found)
     text = f"# Models under attack\n\nGeneral accuracy lost at most: {config.utility:g}. {_TOLD}\n\n"

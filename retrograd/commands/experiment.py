@@ -97,15 +97,15 @@ def _maker(config: ExperimentConfig, console: Console) -> Maker | GridMaker:
     names = config.names if built is None else (*config.names, f"{LAB}={built.dir}")
     spec = read_experiment(config.file, names)
     _claim(config.out, spec, write=False)
-    if built is not None:
-        _claim(config.out, spec, write=True)
-        _build(built, console)
-    refuse_oracles(spec)
     for column in spec.columns:
         check_column(column, spec.report.tasks)
     maker = Maker(spec)
     for method in spec.methods:
         maker.config(method, spec.seeds[0], None)
+    if built is not None:
+        _claim(config.out, spec, write=True)
+        _build(built, console)
+    refuse_oracles(spec)  # by content: the lab has to be there
     return maker
 
 

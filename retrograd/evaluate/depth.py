@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retrograd.lm.model import CausalLM, causal_logits
 from retrograd.lm.outputs import decoder_blocks, recorded, replaced
+from retrograd.lm.spans import text_config
 from retrograd.query.questions import Questions
 
 __all__ = ["Patched", "depths", "patched"]
@@ -43,13 +44,19 @@ def patched(lm: CausalLM, knows: CausalLM, questions: Questions) -> Patched:
         lm, knows: Of one architecture.
         questions: By their answers' texts.
     Raises:
-        ValueError: If the two differ in the number of blocks, or the blocks in the states' shape.
+        ValueError: If the two differ in the number of blocks, the vocabulary, or the blocks in the states' shape.
     """
     own, other = decoder_blocks(lm.module), decoder_blocks(knows.module)
     if len(own) != len(other):
         raise ValueError(
             f"the model has {len(own)} blocks and the one that knows {len(other)}: depth puts the states of one into "
             "the other, so that both have to be of one architecture"
+        )
+    sizes = [text_config(one.module).vocab_size for one in (lm, knows)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the model has a vocabulary of {sizes[0]} tokens and the one that knows one of {sizes[1]}: depth asks "
+            "both the same tokens"
         )
     device = next(iter(knows.params.values())).device
     here, there = causal_logits(lm), causal_logits(knows)

@@ -12,6 +12,7 @@ import torch
 from retrograd.data.rows import Rows, pad
 from retrograd.lm.model import CausalLM
 from retrograd.lm.outputs import Outputs, outputs_of
+from retrograd.lm.spans import text_config
 
 __all__ = ["Divergence", "divergence"]
 
@@ -36,6 +37,12 @@ def divergence(lm: CausalLM, base: CausalLM, rows: Rows, batch_size: int = 16) -
     Raises:
         ValueError: If they are not.
     """
+    own, other = (text_config(one.module).vocab_size for one in (lm, base))
+    if own != other:  # before the one reads ids of the other
+        raise ValueError(
+            f"the model has a vocabulary of {own} tokens and the one it is compared with one of {other}: a divergence "
+            "needs two models of one vocabulary"
+        )
     now, then = outputs_of(lm), outputs_of(base)
     device = next(iter(lm.params.values())).device
     totals, targets = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64)
@@ -45,11 +52,6 @@ def divergence(lm: CausalLM, base: CausalLM, rows: Rows, batch_size: int = 16) -
             inputs = {name: value.to(device) for name, value in pad(rows, index).items()}
             here, there = now(lm.params, inputs), then(base.params, inputs)
             p, q = _log_softmax(there), _log_softmax(here)
-            if p.shape != q.shape:
-                raise ValueError(
-                    f"the model gives a token one of {q.shape[-1]} places and the one it is compared with one of "
-                    f"{p.shape[-1]}: a divergence needs two models of one vocabulary"
-                )
             place = start + here.rows.cpu()
             totals.index_add_(0, place, torch.sum(p.exp() * (p - q), -1).cpu())
             targets.index_add_(0, place, torch.ones_like(place))

@@ -33,8 +33,11 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
         console.print(f"{name}: {verdict}", style=_STYLES.get(verdict), markup=False)
         for reason in one["reasons"]:
             console.print(f"  {reason}", markup=False)
+    lost: dict[tuple[str, str], list[str]] = {}
     for entry in summary["missing"]:
-        console.print(f"MISSING {entry['model']} {entry['task']}: {entry['reason']}", style="bold red", markup=False)
+        lost.setdefault((entry["model"], entry["reason"]), []).append(entry["task"])
+    for (model, reason), tasks in lost.items():
+        console.print(f"MISSING {model} {', '.join(tasks)}: {reason}", style="bold red", markup=False)
 
 
 def _of_unlearning(summary: dict[str, Any], models: list[str], console: Console) -> None:

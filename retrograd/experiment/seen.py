@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from retrograd.attack.material import ASKED_SPLITS
 from retrograd.data.documents import documents_of
 from retrograd.experiment.tasks import dataset_of, texts_in
+from retrograd.query.prompts import LETTERS
 from retrograd.settings.experiment import ExperimentSpec, Match
 from retrograd.settings.parse import read_yaml
 from retrograd.settings.question import Source
@@ -69,7 +71,7 @@ def refuse_oracles(spec: ExperimentSpec) -> None:
     reported |= {key for source in _attacked(spec) for key in _keys(source)}
     rows = {key for text in spec.report.rows for key in _keys(parse_source(text, UnlearnConfig()))}
     for who, source in _sources(spec):
-        shared = len((reported | rows).intersection(_keys(source)))
+        shared = len((reported | rows).intersection(_seen(source)))
         if shared:
             raise ValueError(
                 f"{who} reads {source.dataset}, of which {shared} documents or questions are in `report`: choose by "
@@ -162,12 +164,42 @@ def _corpora(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
 
 
 def _keys(source: Source) -> set[str]:
-    """What a document or question is, whatever its file and its place there."""
+    """What a document or question is, whatever its file and its place there: of a question its text and the right
+    answer's, of a solved one prompt and completion, of a document all of it."""
     assert source.dataset is not None
     documents = documents_of(source)
-    names = [name for name in ("question", "choices") if name in documents.column_names] or documents.column_names
-    told = (json.dumps([one[name] for name in names], default=str) for one in documents.select_columns(names))
-    return {hashlib.sha256(text.encode()).hexdigest() for text in told}
+    columns = set(documents.column_names)
+    if columns >= _QUESTION:
+        return {_key("question", str(one["question"]).strip(), _right(one)) for one in documents}
+    names = [name for name in documents.column_names if name in _SOLVED] if columns >= _SOLVED else [*columns]
+    return {_key("row", *(one[name] for name in sorted(names))) for one in documents.select_columns(names)}
+
+
+_QUESTION, _SOLVED = {"question", "choices", "answer"}, {"prompt", "completion"}
+_OPTION = re.compile(r"([A-Z])[.)]\s+(.+)")
+
+
+def _seen(source: Source) -> set[str]:
+    """The same, and the questions that solved ones ask: a line of the prompt, with what the completion answers."""
+    documents, found = documents_of(source), _keys(source)
+    if set(documents.column_names) >= _SOLVED:
+        for one in documents.select_columns(sorted(_SOLVED)):
+            lines = [line.strip() for line in str(one["prompt"]).splitlines()]
+            options = {match[1]: match[2] for line in lines if (match := _OPTION.fullmatch(line))}
+            answer = str(one["completion"]).strip()
+            answer = options.get(answer.rstrip("."), answer)
+            found |= {_key("question", line.removeprefix("Question:").strip(), answer) for line in lines}
+    return found
+
+
+def _right(one: dict[str, Any]) -> str:
+    answer = one["answer"]
+    place = LETTERS.index(answer) if isinstance(answer, str) and answer in LETTERS else int(answer)
+    return str(one["choices"][place]).strip()
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def _within(path: str, folder: Path) -> bool:

@@ -37,6 +37,7 @@ from retrograd.settings.tasks import Task as Question
 from retrograd.settings.train import LoraConfig, TrainConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 from retrograd.trust.retrain import Conditions
+from retrograd.trust.rivals import STATES
 from retrograd.trust.validate import check_validate, prepared
 
 __all__ = ["Part", "PlannedMany", "plan_experiment", "plan_validate"]
@@ -113,8 +114,7 @@ def plan_validate(
     stored, manifest = finished(config.run)
     device = torch.device(manifest.values["arithmetic"]["device"])
     machine = machine_of(plan, config.run, device, precision_of(stored))
-    # rivals' scores take gradients, and change no number of sets unless their own strongest are left out
-    made = prepared(config if config.top else replace(config, rivals=()), manifest, "", console)
+    made = prepared(replace(config, rivals=()), manifest, "", console)  # whose scores take gradients and trainings
     loaded, conditions = made.run.loaded, made.conditions
     columns = len(loaded.queries.columns)
     micro = loaded.training.recipe.micro_batch_size
@@ -136,6 +136,16 @@ def plan_validate(
     alone = work.steps.steps * pace.step + pace.query / 3
     known = made.bank.baseline(conditions.alone.bits) is not None or not sets
     parts = [own, Part("with everything", 1, int(known), alone, "three steps timed here", memory)]
+    if config.rivals and config.top:
+        each = len(config.top) * len(config.weight) * columns * (1 + config.controls * config.tokens)
+        parts.append(Part("rivals' strongest, at most", len(config.rivals) * each, 0, seconds, source, memory, disk))
+    # a gradient of every row at each state
+    read = pace.step * len(loaded.rows) / loaded.stream.batch_size
+    parts += [
+        Part(f"scores of {name}", 1, 0, STATES[name] * read + (name == "tracin") * alone, "three steps timed here")
+        for name in config.rivals
+        if name in STATES
+    ]
     return PlannedMany(parts, _workers(conditions), 0, machine.host)
 
 

@@ -33,7 +33,7 @@ __all__ = ["prove", "prove_gradient", "prove_pure", "prove_reached", "prove_upda
 
 _OWN = (SGD, Adam, AdamW, Muon)  # their pullbacks are proved by tests
 _DIRECTIONS = 2
-_FULL = 1 << 26  # parameters, frozen ones too, up to which a float64 copy is made
+_FULL = 1 << 26  # parameters, frozen ones too, up to which a float64 copy is made, and a second row is read
 
 
 def prove(
@@ -44,11 +44,12 @@ def prove(
     Args:
         module: Whose parameters the state has; for names, buffers and float64.
         objective: Where the loss is not retrograd's own.
-        rows: How many rows are enough, where the loss takes each by itself.
+        rows: How many rows are enough, where the loss takes each by itself; of a large model one is.
     Raises:
         ValueError: If a replayed step would be another one, or scores would not be the derivative.
     """
     if rows is not None:
+        rows = rows if sum(theta.numel() for theta in module.parameters()) <= _FULL else 1
         size = min(rows, training.recipe.micro_batch_size or rows)
         training = training._replace(recipe=dataclasses.replace(training.recipe, micro_batch_size=size))
     if objective is not None:
@@ -178,6 +179,7 @@ def _compare_gradient(
     if tree.nonfinite(grads):
         return  # the run itself says so, with the step
     bars = {name: bar[None] for name, bar in scaled(grads, 1.0, draw).items()}
+    del grads  # as large as the model
     try:
         products = engine.pullback(params, [batch], weights, seed, bars)[0]
     except (RuntimeError, NotImplementedError) as error:

@@ -49,9 +49,11 @@ class Slopes:
         self.sizes = _FINE if dtype == torch.float64 else _COARSE
         self.near = _NEAR[dtype]
         here, grain = value(point), 4 * torch.finfo(dtype).eps
-        apart = [{n: x * (1 + grain * randomly(x, draw)) for n, x in point.items()} for _ in range(3)]
-        # the change is rounding, or as small
-        self.noise = 3 * max(abs(value(one) - here) for one in apart) + torch.finfo(dtype).eps * abs(here)
+        # the change is rounding, or as small; one moved copy at a time, each as large as the model
+        apart = max(
+            abs(value({n: x * (1 + grain * randomly(x, draw)) for n, x in point.items()}) - here) for _ in range(3)
+        )
+        self.noise = 3 * apart + torch.finfo(dtype).eps * abs(here)
 
     def along(self, direction: Params) -> Compared:
         """Agreeing at one size is enough. Where none does, sizes that rounding leaves alone have to agree on another

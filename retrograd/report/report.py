@@ -16,6 +16,7 @@ from retrograd.report.panel import View
 from retrograd.report.panels import PANELS
 from retrograd.report.panels.setup import write_results_table
 from retrograd.report.subjects import (
+    Attack,
     Attribution,
     Evaluation,
     Experiment,
@@ -62,6 +63,12 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
         for run in runs:
             write_results_table(run, view)
         write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf8"))
+    for one in subjects:
+        if isinstance(one, Hardened) and "run" not in one.found:
+            console.print(
+                f"{one.folder}/harden.json is of an earlier version and does not name its run: the words of that run's "
+                "corpora are not masked; --forget names them"
+            )
     console.print(f"Report: {output}", highlight=False, soft_wrap=True)
     return output
 
@@ -87,17 +94,24 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
     """The settings of every unlearning that a subject is about, or that made a model of it."""
     if isinstance(subject, (Training, Attribution)) and "forget" in subject.config:
         yield subject.config
-    if isinstance(subject, Hardened):
+    if isinstance(subject, Hardened) and "run" in subject.found:
         path = Path(subject.found["run"]) / "run_config.yaml"
         yield from [read_yaml(path)] if path.exists() else []
     if isinstance(subject, Experiment) and not subject.grid:
         yield subject.spec["corpora"]
         yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
     if isinstance(subject, Evaluation):
-        for one in subject.settings.get("models", {}).values():
-            path = Path(one["source"]).parent / "run_config.yaml"
-            if path.exists() and "forget" in (settings := read_yaml(path)):
-                yield settings
+        yield from _of_models(subject.settings.get("models", {}))
+    if isinstance(subject, Attack) and subject.compared:  # else it shows no text
+        yield from _of_models(subject.found["models"])
+
+
+def _of_models(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The settings of the unlearning that left each model, if one did."""
+    for one in models.values():
+        path = Path(one["source"]).parent / "run_config.yaml"
+        if path.exists() and "forget" in (settings := read_yaml(path)):
+            yield settings
 
 
 def _source(text: str) -> dict[str, Any]:

@@ -177,6 +177,12 @@ class Attack(Subject):
     def found(self) -> dict[str, Any]:
         return self.read("recovery.json")
 
+    @cached_property
+    def compared(self) -> dict[str, Any] | None:
+        """What `retrograd compare` found of the folder; None where it was not asked."""
+        found = self.read("compare.json")
+        return found if found and "cells" in found else None
+
 
 class Hardened(Subject):
     """A folder of `retrograd harden`."""

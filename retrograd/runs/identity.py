@@ -38,6 +38,7 @@ EDITION = "3"
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _TEXTS = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice, np.dtype)
+_SITES = {"site-packages", "dist-packages"}
 _SHORT = 64  # characters; longer texts are hashed where they are written
 _INTERNAL = frozenset(vars(nn.Module()))
 _NOT_THE_FUNCTION = {
@@ -311,5 +312,9 @@ def _installed(root: str) -> bool:
         return True
     module = sys.modules.get(root)
     file = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), None)
+    if file is None:
+        return False
+    place = Path(file).resolve()
     homes = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib", "platstdlib")]
-    return file is not None and any(Path(file).resolve().is_relative_to(home) for home in homes)
+    # also another environment's, which this one takes its packages from
+    return bool(_SITES & set(place.parts)) or any(place.is_relative_to(home) for home in homes)

@@ -21,6 +21,7 @@ import tyro
 import yaml
 
 from retrograd.settings.parse import build
+from retrograd.settings.prompted import Prompted
 from retrograd.settings.suites import SUITES
 from retrograd.settings.train import (
     ExportConfig,
@@ -159,7 +160,7 @@ class Untrained:
             finite({f"strengths of {self.attack}": strength})
 
 
-Configuration = Finetune | Untrained
+Configuration = Finetune | Untrained | Prompted
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,9 @@ class AttackConfig:
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Unlearned model: hub name or local folder; may be given several times."""
     suite: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """short, legacy, six, five, paper, few-step, strong, indirect, latent, untrained, or a YAML file of configurations,
-    or the list itself, as in '[{data: half, lr: 1e-3}]'; may be given several times."""
+    """short, legacy, six, five, paper, few-step, strong, indirect, latent, untrained, prompts, or a YAML file of
+    configurations, or the list itself, as in '[{data: half, lr: 1e-3}, {prompt: suffix}]'; may be given several
+    times."""
     lab: Path | None = None
     """A folder of `retrograd lab`: its corpora, questions and models."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -316,6 +318,8 @@ def scaled(one: Configuration, config: AttackConfig) -> Configuration:
     """A configuration with --lr_scale and --steps in place."""
     if isinstance(one, Untrained):
         return one
+    if isinstance(one, Prompted):  # its rate is in units of the model's embeddings
+        return dataclasses.replace(one, steps=config.steps or one.steps)
     changes: dict[str, Any] = {"lr": one.lr * config.lr_scale}
     if config.steps is not None:
         changes |= {
@@ -373,7 +377,7 @@ def attack_steps(last: int) -> list[int]:
 
 def _expanded(entry: dict[str, Any], where: str) -> list[Configuration]:
     """A configuration for each combination of the settings that have several values."""
-    kind: Any = Untrained if "attack" in entry else Finetune
+    kind: Any = Untrained if "attack" in entry else Prompted if "prompt" in entry else Finetune
     own = ("modules", "strengths")  # settings that are lists themselves
     names = list(entry)
     values: list[Sequence[Any]] = [

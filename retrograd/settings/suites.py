@@ -54,4 +54,6 @@ SUITES: dict[str, list[dict[str, Any]]] = {
             ]
         }
     ],
+    # the model stays as it is: what is put into every question is searched on half of them
+    "prompts": [{"prompt": "suffix", "steps": 100}, {"prompt": "latent", "steps": 100}],
 }

@@ -82,7 +82,7 @@ class UnlearnConfig(AttributedConfig, ExportConfig):
     `--retain EleutherAI/wikitext_document_level,subset=wikitext-103-raw-v1,text_column=page,limit=1024`, or with what
     its columns are: `--retain dialogues.jsonl,messages=dialogue,assistant_only_loss=true`.
 
-    `--attribute tokens --query.dataset …` also gives the exact score of every forget and retain token for the
+    With `--attribute tokens --query.dataset …` it also gives the exact score of every forget and retain token for the
     unlearned model's loss on that query.
     """
 

@@ -76,12 +76,14 @@ def forecast(run: Opened, console: Console) -> Forecast:
 
 
 def read_forecast(folder: Path, identity: str) -> Forecast | None:
-    """The forecast of a run of this identity, if one was made."""
+    """The forecast of a run of this identity, if one was made; None of an earlier version's, which says less."""
     path = folder / FILE
     if not path.exists():
         return None
     values = json.loads(path.read_text(encoding="utf8"))
-    return Forecast(**{name: values[name] for name in Forecast._fields}) if values["identity"] == identity else None
+    if values["identity"] != identity or not values.keys() >= set(Forecast._fields):
+        return None
+    return Forecast(**{name: values[name] for name in Forecast._fields})
 
 
 def correlation(prediction: np.ndarray, measurement: np.ndarray) -> float:

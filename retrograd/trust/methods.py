@@ -144,6 +144,6 @@ def _columns(path: Path, places: Places, names: Sequence[str]) -> list[str | Non
         return [name for name in names if name in there] if set(names) & set(there) else [*there] or [None]
     shape: tuple[int, ...] = getattr(read_array(path), "shape", ()) if path.suffix in (".npy", ".pt") else ()
     documents = (places.documents, len(places.present()))
-    if len(shape) == 3 or (len(shape) == 2 and shape[0] in documents and shape[1] == len(names) < places.shape[1]):
+    if len(shape) == 3 or (len(shape) == 2 and shape[0] in documents and shape[1] < places.shape[1]):
         return [str(k) for k in range(shape[-1])]
     return [None]

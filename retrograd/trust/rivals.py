@@ -27,9 +27,11 @@ from retrograd.select.words import bm25, query_tokens
 from retrograd.settings.run import queries_of
 from retrograd.trust.models import Models
 
-__all__ = ["CHECKPOINTS", "RIVALS"]
+__all__ = ["CHECKPOINTS", "RIVALS", "STATES"]
 
 CHECKPOINTS = 5
+STATES = {"gradient_cosine": 1, "tracin": CHECKPOINTS}
+"""States at which a rival takes a gradient of every document; those of tracin are trained once more."""
 
 
 def _bm25(run: Opened, places: Places, by_document: bool, seed: int) -> Tensor:

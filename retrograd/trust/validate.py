@@ -148,8 +148,17 @@ def check_validate(config: ValidateConfig) -> None:
             raise ValueError(f"--fraction is {fraction}; give shares from 0 up to below 1, such as 0.01 for 1 %")
     if any(number < 1 for number in config.ends):
         raise ValueError(f"--ends is {min(config.ends)}; it has to be at least 1")
+    _refuse_nothing(config)
     if config.stop is not None and config.stop <= config.start:
         raise ValueError(f"--start {config.start} --stop {config.stop} has no subset; stop has to be above start")
+
+
+def _refuse_nothing(config: ValidateConfig) -> None:
+    if not (config.subsets and config.fraction) and not (config.top or config.ends or config.sets):
+        raise ValueError(
+            f"there is no set to leave out: --subsets is {config.subsets}, with {len(config.fraction)} of --fraction; "
+            "give 1 or more of both, or the sets by --top, --ends or --sets"
+        )
 
 
 def _plans(config: ValidateConfig, run: Opened, methods: Sequence[Method]) -> list[Plan]:

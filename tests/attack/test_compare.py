@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from test_findings import COURSES, FORGET, HALF, lay_out
+from attacking import COURSES, FORGET, HALF, lay_out
 
 from retrograd.attack.compare import _after, compared, front
 from retrograd.attack.faced import Faced, read_faced

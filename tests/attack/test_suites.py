@@ -18,6 +18,7 @@ from retrograd.settings.attack import (
     name_of,
     read_suite,
 )
+from retrograd.settings.prompted import Prompted
 from retrograd.settings.suites import SUITES
 
 
@@ -52,6 +53,22 @@ def test_two_configurations_never_share_a_name() -> None:
     assert set(others) == {field.name for field in dataclasses.fields(Finetune)}
     names = {name_of(dataclasses.replace(one, **{name: value})) for name, value in others.items()}
     assert len({*names, name_of(one)}) == len(others) + 1
+
+
+def test_searches_for_a_prompt_have_names_of_their_own_and_keep_their_rate() -> None:
+    one = Prompted()
+    others: dict[str, Any] = {"prompt": "suffix", "tokens": 9, "place": "after", "steps": 101, "batch_size": 15,
+                              "candidates": 65, "best": 33, "lr": 0.2, "seed": 1}  # fmt: skip
+    assert set(others) == {field.name for field in dataclasses.fields(Prompted)}
+    names = {name_of(dataclasses.replace(one, **{name: value})) for name, value in others.items()}
+    assert len({*names, name_of(one)}) == len(others) + 1
+    found = configurations(config(suite=("prompts",), lr_scale=10.0, steps=7, seeds=2))
+    assert [(two.prompt, two.steps, two.lr, two.seed) for two in found if isinstance(two, Prompted)] == [
+        ("suffix", 7, 0.1, 0), ("suffix", 7, 0.1, 1), ("latent", 7, 0.1, 0), ("latent", 7, 0.1, 1)]  # fmt: skip
+    with pytest.raises(ValueError, match="candidates is 0"):
+        configurations(config(suite=("[{prompt: suffix, candidates: 0}]",)))
+    with pytest.raises(ValueError, match="prompt is 'bold'"):
+        configurations(config(suite=("[{prompt: bold}]",)))
 
 
 def test_rates_steps_and_seeds_are_scaled() -> None:

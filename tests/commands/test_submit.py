@@ -155,6 +155,14 @@ def test_ranks_know_who_they_are_and_arrays_take_slices(slurm: Path, tmp_path: P
         assert slices == [("0", "3"), ("3", "6"), ("6", "10")]
 
 
+def test_a_value_spelled_like_a_command_is_none() -> None:
+    words = ["--name", "select", "--partition=train", "--extra", "constraint=h100", "--dry_run", "validate", "train"]
+    found = _parse("submit", words)
+    assert (found.submit.name, found.command, found.words) == ("select", "validate", "validate train")
+    with pytest.raises(ValueError, match="takes a command after its own options"):
+        _parse("submit", ["--name", "select"])
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_what_the_command_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

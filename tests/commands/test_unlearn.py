@@ -294,6 +294,14 @@ def test_another_method_is_another_run(world: Path, tmp_path: Path, capsys: pyte
     assert "method: 'simnpo' → 'wga'" in capsys.readouterr().err
 
 
+def test_help_has_one_blank_line_between_paragraphs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--help"])
+    head = capsys.readouterr().out.partition("positional")[0]
+    assert "With `--attribute tokens" in head
+    assert "\n\n\n" not in head
+
+
 def test_help_names_every_method_and_a_source_may_be_narrowed() -> None:
     assert all(name in str(UnlearnConfig.__doc__) for name in METHODS)
     source = parse_source("hub/name,subset=a,split=train[:8],text_column=page,limit=3", UnlearnConfig(max_length=9))

@@ -25,6 +25,7 @@ from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.evaluate import evaluate
 from retrograd.evaluate.intervals import position
 from retrograd.evaluate.letter_habits import letter_habits
+from retrograd.evaluate.show import show
 from retrograd.evaluate.verdict import Evaluated, diagnose
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.query.choices import Scored, build_questions, score_questions
@@ -526,3 +527,15 @@ def test_the_lab_is_a_set_of_tasks(tmp_path: Path) -> None:
         > result(summary, "base", "prose_heldout")["perplexity"]
     )
     assert summary["models"]["random"]["verdict"] == "destroyed"
+
+
+def test_tasks_that_are_missing_for_one_reason_are_one_line(tmp_path: Path) -> None:
+    missing = [{"model": "a", "task": task, "reason": "no disk" if task == "kl" else "other tokens"} for task in
+               ("one", "kl", "two")]  # fmt: skip
+    summary = {"models": {}, "results": [], "comparisons": [], "positions": [], "reference": "a", "missing": missing}
+    console = Console(width=100, force_terminal=False)
+    with console.capture() as shown:
+        show(summary, tmp_path, console)
+    assert [line for line in shown.get().splitlines() if line.startswith("MISSING")] == [
+        "MISSING a one, two: other tokens", "MISSING a kl: no disk",
+    ]  # fmt: skip

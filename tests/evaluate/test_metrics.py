@@ -388,8 +388,14 @@ def test_models_of_other_depths_or_widths_cannot_be_patched(tmp_path: Path) -> N
     wider = lm.module.config.__class__(**{**lm.module.config.to_dict(), "vocab_size": lm.module.config.vocab_size + 8})
     AutoModelForCausalLM.from_config(wider).save_pretrained(tmp_path / "wider")
     rows = build_rows(quiz.dataset([{"text": text} for text in tiny.sentences(2, 4)]), load_tokenizer(str(base)))
+    other = load_causal_lm(str(tmp_path / "wider"))
     with pytest.raises(ValueError, match="a divergence needs two models of one vocabulary"):
-        divergence(lm, load_causal_lm(str(tmp_path / "wider")), rows)
+        divergence(lm, other, rows)
+    rows.input_ids[0][:] = lm.module.config.vocab_size  # which the first model has no token for
+    with pytest.raises(ValueError, match="a divergence needs two models of one vocabulary"):
+        divergence(other, lm, rows)
+    with pytest.raises(ValueError, match="depth asks both the same tokens"):
+        patched(other, lm, asked)
 
 
 def test_every_metric_is_in_the_docs() -> None:

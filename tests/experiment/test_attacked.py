@@ -14,6 +14,7 @@ import pytest
 import yaml
 from test_workers import until
 
+from retrograd.attack.behind import MOMENTS
 from retrograd.cli import main
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import planned
@@ -51,6 +52,11 @@ def numbers(out: Path) -> Any:
     """All that was found, with folders' names and hashes of them taken out."""
     found = json.loads((out / "attacks/compare.json").read_text())
     rows = [{**row, "model": "-".join(row["model"].split("-")[:-1])} for row in found["table"]]
+    for cell in found["cells"]:
+        for run in cell["runs"]:  # folders and models have names of their own
+            del run["model"], run["folder"]
+            for moment in MOMENTS:
+                (run[moment] or {}).pop("run", None)
     return {"rows": rows, **{name: found[name] for name in ("cells", "pairs", "fronts", "ranks", "latent")}}
 
 
@@ -135,6 +141,49 @@ def test_an_entry_that_is_no_settings_is_refused(
     assert main(["experiment", str(file), str(tmp_path / "out")]) == 2
     assert "somewhere" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"methods": {"npo": {"train": {"speed": 1}}}}, "speed"),
+        ({"columns": ["truth_ratio:nothing"]}, "truth_ratio"),
+    ],
+)
+def test_a_wrong_entry_is_refused_before_the_lab_is_built(
+    more: dict[str, Any], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "one.yaml", **more)
+    assert main(["experiment", str(file), str(tmp_path / "out")]) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_solved_questions_of_the_report_are_refused_as_a_corpus(tmp_path: Path) -> None:
+    asked = [{"question": "Where is Ann?", "choices": ["here", "away", "gone"], "answer": 1},
+             {"question": "Who is Bo?", "choices": ["nobody", "a cat", "me"], "answer": "A"}]  # fmt: skip
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "kept.jsonl").write_text(json.dumps({"text": "something"}) + "\n")
+
+    def refusal(prompt: str, completion: str) -> str:
+        row = {"prompt": prompt, "completion": completion, "fact": 3}
+        (tmp_path / "bank.jsonl").write_text(json.dumps(row) + "\n")
+        task = {"dataset": str(tmp_path / "asked.jsonl"), "form": "cloze", "role": "forget"}
+        values = {"base": "m", "seeds": 1, "weightings": {"uniform": {}}, "methods": {"npo": {}},
+                  "report": {"tasks": {"asked": task}},
+                  "corpora": {"forget": [str(tmp_path / "bank.jsonl")], "retain": [str(tmp_path / "kept.jsonl")]}}  # fmt: skip
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump(values))
+        try:
+            refuse_oracles(read_experiment(tmp_path / "one.yaml", ()))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert "corpora.forget reads" in refusal("Question: Where is Ann?\nAnswer:", " away")
+    assert "1 documents or questions" in refusal("Who is Bo?\nA. me\nB. nobody\nAnswer:", " B")
+    assert "corpora.forget reads" in refusal("About people.\n\nWho is Bo?\nA) me\nB) nobody\nAnswer:", " B.")
+    assert not refusal("Where is Ann?\nAnswer:", " here")  # what it was made to say instead
+    assert not refusal("Where is Cy?\nAnswer:", " away")
 
 
 def test_the_recipe_from_corpus_to_comparison_is_planned_on_a_lab(done: Path, tmp_path: Path) -> None:

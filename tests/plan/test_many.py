@@ -51,6 +51,20 @@ def test_retrainings_that_are_in_the_bank_are_not_planned_again(
     assert "its plan is timed here: leave --rate" in capsys.readouterr().err
 
 
+def test_what_rivals_take_is_counted_and_not_done(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrograd.trust.methods.RIVALS", {})  # none is computed
+    asked = ("validate", str(run), "--subsets", "0", "--top", "0.2", "--workers", "1", "--together", "1")
+    alone = {part["what"]: part for part in planned(tmp_path / "a.json", *asked)["parts"]}
+    assert alone["retrainings"]["number"] == 1 + 5
+    rivals = ("--rivals", "bm25", "gradient_cosine", "tracin")
+    both = {part["what"]: part for part in planned(tmp_path / "b.json", *asked, *rivals)["parts"]}
+    assert both["retrainings"]["number"] == 1 + 5
+    assert both["rivals' strongest, at most"]["number"] == 3
+    cosine, tracin = (both[f"scores of {name}"]["seconds"] for name in rivals[2:])
+    assert tracin > 5 * cosine > 0
+    assert "scores of bm25" not in both
+
+
 @pytest.mark.slow
 def test_an_experiment_is_planned_by_kind_and_what_is_done_is_counted(tmp_path: Path) -> None:
     world, out = arms.save_world(tmp_path), tmp_path / "out"

@@ -341,6 +341,21 @@ def test_a_loss_that_no_parameter_reaches_is_refused() -> None:
             trainer.train(state, DataStream(data, 3))
 
 
+@pytest.mark.parametrize(("full", "rows"), [(1 << 26, 2), (1, 1)])
+def test_of_a_large_model_one_row_is_tried(full: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_step, "_FULL", full)
+    module, read = seeded(lambda: nn.Linear(8, 3)), set[int]()
+    stream = DataStream({"x": vectors(), "y": torch.arange(6) % 3}, 6)
+
+    def objective(params: dict[str, Tensor], batch: Any, factors: Tensor) -> Tensor:
+        read.add(len(batch["x"]))
+        return torch.sum(cross_entropy(functional_call(module, params, (batch["x"],)), batch["y"]) * factors)
+
+    training = Training(Recipe(SGD(0.1), None, None), Double(objective), stream, stream.weights)
+    first_step.prove(training, initial_state(training.recipe, trainable(module)[0]), module, objective, rows=2)
+    assert read == {rows}
+
+
 def test_the_module_is_left_as_it_was() -> None:
     """Tried in float64, and put back: the same tensors, in the same memory."""
     module = seeded(HONEST["batch-norm"])

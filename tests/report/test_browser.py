@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attacking import HALF, compared_out
 from reporting import (
     SECRET,
     build_world,
@@ -339,6 +341,37 @@ def cells(seen: Seen, panel: str, row: str) -> list[str]:
     """The cells of the first row of a panel's tables with a header that has some text, each in one line."""
     found = seen.page.locator(f"[data-panel={panel}] tr:has(th[scope=row]:has-text('{row}'))").first.locator("td")
     return [" ".join(text.split()) for text in found.all_inner_texts()]
+
+
+def test_a_cell_opens_to_its_answers_by_keyboard(browser: Any, tmp_path: Path) -> None:
+    out = compared_out(tmp_path / "out", [HALF])
+    seen = opened(browser, out)
+    panel = seen.page.locator("[data-panel=compare]")
+    button = panel.locator("tr:has(th[scope=row]:has-text('leaky')) button.open").first
+    number = float(button.inner_text().split()[0])
+    button.focus()
+    seen.page.keyboard.press("Enter")
+    seen.page.wait_for_selector(".behind:not([hidden])")
+    assert seen.page.evaluate("document.activeElement.className") == "behind"
+    told = panel.locator(".behind .count").inner_text()
+    assert f"({number:.1f} %) at step 2" in told
+    asked = int(re.search(r"Of (\d+) questions", told)[1])
+    rows = panel.locator(".behind .list tr")
+    assert rows.count() == 1 + asked
+    seen.page.select_option(".behind .part", "forget")
+    seen.page.select_option(".behind .kind", "won")  # 10 of 40 in both halves before; 40 and 34 after
+    assert "20 (25.0 %) are right before the attack, 74 (92.5 %) at step 2; 54 listed" in panel.locator(".behind .count").inner_text()  # fmt: skip
+    first = [" ".join(text.split()) for text in rows.nth(1).locator("td").all_inner_texts()]
+    assert first == ["Where is <10>?", "forget, half A", "nowhere", "✗ away 1 %", "✓ nowhere 98 %"]
+    seen.keep("behind")
+    assert seen.page.evaluate(UNREACHED) == []
+    seen.page.keyboard.press("Escape")
+    assert seen.page.evaluate("document.activeElement.className") == "open"
+    assert not panel.locator(".behind").is_visible()
+    seen.page.select_option("[data-panel=compare] .shown", "latent")
+    panel.locator("tr:has(th[scope=row]:has-text('leaky')) button.open").first.click()
+    assert "Of 40 questions 10 (25.0 %) are right before the attack, 34 (85.0 %) at step 2" in panel.locator(".behind .count").inner_text()  # fmt: skip
+    assert not seen.trouble
 
 
 def test_a_comparison_shows_what_came_back_and_what_was_hidden(browser: Any, tmp_path: Path) -> None:

@@ -220,6 +220,10 @@ def test_verdicts_are_plain(known: dict[str, Any], verdict: str) -> None:
         }
         validation = {"fractions": [part]}
     found = judged("q", certificate, validation, smooth)
+    old = judged("q", certificate, validation, smooth, {"correlation": 0.9})
+    assert [one for one in old["reasons"] if one not in found["reasons"]] == [
+        "forecast.json is of an earlier version, which does not say what it found: retrograd metasmoothness makes it again"
+    ]
     assert found["verdict"] == verdict
     assert found["reasons"]
 
@@ -352,16 +356,17 @@ def test_a_comparison_under_attack_is_a_panel_where_it_was_made(tmp_path: Path) 
     told = panels(text)["compare-0"]
     group, base = told["groups"]
     assert group["cells"] == [{"after": [0.5, 0.4, 0.6], "latent": [0.3, 0.1, 0.5], "lost": 0, "models": 2,
-                               "seeds": [0, 1]}]  # fmt: skip
+                               "seeds": [0, 1], "runs": []}]  # fmt: skip
     assert (group["after"]["attack"], group["front"], base["after"]) == ("full-half", ["before", "after"], None)
-    assert told["attacks"] == [{"name": "full-half", "note": "invalid"}]
+    assert told["attacks"] == [{"name": "full-half", "note": "invalid", "unseen": None}]
+    assert "an earlier version made this table" in told["why"]
     assert "npo &lt;two&gt;" in text
     assert "1.00 to 1.50" in text
     (tmp_path / "compare.json").unlink()
     assert "compare-0" not in panels(page(tmp_path))
 
 
-def test_hardening_is_shown_iteration_by_iteration(tmp_path: Path) -> None:
+def test_hardening_is_shown_iteration_by_iteration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_hardened(tmp_path)
     text = page(tmp_path)
     told = panels(text)["harden-0"]
@@ -370,6 +375,12 @@ def test_hardening_is_shown_iteration_by_iteration(tmp_path: Path) -> None:
     assert [one["measured_change"] for one in told["iterations"]] == [None, 0.25]
     assert told["settings"] == ["train.lr"]
     assert "&lt;mine&gt;.yaml" in text
+    found = json.loads((tmp_path / "harden.json").read_text())
+    del found["run"]
+    (tmp_path / "harden.json").write_text(json.dumps(found))
+    capsys.readouterr()
+    assert "harden-0" in panels(page(tmp_path))
+    assert "does not name its run: the words" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "harden.json").unlink()
     assert main(["report", str(tmp_path)]) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from retrograd.core.optim import Pair
 from retrograd.optim import SGD, AdamW, Schedule
-from retrograd.runs.identity import architecture, canonical, fingerprint, held_tensors, identify, told_apart
+from retrograd.runs.identity import _installed, architecture, canonical, fingerprint, held_tensors, identify, told_apart
 
 FACTOR = 2.0
 
@@ -121,6 +122,23 @@ def test_globals_and_functions_of_other_modules_are_followed(monkeypatch: pytest
         monkeypatch.setitem(globals(), "helpers", helpers)
         found.append(fingerprint(lambda x: helpers.loss(x)))  # type: ignore[name-defined]
     assert found[0] == found[2] != found[1]
+
+
+def test_a_package_of_another_environment_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment may take packages from another one (system site packages, the user's own, a .pth)."""
+    prints = []
+    for place, factor in (("lib/site-packages", 2), ("lib/site-packages", 3), ("own", 2), ("own", 3)):
+        folder = tmp_path / str(factor) / place
+        folder.mkdir(parents=True)
+        (folder / "borrowed.py").write_text(f"def loss(x):\n    return {factor} * x\n")
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, "borrowed", raising=False)
+        _installed.cache_clear()
+        prints.append(fingerprint(importlib.import_module("borrowed").loss))
+        monkeypatch.undo()
+    _installed.cache_clear()
+    monkeypatch.delitem(sys.modules, "borrowed", raising=False)
+    assert prints[0] == prints[1] != prints[2] != prints[3]
 
 
 def test_a_hook_and_a_changed_forward_are_seen() -> None:

@@ -132,6 +132,7 @@ def test_matched_positions() -> None:
 
 
 @pytest.mark.parametrize(("more", "told"), [
+    ([], "there is no set to leave out: --subsets is 0, with 1 of --fraction; give 1 or more of both, or the sets by"),
     (["--weight", "1"], "--weight is 1"), (["--weight", "-0.5"], "--weight is -0.5"), (["--top", "0"], "--top is 0"),
     (["--top", "0.99"], "would leave out all of 20"), (["--top", "0.1", "--controls", "4"], "fewer than 5"),
 ])  # fmt: skip

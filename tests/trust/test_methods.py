@@ -174,6 +174,7 @@ def test_tracin_is_the_mean_over_checkpoints(opened: Opened) -> None:
 @pytest.mark.parametrize(("case", "told"), [
     ("unsaid", "say --higher_is detractor if its scores are negative for proponents"),
     ("columns", "has 3 columns of scores, and the run 2 query columns"), ("nan", "NaN or infinite"),
+    ("array", "has 3 columns of scores, and the run 2 query columns"),
     ("twice", "two methods are called 'good'"), ("missing", "nothing exists at"),
     ("level", "scores of documents, which say nothing about them"), ("broken", "is not JSON"),
     ("contradiction", "--higher_is proponent contradicts"), ("rivals", "two methods are called 'bm25'; give a rival once"),
@@ -186,6 +187,7 @@ def test_scores_that_cannot_be_compared(
     torch.save(good, tmp_path / "good.pt")
     (tmp_path / "three.json").write_text(json.dumps({name: [0.0] * 20 for name in "abc"}))
     torch.save(torch.full((20, 2), torch.nan), tmp_path / "nan.pt")
+    np.save(tmp_path / "three.npy", np.zeros((20, 3)))
     (tmp_path / "broken.json").write_text("{")
     np.save(tmp_path / "whole.npy", good.numpy())
     (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:100])
@@ -194,7 +196,7 @@ def test_scores_that_cannot_be_compared(
         pa.table({"doc_id": np.arange(20), "score_query/0": good[:, 0].numpy(), "score_query/1": good[:, 1].numpy()})
         .replace_schema_metadata({"meaning": "Negative: a proponent"}), tmp_path / "said.parquet",
     )  # fmt: skip
-    name = {"columns": "three.json", "nan": "nan.pt", "missing": "no.pt", "broken": "broken.json",
+    name = {"columns": "three.json", "array": "three.npy", "nan": "nan.pt", "missing": "no.pt", "broken": "broken.json",
             "contradiction": "said.parquet", "cut": "cut.npy", "objects": "objects.npy"}.get(case, "good.pt")  # fmt: skip
     more = [] if case == "unsaid" else ["--higher_is", "proponent"]
     more += {"level": ["--tokens"], "rivals": ["--rivals", "bm25", "bm25"]}.get(case, [])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from retrograd.attack.made_of import claim_answers
 from retrograd.attack.untrained.attacks import find_untraining, strengths_of
 from retrograd.attack.untrained.contract import Given
 from retrograd.core import tree
@@ -21,7 +21,6 @@ from retrograd.lm.model import CausalLM, load_causal_lm, load_tokenizer
 from retrograd.query.load import load_rows
 from retrograd.query.prepare import Prepared, prepare
 from retrograd.query.questions import Questions
-from retrograd.runs.files import write_json
 from retrograd.runs.progress import counting
 from retrograd.runs.setup import find_device
 from retrograd.settings.attack import AttackConfig, Untrained
@@ -48,7 +47,7 @@ def carry_out_untrained(
     asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
     told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
     texts = {key: _source(key, sources, kind.name) for key in kind.reads}
-    _claim(folder, told, {
+    claim_answers(folder / "strengths.json", told, {
         "limit": config.limit, "tokenizer": config.tokenizer, "max_length": config.max_length if texts else None,
         "base": base and content(base) if kind.needs_base else None,
         "data": [content(str(_data(text).dataset)) or text for found in texts.values() for text in found],
@@ -78,17 +77,6 @@ def carry_out_untrained(
                 measured = _prefixed(prepared, prefix).measure(params)
                 write_measured(answers_path(folder, number, name), measured, {**about, "task": name})
             tick()
-
-
-def _claim(folder: Path, told: dict[str, Any], made_of: dict[str, Any]) -> None:
-    """Let answers be of one set of questions and data, or refuse."""
-    path = folder / "strengths.json"
-    old = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
-    if (before := old.get("made_of", made_of)) != made_of:
-        lines = "\n  ".join(f"{key}: {before.get(key)!r} → {made_of[key]!r}" for key in made_of
-                            if before.get(key) != made_of[key])  # fmt: skip
-        raise ValueError(f"{folder} has answers of another attack:\n  {lines}\nUse another folder, or put it back.")
-    write_json(path, {**told, "made_of": made_of})
 
 
 def _data(source: str) -> DataConfig:

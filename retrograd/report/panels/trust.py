@@ -20,6 +20,9 @@ __all__ = ["judged", "retraining", "trust"]
 
 GRADE = 0.95  # LDS that MAGIC reaches where training is smooth
 ROUGH = 0.5  # metasmoothness below which a derivative says little about leaving out whole examples
+_OLD = (
+    "forecast.json is of an earlier version, which does not say what it found: retrograd metasmoothness makes it again"
+)
 FACTOR = 2.0  # between predicted and measured changes
 
 
@@ -90,7 +93,7 @@ def judged(
         told = f"metasmoothness is {smooth['value']:.3f}"
         (bad if smooth["value"] < ROUGH else reasons).append(told)
     if forecast is not None:
-        reasons.append(f"forecast: {forecast['told']}")
+        reasons.append(f"forecast: {forecast['told']}" if "told" in forecast else _OLD)
     parts = [part for part in (validation or {}).get("fractions", []) if part["fraction"] and name in part["queries"]]
     for part in parts:
         if part.get("missing"):

@@ -48,11 +48,15 @@ const retrograd = (() => {
     script.remove();  // the text is not needed again
     return new kinds[script.dataset.type](whole);
   }
+  async function arrays(root) {
+    const found = {};
+    for (const script of root.querySelectorAll(":scope > script[data-name]")) found[script.dataset.name] = await array(script);
+    return found;
+  }
   function table(name) {
     tables[name] ??= (async () => {
-      const root = document.getElementById(name), arrays = {};
-      for (const script of root.querySelectorAll("script[data-name]")) arrays[script.dataset.name] = await array(script);
-      return new Table(json(root), arrays);
+      const root = document.getElementById(name);
+      return new Table(json(root), await arrays(root));
     })();
     return tables[name];
   }
@@ -78,10 +82,10 @@ const retrograd = (() => {
     });
   }
   function reach() {  // what scrolls can be scrolled by keyboard
-    const all = [...document.querySelectorAll(".scroll")], mark = (one) => one.scrollWidth > one.clientWidth ? one.setAttribute("tabindex", "0") : one.removeAttribute("tabindex");
+    const all = [...document.querySelectorAll(".scroll")], mark = (one) => one.scrollWidth > one.clientWidth || one.scrollHeight > one.clientHeight ? one.setAttribute("tabindex", "0") : one.removeAttribute("tabindex");
     all.forEach(mark);
-    const seen = new ResizeObserver((entries) => entries.forEach((entry) => mark(entry.target)));
-    all.forEach((one) => seen.observe(one));
+    const seen = new ResizeObserver((entries) => entries.forEach((entry) => mark(entry.target.closest(".scroll"))));
+    all.forEach((one) => { seen.observe(one); if (one.firstElementChild) seen.observe(one.firstElementChild); });
   }
   async function start() {
     theme();
@@ -98,5 +102,5 @@ const retrograd = (() => {
     reach();
     document.documentElement.dataset.ready = "yes";
   }
-  return { panel, start, element, number, signed, percent, meaning, colour, table };
+  return { panel, start, element, number, signed, percent, meaning, colour, table, arrays };
 })();
