@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd.core import tree
-from retrograd.core.engine.blocks import Blocks, Chain, Found, PlainHead
+from retrograd.core.engine.blocks import Blocks, Chain
 from retrograd.core.engine.double import Double
+from retrograd.core.engine.heads import Found, PlainHead
 from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine

@@ -20,16 +20,7 @@ from retrograd.core.optim import Cotangent, Moments
 from retrograd.core.residuals import Residuals
 from retrograd.core.slots import BlankLedger, Ledger
 from retrograd.core.step import State, Training, initial_state, micro_batches_of, needs_gradient, recovered
-from retrograd.core.sweep import (
-    Advanced,
-    Event,
-    Remade,
-    Reversed,
-    Turned,
-    accumulate,
-    seed_cotangent,
-    sweep,
-)
+from retrograd.core.sweep import Advanced, Event, Remade, Reversed, Turned, accumulate, seed_cotangent, sweep
 from retrograd.durable import make_folder
 from retrograd.parallel.group import ALONE, here
 from retrograd.parallel.pieces import PieceLedger, Pieces
@@ -306,11 +297,11 @@ class InPieces(Trajectory):
 
     def _seen(self, event: Event) -> None:
         """Have an event seen. Every process comes here with the same one."""
-        if self._forward and isinstance(event, Remade) and event.state.step in self._shown:
-            event = event._replace(state=self._whole_state(event.state))
-        elif self._forward and isinstance(event, Advanced | Turned) and event.outcome.state.step in self._shown:
-            whole = self._whole_state(event.outcome.state)
-            event = event._replace(outcome=event.outcome._replace(state=whole))
+        if self._forward and not isinstance(event, Reversed):
+            state = event.state if isinstance(event, Remade) else event.outcome.state
+            if state.step in self._shown:
+                whole = self._whole_state(state)
+                event = event._replace(state=whole) if isinstance(event, Remade) else _with(event, whole)
         self._observe(event)
 
     def _whole_state(self, state: State) -> State:
@@ -324,6 +315,10 @@ class InPieces(Trajectory):
         group.collected(None)  # all have
         if folder is not None and group.rank == 0:
             relay(folder, initial, recipe, 1, identity)
+
+
+def _with(event: Advanced | Turned, state: State) -> Event:
+    return event._replace(outcome=event.outcome._replace(state=state))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ The last line is the tangent of the vjp; how it is computed is with the passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,46 +24,16 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from retrograd.core import tree
 from retrograd.core.draws import random_draws
-from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, live, pullbacks, vjp, vjp_along, without
+from retrograd.core.engine.heads import Head, by_leaf, local
+from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, vjp, vjp_along
 from retrograd.core.optim import Params
 from retrograd.core.residuals import Residual
 from retrograd.core.step import Batch, Pull, coefficients
 
-__all__ = ["Blocks", "Chain", "Found", "Head", "Micro", "PlainHead", "Read", "Sums", "micros"]
-
-
-class Found(NamedTuple):
-    """What a head finds at x: the loss, the cotangent of x, the gradient by leaf, and what `second` can use again."""
-
-    x: Tensor
-    loss: Tensor
-    bar: Tensor
-    grads: Params
-    kept: Any
-
-
-@runtime_checkable
-class Head(Protocol):
-    """The end of the chain: (params, x, inputs, coefficients) → Σ_j c_j · loss_j. It is given its own leaves only."""
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """The leaf behind each parameter, as for a `Link`."""
-
-    def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
-        """Loss and gradient."""
-
-    def second(
-        self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
-    ) -> tuple[Tensor, Tensor, Params, Tensor]:
-        """Along (bars, dots), [K, …]: the cotangent of x, its tangents, those of the gradient by leaf and of loss_j.
-
-        `kept` is what `first` kept at the same params and x, or None: nothing may depend on which.
-        """
+__all__ = ["Blocks", "Chain", "Micro", "Read", "Sums", "micros"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,35 +52,6 @@ class Chain:
     head: Head
     scope: Callable[[torch.dtype], AbstractContextManager[Any]]
     lookup: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class PlainHead:
-    """A head given as a function of (parameters, x, inputs, coefficients), twice differentiable by reverse mode."""
-
-    names: Mapping[str, str]
-    call: Callable[[Params, Tensor, Any, Tensor], Tensor]
-
-    def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
-        point = live({**_local(self.names, params), X: x})
-        with torch.enable_grad():
-            loss = self.call(without(point), point[X], inputs, factors)
-        found = dict(zip(point, grad(loss, list(point.values()), materialize_grads=True)))
-        return Found(x, loss.detach(), found[X], _by_leaf(self.names, found), None)
-
-    def second(
-        self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
-    ) -> tuple[Tensor, Tensor, Params, Tensor]:
-        point = live({**_local(self.names, params), X: x})
-        factors = factors.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.call(without(point), point[X], inputs, factors)
-            first = grad(loss, list(point.values()), create_graph=True, materialize_grads=True)
-        seeds = {**_local(self.names, bars), X: dots}
-        wanted = [*point.values(), factors]
-        *found, slopes = pullbacks(list(first), [seeds[name] for name in point], wanted)
-        named = dict(zip(point, found))
-        return dict(zip(point, first))[X].detach(), named[X], _by_leaf(self.names, named), slopes
 
 
 class Micro(NamedTuple):
@@ -293,7 +234,7 @@ class Blocks:
             with way.micro.draws(place):
                 pulled = self.passes.vjp(link, {**point, X: x}, way.contexts[place - 1], way.bar, kept)
             way.bar = pulled[X]
-            sums.add(part, _by_leaf(link.names, pulled))
+            sums.add(part, by_leaf(link.names, pulled))
         sums.done(_leaves(link))
 
     def _left(self, read: Read, ways: list[_Way], sums: Sums) -> None:
@@ -303,7 +244,7 @@ class Blocks:
             return
         point = _point(embed, read)
         for part, way in enumerate(ways):
-            sums.add(part, _by_leaf(embed.names, vjp(_start(embed, way.micro), point, way.bar)))
+            sums.add(part, by_leaf(embed.names, vjp(_start(embed, way.micro), point, way.bar)))
         sums.done(_leaves(embed))
 
     @torch.no_grad()
@@ -355,7 +296,7 @@ class Blocks:
             with way.micro.draws(place):
                 way.bar, found = self.passes.vjp_along(link, here, context, there, way.bar, way.dots, kept)
             way.dots = found[X]
-            sums.add(part, _by_leaf(link.names, found))
+            sums.add(part, by_leaf(link.names, found))
         sums.done(_leaves(link))
 
     def _left_along(self, read: Read, along: Read, ways: list[_Way], sums: Sums) -> None:
@@ -370,7 +311,7 @@ class Blocks:
                 found = {name: tree.stacked([pulled[name] for pulled in each]) for name in point}
             else:
                 _, found = vjp_along(start, point, bars, way.bar, way.dots)
-            sums.add(part, _by_leaf(embed.names, found))
+            sums.add(part, by_leaf(embed.names, found))
         sums.done(_leaves(embed))
 
     def _scope(self, parts: Sequence[Micro]) -> AbstractContextManager[Any]:
@@ -436,19 +377,7 @@ def _leaves(place: Link | Head) -> list[str]:
 
 
 def _point(link: Link, read: Read) -> Params:
-    return _local(link.names, read(_leaves(link)))
-
-
-def _local(names: Mapping[str, str], leaves: Params) -> Params:
-    return {local: leaves[leaf] for local, leaf in names.items()}
-
-
-def _by_leaf(names: Mapping[str, str], found: Params) -> Params:
-    """Sums over the parameters that share a leaf."""
-    sums: Params = {}
-    for local, leaf in names.items():
-        sums[leaf] = sums[leaf] + found[local] if leaf in sums else found[local]
-    return sums
+    return local(link.names, read(_leaves(link)))
 
 
 def _add(sums: Params, more: Params) -> None:
