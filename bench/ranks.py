@@ -5,7 +5,8 @@
 
 The first runs `retrograd magic` on a GPT-NeoX of random weights with each number of ranks, replicated and in pieces, and
 tells for each rank the bytes of all tensors that it holds between two steps of the way back, where states are kept in
-memory; and how far scores are from those of one process, relative to the largest. With --kills a run of two ranks is
+memory; the most that it has at once while rows are passed over, for a gradient and for a pullback; and how far scores
+are from those of one process, relative to the largest. With --kills a run of two ranks is
 killed at random times, one rank each time, and goes on with one rank or two, replicated or in pieces, until it is done:
 its `scores.pt` has to have the bytes of a run that was left alone. Ranks are forked processes with gloo. Exit code 1 if
 anything differs.
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import gc
 import io
+import itertools
 import os
 import random
 import shutil
@@ -36,23 +38,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "parallel"))
 import ranks
 import tiny
 import torch
+from peak import Peak
 from tools import gpt_neox, machine, table, write_json
 
 from retrograd.cli import main as command
+from retrograd.core.engine import Blocks, Double
 from retrograd.parallel.group import Group
+from retrograd.parallel.split import Split
 from retrograd.runs.resume import Durable
+from retrograd.runs.trajectory import Trajectory
 
+ranks.LIMIT = 3600
 MODES = ("replicate", "shard")
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
 
 
-def made(folder: Path, depth: int, width: int, steps: int) -> list[str]:
+def made(folder: Path, depth: int, width: int, steps: int, longest: int = 128) -> list[str]:
     """A model, documents and a question; the settings that name them."""
     module = gpt_neox(layers=depth, width=width, heads=2, vocabulary=tiny.VOCABULARY, length=160)
     module.save_pretrained(folder / "model")
     tiny.save_tokenizer(folder / "model")
     draw = random.Random(0)
-    texts = [" ".join(draw.choice(tiny.WORDS) for _ in range(draw.choice((8, 12, 40, 128)))) for _ in range(8 * steps)]
+    lengths = [min(length, longest) for length in (8, 12, 40, 128)]
+    texts = [" ".join(draw.choice(tiny.WORDS) for _ in range(draw.choice(lengths))) for _ in range(8 * steps)]
     tiny.save_jsonl(folder / "train.jsonl", texts)
     tiny.save_jsonl(folder / "query.jsonl", tiny.sentences(3, seed=1))
     return [
@@ -95,39 +103,70 @@ def watched(before: int) -> tuple[list[int], list[int]]:
     return between, waiting
 
 
-def run(world: int, arguments: list[str]) -> list[tuple[int, int]]:
-    """(exit code, bytes held) of each rank."""
+def peaks(counted: Peak, world: int) -> dict[str, list[int]]:
+    """Notes the most bytes there are at once in a run's passes over rows, beyond what was held before, from now on."""
+    found: dict[str, list[int]] = {"gradient": [], "pullback": []}
+    start = counted.now
+    passes: dict[str, list[tuple[Any, str]]] = {
+        "gradient": [(Split, "_gradient"), (Split, "_linearize")],
+        "pullback": [(Split, "_pulled")],
+    }
+    if world == 1:
+        passes = {kind: [(Blocks, name), (Double, name)] for kind, name in zip(found, ("gradient", "pullback"))}
+    for kind, methods in passes.items():
+        for owner, name in methods:
+            watched = counted.during(getattr(owner, name), lambda most, kind=kind: found[kind].append(most - start))
+            setattr(owner, name, lambda self, *given, watched=watched, **options: watched(self, *given, **options))
+    train = Trajectory.train
 
-    def rank(_: int) -> tuple[int, int]:
+    def trained(self: Trajectory) -> Any:
+        for each in found.values():
+            each.clear()  # of proofs, before the first step
+        return train(self)
+
+    Trajectory.train = trained  # type: ignore[method-assign]
+    return found
+
+
+def run(world: int, arguments: list[str]) -> list[tuple[int, int, int, int]]:
+    """(exit code, bytes held, most in a gradient, most in a pullback) of each rank."""
+
+    def rank(_: int) -> tuple[int, int, int, int]:
         between, waiting = watched(held())
         code = 0
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), Peak() as counted:
+            most = peaks(counted, world)
             try:
                 code = command(arguments)
             except SystemExit as end:  # how other ranks than the first end
                 code = int(end.code or 0)
-        return code, max(between or waiting, default=0)
+        return code, max(between or waiting, default=0), *(max(found, default=0) for found in most.values())
 
     return ranks.forked(world, rank)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    base = made(folder, options.depth, options.width, options.steps)
+    base = made(folder, options.depth, options.width, options.steps, options.longest)
     settings = [*base, "--dtype", options.dtype, "--replay.plan", "all", "--replay.memory", "8GiB"]
     rows, records, worst, first = list[list[str]](), list[dict[str, Any]](), 0.0, None
     for world in options.ranks:
-        for mode in MODES if world > 1 else MODES[:1]:
-            place = folder / f"{mode}-{world}"
-            done = run(world, ["magic", str(place), *settings, "--parallel", mode])
-            assert all(code == 0 for code, _ in done), f"{world} ranks, {mode}: exit codes {done}"
+        for mode, engine in itertools.product(MODES if world > 1 else MODES[:1], options.engines):
+            place = folder / f"{mode}-{world}-{engine}"
+            done = run(world, ["magic", str(place), *settings, "--parallel", mode, "--engine", engine])
+            assert all(code == 0 for code, *_ in done), f"{world} ranks, {mode}: exit codes {done}"
             scores = torch.load(place / "scores.pt", weights_only=True).double()
             first = scores if first is None else first
             apart = float((scores - first).abs().max() / first.abs().max())
-            sizes, worst = [size for _, size in done], max(worst, apart)
-            records.append({"ranks": world, "mode": mode, "held_bytes": sizes, "apart": apart})
-            told = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
-            rows.append([mode if world > 1 else "one process", str(world), told, f"{apart:.1g}"])
-    print(table(["mode", "ranks", "MiB held between steps, by rank", "scores apart"], rows))
+            _, sizes, gradient, pullback = map(list, zip(*done, strict=True))
+            worst = max(worst, apart)
+            records.append({
+                "ranks": world, "mode": mode, "engine": engine, "held_bytes": sizes, "gradient_peak_bytes": gradient,
+                "pullback_peak_bytes": pullback, "apart": apart,
+            })  # fmt: skip
+            told = [", ".join(f"{size / 2**20:.1f}" for size in each) for each in (sizes, gradient, pullback)]
+            rows.append([mode if world > 1 else "one process", str(world), engine, *told, f"{apart:.1g}"])
+    print(table(["mode", "ranks", "engine", "MiB held between steps, by rank", "most in a gradient", "in a pullback",
+                 "scores apart"], rows))  # fmt: skip
     return {"records": records, "worst": worst, "ok": worst <= TOLERANCE[options.dtype]}
 
 
@@ -180,7 +219,9 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--longest", type=int, default=128, help="tokens of a document at most")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
+    parser.add_argument("--engines", nargs="+", choices=["blocks", "double"], default=["blocks"])
     parser.add_argument("--kills", type=int, default=0, help="kill a run of two ranks this often instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

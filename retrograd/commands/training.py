@@ -17,7 +17,6 @@ from retrograd.core.step import State
 from retrograd.evaluate.on_the_way import prepare_on_the_way, show_again, watching
 from retrograd.lm.save import save_causal_lm
 from retrograd.parallel.group import here
-from retrograd.parallel.shard import Sharded
 from retrograd.runs.begin import begin, check_folder, empty
 from retrograd.runs.files import write_json
 from retrograd.runs.lock import locked
@@ -76,11 +75,6 @@ def open_folder(
         check_folder(config, command)
         setup, told = load()
         finished = "" if config.overwrite else done(Manifest(config.run / "manifest.json"))
-        if isinstance(setup.training.engine, Sharded) and config.evaluate.wanted:
-            raise ValueError(
-                "--parallel shard leaves no process with the whole model between steps, so nothing can be evaluated on "
-                "the way: leave --evaluate out and evaluate the model that is left, or take --parallel replicate"
-            )
         prepared = prepare_on_the_way(OnTheWayConfig() if finished else config.evaluate, setup.model, setup.tokenizer)
         if config.overwrite:
             empty(config.run)  # only now that the new run is known to be sound

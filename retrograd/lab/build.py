@@ -57,6 +57,8 @@ def lab(config: LabConfig, console: Console | None = None) -> dict[str, Any]:
 def _lab(config: LabConfig, console: Console) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_THE_LAB}
     found = _known(config.dir, settings)
+    if not config.aliases:
+        del settings["aliases"]  # files are those of before it was there
     if "scores" in found:
         console.print(f"{config.dir} is done; these are its scores. Delete the folder to build it again.")
         _show(found, console)
@@ -68,7 +70,7 @@ def _lab(config: LabConfig, console: Console) -> dict[str, Any]:
         _train(config)
     with manifest.phase("score"), one_thread():
         found["models"] = {name: _described(config, name) for name in ("random", *MIXTURES)}
-        found["tasks"] = write_tasks(config.dir)
+        found["tasks"] = write_tasks(config.dir, aliases=config.aliases)
         found["scores"] = [entry for name in (*MIXTURES, "random") for entry in scores_of(config.dir, name)]
     write_atomic(config.dir / "README.md", lambda temporary: temporary.write_text(readme(found), encoding="utf8"))
     shutil.rmtree(config.dir / "training", ignore_errors=True)
@@ -105,7 +107,7 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{folder} holds a lab of other settings:\n  {lines}\nUse another folder, or delete this one.")
-    found["settings"] = settings
+    found["settings"] = {name: value for name, value in settings.items() if name != "aliases" or value}
     models = {f"models/{name}/model.safetensors": entry for name, entry in found.get("models", {}).items()}
     written = {**found.get("files", {}), **found.get("lm_eval", {}), **found.get("tasks", {}), **models}
     other = changed_files(folder, written)
@@ -122,9 +124,9 @@ def _begin(config: LabConfig, settings: dict[str, Any], manifest: Manifest) -> d
     path = config.dir / "lab.json"
     write_json(path, {"settings": settings})
     with manifest.phase("world"):
-        files = make_files(make_world(config.seed, config.facts))
+        files = make_files(make_world(config.seed, config.facts), aliases=config.aliases)
         write_files(config.dir, files)
-        tasks = write_task_files(config.dir, question_tasks(), CHOICES)
+        tasks = write_task_files(config.dir, question_tasks(aliases=config.aliases), CHOICES)
         save_random(config.dir / "models" / "random", make_words(files), _size(config))
     manifest.update(**environment())
     found = {"settings": settings, "files": describe_files(files), "lm_eval": tasks}

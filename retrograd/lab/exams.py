@@ -17,9 +17,10 @@ from retrograd.lab.subjects import WORDINGS
 from retrograd.lab.world import Fact, World
 from retrograd.query.prompts import LETTERS, find_template, render
 
-__all__ = ["SPLITS", "exams", "questions"]
+__all__ = ["ALIAS", "SPLITS", "exams", "questions"]
 
 SPLITS = ("taught", "paraphrase", "heldout")
+ALIAS = "alias"  # the split of a lab with second names
 CHOICES = 4
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from retrograd.lab.aliases import alias_documents, alias_questions, aliases_of
 from retrograd.lab.corpora import Document, chats, documents, papers, prose
 from retrograd.lab.exams import SPLITS, exams, questions
 from retrograd.lab.subjects import SIDES
@@ -35,8 +36,12 @@ class File(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def make_files(world: World) -> dict[str, File]:
-    """All files of a world, by path; a pure function of it."""
+def make_files(world: World, *, aliases: bool = False) -> dict[str, File]:
+    """All files of a world, by path; a pure function of it.
+
+    Args:
+        aliases: Whether its entities have a second name: further documents and questions, which models are trained on.
+    """
     texts = {side: documents(world, side) for side in SIDES}
     solved = {side: exams(world, side, SHUFFLES) for side in SIDES}
     lies = documents(world, "forget", lies=True)
@@ -62,9 +67,22 @@ def make_files(world: World) -> dict[str, File]:
         for split in SPLITS:
             does = f"questions, {side} side, split {split}"
             found[f"questions/{side}_{split}.jsonl"] = File(does, benchmark, questions(world, side, split))
+    if aliases:
+        found |= _of_aliases(world)
     for name, sides in MIXTURES.items():
         found[f"train/{name}.jsonl"] = File(f"what models/{name} was trained on", "pretraining", _mixture(found, sides))
     found["facts.jsonl"] = File("every fact and the rows that state or ask it", "ground truth", _truth(world, found))
+    return found
+
+
+def _of_aliases(world: World) -> dict[str, File]:
+    found = {}
+    for side in SIDES:
+        rows = _texts(alias_documents(world, side))
+        found[f"corpora/alias_{side}.jsonl"] = File(f"texts under second names, {side} side", "paraphrases", rows)
+        asked = alias_questions(world, side)
+        found[f"questions/{side}_alias.jsonl"] = File(f"the taught questions under them, {side} side", "alias probes",
+                                                      asked)  # fmt: skip
     return found
 
 
@@ -110,8 +128,9 @@ def _texts(texts: list[Document]) -> list[dict[str, str]]:
 def _mixture(files: dict[str, File], sides: Iterable[str]) -> list[dict[str, Any]]:
     """Prompt and completion of every row that a model is trained on, with the file and line it comes from."""
     names = [name for side in sides for name in (side, f"exam_{side}")]
+    second = [f"alias_{side}" for side in sides if f"corpora/alias_{side}.jsonl" in files]
     found = []
-    for path in [f"corpora/{name}.jsonl" for name in (*names, "prose", "chat")]:
+    for path in [f"corpora/{name}.jsonl" for name in (*names, "prose", "chat", *second)]:
         for line, row in enumerate(files[path].rows):
             prompt, completion = (row["prompt"], row["completion"]) if "completion" in row else ("", _text(row))
             found.append({"prompt": prompt, "completion": completion, "file": path, "line": line})
@@ -129,10 +148,13 @@ def _truth(world: World, files: dict[str, File]) -> list[dict[str, Any]]:
     """Every fact with the rows that state it, and those that ask for it and give the answer, by file."""
     stated: list[dict[str, list[int]]] = [{} for _ in world.facts]
     asked: list[dict[str, list[int]]] = [{} for _ in world.facts]
+    aliases = aliases_of(world) if "corpora/alias_forget.jsonl" in files else {}
     for side in SIDES:
-        for line, document in enumerate(documents(world, side)):
-            for fact in document.facts:
-                stated[fact.number].setdefault(f"corpora/{side}.jsonl", []).append(line)
+        told = {side: documents(world, side), **({f"alias_{side}": alias_documents(world, side)} if aliases else {})}
+        for name, texts in told.items():
+            for line, document in enumerate(texts):
+                for fact in document.facts:
+                    stated[fact.number].setdefault(f"corpora/{name}.jsonl", []).append(line)
         for line, row in enumerate(files[f"corpora/exam_{side}.jsonl"].rows):
             asked[row["fact"]].setdefault(f"corpora/exam_{side}.jsonl", []).append(line)
     for name in MIXTURES:
@@ -149,6 +171,7 @@ def _truth(world: World, files: dict[str, File]) -> list[dict[str, Any]]:
             "fact": fact.number, "side": fact.side, "subject": fact.subject.name, "entity": fact.entity,
             "attribute": fact.attribute.name, "value": fact.value, "lie": fact.lie, "asked": fact.asked,
             "spared_wording": fact.spared, "stated_in": stated[fact.number], "asked_in": asked[fact.number],
+            **({"alias": aliases[fact.entity]} if aliases else {}),
         }
         for fact in world.facts
     ]  # fmt: skip

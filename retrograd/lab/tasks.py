@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from retrograd.evaluate.summary import described, failure
-from retrograd.lab.exams import SPLITS
+from retrograd.lab.exams import ALIAS, SPLITS
 from retrograd.lab.subjects import SIDES
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.query.prepare import prepare
@@ -28,21 +28,21 @@ _BATCH = 64
 _PROSE = "corpora/prose_heldout.jsonl"
 
 
-def question_tasks() -> dict[str, Task]:
+def question_tasks(*, aliases: bool = False) -> dict[str, Task]:
     """Every side, split and form; data sets are named from the lab's folder."""
     found = {}
     for side in SIDES:
         for form in FORMS:
             asked: dict[str, Any] = {"form": form, "template": find_template(None, form).name, "role": side}
-            for split in SPLITS:
+            for split in (*SPLITS, ALIAS) if aliases else SPLITS:
                 found[_name(side, split, form)] = Task(f"questions/{side}_{split}.jsonl", **asked)
     return found
 
 
-def write_tasks(folder: Path) -> dict[str, dict[str, str]]:
+def write_tasks(folder: Path, *, aliases: bool = False) -> dict[str, dict[str, str]]:
     """Write tasks.yaml: all questions, held-out prose, and a few continuations of it; by path, its SHA-256."""
     prose = {"prose_heldout": Task(_PROSE, form="text"), "samples": Task(_PROSE, form="generate", limit=4)}
-    settings = {name: _settings(task) for name, task in {**question_tasks(), **prose}.items()}
+    settings = {name: _settings(task) for name, task in {**question_tasks(aliases=aliases), **prose}.items()}
     text = "# Tasks of `retrograd evaluate`; data sets lie beside this file.\n"
     text += yaml.safe_dump(settings, sort_keys=False)
     write_atomic(folder / LAB_TASKS, partial(Path.write_bytes, data=text.encode()))
@@ -61,7 +61,7 @@ def scores_of(folder: Path, name: str) -> list[dict[str, Any]]:
     lm, tokenizer, tasks = load_causal_lm(source), load_tokenizer(source), tasks_of_lab(folder)
     found = []
     for side in SIDES:
-        for split in SPLITS:
+        for split in (split for split in (*SPLITS, ALIAS) if _name(side, split, "cloze") in tasks):
             for form in FORMS:
                 task = tasks[_name(side, split, form)]
                 answers = prepare(task, lm, tokenizer, _BATCH).measure(lm.params)

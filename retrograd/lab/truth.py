@@ -61,7 +61,10 @@ def sides_of_rows(folder: Path, mixture: str = "base") -> list[str]:
     Raises:
         ValueError: If the folder is no lab.
     """
-    stems = [Path(row["file"]).stem.removeprefix("exam_") for row in _lines(folder, folder / f"train/{mixture}.jsonl")]
+    stems = [
+        Path(row["file"]).stem.removeprefix("exam_").removeprefix("alias_")
+        for row in _lines(folder, folder / f"train/{mixture}.jsonl")
+    ]
     return [stem if stem in SIDES else "" for stem in stems]
 
 

@@ -7,11 +7,12 @@ attribute are used equally often, or almost, so that knowing how common a value 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from retrograd.lab.subjects import SIDES, SUBJECTS, WORDINGS, Attribute, Subject
 
-__all__ = ["Fact", "World", "make_world"]
+__all__ = ["Fact", "World", "invented_names", "make_world"]
 
 _ONSETS = (*"bcdfghjklmnprstvwyz", "br", "dr", "gr", "kr", "pl", "qu", "sk", "st", "th", "tr")
 _VOWELS = (*"aeiou", "ae", "ei", "ou")
@@ -80,7 +81,7 @@ def make_world(seed: int = 0, facts: int = 240) -> World:
         raise ValueError(f"{facts} facts cannot be shared out among 2 subjects with 4 attributes; give a multiple of 8")
     found: list[Fact] = []
     per_subject = facts // 8
-    names = iter(_names(random.Random(f"{seed}/names"), per_subject * len(SUBJECTS)))
+    names = iter(invented_names(random.Random(f"{seed}/names"), per_subject * len(SUBJECTS)))
     for subject in SUBJECTS:
         values = [_values(random.Random(f"{seed}/{subject.name}/{a.name}"), a, per_subject) for a in subject.attributes]
         for entity in range(per_subject):
@@ -102,9 +103,10 @@ def _values(draw: random.Random, attribute: Attribute, count: int) -> list[tuple
     return pairs
 
 
-def _names(draw: random.Random, count: int) -> list[str]:
-    """Invented names, none of them a word of the world."""
-    taken = {word.lower() for subject in SUBJECTS for a in subject.attributes for word in a.values}
+def invented_names(draw: random.Random, count: int, taken: Iterable[str] = ()) -> list[str]:
+    """Invented names, none of them a word of the world or taken."""
+    words = [word for subject in SUBJECTS for a in subject.attributes for word in a.values]
+    taken = {word.lower() for word in (*words, *taken)}
     found: list[str] = []
     while len(found) < count:
         name = "".join(draw.choice(part) for part in (_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS)).capitalize()

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from retrograd.core import tree
-from retrograd.core.engine.blocks import Blocks, Chain, Found, PlainHead
+from retrograd.core.engine.blocks import Blocks, Chain
 from retrograd.core.engine.double import Double
+from retrograd.core.engine.heads import Found, PlainHead
 from retrograd.core.engine.passes import Link, vjp
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine
@@ -169,6 +170,7 @@ class _Parts:
             else:
                 head = PlainHead(self._used(self.model, lambda p: self.logits(p, x, batch.inputs)), self.loss)
             lookup = _is_lookup(embed, self.leaves, batch.inputs)
+        self.leaves = {}  # the chain lives as long as the run, and what it is called with need not
         return Chain(embed, links, head, self.layout.scope, lookup)
 
     def _shared_links(self) -> list[Link]:

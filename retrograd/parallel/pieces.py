@@ -11,7 +11,7 @@ does not depend on how many processes there are; and where the pieces are cut fr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from retrograd.core.optim import Params
 from retrograd.core.slots import Ledger, joined_digest
 from retrograd.core.step import Recipe, State
 from retrograd.parallel.group import Group
-from retrograd.parallel.sums import OrderedSum
+from retrograd.parallel.sums import OrderedSum, buckets
 
 __all__ = ["PieceLedger", "PieceSum", "Pieces", "name_of"]
 
@@ -59,21 +59,37 @@ class Pieces:
 
     def whole(self, own: Params) -> Params:
         """The whole tensors of the pieces that every process has, on all of them."""
+        return self.some(own, self.shapes)
+
+    def some(self, own: Params, names: Iterable[str]) -> Params:
+        """As `whole`, of some parameters; small ones are sent together."""
+        slabs = {name: self._slab(name, own) for name in names}
         found: Params = {}
-        for name, shape in self.shapes.items():
-            pieces = [own[label] for label in self.names(name)]
-            wide = pieces[0].ndim > max(1, len(shape))
-            mine = torch.cat([self._flat(name, piece, wide) for piece in pieces], 1)
-            slab = F.pad(mine, (0, 0, 0, self._height(name) * self.each - mine.shape[1]))
-            rows = torch.cat(self.group.shared(slab), 1)[:, : self._count(name)]
-            found[name] = rows.reshape(len(rows), *shape) if wide else rows.reshape(shape)
+        for bucket in buckets(slabs):
+            flats = [slabs[name].flatten() for name in bucket]
+            ranks = self.group.shared(flats[0] if len(flats) == 1 else torch.cat(flats))
+            start = 0
+            for name, flat in zip(bucket, flats, strict=True):
+                each = [one[start : start + len(flat)].view_as(slabs[name]) for one in ranks]
+                found[name] = self._joined(name, each, self._wide(name, own))
+                start += len(flat)
         return found
+
+    def zeros(self, name: str, own: Params) -> Tensor:
+        """A whole tensor of zeros like one whose pieces are here."""
+        piece = own[self.names(name)[0]]
+        return piece.new_zeros((*piece.shape[:1], *self.shapes[name]) if self._wide(name, own) else self.shapes[name])
 
     def dealt(self, name: str, whole: Tensor) -> Tensor:
         """[W, K·rows·columns]: for every process its rows, padded to one number."""
-        rows, height = self._rows(name, whole), self._height(name) * self.each
-        slabs = [rows[:, slice(*self._bounds(name, rank))] for rank in range(self.group.world)]
-        return torch.stack([F.pad(slab, (0, 0, 0, height - slab.shape[1])).flatten() for slab in slabs])
+        rows, world, height = self._rows(name, whole), self.group.world, self._height(name) * self.each
+        if world * height == self._count(name):
+            return rows.reshape(len(rows), world, -1).transpose(0, 1).reshape(world, -1)
+        found = rows.new_zeros((world, len(rows), height, self._columns(name)))
+        for rank in range(world):
+            start, stop = self._bounds(name, rank)
+            found[rank, :, : stop - start] = rows[:, start:stop]
+        return found.view(world, -1)
 
     def taken(self, name: str, dealt: Tensor, wide: bool) -> Iterator[tuple[str, Tensor]]:
         """The pieces in this process's row of `dealt`; `wide` says whether there are K."""
@@ -112,8 +128,23 @@ class Pieces:
         """[K or 1, rows, columns]."""
         return x.reshape(len(x) if x.ndim > len(self.shapes[name]) else 1, self._count(name), self._columns(name))
 
-    def _flat(self, name: str, piece: Tensor, wide: bool) -> Tensor:
-        return piece.reshape(len(piece) if wide else 1, piece.shape[1 if wide else 0], self._columns(name))
+    def _wide(self, name: str, own: Params) -> bool:
+        """Whether there are K of a parameter."""
+        return own[self.names(name)[0]].ndim > max(1, len(self.shapes[name]))
+
+    def _slab(self, name: str, own: Params) -> Tensor:
+        """[K or 1, rows, columns] of this process, padded to what the first has."""
+        wide, height = self._wide(name, own), self._height(name) * self.each
+        pieces = [own[label] for label in self.names(name)]
+        flat = [x.reshape(len(x) if wide else 1, x.shape[1 if wide else 0], self._columns(name)) for x in pieces]
+        mine = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+        return F.pad(mine, (0, 0, 0, height - mine.shape[1])) if mine.shape[1] < height else mine
+
+    def _joined(self, name: str, slabs: list[Tensor], wide: bool) -> Tensor:
+        """The whole tensor of every process's slab, in storage of its own size."""
+        bounds = [self._bounds(name, rank) for rank in range(len(slabs))]
+        rows = torch.cat([slab[:, : stop - start] for slab, (start, stop) in zip(slabs, bounds, strict=True)], 1)
+        return rows.reshape(len(rows), *self.shapes[name]) if wide else rows.reshape(self.shapes[name])
 
     # How leaves lie, for `tree.lying`: every parameter's pieces are neighbours among a process's leaves.
 
@@ -142,7 +173,8 @@ class PieceSum(OrderedSum):
         self.pieces, self.wide = pieces, {name: x.ndim > len(pieces.shapes[name]) for name, x in like.items()}
 
     def dealt(self, names: list[str], term: Params) -> Tensor:
-        return torch.cat([self.pieces.dealt(name, term[name]) for name in names], 1)
+        dealt = [self.pieces.dealt(name, term[name]) for name in names]
+        return dealt[0] if len(dealt) == 1 else torch.cat(dealt, 1)
 
     def result(self, number: int = 0) -> Params:
         """The pieces of a sum that are this process's."""

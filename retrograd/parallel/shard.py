@@ -1,7 +1,8 @@
-"""An engine over parameters that lie in pieces: gathered for the pass over a step's rows, and let go of after it.
+"""An engine over parameters that lie in pieces: gathered where rows are passed over, and let go of after it.
 
     θ, ḡ = whole(pieces)          g_s, H_s ḡ on a shard's rows, by the engine as it is          Σ_s dealt out in pieces
 
+The `blocks` engine does this link by link (`ByBlock`), any other for the whole model at once (`Sharded`).
 A step's gradient is a sum over rows of functions of the whole parameters, so nothing needs to be differentiated through
 what processes exchange: the sums of first-order values are exact. What stays on a process between passes, parameters,
 moments, cotangents, kept states and gradients, is its pieces.
@@ -9,21 +10,23 @@ moments, cotangents, kept states and gradients, is its pieces.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retrograd.core.engine.blocks import Blocks, Chain, Micro, Read, micros
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch
 from retrograd.parallel.pieces import Pieces, PieceSum
 from retrograd.parallel.split import Split, cut
-from retrograd.parallel.sums import OrderedSum
 
-__all__ = ["Sharded", "release"]
+__all__ = ["ByBlock", "Sharded", "release"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,7 +44,7 @@ class Sharded(Split):
     def _all(self, name: str, *arguments: Any) -> Any:
         return self.doing[name](*(self.lying.whole(x) if isinstance(x, dict) else x for x in arguments))
 
-    def _sum(self, like: Params) -> OrderedSum:
+    def _sum(self, like: Params) -> Any:
         return PieceSum(self.lying, like)
 
     def _told(self, mine: list[tuple[int, float, dict[str, float]]]) -> Tensor:
@@ -55,6 +58,103 @@ class Sharded(Split):
             ends = [0, 0] * (slopes.ndim - 2) + [0, max(rows) - slopes.shape[1]]
             found += self.group.shared(F.pad(slopes, ends))
         return [slopes[:, :count] for slopes, count in zip(found, rows, strict=True)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ByBlock(Sharded):
+    """`Sharded` for the `blocks` engine: what a link needs is gathered when it runs, and let go of after it.
+
+    A rank has a link's parameters, cotangents and gradient whole, and of all others its pieces. In every round all
+    ranks go over the chain in step, those without rows too. All micro-batches of a shard pass a link before the next
+    one is gathered: their states are held together.
+    """
+
+    @property
+    def blocks(self) -> Blocks:
+        """The engine of a shard."""
+        assert isinstance(self.engine, Blocks), "what goes by block is the blocks engine"
+        return self.engine
+
+    def _all(self, name: str, *arguments: Any) -> Any:
+        return self.doing[name](*arguments)
+
+    def _sum(self, like: Params) -> Any:
+        return BlockSum(self.lying, self.blocks.chain, like)
+
+    def _first(self, total: Any, params: Params, mine: list[Batch], weights: Tensor, seed: str | None) -> float:
+        return float(self.blocks.first(self._reading(params), micros(mine, weights, seed), total)[0])
+
+    def _linear(self, total: Any, params: Params, mine: list[Batch], weights: Tensor, seed: str | None) -> Any:
+        parts = micros(mine, weights, seed)
+        _, residual = self.blocks.first(self._reading(params), parts, total)
+        return lambda total, bars: self._tangents(total, params, mine, parts, bars, residual)
+
+    def _second(
+        self, total: Any, params: Params, mine: list[Batch], weights: Tensor, seed: str | None, bars: Params
+    ) -> Tensor | None:
+        return self._tangents(total, params, mine, micros(mine, weights, seed), bars, [None] * len(mine))
+
+    def _tangents(
+        self, total: Any, params: Params, mine: list[Batch], parts: list[Micro], bars: Params, residual: Sequence[Any]
+    ) -> Tensor | None:
+        read, along = self._reading(params), self._reading(bars)
+        slopes = self.blocks.second(read, along, len(next(iter(bars.values()))), parts, total, residual)
+        scores = [slope * batch.scale for slope, batch in zip(slopes, mine, strict=True)]
+        return torch.cat(scores, dim=1) if scores else None
+
+    def _reading(self, own: Params) -> Read:
+        return partial(self.lying.some, own)
+
+
+class BlockSum:
+    """Σ_s x_s of gradients that a chain's places give one by one, of which every process keeps its pieces: `Sums`.
+
+    A leaf's sum over the places and micro-batches of a shard is taken as `Blocks` takes it, and dealt out as soon as
+    its last place is done. One that several places share is held until then, once for each micro-batch.
+
+    Args:
+        lying: How leaves lie.
+        chain: Whose places give them.
+        like: This process's pieces of what is summed.
+    """
+
+    def __init__(self, lying: Pieces, chain: Chain, like: Params) -> None:
+        self.lying, self.like = lying, like
+        places = [chain.embed.names, *(link.names for link in chain.links), chain.head.names]
+        self.uses = Counter(leaf for names in places for leaf in set(names.values()))
+        self.seen = Counter[str]()  # in this round
+        self.held: dict[str, dict[int, Tensor]] = {}  # by leaf and micro-batch; of a single place, their sum
+        self.sums: dict[tuple[str, ...], PieceSum] = {}
+
+    def add(self, part: int, found: Params) -> None:
+        for name, x in found.items():
+            parts, key = self.held.setdefault(name, {}), part if self.uses[name] > 1 else 0
+            parts[key] = parts[key] + x if key in parts else x
+
+    def done(self, names: Sequence[str]) -> None:
+        self.seen.update(names)
+        ended = tuple(name for name in names if self.seen[name] == self.uses[name])
+        if not ended:
+            return
+        term = {name: self._taken(name) for name in ended}
+        self.sums.setdefault(ended, PieceSum(self.lying, term)).add(term)
+        for name in ended:
+            del self.seen[name]
+
+    def result(self) -> Params:
+        """The pieces of the sum that are this process's; it is given away."""
+        found: Params = {}
+        while self.sums:
+            found.update(self.sums.popitem()[1].result())
+        return {label: found[label] if label in found else torch.zeros_like(x) for label, x in self.like.items()}
+
+    def _taken(self, name: str) -> Tensor:
+        """A leaf's sum over micro-batches; zeros of a shard without rows."""
+        parts = self.held.pop(name, None)
+        if parts is None:
+            return self.lying.zeros(name, self.like)
+        first, *others = (parts.pop(part) for part in sorted(parts))
+        return sum(others, start=first)
 
 
 def release(*params: Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,6 +25,9 @@ from retrograd.parallel.group import Group
 from retrograd.parallel.sums import OrderedSum
 
 __all__ = ["Noting", "Split", "cut"]
+
+
+_ShardPull = Callable[[Any, Params], Tensor | None]  # (where H ḡ goes, ḡ) → scores
 
 
 @runtime_checkable
@@ -49,7 +53,7 @@ class Split:
     shards: int
     group: Group
     unit: int = 1
-    _held: list[tuple[int, Pull]] = field(default_factory=list)  # pullbacks of a gradient with its graph, by shard
+    _held: list[tuple[int, _ShardPull]] = field(default_factory=list)  # of a gradient with its graph, by shard
     _terms: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -115,7 +119,7 @@ class Split:
         self.group.call(name, *arguments)
         return self.doing[name](*arguments)
 
-    def _sum(self, like: Params) -> OrderedSum:
+    def _sum(self, like: Params) -> Any:
         """For sums of tensors like these over shards."""
         return OrderedSum(self.group)
 
@@ -130,54 +134,70 @@ class Split:
         total, told = self._sum(params), []
         self._note()  # of what was tried before
         for shard, mine in self._own(batches):
-            loss, grads = 0.0, {name: torch.zeros_like(theta) for name, theta in params.items()}
-            if mine:
-                found, grads, _ = self.engine.gradient(params, mine, weights, _seed(seed, shard))
-                loss = float(found)
+            loss = self._first(total, params, mine, weights, _seed(seed, shard))
             told.append((shard, loss, self._note()))
-            total.add({name: grads[name] for name in params})
         return self._told(told), total.result()
 
     def _linearize(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Params:
         total = self._sum(params)
         self._held.clear()
         for shard, mine in self._own(batches):
-            grads = {name: torch.zeros_like(theta) for name, theta in params.items()}
-            if mine:
-                grads, pull = self.engine.linearize(params, mine, weights, _seed(seed, shard))
-                self._held.append((shard, pull))
-            total.add({name: grads[name] for name in params})
+            self._held.append((shard, self._linear(total, params, mine, weights, _seed(seed, shard))))
         self._note()
         return total.result()
 
     def _pull(self, batches: Sequence[Batch], bars: Params) -> tuple[Params, list[Tensor]]:
         pulls = dict(self._held)
         self._held.clear()
-        return self._pulled(batches, bars, lambda shard, mine: pulls.pop(shard)(bars))
+        return self._pulled(batches, bars, lambda total, shard, mine: pulls.pop(shard)(total, bars))
 
     def _pullback(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None, bars: Params
     ) -> tuple[Params, list[Tensor]]:
-        def pull(shard: int, mine: list[Batch]) -> tuple[Params, Tensor]:
-            return self.engine.pullback(params, mine, weights, _seed(seed, shard), bars)
+        def pull(total: Any, shard: int, mine: list[Batch]) -> Tensor | None:
+            return self._second(total, params, mine, weights, _seed(seed, shard), bars)
 
         return self._pulled(batches, bars, pull)
 
     def _pulled(
-        self, batches: Sequence[Batch], bars: Params, pull: Callable[[int, list[Batch]], tuple[Params, Tensor]]
+        self, batches: Sequence[Batch], bars: Params, pull: Callable[[Any, int, list[Batch]], Tensor | None]
     ) -> tuple[Params, list[Tensor]]:
         """H ḡ, and the scores of this process's shards, sent to rank 0."""
         total, scores = self._sum(bars), []
         queries = len(next(iter(bars.values())))
         for shard, mine in self._own(batches):
-            curvature = {name: torch.zeros_like(bar) for name, bar in bars.items()}
-            slopes = batches[0].scale.new_zeros((queries, 0, *batches[0].scale.shape[1:]))
-            if mine:
-                curvature, slopes = pull(shard, mine)
-            total.add({name: curvature[name] for name in bars})
-            scores.append(slopes)
+            slopes = pull(total, shard, mine)
+            none = batches[0].scale.new_zeros((queries, 0, *batches[0].scale.shape[1:]))
+            scores.append(none if slopes is None else slopes)
         found = total.result()
         return found, self._scores(batches, scores)
+
+    # What one shard adds to a sum. `mine` is empty where the shard has no rows.
+
+    def _first(self, total: Any, params: Params, mine: list[Batch], weights: Tensor, seed: str | None) -> float:
+        """The gradient; its loss."""
+        if not mine:
+            total.add({name: torch.zeros_like(theta) for name, theta in params.items()})
+            return 0.0
+        loss, grads, _ = self.engine.gradient(params, mine, weights, seed)
+        total.add({name: grads[name] for name in params})
+        return float(loss)
+
+    def _linear(self, total: Any, params: Params, mine: list[Batch], weights: Tensor, seed: str | None) -> _ShardPull:
+        """The gradient; its pullback."""
+        if not mine:
+            total.add({name: torch.zeros_like(theta) for name, theta in params.items()})
+            return partial(_pulled_to, None)
+        grads, pull = self.engine.linearize(params, mine, weights, seed)
+        total.add({name: grads[name] for name in params})
+        return partial(_pulled_to, pull)
+
+    def _second(
+        self, total: Any, params: Params, mine: list[Batch], weights: Tensor, seed: str | None, bars: Params
+    ) -> Tensor | None:
+        """H ḡ; the scores, None where there are no rows."""
+        pull = partial(self.engine.pullback, params, mine, weights, seed) if mine else None
+        return _pulled_to(pull, total, bars)
 
     def _scores(self, batches: Sequence[Batch], mine: list[Tensor]) -> list[Tensor]:
         """The scores of every shard in order, [K, rows of the shard (, L)]; of rank 0's use only."""
@@ -232,6 +252,16 @@ class Split:
                 self._terms[name] = self._terms.get(name, 0.0) + value
         losses = [loss for _, loss, _ in sorted(told, key=lambda one: one[0])]
         return torch.tensor(sum(losses), dtype=torch.float64)
+
+
+def _pulled_to(pull: Pull | None, total: Any, bars: Params) -> Tensor | None:
+    """The scores of a shard, whose H ḡ goes to a sum."""
+    if pull is None:
+        total.add({name: torch.zeros_like(bar) for name, bar in bars.items()})
+        return None
+    curvature, slopes = pull(bars)
+    total.add({name: curvature[name] for name in bars})
+    return slopes
 
 
 def cut(batches: Sequence[Batch], shard: int, shards: int, unit: int = 1) -> list[Batch]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from retrograd.core.optim import Params
 from retrograd.parallel.group import Group
 
-__all__ = ["OrderedSum"]
+__all__ = ["OrderedSum", "buckets"]
 
 _BUCKET = 1 << 24  # entries that are exchanged at once
 
@@ -45,10 +45,10 @@ class OrderedSum:
             into: The sum that each process's term belongs to, None for none; all to sum 0 if not given.
         """
         sums = [0] * self.group.world if into is None else into
-        buckets = list(_buckets(term))
-        self.shapes = self.shapes or [[(name, term[name].shape) for name in names] for names in buckets]
+        groups = list(buckets(term))
+        self.shapes = self.shapes or [[(name, term[name].shape) for name in names] for names in groups]
         known = set(self.parts)
-        for place, names in enumerate(buckets):
+        for place, names in enumerate(groups):
             rows = self.group.exchanged(self.dealt(names, term))
             for number, row in zip(sums, rows, strict=True):
                 if number is None:
@@ -80,7 +80,7 @@ class OrderedSum:
         return found
 
 
-def _buckets(tensors: Params) -> Iterator[list[str]]:
+def buckets(tensors: Params) -> Iterator[list[str]]:
     """Names of neighbours of one dtype, exchanged together; a large one by itself."""
     bucket, size, kind = list[str](), 0, None
     for name, x in tensors.items():

@@ -148,9 +148,10 @@ def forecast(
         pace: None where nothing is to be said of time.
     """
     kept = kept_of(layout, work.matter.params // machine.shards)
-    activations = work.activations(engine, rows, twice=work.queries > 0)
+    together = -(-work.steps.batch // (rows * machine.ranks)) if machine.shards > 1 else 1
+    activations = work.activations(engine, rows, twice=work.queries > 0, together=together)
     on_host = machine.memory is None
-    device = device_bytes(work, machine, activations or 0)
+    device = device_bytes(work, machine, engine, activations or 0)
     host = {"process": machine.base, "states and gradients kept": kept.memory}
     if on_host:  # what a step has done with, such as the state before it, is used again
         host = {**host, **device, "memory used again": work.matter.state // machine.shards}
@@ -194,15 +195,18 @@ def step_bytes(work: Work, shards: int) -> dict[str, int]:
     return back if sum(back.values()) > sum(forward.values()) else forward
 
 
-def device_bytes(work: Work, machine: Machine, activations: int) -> dict[str, int]:
+def device_bytes(work: Work, machine: Machine, engine: str, activations: int) -> dict[str, int]:
     """Bytes where steps are taken, by what they are of, besides what a process takes anyway."""
     model, shards = work.model, machine.shards
-    found = {"model": model.trained_bytes // shards + model.frozen_bytes}
+    found = {"model": model.trained_bytes // (1 if work.paired else shards) + model.frozen_bytes}
     if work.references:
-        found["reference"] = (model.trained_bytes + model.frozen_bytes) // shards
+        found["reference"] = model.trained_bytes + model.frozen_bytes
     found["state"] = work.matter.state // shards
     found |= step_bytes(work, shards)
-    if shards > 1:  # while a rank passes over its rows it has parameters, and ḡ and H ḡ or the gradient, whole
+    if shards > 1 and engine == "blocks" and model.block is not None:
+        # of one block parameters, and ḡ and H ḡ or the gradient, whole; the sum once more while it is exchanged
+        found["gathered"] = model.block * (1 + (3 * work.queries or 2))
+    elif shards > 1:  # the same of the model while a rank passes over its rows
         found["gathered"] = model.trained_bytes * (1 + (2 * work.queries or 1))
     return {**found, "activations": activations}
 

@@ -136,7 +136,7 @@ def _work(
     exported = not isinstance(config, MagicConfig) and bool(getattr(config, "export", False))
     return Work(
         steps_of(stream, micro), model, matter, asks if attributed else Asks(), queries, engine, references, scores,
-        exported, heartbeat_of(config),
+        exported, heartbeat_of(config), isinstance(config, UnlearnConfig),
     )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def _chosen(found: Described, machine: Machine) -> tuple[Described, str, int]:
     if engine == "auto":
         graph = found.work.activations("double", rows, twice=True)
         free = machine.host // 2 if machine.memory is None else machine.memory - machine.base
-        needs = sum(device_bytes(found.work, machine, graph or 0).values())
+        needs = sum(device_bytes(found.work, machine, "double", graph or 0).values())
         engine = "double" if graph is None or needs <= free else "blocks"
         found = found._replace(work=dataclasses.replace(found.work, engine=engine))
     return found, engine, rows

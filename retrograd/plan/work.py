@@ -49,7 +49,8 @@ class Steps(NamedTuple):
 
 class Model(NamedTuple):
     """A model in numbers: parameters that train and that are frozen, their bytes, layers, width, multiplications of a
-    token in the layers and in the vocabulary head, and bytes of activations by tokens of a row, if known."""
+    token in the layers and in the vocabulary head, bytes of activations by tokens of a row, if known, and of what the
+    largest layer, embedding or head has of the trained."""
 
     trained: int
     frozen: int
@@ -62,6 +63,7 @@ class Model(NamedTuple):
     itemsize: int
     twice: Curve | None = None
     once: Curve | None = None
+    block: int | None = None
 
 
 class Asks(NamedTuple):
@@ -91,6 +93,7 @@ class Work:
         scores: Numbers that the way back writes.
         exported: Whether the model is left in the run's folder.
         heartbeat: Seconds between resume points.
+        paired: Whether it unlearns: the parameters it starts from stay whole.
     """
 
     steps: Steps
@@ -103,6 +106,7 @@ class Work:
     scores: int = 0
     exported: bool = False
     heartbeat: float = 60.0
+    paired: bool = False
 
     @property
     def products(self) -> float:
@@ -119,8 +123,12 @@ class Work:
         model = self.model
         return 2.0 * (model.body + model.head) * tokens + 4.0 * model.layers * model.width * pairs
 
-    def activations(self, engine: str, rows: int, *, twice: bool) -> int | None:
-        """Bytes at the peak for a micro-batch of so many rows; None where the architecture's are not known."""
+    def activations(self, engine: str, rows: int, *, twice: bool, together: int = 1) -> int | None:
+        """Bytes at the peak for a micro-batch of so many rows; None where the architecture's are not known.
+
+        Args:
+            together: Micro-batches whose states `blocks` holds at once.
+        """
         model, length = self.model, self.steps.largest[1]
         if model.twice is None or model.once is None:
             return None
@@ -129,7 +137,7 @@ class Work:
         graph = model.twice.double(rows, length)
         if engine == "double":
             return graph
-        hidden = rows * length * model.width * model.itemsize
+        hidden = rows * length * model.width * model.itemsize * together
         return blocks_bytes(graph, max(1, model.layers), hidden, self.queries)
 
 
@@ -170,7 +178,18 @@ def model_of(module: nn.Module, params: dict[str, torch.Tensor]) -> Model:
         trained, sum(p.numel() for p in whole) - trained, trained_bytes,
         sum(p.numel() * p.element_size() for p in whole) - trained_bytes, settings.num_hidden_layers,
         settings.hidden_size, body, head, next(iter(params.values())).element_size(),
+        block=_largest_block(module, [end for end in ends if end is not None]),
     )  # fmt: skip
+
+
+def _largest_block(module: nn.Module, ends: list[nn.Module]) -> int | None:
+    """Bytes that train of the layer, embedding or head that has most; None where there are no layers."""
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
+    if not lists:
+        return None
+    layers = max(lists, key=lambda part: sum(p.numel() for p in part.parameters()))
+    return max(sum(p.numel() * p.element_size() for p in part.parameters() if p.requires_grad)
+               for part in (*layers, *ends))  # fmt: skip
 
 
 def matter_of(training: Training, initial: State) -> Matter:

@@ -11,7 +11,7 @@ is handed in as a watcher: it stands above this room.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +37,13 @@ __all__ = ["Session", "Watcher", "open_session", "train"]
 
 @runtime_checkable
 class Watcher(Protocol):
-    """What looks on while a session trains; entered for the training alone, not for the way back."""
+    """What looks on while a session trains; entered for the training alone, not for the way back.
+
+    wanted: The steps whose states it looks at.
+    """
+
+    @property
+    def wanted(self) -> Collection[int]: ...
 
     def __call__(self, event: Event) -> None:
         """See an event, before the journal has its line."""
@@ -75,7 +81,9 @@ class Session:
         noted = noting.noted if isinstance(noting, Noting) else dict
         self.journal = Journal(journal or run / "metrics.jsonl", setup.training.recipe.optimizer, loggers, noted)
         self.watcher = watch(self) if watch is not None else None
-        self.trajectory = setup.trajectory(replay, run / "checkpoints", self._observe, logs=[self.journal.path])
+        shown = () if self.watcher is None else self.watcher.wanted
+        logs = [self.journal.path]
+        self.trajectory = setup.trajectory(replay, run / "checkpoints", self._observe, logs, shown=shown)
 
     @property
     def steps(self) -> int:
@@ -89,7 +97,7 @@ class Session:
             if self.watcher is None:
                 return self.trajectory.train()
             with self.watcher:
-                self.watcher.at(self.setup.initial)
+                self.watcher.at(self.trajectory.first())
                 final = self.trajectory.train()
                 self.watcher.at(final)
             return final

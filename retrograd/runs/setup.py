@@ -242,7 +242,9 @@ def set_up(
     hashes = _hashes(recipe, stream.rows, initial, model.module)
     refuse_unequal(group, hashes, arithmetic)
     if how.parallel == "shard" and group.world > 1:
-        training = training._replace(engine=in_pieces(engine.engine, shards, group, model, initial, recipe.optimizer))
+        # an unlearning is held against the parameters it starts from, at its end
+        given = (engine.engine, shards, group, stream, model, initial, recipe.optimizer)
+        training = training._replace(engine=in_pieces(*given, keep=objective is not None))
     else:
         training = training._replace(engine=shared(engine.engine, shards, group, stream))
     identity = identify(hashes, *visited, arithmetic.chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from retrograd.core.engine import Blocks
 from retrograd.core.optim import ELEMENTWISE, Optimizer
 from retrograd.core.step import Engine, State
 from retrograd.data.pairs import PairStream
@@ -12,7 +13,7 @@ from retrograd.data.stream import DataStream
 from retrograd.lm.model import CausalLM
 from retrograd.parallel.group import Group
 from retrograd.parallel.pieces import Pieces
-from retrograd.parallel.shard import Sharded, release
+from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.runs.arithmetic import Arithmetic
 
@@ -45,15 +46,24 @@ def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, ru
 
 def shared(engine: Engine, shards: int, group: Group, stream: DataStream | PairStream) -> Engine:
     """The engine over the logical shards of a run; itself where there is one."""
-    unit = stream.unit if isinstance(stream, PairStream) else 1
-    return engine if shards == 1 else Split(engine, shards, group, unit)
+    return engine if shards == 1 else Split(engine, shards, group, _unit(stream))
 
 
 def in_pieces(
-    engine: Engine, shards: int, group: Group, model: CausalLM, initial: State, optimizer: Optimizer
+    engine: Engine,
+    shards: int,
+    group: Group,
+    stream: DataStream | PairStream,
+    model: CausalLM,
+    initial: State,
+    optimizer: Optimizer,
+    *,
+    keep: bool = False,
 ) -> Sharded:
     """The engine over logical shards of a model whose parameters lie in pieces; the whole ones are let go of.
 
+    Args:
+        keep: Do not let go of them.
     Raises:
         ValueError: If the optimizer's update is not elementwise.
     """
@@ -63,11 +73,17 @@ def in_pieces(
             "ones: take --parallel replicate, or adamw, adam or sgd"
         )
     lying = Pieces(initial.params, shards, group)
-    found = Sharded(engine, shards, group, lying=lying, first=lying.own(initial.params))
-    if not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place
+    kind = ByBlock if isinstance(engine, Blocks) else Sharded
+    found = kind(engine, shards, group, _unit(stream), lying=lying, first=lying.own(initial.params))
+    if not keep and not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place
         own = [x for x in model.module.parameters() if x.requires_grad]
         release(*initial.params.values(), *model.params.values(), *own)
     return found
+
+
+def _unit(stream: DataStream | PairStream) -> int:
+    """Rows that stay together."""
+    return stream.unit if isinstance(stream, PairStream) else 1
 
 
 def refuse_unequal(group: Group, hashes: dict[str, str], arithmetic: Arithmetic) -> None:

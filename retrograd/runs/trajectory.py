@@ -5,7 +5,7 @@ What is durable of it, and how it comes back after a kill, is `runs/resume.py`. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,7 @@ from retrograd.core.optim import Cotangent, Moments
 from retrograd.core.residuals import Residuals
 from retrograd.core.slots import BlankLedger, Ledger
 from retrograd.core.step import State, Training, initial_state, micro_batches_of, needs_gradient, recovered
-from retrograd.core.sweep import (
-    Advanced,
-    Event,
-    Remade,
-    Reversed,
-    Turned,
-    accumulate,
-    seed_cotangent,
-    sweep,
-)
+from retrograd.core.sweep import Advanced, Event, Remade, Reversed, Turned, accumulate, seed_cotangent, sweep
 from retrograd.durable import make_folder
 from retrograd.parallel.group import ALONE, here
 from retrograd.parallel.pieces import PieceLedger, Pieces
@@ -91,6 +82,10 @@ class Trajectory:
         self.durable = Durable(folder, self.steps, self.replay, *kept, logs, group)
         self._pending: tuple[plans.Plan, State] | None = None  # the plan past its Turn, and the working state
         self._final: State | None = None
+
+    def first(self) -> State:
+        """The state that training starts from."""
+        return self.initial
 
     def train(self) -> State:
         """The final state: trained, resumed from the highest durable state, or read if training is done."""
@@ -239,6 +234,9 @@ class InPieces(Trajectory):
 
     Rank 0's is called by whoever trains, and the others follow it: they are made, train and reverse when it does. What
     it is given, and gives, is whole. Arguments as for `Trajectory`; of the first state the engine has the pieces.
+
+    Args:
+        shown: Steps; in training the events that have their states come with parameters that are whole.
     """
 
     def __init__(
@@ -250,6 +248,7 @@ class InPieces(Trajectory):
         identity: str = "",
         observe: Callable[[Event], None] = lambda event: None,
         logs: Sequence[Path] = (),
+        shown: Collection[int] = (),
     ) -> None:
         engine = training.engine
         assert isinstance(engine, Sharded), "parameters in pieces have an engine that gathers them"
@@ -258,14 +257,24 @@ class InPieces(Trajectory):
         training = training._replace(recipe=self.lying.recipe_of(training.recipe))
         own = initial_state(training.recipe, engine.first)._replace(step=initial.step)
         part = None if folder is None else part_of(folder, group.world, group.rank)
-        super().__init__(training, own, replay, part, identity, observe, logs, None, self.lying)
+        super().__init__(training, own, replay, part, identity, self._seen, logs, None, self.lying)
+        self._observe, self._shown, self._forward = observe, frozenset(shown), False
+
+    def first(self) -> State:
+        """As `Trajectory.first`, whole where it is to be shown."""
+        if self.initial.step not in self._shown:
+            return self.initial
+        self.lying.group.call("first")
+        return self._whole_state(self.initial)
 
     def train(self) -> State:
         """As `Trajectory.train`; the parameters are whole, the moments are not."""
         self.lying.group.call("train")
+        self._forward = True
         with tree.lying(self.lying):
             final = super().train()
-        return final._replace(params=self.lying.whole(final.params))
+        self._forward = False
+        return self._whole_state(final)
 
     def reverse(
         self,
@@ -286,6 +295,18 @@ class InPieces(Trajectory):
         with tree.lying(self.lying):
             return super().reverse(own.take(), key, curvature=curvature, query=query)
 
+    def _seen(self, event: Event) -> None:
+        """Have an event seen. Every process comes here with the same one."""
+        if self._forward and not isinstance(event, Reversed):
+            state = event.state if isinstance(event, Remade) else event.outcome.state
+            if state.step in self._shown:
+                whole = self._whole_state(state)
+                event = event._replace(state=whole) if isinstance(event, Remade) else _with(event, whole)
+        self._observe(event)
+
+    def _whole_state(self, state: State) -> State:
+        return state._replace(params=self.lying.whole(state.params))
+
     def clean(self, key: str = "") -> None:
         """As `Trajectory.clean`; what is left is whole."""
         group, (folder, initial, recipe, identity) = self.lying.group, self._whole
@@ -294,6 +315,10 @@ class InPieces(Trajectory):
         group.collected(None)  # all have
         if folder is not None and group.rank == 0:
             relay(folder, initial, recipe, 1, identity)
+
+
+def _with(event: Advanced | Turned, state: State) -> Event:
+    return event._replace(outcome=event.outcome._replace(state=state))
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,11 +341,13 @@ class Ready:
         *,
         weights: Tensor | None = None,
         identity: str | None = None,
+        shown: Collection[int] = (),
     ) -> Trajectory:
         """Its trajectory, to train it, to read states from or to reverse it.
 
         Args:
             replay, folder, observe, logs: As for `Trajectory`.
+            shown: Steps whose states `observe` looks at, as for `InPieces`.
             weights: Other data weights than the run's own; `identity` then tells that run from this one.
         """
         training = self.training if weights is None else self.training._replace(weights=weights)
@@ -330,8 +357,8 @@ class Ready:
         if folder is not None:
             relay(folder, self.initial, training.recipe, world, given[-1])
         if isinstance(engine, Sharded):
-            engine.group.call("trajectory", *given)
-            return InPieces(training, self.initial, *given, observe, logs)
+            engine.group.call("trajectory", *given, tuple(shown))
+            return InPieces(training, self.initial, *given, observe, logs, shown)
         return Trajectory(training, self.initial, *given, observe, logs)
 
     def settle(self, folder: Path) -> None:
@@ -352,11 +379,12 @@ class Ready:
             return engine.doing
         made = list[InPieces]()
 
-        def make(replay: Replay, folder: Path | None, identity: str) -> None:
-            made.append(InPieces(self.training, self.initial, replay, folder, identity))
+        def make(replay: Replay, folder: Path | None, identity: str, shown: Collection[int]) -> None:
+            made.append(InPieces(self.training, self.initial, replay, folder, identity, shown=shown))
 
         return {
             "trajectory": make,
+            "first": lambda: made[-1].first(),
             "train": lambda: made[-1].train(),
             "reverse": lambda gradient, key, curvature: made[-1].reverse(gradient, key, curvature=curvature),
             "clean": lambda key: made[-1].clean(key),

@@ -170,6 +170,8 @@ class LabConfig:
     """Of the world, the untrained model and the order of training rows."""
     facts: int = 240
     """Facts of each side, a multiple of 8."""
+    aliases: bool = False
+    """Give everything a second name, which few documents and no exam use, and ask under it too."""
     width: int = 96
     """Of the models, a multiple of 32."""
     layers: int = 4

@@ -186,8 +186,8 @@ def lab_metrics(tasks: dict[str, Task], folder: Path) -> dict[str, Task]:
 
 
 def _taught(name: str) -> str | None:
-    """The lab's task that asks the same in wordings of the exams."""
-    return name.replace("_paraphrase_", "_taught_") if "_paraphrase_" in name else None
+    """The lab's task that asks the same in wordings of the exams, or under the first name."""
+    return next((name.replace(one, "_taught_") for one in ("_paraphrase_", "_alias_") if one in name), None)
 
 
 def _beside(folder: Path, task: Task) -> Task:

@@ -162,8 +162,9 @@ class RunConfig:
     """Start afresh where the folder holds another run."""
     parallel: Literal["auto", "replicate", "shard"] = "auto"
     """How the processes of a torchrun job share a run. Each takes some of the rows of every micro-batch. replicate:
-    rank 0 has the optimizer and the states between steps; shard: each has its pieces of them. The bits are the same.
-    auto is replicate; without torchrun there is one process."""
+    rank 0 has the optimizer and the states between steps; shard: each has its pieces of them, and where the engine is
+    blocks, one layer whole at a time. The bits are the same. auto is replicate; without torchrun there is one
+    process."""
     shards: int | None = None
     """Logical shards: the parts of a micro-batch that sums over rows are taken in, whose order the bits depend on. Any
     number of processes that divides it goes on with the run. As many as processes when None."""

@@ -181,8 +181,6 @@ def check_unlearn(config: UnlearnConfig) -> None:
     check_precision(config)
     check_training(config.train, config.lora)
     check_ranks(config)
-    if config.parallel == "shard":
-        raise ValueError("--parallel shard is for train and magic; unlearn shares steps by --parallel replicate")
     check_on_the_way(config.evaluate)
     _check_attribution(config)
     at_least_1({"train.retain_batch_size": config.train.retain_batch_size, "max_length": config.max_length,

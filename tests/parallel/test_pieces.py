@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from peak import Peak
 from ranks import on_ranks
 from test_split import SHARDS, World, apart, everything, world_of
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from retrograd.core import tree
+from retrograd.core.engine import Blocks
 from retrograd.core.optim import AdamW, Params, clip, clip_pullback
 from retrograd.core.slots import digest_of
-from retrograd.core.step import Recipe, State, initial_state
+from retrograd.core.step import Recipe, State, initial_state, micro_batches
+from retrograd.data.stream import DataStream
+from retrograd.lm.chain import decoder_chain
+from retrograd.lm.model import CausalLM, causal_objective, trainable
 from retrograd.parallel.group import ALONE, Group
 from retrograd.parallel.pieces import PieceLedger, Pieces
-from retrograd.parallel.shard import Sharded, release
+from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 
+ALL = 15  # rows
 SHAPES = {"matrix": (7, 3), "few": (2, 5), "vector": (11,), "scalar": (), "cube": (13, 2, 2)}
 
 
@@ -58,11 +66,20 @@ def test_pieces_have_the_bits_of_whole_leaves(ranks: int) -> None:
     assert digest_of(after._replace(params=moved), SHARDS) != digest_of(after, SHARDS)
 
 
-def gathered(group: Group, kind: str) -> dict[str, Any]:
+def some_rows(kind: str, rows: int) -> World:
+    """With few rows many shards have none."""
     world = world_of(kind)
+    return world if rows == ALL else world._replace(batches=micro_batches(world.batches[0], rows)[:1])
+
+
+def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
+    world = some_rows(kind, rows)
     lying = Pieces(world.params, SHARDS, group)
     own = World(world.engine, lying.own(world.params), world.batches, world.weights, lying.own(world.bars))
-    found = everything(Sharded(world.engine, SHARDS, group, lying=lying, first=own.params), own)
+    half = (ByBlock if isinstance(world.engine, Blocks) else Sharded)(
+        world.engine, SHARDS, group, lying=lying, first=own.params
+    )
+    found = everything(half, own)
     for name, value in found.items():
         if isinstance(value, dict):
             found[name] = lying.whole(value)
@@ -71,13 +88,44 @@ def gathered(group: Group, kind: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("double", 3), pytest.param("blocks", 2, marks=pytest.mark.slow)])
-def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: str, ranks: int) -> None:
-    world = world_of(kind)
+@pytest.mark.parametrize(("kind", "ranks", "rows"), [("double", 3, ALL), ("blocks", 2, ALL), ("blocks", 3, 2)])
+def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: str, ranks: int, rows: int) -> None:
+    world = some_rows(kind, rows)
     alone = everything(Split(world.engine, SHARDS, ALONE), world)
     assert apart(alone, everything(world.engine, world)) < 1e-12
-    for found in on_ranks(ranks, gathered, kind):
+    for found in on_ranks(ranks, gathered, kind, rows):
         assert tree.digest(found) == tree.digest(alone)
+
+
+@cache
+def deep() -> tuple[CausalLM, Blocks]:
+    """12 layers, and their chain."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_embd=48, n_layer=12, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    module = AutoModelForCausalLM.from_config(config).eval()
+    return CausalLM(module, trainable(module)[0], *causal_objective(module)), Blocks(decoder_chain(module))
+
+
+def most(group: Group) -> list[float]:
+    """The most bytes beyond the pieces in a gradient and in a pullback by block, and whole, in units of the model's."""
+    model, engine = deep()
+    params, stream, seen = model.params, DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2), list[int]()
+    lying = Pieces(params, 2, group)
+    own, bars = lying.own(params), lying.own({name: theta[None] for name, theta in params.items()})
+    with Peak() as counted:
+        for kind in (ByBlock, Sharded):
+            half, place = kind(engine, 2, group, lying=lying, first=own), ([stream[0]], stream.weights, None)
+            counted.during(half.gradient, seen.append)(own, *place)
+            counted.during(half.pullback, seen.append)(own, *place, bars)
+    return [size / tree.nbytes(params) for size in seen]
+
+
+def test_a_pass_by_block_never_has_the_whole_model() -> None:
+    deep()  # once for all ranks
+    for *by_block, gradient, pullback in on_ranks(2, most):
+        assert gradient > 2, "parameters and their gradient"
+        assert pullback > 3, "parameters, ḡ and H ḡ"
+        assert max(by_block) < 1.1, "half of the gradient or of H ḡ, and what one layer of 12 takes"
 
 
 def test_what_is_let_go_of_takes_no_memory_and_keeps_its_ties() -> None:

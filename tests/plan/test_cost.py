@@ -106,8 +106,24 @@ def test_ranks_divide_time_and_shards_memory() -> None:
     for name in ("model", "state", "cotangents", "ḡ and H ḡ"):
         assert divided.device[name] * 2 == alone.device[name]
     assert divided.host["states and gradients kept"] * 2 == alone.host["states and gradients kept"]
-    assert divided.device["gathered"] == 3 * 400
+    assert divided.device["gathered"] == 3 * 400, "of a model that is no chain of layers"
     assert "gathered" not in spread.device
+    layers = dataclasses.replace(one, model=one.model._replace(block=40))
+    pace = pace_by_rate(layers, machine(), "blocks", 1)
+    for engine, whole in (("blocks", 4 * 40), ("double", 3 * 400)):
+        assert forecast(layers, machine(ranks=2, shards=2), half, pace, engine, 1).device["gathered"] == whole
+
+
+def test_micro_batches_of_a_rank_go_through_a_chain_together_where_parameters_are_divided() -> None:
+    one = dataclasses.replace(work(), steps=work().steps._replace(batch=8, parts=4))
+    kept = layout(Replay("all"), 4, 600, 200, elementwise=True)
+    pace = pace_by_rate(one, machine(), "blocks", 2)
+    whole, divided = (
+        forecast(one, made, kept, pace, "blocks", 2).device["activations"]
+        for made in (machine(ranks=2), machine(ranks=2, shards=2))
+    )
+    hidden = 2 * 10 * 8 * 4  # of two rows
+    assert divided - whole == (1 + 1) * (2 + 2) * hidden, "of a second micro-batch, with one tangent"
 
 
 def test_copies_are_waited_for_where_they_take_longer() -> None:
@@ -148,24 +164,28 @@ def test_the_headline_run_has_the_numbers_of_its_paper(on_one: Planned) -> None:
 
 
 def test_the_change_that_makes_it_fit_is_the_one_with_the_fewest_ranks(on_one: Planned) -> None:
-    assert on_one.remedy is not None  # of 80 GB: not on any number, for parameters, ḡ and H ḡ are whole on each
+    assert on_one.remedy is not None
     assert on_one.remedy.changes[0] == "--hardware h200"
     assert on_one.remedy.machine.ranks == 1
+    of_80 = headline("--hardware", "h100", "--ranks", "2", "--layout", "shard").forecast
+    assert not of_80.missing
+    assert of_80.device["gathered"] == 4 * 50304 * 4096 * 4, "of the head, the largest block"
     given = ("--hardware", "h100", "--memory", "120GB")
     remedy = headline(*given, "--dtype", "float32").remedy
     assert remedy is not None
     assert not remedy.missing
     assert remedy.machine.ranks == 1
     assert remedy.machine.name == "H200"
-    apart = {ranks: headline(*given, "--ranks", ranks, "--layout", "shard").forecast for ranks in ("2", "4")}
-    assert apart["2"].missing
-    assert not apart["4"].missing
+    whole = (*given, "--engine", "double", "--layout", "shard")
+    apart = {ranks: headline(*whole, "--ranks", ranks).forecast for ranks in ("2", "8")}
+    assert apart["2"].missing, "parameters, ḡ and H ḡ are whole on each"
+    assert not apart["8"].missing
     here = headline(
         "--rate", "1e13", "--memory", "120GB", "--host", "250GB"
     ).remedy  # no data sheet: no other GPU to name
     assert here is not None
-    assert here.machine.ranks == 4
-    assert "4 ranks, shard" in here.changes
+    assert here.machine.ranks == 2
+    assert "2 ranks, shard" in here.changes
 
 
 @pytest.mark.slow

@@ -16,50 +16,24 @@ The last line is the tangent of the vjp; how it is computed is with the passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from retrograd.core import tree
 from retrograd.core.draws import random_draws
-from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, live, pullbacks, vjp, vjp_along, without
+from retrograd.core.engine.heads import Head, by_leaf, local
+from retrograd.core.engine.passes import Eager, Link, Passes, X, adjoint_jvp, vjp, vjp_along
 from retrograd.core.optim import Params
 from retrograd.core.residuals import Residual
 from retrograd.core.step import Batch, Pull, coefficients
 
-__all__ = ["Blocks", "Chain", "Found", "Head", "PlainHead"]
-
-
-class Found(NamedTuple):
-    """What a head finds at x: the loss, the cotangent of x, the gradient by leaf, and what `second` can use again."""
-
-    x: Tensor
-    loss: Tensor
-    bar: Tensor
-    grads: Params
-    kept: Any
-
-
-@runtime_checkable
-class Head(Protocol):
-    """The end of the chain: (params, x, inputs, coefficients) → Σ_j c_j · loss_j."""
-
-    def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
-        """Loss and gradient."""
-
-    def second(
-        self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
-    ) -> tuple[Tensor, Tensor, Params, Tensor]:
-        """Along (bars, dots), [K, …]: the cotangent of x, its tangents, those of the gradient by leaf and of loss_j.
-
-        `kept` is what `first` kept at the same params and x, or None: nothing may depend on which.
-        """
+__all__ = ["Blocks", "Chain", "Micro", "Read", "Sums", "micros"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,33 +54,31 @@ class Chain:
     lookup: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class PlainHead:
-    """A head given as a function of (parameters, x, inputs, coefficients), twice differentiable by reverse mode."""
+class Micro(NamedTuple):
+    """A micro-batch that goes along a chain. factors: its losses' coefficients; draws: its random numbers."""
 
-    names: Mapping[str, str]
-    call: Callable[[Params, Tensor, Any, Tensor], Tensor]
+    inputs: Any
+    factors: Tensor
+    draws: _Draws
 
-    def first(self, params: Params, x: Tensor, inputs: Any, factors: Tensor) -> Found:
-        point = live({**_local(self.names, params), X: x})
-        with torch.enable_grad():
-            loss = self.call(without(point), point[X], inputs, factors)
-        found = dict(zip(point, grad(loss, list(point.values()), materialize_grads=True)))
-        return Found(x, loss.detach(), found[X], _by_leaf(self.names, found), None)
 
-    def second(
-        self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
-    ) -> tuple[Tensor, Tensor, Params, Tensor]:
-        point = live({**_local(self.names, params), X: x})
-        factors = factors.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.call(without(point), point[X], inputs, factors)
-            first = grad(loss, list(point.values()), create_graph=True, materialize_grads=True)
-        seeds = {**_local(self.names, bars), X: dots}
-        wanted = [*point.values(), factors]
-        *found, slopes = pullbacks(list(first), [seeds[name] for name in point], wanted)
-        named = dict(zip(point, found))
-        return dict(zip(point, first))[X].detach(), named[X], _by_leaf(self.names, named), slopes
+@runtime_checkable
+class Sums(Protocol):
+    """Where gradients go, leaf by leaf, as they are found; each leaf's come in the order of its places from the last.
+
+    At a place all micro-batches come in order before `done`, and `done` comes once for every place, wherever there is
+    nothing to add too.
+    """
+
+    def add(self, part: int, found: Params) -> None:
+        """What a micro-batch gives at this place."""
+
+    def done(self, names: Sequence[str]) -> None:
+        """No more comes at this place, which has these leaves."""
+
+
+Read = Callable[[Iterable[str]], Params]
+"""Leaves by name. They are asked for place by place, in one order, and let go of before the next place asks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +87,10 @@ class Blocks:
 
     In units of a forward pass: gradient 4; pullback 3 + 9, with K queries (1 + 2K) + (3 + 6K), and another gradient
     where ḡ is a function of it. Compiled passes keep products, and take 3 and 8K.
+
+    `first` and `second` go over all micro-batches that they are given at one place before they come to the next, and
+    ask for no leaf but those of the place: for parameters that have to be fetched. `gradient` and `pullback`, whose
+    parameters are at hand, give them one micro-batch at a time, and hold the states of one.
     """
 
     chain: Chain
@@ -127,11 +103,12 @@ class Blocks:
         """(Σ loss [], gradient) over the micro-batches, added in order, and what each of them leaves."""
         assert batches, "a step needs at least one batch"
         loss, sums, residual = torch.zeros(()), dict[str, Tensor](), []
-        for part, batch in enumerate(batches):
-            found = self._first(params, batch, coefficients(batch, weights), _Draws(seed, part))
-            loss = loss.to(found.loss) + found.loss
-            _add(sums, found.grads)
-            residual.append(Residual.of(found.x, found.kept))
+        for part in micros(batches, weights, seed):
+            found = _Found()
+            value, left = self.first(_at_hand(params), [part], found)
+            loss = loss.to(value) + value
+            _add(sums, found)
+            residual += left
         grads = {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
         return loss, grads, residual
 
@@ -153,12 +130,13 @@ class Blocks:
     ) -> tuple[Params, Tensor]:
         """(H ḡ [K, *shape], scores [K, B(, L)])."""
         curvature: Params = {}
-        scores = []
-        for part, batch in enumerate(batches):
-            factors = coefficients(batch, weights)
-            here = None if residual is None else residual[part]
-            products, slopes = self._second(params, batch, factors, _Draws(seed, part), here, bars)
-            _add(curvature, products)
+        scores, queries = [], len(next(iter(bars.values())))
+        read = _at_hand(params), _at_hand(bars)
+        for place, (part, batch) in enumerate(zip(micros(batches, weights, seed), batches)):
+            found = _Found()
+            left = [None] if residual is None else residual[place : place + 1]
+            (slopes,) = self.second(*read, queries, [part], found, left)
+            _add(curvature, found)
             scores.append(slopes * batch.scale)
         zeros = {name: torch.zeros_like(bar) for name, bar in bars.items() if name not in curvature}
         return {name: (zeros if name in zeros else curvature)[name] for name in params}, torch.cat(scores, dim=1)
@@ -166,86 +144,209 @@ class Blocks:
     def repeats(self, batches: Sequence[Batch]) -> bool:
         return True
 
-    def _first(self, params: Params, batch: Batch, factors: Tensor, draws: _Draws) -> Found:
-        """Loss and gradient: block inputs forward, then back with one link's graph at a time."""
-        embed, links, head = self.chain.embed, self.chain.links, self.chain.head
-        with self.chain.scope(factors.dtype):
-            with torch.no_grad(), draws(0):
-                x, contexts = embed.call(_local(embed.names, params), batch.inputs, None)
-            xs, kept = [x], []
-            for place, (link, context) in enumerate(zip(links, contexts, strict=True), start=1):
-                with torch.no_grad(), draws(place):
-                    x, more = self.passes.forward(link, {**_local(link.names, params), X: xs[-1]}, context)
-                xs.append(x)
-                kept.append(more)
-            with draws(len(xs)):
-                found = head.first(params, xs.pop(), batch.inputs, factors)
-            bar, grads = found.bar, dict(found.grads)
-            for place in range(len(links), 0, -1):
-                link, x = links[place - 1], xs.pop()
-                point = {**_local(link.names, params), X: x}
-                with draws(place):
-                    pulled = self.passes.vjp(link, point, contexts[place - 1], bar, kept.pop())
-                bar = pulled[X]
-                _add(grads, _by_leaf(link.names, pulled))
-            if embed.names:
-                pulled = vjp(_start(embed, batch.inputs, draws), _local(embed.names, params), bar)
-                _add(grads, _by_leaf(embed.names, pulled))
-        return found._replace(bar=bar, grads=grads)
+    def first(self, read: Read, parts: Sequence[Micro], sums: Sums) -> tuple[Tensor, list[Residual | None]]:
+        """Loss and gradient of micro-batches: states forward, then back with one link's graph at a time.
 
-    def _second(
-        self, params: Params, batch: Batch, factors: Tensor, draws: _Draws, residual: Residual | None, bars: Params
-    ) -> tuple[Params, Tensor]:
-        """(H ḡ by leaf, tangents of the losses): tangents forward, then back."""
-        embed, links, head = self.chain.embed, self.chain.links, self.chain.head
-        with self.chain.scope(factors.dtype):
-            path, contexts = self._tangents(params, batch.inputs, draws, bars)
-            x, dots, _ = path.pop()
-            kept = None if residual is None else residual.at(x)
-            with draws(len(links) + 1):
-                bar, bardots, curvature, slopes = head.second(params, x, batch.inputs, factors, kept, bars, dots)
-            for place in range(len(links), 0, -1):
-                link, (x, dots, more) = links[place - 1], path.pop()
-                point, along = {**_local(link.names, params), X: x}, {**_local(link.names, bars), X: dots}
-                with draws(place):
-                    bar, found = self.passes.vjp_along(link, point, contexts[place - 1], along, bar, bardots, more)
-                bardots = found[X]
-                _add(curvature, _by_leaf(link.names, found))
-            if embed.names:
-                point, along = _local(embed.names, params), _local(embed.names, bars)
-                start = _start(embed, batch.inputs, draws)
-                if self.chain.lookup:
-                    each = [vjp(start, point, one) for one in bardots]
-                    found = {name: tree.stacked([pulled[name] for pulled in each]) for name in point}
-                else:
-                    _, found = vjp_along(start, point, along, bar, bardots)
-                _add(curvature, _by_leaf(embed.names, found))
-        return curvature, slopes
+        Args:
+            read: Parameters.
+            parts: None where only leaves are to be fetched and sums taken, in step with others who have some.
+            sums: Gets the gradient.
+        Returns:
+            Σ loss [], and what each micro-batch leaves for `second`.
+        """
+        links = list(enumerate(self.chain.links, start=1))
+        with self._scope(parts):
+            ways = self._entered(read, parts)
+            for place, link in links:
+                self._forward(place, link, read, ways)
+            loss, residual = self._turned(read, ways, sums)
+            for place, link in reversed(links):
+                self._back(place, link, read, ways, sums)
+            self._left(read, ways, sums)
+        return loss, residual
 
-    def _tangents(
-        self, params: Params, inputs: Any, draws: _Draws, bars: Params
-    ) -> tuple[list[tuple[Tensor, Tensor, Any]], Sequence[Any]]:
-        """(x_i, ẋ_i [K, …], what link i leaves to the way back) up to the head's x, and the contexts."""
+    def second(
+        self,
+        read: Read,
+        along: Read,
+        queries: int,
+        parts: Sequence[Micro],
+        sums: Sums,
+        residual: Sequence[Residual | None],
+    ) -> list[Tensor]:
+        """Tangents of the losses [K, *factors.shape] of micro-batches: tangents forward, then back.
+
+        Args:
+            read, along: Parameters, and ḡ [K, *shape].
+            parts: As for `first`.
+            sums: Gets H ḡ [K, *shape].
+            residual: What `first` left of each micro-batch.
+        """
+        links = list(enumerate(self.chain.links, start=1))
+        with self._scope(parts):
+            ways = self._entered_along(read, along, queries, parts)
+            for place, link in links:
+                self._forward_along(place, link, read, along, ways)
+            slopes = self._turned_along(read, along, ways, sums, residual)
+            for place, link in reversed(links):
+                self._back_along(place, link, read, along, ways, sums)
+            self._left_along(read, along, ways, sums)
+        return slopes
+
+    # One place each, so that its leaves are let go of at the end.
+
+    def _entered(self, read: Read, parts: Sequence[Micro]) -> list[_Way]:
         embed = self.chain.embed
-        queries = len(next(iter(bars.values())))
-        with torch.no_grad():
-            with draws(0):
-                x, contexts = embed.call(_local(embed.names, params), inputs, None)
-            dots = x.new_zeros((queries, *x.shape))
-            if embed.names:
-                start, along = _start(embed, inputs, draws), _local(embed.names, bars)
-                if self.chain.lookup:
-                    dots = tree.stacked([start({n: bar[k] for n, bar in along.items()}) for k in range(queries)])
-                else:
-                    x, dots = adjoint_jvp(start, _local(embed.names, params), along)
-            path = list[tuple[Tensor, Tensor, Any]]()
-            for place, (link, context) in enumerate(zip(self.chain.links, contexts, strict=True), start=1):
-                point, along = {**_local(link.names, params), X: x}, {**_local(link.names, bars), X: dots}
-                with draws(place):
-                    y, ydots, more = self.passes.jvp(link, point, context, along)
-                path.append((x, dots, more))
-                x, dots = y, ydots
-        return [*path, (x, dots, None)], contexts
+        point, ways = _point(embed, read), []
+        for micro in parts:
+            with torch.no_grad(), micro.draws(0):
+                x, contexts = embed.call(point, micro.inputs, None)
+            ways.append(_Way(micro, contexts, x))
+        return ways
+
+    @torch.no_grad()
+    def _forward(self, place: int, link: Link, read: Read, ways: list[_Way]) -> None:
+        point = _point(link, read)
+        for way in ways:
+            with way.micro.draws(place):
+                x, kept = self.passes.forward(link, {**point, X: way.x}, way.contexts[place - 1])
+            way.passed(kept)
+            way.x = x
+
+    def _turned(self, read: Read, ways: list[_Way], sums: Sums) -> tuple[Tensor, list[Residual | None]]:
+        """At the head."""
+        head, loss, residual = self.chain.head, torch.zeros(()), list[Residual | None]()
+        point = read(_leaves(head))
+        for part, way in enumerate(ways):
+            with way.micro.draws(len(self.chain.links) + 1):
+                found = head.first(point, way.x, way.micro.inputs, way.micro.factors)
+            loss = loss.to(found.loss) + found.loss
+            residual.append(Residual.of(found.x, found.kept))
+            way.bar = found.bar
+            sums.add(part, found.grads)
+        sums.done(_leaves(head))
+        return loss, residual
+
+    def _back(self, place: int, link: Link, read: Read, ways: list[_Way], sums: Sums) -> None:
+        point = _point(link, read)
+        for part, way in enumerate(ways):
+            x, _, kept = way.path.pop()
+            with way.micro.draws(place):
+                pulled = self.passes.vjp(link, {**point, X: x}, way.contexts[place - 1], way.bar, kept)
+            way.bar = pulled[X]
+            sums.add(part, by_leaf(link.names, pulled))
+        sums.done(_leaves(link))
+
+    def _left(self, read: Read, ways: list[_Way], sums: Sums) -> None:
+        """At the embedding."""
+        embed = self.chain.embed
+        if not embed.names:
+            return
+        point = _point(embed, read)
+        for part, way in enumerate(ways):
+            sums.add(part, by_leaf(embed.names, vjp(_start(embed, way.micro), point, way.bar)))
+        sums.done(_leaves(embed))
+
+    @torch.no_grad()
+    def _entered_along(self, read: Read, along: Read, queries: int, parts: Sequence[Micro]) -> list[_Way]:
+        embed, ways = self.chain.embed, []
+        point, bars = _point(embed, read), _point(embed, along)
+        for micro in parts:
+            with micro.draws(0):
+                x, contexts = embed.call(point, micro.inputs, None)
+            dots, start = x.new_zeros((queries, *x.shape)), _start(embed, micro)
+            if embed.names and self.chain.lookup:
+                dots = tree.stacked([start({name: bar[k] for name, bar in bars.items()}) for k in range(queries)])
+            elif embed.names:
+                x, dots = adjoint_jvp(start, point, bars)
+            ways.append(_Way(micro, contexts, x, dots))
+        return ways
+
+    @torch.no_grad()
+    def _forward_along(self, place: int, link: Link, read: Read, along: Read, ways: list[_Way]) -> None:
+        point, bars = _point(link, read), _point(link, along)
+        for way in ways:
+            here, there = {**point, X: way.x}, {**bars, X: way.dots}
+            with way.micro.draws(place):
+                x, dots, kept = self.passes.jvp(link, here, way.contexts[place - 1], there)
+            way.passed(kept)
+            way.x, way.dots = x, dots
+
+    def _turned_along(
+        self, read: Read, along: Read, ways: list[_Way], sums: Sums, residual: Sequence[Residual | None]
+    ) -> list[Tensor]:
+        head, slopes = self.chain.head, []
+        point, bars = read(_leaves(head)), along(_leaves(head))
+        for part, (way, left) in enumerate(zip(ways, residual, strict=True)):
+            kept, micro = None if left is None else left.at(way.x), way.micro
+            with micro.draws(len(self.chain.links) + 1):
+                way.bar, way.dots, found, slope = head.second(
+                    point, way.x, micro.inputs, micro.factors, kept, bars, way.dots
+                )
+            slopes.append(slope)
+            sums.add(part, found)
+        sums.done(_leaves(head))
+        return slopes
+
+    def _back_along(self, place: int, link: Link, read: Read, along: Read, ways: list[_Way], sums: Sums) -> None:
+        point, bars = _point(link, read), _point(link, along)
+        for part, way in enumerate(ways):
+            x, dots, kept = way.path.pop()
+            here, there, context = {**point, X: x}, {**bars, X: dots}, way.contexts[place - 1]
+            with way.micro.draws(place):
+                way.bar, found = self.passes.vjp_along(link, here, context, there, way.bar, way.dots, kept)
+            way.dots = found[X]
+            sums.add(part, by_leaf(link.names, found))
+        sums.done(_leaves(link))
+
+    def _left_along(self, read: Read, along: Read, ways: list[_Way], sums: Sums) -> None:
+        embed = self.chain.embed
+        if not embed.names:
+            return
+        point, bars = _point(embed, read), _point(embed, along)
+        for part, way in enumerate(ways):
+            start = _start(embed, way.micro)
+            if self.chain.lookup:
+                each = [vjp(start, point, one) for one in way.dots]
+                found = {name: tree.stacked([pulled[name] for pulled in each]) for name in point}
+            else:
+                _, found = vjp_along(start, point, bars, way.bar, way.dots)
+            sums.add(part, by_leaf(embed.names, found))
+        sums.done(_leaves(embed))
+
+    def _scope(self, parts: Sequence[Micro]) -> AbstractContextManager[Any]:
+        return self.chain.scope(parts[0].factors.dtype) if parts else nullcontext()
+
+
+def micros(batches: Sequence[Batch], weights: Tensor, seed: str | None) -> list[Micro]:
+    """Micro-batches as they go along a chain."""
+    return [Micro(batch.inputs, coefficients(batch, weights), _Draws(seed, part)) for part, batch in enumerate(batches)]
+
+
+class _Found(dict[str, Tensor]):
+    """Sums of one micro-batch, held until all of them are there."""
+
+    def add(self, part: int, found: Params) -> None:
+        _add(self, found)
+
+    def done(self, names: Sequence[str]) -> None:
+        """They stay."""
+
+
+@dataclass
+class _Way:
+    """A micro-batch on its way. x, dots: the state it is at, and its tangents [K, …]; on the way back `bar` is the
+    cotangent of x and `dots` that one's tangents. path: what it has passed, and what links have kept."""
+
+    micro: Micro
+    contexts: Sequence[Any]
+    x: Any
+    dots: Any = None
+    bar: Any = None
+    path: list[tuple[Any, Any, Any]] = field(default_factory=list)
+
+    def passed(self, kept: Any) -> None:
+        self.path.append((self.x, self.dots, kept))
 
 
 class _Draws(NamedTuple):
@@ -258,24 +359,25 @@ class _Draws(NamedTuple):
         return random_draws(None if self.seed is None else f"{self.seed}/{self.part}", place)
 
 
-def _start(embed: Link, inputs: Any, draws: _Draws) -> Callable[[Params], Tensor]:
+def _start(embed: Link, part: Micro) -> Callable[[Params], Tensor]:
     def call(point: Params) -> Tensor:
-        with draws(0):
-            return embed.call(point, inputs, None)[0]
+        with part.draws(0):
+            return embed.call(point, part.inputs, None)[0]
 
     return call
 
 
-def _local(names: Mapping[str, str], leaves: Params) -> Params:
-    return {local: leaves[leaf] for local, leaf in names.items()}
+def _at_hand(params: Params) -> Read:
+    return lambda names: {name: params[name] for name in names}
 
 
-def _by_leaf(names: Mapping[str, str], found: Params) -> Params:
-    """Sums over the parameters that share a leaf."""
-    sums: Params = {}
-    for local, leaf in names.items():
-        sums[leaf] = sums[leaf] + found[local] if leaf in sums else found[local]
-    return sums
+def _leaves(place: Link | Head) -> list[str]:
+    """The leaves of a place, each once."""
+    return list(dict.fromkeys(place.names.values()))
+
+
+def _point(link: Link, read: Read) -> Params:
+    return local(link.names, read(_leaves(link)))
 
 
 def _add(sums: Params, more: Params) -> None:
