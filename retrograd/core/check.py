@@ -175,8 +175,10 @@ def _tangent_step(
 ) -> tuple[Params, Moments]:
     batches, seed = micro_batches_of(training, state.step)
     grads = training.engine.gradient(state.params, batches, training.weights, seed)[1]
-    with lookups.transposed():
-        curvature, _ = training.engine.pullback(state.params, batches, training.weights, seed, tangents[0])
+    curvature = tangents[0]
+    if any(bool(leaf.any()) for leaf in curvature.values()):  # of zeros, as at the start, it is zeros
+        with lookups.transposed():
+            curvature, _ = training.engine.pullback(state.params, batches, training.weights, seed, tangents[0])
     moved = []
     for d, direction in enumerate(directions):
         pushed = _weight_tangent(training, state.params, batches, direction, seed)

@@ -93,6 +93,14 @@ def test_the_tangent_identity_by_hessian_vector_products(recipe: Recipe) -> None
     assert check.relative_error(slopes, 1.001 * expected) > 1e-12
 
 
+def test_the_tangent_of_zeros_at_the_start_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, taken = training(Recipe(SGD(0.1))), []
+    pullback = type(run.engine).pullback
+    monkeypatch.setattr(type(run.engine), "pullback", lambda *given: (taken.append(1), pullback(*given))[1])
+    check.forward_tangent(run, params(), direction(run.weights.shape)[None])
+    assert len(taken) == STEPS - 1
+
+
 def test_the_tangent_passes_through_a_foreign_optimizer_with_a_step_count() -> None:
     torchopt = pytest.importorskip("torchopt")
     run = training(Recipe(Pair(torchopt.adam(0.02, eps_root=1e-6))))

@@ -220,16 +220,18 @@ def test_scores_that_are_all_alike_are_said_to_rank_nothing(
 
 
 @pytest.mark.slow
-def test_ekfac_scores_of_the_example(banked: Path, tmp_path: Path) -> None:
-    pytest.importorskip("kronfluence")
+@pytest.mark.parametrize(("tool", "script"), [("kronfluence", "ekfac"), ("traker", "trak_scores")])
+def test_scores_of_the_examples(banked: Path, tmp_path: Path, tool: str, script: str) -> None:
+    import importlib.metadata
     import subprocess
     import sys
 
-    example = Path(__file__).parents[2] / "examples" / "ekfac.py"
-    command = [sys.executable, str(example), str(banked), str(tmp_path / "ekfac.npy")]
-    subprocess.run(command, check=True, capture_output=True)
-    scores = np.load(tmp_path / "ekfac.npy")
-    assert scores.shape == (20, 2)
-    call = ["validate", str(banked), *CALL, "--scores", str(tmp_path / "ekfac.npy"), "--higher_is", "proponent"]
-    assert main(call) == 0
-    assert found(banked)["methods"]["ekfac"]["pearson"] > 0
+    try:
+        importlib.metadata.version(tool)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{tool} is not installed")
+    example, out = Path(__file__).parents[2] / "examples" / f"{script}.py", tmp_path / "found.npy"
+    subprocess.run([sys.executable, str(example), str(banked), str(out)], check=True, capture_output=True)
+    assert np.load(out).shape == (20, 2)
+    assert main(["validate", str(banked), *CALL, "--scores", str(out), "--higher_is", "proponent"]) == 0
+    assert found(banked)["methods"]["found"]["pearson"] > 0
