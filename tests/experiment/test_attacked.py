@@ -78,7 +78,12 @@ def test_every_model_meets_every_attack_and_a_group_is_an_arm(done: Path) -> Non
     assert all((link / "attack/metrics.jsonl").exists() for link in links)
     again = done.parent / "again"
     assert main(["compare", str(done / "attacks"), "--output", str(again), "--utility", "1"]) == 0
-    assert json.loads((again / "compare.json").read_text())["cells"] == found["cells"]
+    other = json.loads((again / "compare.json").read_text())
+    for place, told in ((again, other), (done / "attacks", found)):
+        for run in (run for cell in told["cells"] for run in cell["runs"]):
+            run["folder"] = (place / run["folder"]).resolve()  # told from where the file lies
+            assert (run["folder"] / run["before"]["run"] / "answers").exists()
+    assert other["cells"] == found["cells"]
 
 
 @pytest.mark.slow
