@@ -19,7 +19,7 @@ from typing import Any
 from retrograd.attack.material import ASKED_SPLITS
 from retrograd.data.documents import documents_of
 from retrograd.experiment.tasks import dataset_of, texts_in
-from retrograd.query.prompts import LETTERS
+from retrograd.query.questions import right_place
 from retrograd.settings.experiment import ExperimentSpec, Match
 from retrograd.settings.parse import read_yaml
 from retrograd.settings.question import Source
@@ -170,7 +170,9 @@ def _keys(source: Source) -> set[str]:
     documents = documents_of(source)
     columns = set(documents.column_names)
     if columns >= _QUESTION:
-        return {_key("question", str(one["question"]).strip(), _right(one)) for one in documents}
+        return {
+            _key("question", str(one["question"]).strip(), _right(one, source, k)) for k, one in enumerate(documents)
+        }
     names = [name for name in documents.column_names if name in _SOLVED] if columns >= _SOLVED else [*columns]
     return {_key("row", *(one[name] for name in sorted(names))) for one in documents.select_columns(names)}
 
@@ -192,10 +194,11 @@ def _seen(source: Source) -> set[str]:
     return found
 
 
-def _right(one: dict[str, Any]) -> str:
-    answer = one["answer"]
-    place = LETTERS.index(answer) if isinstance(answer, str) and answer in LETTERS else int(answer)
-    return str(one["choices"][place]).strip()
+def _right(one: dict[str, Any], source: Source, number: int) -> str:
+    try:
+        return str(one["choices"][right_place(one["answer"], len(one["choices"]), number)]).strip()
+    except ValueError as error:
+        raise ValueError(f"{source.dataset}: {error}") from error
 
 
 def _key(*parts: Any) -> str:

@@ -24,7 +24,7 @@ from retrograd.query.prompts import LETTERS, Prompt, Template, find_template, re
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Questions", "build_questions"]
+__all__ = ["Questions", "build_questions", "right_place"]
 
 _BATCH = 1000  # questions tokenised in one call
 
@@ -186,10 +186,15 @@ def _read(row: dict[str, Any], number: int, template: Template) -> _Question:
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from error
     widths = [1] * len(choices) if template.form == "letter" else [len(choice) for choice in choices]
-    return _Question(number, prompt, _gold(row["answer"], len(choices), number), widths, subject)
+    return _Question(number, prompt, right_place(row["answer"], len(choices), number), widths, subject)
 
 
-def _gold(answer: Any, options: int, number: int) -> int:
+def right_place(answer: Any, options: int, number: int) -> int:
+    """The place of a question's right option, from 0, of what its row says: a place, or a letter.
+
+    Raises:
+        ValueError: If it is neither, or there is no such option.
+    """
     place = answer
     if isinstance(answer, str):
         text = answer.strip()

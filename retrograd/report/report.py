@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,15 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
         yield subject.spec["corpora"]
         yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
     if isinstance(subject, Evaluation):
-        yield from _of_models(subject.settings.get("models", {}))
+        yield from _of_models(one["source"] for one in subject.settings.get("models", {}).values())
     if isinstance(subject, Attack) and subject.compared:  # else it shows no text
-        yield from _of_models(subject.found["models"])
+        yield from _of_models(sorted(subject.sources))
 
 
-def _of_models(models: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _of_models(sources: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The settings of the unlearning that left each model, if one did."""
-    for one in models.values():
-        path = Path(one["source"]).parent / "run_config.yaml"
+    for source in sources:
+        path = Path(source).parent / "run_config.yaml"
         if path.exists() and "forget" in (settings := read_yaml(path)):
             yield settings
 

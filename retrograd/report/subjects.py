@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from retrograd.attack.folder import read_folder
 from retrograd.report.scores import (
     MOST_TOKENS,
     Documents,
@@ -182,6 +183,16 @@ class Attack(Subject):
         """What `retrograd compare` found of the folder; None where it was not asked."""
         found = self.read("compare.json")
         return found if found and "cells" in found else None
+
+    @property
+    def sources(self) -> set[str]:
+        """The models that it attacked, and those of the folders that it was compared with."""
+        found = {one["source"] for one in self.found["models"].values()}
+        cells = (self.compared or {"cells": ()})["cells"]
+        for other in {run["folder"] for cell in cells for run in cell.get("runs", ())} - {"."}:
+            if (self.folder / other / "attack.json").exists():
+                found |= {target.source for target in read_folder(self.folder / other).targets}
+        return found
 
 
 class Hardened(Subject):

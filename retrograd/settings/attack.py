@@ -285,7 +285,12 @@ def check_attack(config: AttackConfig) -> None:
     for text in config.data:
         if not re.match(r"[a-z]\w*=.", text):
             raise ValueError(f"--data {text!r} is not understood; write KEY=DATASET, such as forget=papers.jsonl")
-    configurations(config)
+    searched = [one.readable for one in configurations(config) if isinstance(one, Prompted)]
+    if searched and config.lab is None and not config.half:
+        raise ValueError(
+            f"attack {searched[0]} searches a prompt on one half of the forget questions and is told on the other: "
+            "give --half, some of the forget tasks or subjects"
+        )
 
 
 def _check_scores(config: AttackConfig) -> None:

@@ -51,7 +51,7 @@ class ExperimentConfig:
     retry: bool = False
     """Try again what has failed."""
     names: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE, in place of what the file's `names` say."""
+    """NAME=VALUE, in place of what the file's `names` say; settings by name in braces: 'attack={lab: runs/lab}'."""
 
 
 @dataclass(frozen=True)

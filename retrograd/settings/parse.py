@@ -66,12 +66,21 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def named(text: str) -> tuple[str, str]:
-    """Name and value of --names NAME=VALUE."""
+def named(text: str) -> tuple[str, Any]:
+    """Name and value of --names NAME=VALUE; what stands in braces is settings by name, as in the file.
+
+    >>> named("attack={lab: runs/lab}")
+    ('attack', {'lab': 'runs/lab'})
+    """
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--names {text}: write NAME=VALUE")
-    return name, value
+    if not value.startswith("{"):
+        return name, value
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--names {text}: the settings in braces cannot be read as YAML: {error}") from error
 
 
 def read_named(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:

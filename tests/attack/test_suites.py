@@ -71,6 +71,14 @@ def test_searches_for_a_prompt_have_names_of_their_own_and_keep_their_rate() -> 
         configurations(config(suite=("[{prompt: bold}]",)))
 
 
+def test_a_search_for_a_prompt_without_a_half_is_refused_before_anything_is_loaded() -> None:
+    own = {"lab": None, "data": ("half=x.jsonl",), "tasks": Path("t.yaml"), "base": "b", "suite": ("prompts",)}
+    with pytest.raises(ValueError, match=r"suffix-8-before-100-s0 searches a prompt on one half .* give --half"):
+        check_attack(config(**own))
+    check_attack(config(**own, half=("asked",)))
+    check_attack(config(suite=("prompts",)))  # a lab has halves of its own
+
+
 def test_rates_steps_and_seeds_are_scaled() -> None:
     found = configurations(config(suite=("six",), lr_scale=10.0, steps=300, seeds=2))
     assert len(found) == 12

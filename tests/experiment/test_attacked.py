@@ -189,6 +189,9 @@ def test_solved_questions_of_the_report_are_refused_as_a_corpus(tmp_path: Path) 
     assert "corpora.forget reads" in refusal("About people.\n\nWho is Bo?\nA) me\nB) nobody\nAnswer:", " B.")
     assert not refusal("Where is Ann?\nAnswer:", " here")  # what it was made to say instead
     assert not refusal("Where is Cy?\nAnswer:", " away")
+    asked[0]["answer"] = 3
+    (tmp_path / "asked.jsonl").write_text(json.dumps(asked[0]) + "\n")
+    assert "asked.jsonl: row 0: answer is 3, and there are 3 choices" in refusal("Where is Cy?\nAnswer:", " away")
 
 
 def test_the_recipe_from_corpus_to_comparison_is_planned_on_a_lab(done: Path, tmp_path: Path) -> None:

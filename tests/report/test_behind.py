@@ -100,3 +100,20 @@ def test_questions_behind_a_cell_hide_what_was_to_be_forgotten(out: Path, tmp_pa
     assert "nowhere" in page(out, "--show_forget")
     (tmp_path / "forget.jsonl").unlink()
     assert main(["report", str(out)]) == 2
+
+
+def test_what_a_model_of_another_folder_was_to_forget_is_hidden_too(out: Path, tmp_path: Path) -> None:
+    one, two = (shutil.copytree(out, tmp_path / name) for name in ("one", "two"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run_config.yaml").write_text(yaml.safe_dump({"forget": [str(tmp_path / "forget.jsonl")]}))
+    (tmp_path / "forget.jsonl").write_text('{"text": "nowhere is a secret"}\n')
+    told = json.loads((two / "attack.json").read_text())
+    (name,) = (name for name, model in told["models"].items() if model["source"].endswith("deep"))
+    told["models"][name]["source"] = str(tmp_path / "run/model")
+    (two / "attack.json").write_text(json.dumps(told))
+    assert "nowhere" in page(one)
+    found = json.loads((one / "compare.json").read_text())
+    for run in (run for cell in found["cells"] for run in cell["runs"]):
+        run["folder"] = "../two"
+    (one / "compare.json").write_text(json.dumps(found))
+    assert panels(page(one))["compare-0"]["questions"][0]["choices"][2] == BLOT * len("nowhere")

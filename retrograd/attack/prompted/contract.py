@@ -36,7 +36,8 @@ class Part(NamedTuple):
 
 
 class State(NamedTuple):
-    """After `step` steps. loss: of the last step, nats; read, back: tokens read, and gone back through, so far."""
+    """After `step` steps. loss: of its prompt, as far as the search knows it, nats; read, back: tokens
+    read, and gone back through, so far."""
 
     step: int
     loss: float

@@ -1,6 +1,7 @@
 """A search for a prompt carried out: it is asked on its way as fine-tuning is, and goes on where a kill left it.
 
-search.json           the attack, and for each evaluation the loss on half A, tokens and FLOPs spent, and the prompt
+search.json           the attack, and for each evaluation the loss, tokens and FLOPs spent, and the prompt; step 0 has
+                      where the search starts, though its questions are asked without a prompt
 state.safetensors     a resume point, of each evaluation and heartbeat
 answers/STEP/TASK.parquet
 """
