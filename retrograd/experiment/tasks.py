@@ -257,9 +257,9 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts in plain values, such as settings: what may name a file or a model."""
+    """All texts in plain values, such as settings, that may name a file or a model; an empty one names no folder."""
     if isinstance(value, str):
-        yield value
+        yield from (value,) if value else ()
     elif isinstance(value, Mapping):
         yield from (text for inner in value.values() for text in texts_in(inner))
     elif isinstance(value, (list, tuple)):

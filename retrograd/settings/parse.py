@@ -36,14 +36,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def by_name(value: Any, where: str) -> dict[str, Any]:
-    """An entry of a file that holds settings by name; nothing is none of them.
+    """An entry of a file that holds settings by name, or the text of one, as --names gives it; nothing is none of them.
 
     Raises:
         ValueError: If it holds something else.
     """
-    if value is not None and not isinstance(value, Mapping):
+    found = _loaded(value) if isinstance(value, str) else value
+    if found is not None and not isinstance(found, Mapping):
         raise ValueError(f"{where} is {value!r}; it has to be settings by name, such as {{first: 1, second: 2}}")
-    return dict(value or {})
+    return dict(found or {})
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def parse_size(text: str) -> int:

@@ -178,6 +178,20 @@ def test_a_teacher_that_changed_makes_another_task(world: Path, tmp_path: Path) 
     assert not first & trained()
 
 
+def test_what_lies_about_makes_no_other_task(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that is not given is the text "", which as a path is the folder where the command was started."""
+    monkeypatch.chdir(tmp_path)
+    more = {"methods": {"checkpoint_transfer": {}}, "weightings": {"uniform": {}}}
+
+    def trained() -> set[str]:
+        found = planned(maker_of(world, tmp_path, **more), Made(lambda lr: lr)).tasks
+        return {name for name in found if name.startswith("train")}
+
+    first = trained()
+    (tmp_path / "notes.txt").write_text("of something else")
+    assert first == trained()
+
+
 def test_a_full_disk_is_no_missing_answer(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would stay missing: the task would be done."""
     asked = maker_of(world, tmp_path).measure(str(world / "base"), "report")

@@ -98,6 +98,19 @@ def test_the_lab_s_recipes_are_read() -> None:
     assert set(weightings.methods) == {"grad_diff", "npo", "orth_circuit_breakers", "max_entropy"}
 
 
+def test_the_recipe_of_all_methods_takes_an_attack() -> None:
+    path, attack = (
+        RECIPES / "lab/unlearn_methods.yaml",
+        "attack={lab: elsewhere, suite: [recipes/attack/lab_strong.yaml]}",
+    )
+    assert read_experiment(path).attacked() is None
+    attacks = read_experiment(path, ("lab=elsewhere", attack)).attacked()
+    assert attacks is not None
+    assert attacks.suite == ("recipes/attack/lab_strong.yaml",)
+    with pytest.raises(ValueError, match="attack is 'strong'; it has to be settings by name"):
+        read_experiment(path, ("attack=strong",))
+
+
 def test_the_recipe_of_all_methods_under_attack_has_them_all() -> None:
     spec = read_experiment(RECIPES / "lab/attacked_methods.yaml", ("lab=elsewhere", "attack_seeds=2"))
     assert set(spec.methods) == set(METHODS) - {"weighted_sft"}  # which removes nothing
