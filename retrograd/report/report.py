@@ -63,12 +63,17 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
         for run in runs:
             write_results_table(run, view)
         write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf8"))
-    for one in subjects:
-        if isinstance(one, Hardened) and "run" not in one.found:
-            console.print(
-                f"{one.folder}/harden.json is of an earlier version and does not name its run: the words of that run's "
-                "corpora are not masked; --forget names them"
+    for one in () if config.show_forget else subjects:
+        if isinstance(one, Hardened) and _hardened_run(one) is None:
+            why = (
+                f"harden.json names the run {one.found['run']}, which is not there any more"
+                if "run" in one.found
+                else "harden.json is of an earlier version and does not name its run"
             )
+            console.print(
+                f"{one.folder}/{why}: the words of that run's corpora are not masked; --forget names them",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
     console.print(f"Report: {output}", highlight=False, soft_wrap=True)
     return output
 
@@ -94,9 +99,8 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
     """The settings of every unlearning that a subject is about, or that made a model of it."""
     if isinstance(subject, (Training, Attribution)) and "forget" in subject.config:
         yield subject.config
-    if isinstance(subject, Hardened) and "run" in subject.found:
-        path = Path(subject.found["run"]) / "run_config.yaml"
-        yield from [read_yaml(path)] if path.exists() else []
+    if isinstance(subject, Hardened) and (path := _hardened_run(subject)) is not None:
+        yield read_yaml(path)
     if isinstance(subject, Experiment) and not subject.grid:
         yield subject.spec["corpora"]
         yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
@@ -104,6 +108,12 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
         yield from _of_models(one["source"] for one in subject.settings.get("models", {}).values())
     if isinstance(subject, Attack) and subject.compared:  # else it shows no text
         yield from _of_models(sorted(subject.sources))
+
+
+def _hardened_run(subject: Hardened) -> Path | None:
+    """The settings of the run that was hardened; None where they are not known any more."""
+    path = Path(subject.found["run"]) / "run_config.yaml" if "run" in subject.found else None
+    return path if path is not None and path.exists() else None
 
 
 def _of_models(sources: Iterable[str]) -> Iterator[dict[str, Any]]:

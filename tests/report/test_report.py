@@ -381,6 +381,11 @@ def test_hardening_is_shown_iteration_by_iteration(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert "harden-0" in panels(page(tmp_path))
     assert "does not name its run: the words" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "harden.json").write_text(json.dumps({**found, "run": str(tmp_path / "gone")}))
+    page(tmp_path)
+    assert "gone, which is not there any more: the words" in " ".join(capsys.readouterr().out.split())
+    page(tmp_path, "--show_forget")
+    assert "the words of that run" not in " ".join(capsys.readouterr().out.split())
     (tmp_path / "harden.json").unlink()
     assert main(["report", str(tmp_path)]) == 2
 
