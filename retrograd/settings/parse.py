@@ -36,22 +36,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def by_name(value: Any, where: str) -> dict[str, Any]:
-    """An entry of a file that holds settings by name, or the text of one, as --names gives it; nothing is none of them.
+    """An entry of a file that holds settings by name; nothing is none of them.
 
     Raises:
         ValueError: If it holds something else.
     """
-    found = _loaded(value) if isinstance(value, str) else value
-    if found is not None and not isinstance(found, Mapping):
+    if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{where} is {value!r}; it has to be settings by name, such as {{first: 1, second: 2}}")
-    return dict(found or {})
-
-
-def _loaded(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    return dict(value or {})
 
 
 def parse_size(text: str) -> int:

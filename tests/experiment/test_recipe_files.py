@@ -86,6 +86,8 @@ def test_the_lab_s_recipes_are_read() -> None:
     assert (attacks.lab, attacks.suite) == (Path("runs/lab"), ("recipes/attack/lab_strong.yaml",))
     with pytest.raises(ValueError, match="braces cannot be read as YAML"):
         read_experiment(RECIPES / "lab/unlearn_methods.yaml", ("attack={lab: runs/lab",))
+    with pytest.raises(ValueError, match="attack is 'strong'; it has to be settings by name"):
+        read_experiment(RECIPES / "lab/unlearn_methods.yaml", ("attack=strong",))
     pretraining = read_experiment(RECIPES / "lab/pretraining.yaml")
     assert pretraining.scores["pretraining"].start == "runs/lab/models/random"
     weightings = read_experiment(RECIPES / "lab/weightings.yaml", ("lab=elsewhere",))
@@ -96,19 +98,6 @@ def test_the_lab_s_recipes_are_read() -> None:
     assert weightings.base == "elsewhere/models/base"
     assert len(weightings.seeds) >= 5
     assert set(weightings.methods) == {"grad_diff", "npo", "orth_circuit_breakers", "max_entropy"}
-
-
-def test_the_recipe_of_all_methods_takes_an_attack() -> None:
-    path, attack = (
-        RECIPES / "lab/unlearn_methods.yaml",
-        "attack={lab: elsewhere, suite: [recipes/attack/lab_strong.yaml]}",
-    )
-    assert read_experiment(path).attacked() is None
-    attacks = read_experiment(path, ("lab=elsewhere", attack)).attacked()
-    assert attacks is not None
-    assert attacks.suite == ("recipes/attack/lab_strong.yaml",)
-    with pytest.raises(ValueError, match="attack is 'strong'; it has to be settings by name"):
-        read_experiment(path, ("attack=strong",))
 
 
 def test_the_recipe_of_all_methods_under_attack_has_them_all() -> None:
