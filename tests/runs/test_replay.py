@@ -82,8 +82,8 @@ def test_the_same_bits_of_a_language_model(kind: str, recipe: Recipe, monkeypatc
     engine = Blocks(decoder_chain(module)) if kind == "blocks" else Double(causal_objective(module)[0])
     training, passes, found = Training(recipe, engine, data, data.weights), [], []
     if kind == "blocks":
-        real = Blocks._first
-        monkeypatch.setattr(Blocks, "_first", lambda *given: (passes.append(1), real(*given))[1])
+        real = Blocks.first
+        monkeypatch.setattr(Blocks, "first", lambda *given: (passes.append(1), real(*given))[1])
     for replay in (Replay("all"), GRADIENTS):
         whole = Trajectory(training, initial_state(recipe, trainable(module)[0]), replay)
         final = whole.train()
