@@ -301,6 +301,12 @@ def _check_scores(config: AttackConfig) -> None:
             f"--subsets {config.subsets} of --fraction {config.fraction}: give 0, or 2 sets or more, of a share "
             "between 0 and 1"
         )
+    found = configurations(config)
+    if config.attribute and not any(isinstance(one, Finetune) for one in found):
+        raise ValueError(
+            f"--attribute goes back through fine-tuning, and of the {len(found)} attacks of --suite none trains the "
+            "model: leave it out, or give a suite that fine-tunes, such as short"
+        )
 
 
 def configurations(config: AttackConfig) -> list[Configuration]:

@@ -132,6 +132,7 @@ def test_attacks_are_asked_at_geometric_steps() -> None:
         ({"subsets": 3}, "give --attribute too"),
         ({"subsets": 1, "attribute": True}, "2 sets or more"),
         ({"subsets": 3, "attribute": True, "fraction": 1.0}, "between 0 and 1"),
+        ({"suite": ("prompts",), "attribute": True}, "of the 2 attacks of --suite none trains"),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], match: str) -> None:
