@@ -16,7 +16,7 @@ from torch import nn
 from retrograd.core import tree
 from retrograd.core.engine import Double
 from retrograd.core.optim import Params
-from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
+from retrograd.core.step import Batch, Engine, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.pairs import PairStream, Part
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
@@ -35,6 +35,7 @@ from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
+from retrograd.runs.errors import StoppedError, asked_to_stop
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
@@ -314,17 +315,52 @@ def owed_bytes(params: int, state: int, queries: int) -> int:
 def _prove(
     training: Training, initial: State, model: CausalLM, objective: Objective | None, *, attributed: bool
 ) -> None:
-    """The first step is a function; of an attributed run, that its pullback is that function's derivative too."""
+    """The first step is a function; of an attributed run, that its pullback is that function's derivative too.
+
+    It may take minutes, and nothing is begun that would have to be made durable: a wish to end is obeyed on the way.
+    """
     module = model.module
+    heeding = _Heeding if here().world == 1 else _itself  # ranks end together, at a step
     if attributed:
         # the model's own loss takes each row by itself; of another one that is not known
         rows = 2 if objective is None else None
         double = Double(model.objective if objective is None else objective)
-        first_step.prove(training._replace(engine=double), initial, module, objective, rows=rows)
+        first_step.prove(training._replace(engine=heeding(double)), initial, module, objective, rows=rows)
         return
     if objective is not None:
         first_step.prove_reached(training, initial, objective, module)
-    first_step.prove_pure(training, initial, module)
+    first_step.prove_pure(training._replace(engine=heeding(training.engine)), initial, module)
+
+
+@dataclass(frozen=True)
+class _Heeding:
+    """An engine that ends before a gradient or a pullback if somebody asked the process to."""
+
+    engine: Engine
+
+    @property
+    def linear(self) -> bool:
+        return self.engine.linear
+
+    def gradient(self, *given: Any) -> Any:
+        self._heed()
+        return self.engine.gradient(*given)
+
+    def linearize(self, *given: Any) -> Any:
+        self._heed()
+        return self.engine.linearize(*given)
+
+    def pullback(self, *given: Any) -> Any:
+        self._heed()
+        return self.engine.pullback(*given)
+
+    def _heed(self) -> None:
+        if asked_to_stop():
+            raise StoppedError
+
+
+def _itself(engine: Engine) -> Engine:
+    return engine
 
 
 def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
