@@ -320,16 +320,15 @@ def _prove(
     It may take minutes, and nothing is begun that would have to be made durable: a wish to end is obeyed on the way.
     """
     module = model.module
-    heeding = _Heeding if here().world == 1 else _itself  # ranks end together, at a step
     if attributed:
         # the model's own loss takes each row by itself; of another one that is not known
         rows = 2 if objective is None else None
         double = Double(model.objective if objective is None else objective)
-        first_step.prove(training._replace(engine=heeding(double)), initial, module, objective, rows=rows)
+        first_step.prove(training._replace(engine=_heeding(double)), initial, module, objective, rows=rows)
         return
     if objective is not None:
         first_step.prove_reached(training, initial, objective, module)
-    first_step.prove_pure(training._replace(engine=heeding(training.engine)), initial, module)
+    first_step.prove_pure(training._replace(engine=_heeding(training.engine)), initial, module)
 
 
 @dataclass(frozen=True)
@@ -359,8 +358,8 @@ class _Heeding:
             raise StoppedError
 
 
-def _itself(engine: Engine) -> Engine:
-    return engine
+def _heeding(engine: Engine) -> Any:
+    return _Heeding(engine) if here().world == 1 else engine  # ranks end together, at a step
 
 
 def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
