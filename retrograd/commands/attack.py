@@ -12,7 +12,7 @@ from rich.console import Console
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
 from retrograd.attack.folder import Attacked, Folder, claim_folder, refuse_foreign
-from retrograd.attack.material import Material, attacked_models, material_of, shallow_unlearning
+from retrograd.attack.material import Material, attacked_models, check_half, material_of, shallow_unlearning
 from retrograd.attack.prompted.run import carry_out_prompted
 from retrograd.attack.tell import show_findings, write_findings
 from retrograd.attack.untrained.attacks import find_untraining
@@ -51,6 +51,7 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
     """
     console = console or Console()
     check_attack(config)
+    check_half(config)
     for one in configurations(config):
         if isinstance(one, Untrained):
             find_untraining(one)

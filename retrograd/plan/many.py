@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from retrograd.attack.material import check_half
 from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import planned
@@ -192,6 +193,8 @@ def _maker(config: ExperimentConfig) -> Maker | GridMaker:
         names = (*names, f"{LAB}={built.dir}")
     spec = read_experiment(config.file, names)
     refuse_oracles(spec)
+    if (attacked := spec.attacked()) is not None:
+        check_half(attacked)
     return Maker(spec)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from retrograd.core import tree
-from retrograd.core.engine import Double
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.pairs import PairStream, Part
@@ -29,12 +28,12 @@ from retrograd.lm.model import (
     only_trained,
 )
 from retrograd.parallel.group import here
-from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
+from retrograd.runs.first_step import prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
@@ -238,7 +237,7 @@ def set_up(
     )
     training = Training(recipe, engine.engine, stream, stream.weights)
     if how.begun is None:
-        _prove(training, initial, model, objective, attributed=how.queries > 0)
+        prove_first_step(training, initial, model, objective, attributed=how.queries > 0)
     hashes = _hashes(recipe, stream.rows, initial, model.module)
     refuse_unequal(group, hashes, arithmetic)
     if how.parallel == "shard" and group.world > 1:
@@ -309,22 +308,6 @@ def _engine(
 def owed_bytes(params: int, state: int, queries: int) -> int:
     """Bytes that a step and its pullback take besides state and activations: g, and of each query ḡ, Hḡ, λ, next λ."""
     return params * (1 + 2 * queries) + 2 * queries * state
-
-
-def _prove(
-    training: Training, initial: State, model: CausalLM, objective: Objective | None, *, attributed: bool
-) -> None:
-    """The first step is a function; of an attributed run, that its pullback is that function's derivative too."""
-    module = model.module
-    if attributed:
-        # the model's own loss takes each row by itself; of another one that is not known
-        rows = 2 if objective is None else None
-        double = Double(model.objective if objective is None else objective)
-        first_step.prove(training._replace(engine=double), initial, module, objective, rows=rows)
-        return
-    if objective is not None:
-        first_step.prove_reached(training, initial, objective, module)
-    first_step.prove_pure(training, initial, module)
 
 
 def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:

@@ -24,7 +24,7 @@ from retrograd.query.questions import Questions
 from retrograd.runs.progress import counting
 from retrograd.runs.setup import find_device
 from retrograd.settings.attack import AttackConfig, Untrained
-from retrograd.settings.tasks import Task, tasks_from
+from retrograd.settings.tasks import tasks_from
 from retrograd.settings.train import DataConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
@@ -44,7 +44,7 @@ def carry_out_untrained(
         ValueError: If the attack lacks what it needs.
     """
     kind, strengths = find_untraining(one), strengths_of(one)
-    asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
+    asked = {name: task.limited(config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
     told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
     texts = {key: _source(key, sources, kind.name) for key in kind.reads}
     claim_answers(folder / "strengths.json", told, {
@@ -122,9 +122,3 @@ def _solved(source: str) -> list[str]:
 def _rows(sources: tuple[str, ...], lm: CausalLM, tokenizer: Any, longest: int | None) -> Rows:
     given = UnlearnConfig(max_length=longest)
     return joined([load_rows(parse_source(one, given), tokenizer, lm, "data")[0] for one in sources])
-
-
-def _limited(task: Task, limit: int | None) -> Task:
-    if limit is None or (task.limit is not None and task.limit <= limit):
-        return task
-    return dataclasses.replace(task, limit=limit)
