@@ -153,7 +153,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=130)
     parser.add_argument("--query", choices=("text", "letter"), default="text")
     parser.add_argument("--engine", help="our --engine, if not the default")
-    parser.add_argument("--settings", default="", help="more of ours, such as '--train.micro_batch_size 2 --replay.memory 0'")
+    parser.add_argument(
+        "--settings", default="", help="more of ours, such as '--train.micro_batch_size 2 --replay.memory 0'"
+    )
     parser.add_argument("--bergson", help="its command, in its own environment; asked the text query alone")
     parser.add_argument("--verify", action="store_true", help="also run `retrograd verify`")
     parser.add_argument("--out", type=Path, help="keep rows and run here")
