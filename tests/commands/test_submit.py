@@ -93,7 +93,7 @@ def magic(folder: Path, run: str) -> list[str]:
         tiny.save_jsonl(folder / "train.jsonl", tiny.sentences(40))
         tiny.save_jsonl(folder / "query.jsonl", tiny.sentences(2, seed=1))
     return ["magic", run, "--model", "model", "--data.dataset", "train.jsonl", "--query.dataset", "query.jsonl",
-            "--train.batch_size", "2", "--train.epochs", "4", "--device", "cpu", "--replay.heartbeat", "3600"]  # fmt: skip
+            "--train.batch_size", "2", "--train.epochs", "2", "--device", "cpu", "--replay.heartbeat", "3600"]  # fmt: skip
 
 
 def submitted(*arguments: str) -> int:
@@ -106,7 +106,7 @@ def lines(run: Path, phase: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "notice", [pytest.param(10, id="training"), pytest.param(90, id="on the way back", marks=pytest.mark.slow)]
+    "notice", [pytest.param(10, id="training"), pytest.param(50, id="on the way back", marks=pytest.mark.slow)]
 )
 def test_a_job_whose_time_is_over_goes_on_to_the_same_bits(
     notice: int, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -121,19 +121,14 @@ def test_a_job_whose_time_is_over_goes_on_to_the_same_bits(
     assert (slurm / "requeues").read_text() == "7\n"
     assert (slurm / "exits").read_text() == "exit 0\nexit 0\n"
     monkeypatch.delenv("NOTICE")
-    assert (
-        subprocess.run([sys.executable, "-m", "retrograd", *magic(tmp_path, "whole")], capture_output=True).returncode
-        == 0
-    )
+    assert main(magic(tmp_path, "whole")) == 0
     ours, whole = (torch.load(tmp_path / run / "scores.pt", weights_only=True) for run in ("jobs", "whole"))
     assert torch.equal(ours, whole)
-    assert sorted(lines(tmp_path / "jobs", "train")) == list(range(80)), "it went on and did not start over"
+    assert sorted(lines(tmp_path / "jobs", "train")) == list(range(40)), "it went on and did not start over"
 
 
 def test_a_job_that_fails_is_not_put_back(slurm: Path, tmp_path: Path) -> None:
-    arguments = magic(tmp_path, "jobs")
-    arguments[arguments.index("train.jsonl")] = "nowhere.jsonl"
-    assert submitted(*arguments) == 0
+    assert submitted(*magic(tmp_path, "jobs"), "--train.epochs", "none") == 0  # refused before torch is loaded
     assert (slurm / "exits").read_text() == "exit 2\n"
     assert not (slurm / "requeues").exists()
 

@@ -6,9 +6,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 import quiz
 import tiny
 import torch
+from kills import kill_after
 
 from retrograd.cli import main
 from retrograd.core.step import Training
@@ -124,29 +122,12 @@ def test_evaluation_on_the_way_leaves_the_bits(done: Path, world: Path, tmp_path
 
 def test_a_killed_one_goes_on_to_the_same_bits(done: Path, world: Path, tmp_path: Path) -> None:
     arguments = command(world, tmp_path / "run", "--heartbeat", "0")
-    _kill_after(arguments, tmp_path / "run", 5)
+    kill_after(arguments, tmp_path / "run", "train", 5)
     assert main(arguments) == 0
     ours = final(tmp_path / "run")
     assert all(torch.equal(x, ours[name]) for name, x in final(done).items())
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10))
-
-
-def _kill_after(arguments: list[str], run: Path, step: int) -> None:
-    """Start the real command and kill -9 it once its journal shows this step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "retrograd", *arguments], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wanted, deadline = f'"phase": "train", "step": {step},', time.monotonic() + 120
-    journal = run / "metrics.jsonl"
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and wanted in journal.read_text():
-            break
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def test_documents_that_were_cut_are_told(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

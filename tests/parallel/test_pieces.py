@@ -88,7 +88,13 @@ def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "ranks", "rows"), [("double", 3, ALL), ("blocks", 2, ALL), ("blocks", 3, 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "rows"),
+    [
+        ("blocks", 3, 2),
+        *(pytest.param(kind, ranks, ALL, marks=pytest.mark.slow) for kind, ranks in (("double", 3), ("blocks", 2))),
+    ],
+)
 def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: str, ranks: int, rows: int) -> None:
     world = some_rows(kind, rows)
     alone = everything(Split(world.engine, SHARDS, ALONE), world)
