@@ -91,7 +91,32 @@ gc.set_threshold(10_000)
 session._settled = contextlib.nullcontext
 
 
-LONG = ["blocks", "queries", "magic", "exactness", "verify", "job", "compile", "on_the_way", "submit", "validate", "lm", "evaluate", "proof", "metrics", "unlearn_attributed", "lab", "durable", "unlearn", "experiment", "select_runs", "chain", "attack", "report", "browser"]
+LONG = [
+    "blocks",
+    "queries",
+    "magic",
+    "exactness",
+    "verify",
+    "job",
+    "compile",
+    "on_the_way",
+    "submit",
+    "validate",
+    "lm",
+    "evaluate",
+    "proof",
+    "metrics",
+    "unlearn_attributed",
+    "lab",
+    "durable",
+    "unlearn",
+    "experiment",
+    "select_runs",
+    "chain",
+    "attack",
+    "report",
+    "browser",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -194,7 +194,8 @@ def three_heads(params: Params, x: Tensor, context: Any) -> Tensor:
     return x + torch.tanh(torch.nn.functional.linear(joined, params["w"], params["b"]))
 
 
-@pytest.mark.parametrize(("rows", "length"), [(3, 7), pytest.param(30, 40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "length"), [(3, 7), (30, 40)])
 def test_what_is_kept(rows: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is mixed and mapped, a tensor each, and the tangents of both, whose two products are added up; no scores."""
     outputs: list[list[Tensor]] = []

@@ -291,7 +291,7 @@ def test_scores_equal_retraining_and_every_plan_gives_the_same_bits(family: str)
     assert check.relative_error(1.001 * slope, measured) > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["double", "blocks"])
+@pytest.mark.parametrize("kind", ["blocks", pytest.param("double", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "vocabulary"), [(torch.float64, 22), pytest.param(torch.float32, 2003, marks=pytest.mark.slow)]
 )

@@ -126,6 +126,7 @@ def most(group: Group) -> list[float]:
     return [size / tree.nbytes(params) for size in seen]
 
 
+@pytest.mark.slow
 def test_a_pass_by_block_never_has_the_whole_model() -> None:
     deep()  # once for all ranks
     for *by_block, gradient, pullback in on_ranks(2, most):
