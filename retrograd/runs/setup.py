@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from retrograd.core import tree
-from retrograd.core.engine import Double
+from retrograd.core.engine import Blocks
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.pairs import PairStream, Part
@@ -29,12 +30,12 @@ from retrograd.lm.model import (
     only_trained,
 )
 from retrograd.parallel.group import here
-from retrograd.proofs import first_step
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
+from retrograd.runs.first_step import prove_by_block, prove_whole
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
@@ -237,16 +238,19 @@ def set_up(
         dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards
     )
     training = Training(recipe, engine.engine, stream, stream.weights)
-    if how.begun is None:
-        _prove(training, initial, model, objective, attributed=how.queries > 0)
     hashes = _hashes(recipe, stream.rows, initial, model.module)
+    divided, attributed = how.parallel == "shard" and group.world > 1, how.queries > 0
+    by_block = divided and objective is None and isinstance(engine.engine, Blocks)
+    if how.begun is None and not by_block:
+        prove_whole(training, initial, model, objective, attributed=attributed)
     refuse_unequal(group, hashes, arithmetic)
-    if how.parallel == "shard" and group.world > 1:
-        # an unlearning is held against the parameters it starts from, at its end
-        given = (engine.engine, shards, group, stream, model, initial, recipe.optimizer)
-        training = training._replace(engine=in_pieces(*given, keep=objective is not None))
+    # an unlearning is held against the parameters it starts from, at its end
+    given = (engine.engine, shards, group, stream)
+    divide = partial(in_pieces, *given, model, initial, recipe.optimizer, keep=objective is not None)
+    if how.begun is None and by_block:
+        training = prove_by_block(training, initial, model, divide, attributed=attributed)
     else:
-        training = training._replace(engine=shared(engine.engine, shards, group, stream))
+        training = training._replace(engine=divide() if divided else shared(*given))
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)
@@ -309,22 +313,6 @@ def _engine(
 def owed_bytes(params: int, state: int, queries: int) -> int:
     """Bytes that a step and its pullback take besides state and activations: g, and of each query ḡ, Hḡ, λ, next λ."""
     return params * (1 + 2 * queries) + 2 * queries * state
-
-
-def _prove(
-    training: Training, initial: State, model: CausalLM, objective: Objective | None, *, attributed: bool
-) -> None:
-    """The first step is a function; of an attributed run, that its pullback is that function's derivative too."""
-    module = model.module
-    if attributed:
-        # the model's own loss takes each row by itself; of another one that is not known
-        rows = 2 if objective is None else None
-        double = Double(model.objective if objective is None else objective)
-        first_step.prove(training._replace(engine=double), initial, module, objective, rows=rows)
-        return
-    if objective is not None:
-        first_step.prove_reached(training, initial, objective, module)
-    first_step.prove_pure(training, initial, module)
 
 
 def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
