@@ -13,6 +13,7 @@ are printed; the table at the end is that of docs/validation.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -29,6 +30,26 @@ REGIMES = {
     "adamw-large-lr": "--train.optimizer adamw --train.lr 1e-2 --train.eps_root 1e-6 --train.batch_size 32 "
     "--train.epochs 2",
 }
+
+
+def claim_world(arguments: argparse.Namespace) -> None:
+    """Build the world, or take the one that is there if it was asked for in the same way."""
+    steps = 0 if arguments.fresh else 400
+    asked = {
+        "text": hashlib.sha256(arguments.text.read_bytes()).hexdigest(),
+        "steps": steps,
+        "documents": arguments.documents,
+    }
+    told = arguments.out / "world.json"
+    if not (arguments.out / "model" / "tokenizer.json").exists():
+        build_world(arguments.text, arguments.out, steps, arguments.documents)
+        told.write_text(json.dumps(asked))
+    made = json.loads(told.read_text()) if told.exists() else None
+    if made != asked:
+        known = f"made as {made}" if made else "that does not say how it was made"
+        raise SystemExit(
+            f"{arguments.out} has a world {known}, and {asked} is asked for: give another --out, or what it was made with"
+        )
 
 
 def build_world(text: Path, out: Path, steps: int = 400, documents: int = DOCUMENTS) -> None:
@@ -85,8 +106,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=DOCUMENTS, help="passages to attribute")
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
     arguments = parser.parse_args()
-    if not (arguments.out / "model" / "tokenizer.json").exists():
-        build_world(arguments.text, arguments.out, 0 if arguments.fresh else 400, arguments.documents)
+    if not arguments.table:
+        claim_world(arguments)
     for name in () if arguments.world or arguments.table else arguments.only:
         regime(name, arguments)
     print(table(arguments.out))

@@ -112,7 +112,7 @@ def peaks(counted: Peak, world: int) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {"proofs": [], "gradient": [], "pullback": [], "query": []}
     start = counted.now
     passes: dict[str, list[tuple[Any, str]]] = {
-        "proofs": [(engines, "decoder_chain"), (setup, "prove_whole"), (setup, "prove_by_block")],
+        "proofs": [(engines, "decoder_chain"), (setup, "prove_first_step"), (setup, "prove_by_block")],
         "gradient": [(Split, "_gradient"), (Split, "_linearize")],
         "pullback": [(Split, "_pulled")],
         "query": [(together, "_answered")],

@@ -19,6 +19,7 @@ from retrograd.evaluate.on_the_way import answers_path
 from retrograd.query.choices import Scored
 from retrograd.query.prepare import Answers, Texts
 from retrograd.settings.attack import Configuration, Finetune, Untrained
+from retrograd.settings.prompted import Prompted
 
 N = 40  # questions of each half
 STEPS = (0, 1, 2)
@@ -72,15 +73,20 @@ def lay_out(
     for target in folder.targets:
         name = Path(target.source).name
         for key in folder.configurations:
-            place = folder.place(target, key)
-            if isinstance(folder.configurations[key], Untrained):
+            place, one = folder.place(target, key), folder.configurations[key]
+            if isinstance(one, Untrained):
                 place.mkdir(parents=True)
                 (place / "strengths.json").write_text(json.dumps({"strengths": [0, 0.5, 1]}))
+                run = place
+            elif isinstance(one, Prompted):
+                place.mkdir(parents=True)
+                (place / "search.json").write_text(json.dumps({"found": {s: {"tokens": s, "flops": s} for s in STEPS}}))
                 run = place
             else:
                 run = place / "attack"
                 run.mkdir(parents=True)
-                manifest = {"tokens": {"0": 0, "1": 100, "2": 200}, "flops_per_token": 6, "finished": True, "steps": 2}
+                manifest = {"tokens": {"0": 0, "1": 100, "2": 200}, "flops_per_token": 6, "steps": one.steps}
+                manifest["finished"] = one.steps <= STEPS[-1]
                 (run / "manifest.json").write_text(json.dumps(manifest))
             lines = [write(run, name, step, course) for step, course in zip(STEPS, courses[name])]
             (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -37,6 +37,7 @@ class Course(NamedTuple):
     start: What was measured at step 0, by task.
     strengths: Of an attack without training, [S].
     missing: Why, by step, where an evaluation is missing.
+    ended: Whether the last of the steps is the attack's last.
     places: The run that each evaluation is of, and its step there, [S]: where the answers lie.
     """
 
@@ -52,6 +53,7 @@ class Course(NamedTuple):
     start: dict[str, Measured | None]
     strengths: list[float] | None
     missing: dict[int, str]
+    ended: bool
     places: list[tuple[Path, int]]
 
 
@@ -76,16 +78,19 @@ def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Ta
     strengths: list[float] | None = None
     if isinstance(one, Untrained):
         evaluations, strengths = _of_strengths(place, asked)
+        ended = bool(evaluations)
     elif isinstance(one, Prompted):
         evaluations = _of_search(place, asked)
+        ended = bool(evaluations) and evaluations[-1].step == one.steps
     else:
-        evaluations = _of_phases(place, asked, two=one.before is not None)
+        evaluations, ended = _of_phases(place, asked, two=one.before is not None)
     if not evaluations:
         return None
-    return _course(evaluations, asked, folder, strengths)
+    return _course(evaluations, asked, folder, strengths, ended)
 
 
-def _of_phases(place: Path, tasks: dict[str, Task], *, two: bool) -> list[_Evaluation]:
+def _of_phases(place: Path, tasks: dict[str, Task], *, two: bool) -> tuple[list[_Evaluation], bool]:
+    """The evaluations, and whether the last is the attack's last."""
     found: list[_Evaluation] = []
     step = tokens = 0
     flops = 0.0
@@ -100,11 +105,11 @@ def _of_phases(place: Path, tasks: dict[str, Task], *, two: bool) -> list[_Evalu
             results, why = _results(run, own, tasks, line.get("tasks", {}))
             found.append(_Evaluation(step + own, results, tokens + trained, flops + spent, why, (run, own)))
         if not manifest.get("finished"):
-            break
+            return found, False
         last = str(manifest["steps"])
         step, tokens = step + manifest["steps"], tokens + manifest["tokens"][last]
         flops += manifest["tokens"][last] * manifest["flops_per_token"]
-    return found
+    return found, bool(found) and found[-1].step == step
 
 
 def _of_strengths(place: Path, tasks: dict[str, Task]) -> tuple[list[_Evaluation], list[float]]:
@@ -150,7 +155,11 @@ def _results(
 
 
 def _course(
-    evaluations: list[_Evaluation], tasks: dict[str, Task], folder: Folder, strengths: list[float] | None
+    evaluations: list[_Evaluation],
+    tasks: dict[str, Task],
+    folder: Folder,
+    strengths: list[float] | None,
+    ended: bool,
 ) -> Course | None:
     start = evaluations[0].results
     forget = [name for name, task in tasks.items() if task.role == "forget" and task.choices]
@@ -176,6 +185,7 @@ def _course(
         start=start,
         strengths=strengths,
         missing={one.step: one.why for one in evaluations if one.why},
+        ended=ended,
         places=[one.place for one in evaluations],
     )
 

@@ -87,8 +87,10 @@ def unseen(one: Configuration, first: np.ndarray) -> np.ndarray | None:
         keys = {key for key in (one.before, one.data) if key}
         if not keys <= {_HALF, _OTHER, *_NOTHING} or {_HALF, _OTHER} <= keys:
             return None
-        mask = ~first if _HALF in keys else first if _OTHER in keys else np.ones_like(first)
-        return mask if mask.any() else None
+        if not keys & {_HALF, _OTHER}:
+            return np.ones_like(first)
+        mask = ~first if _HALF in keys else first
+        return mask if first.any() and mask.any() else None  # without --half it is not known which it shows
     if one.probe:
         return None
     if isinstance(one, Prompted) or one.attack == "few_shot":
@@ -172,7 +174,7 @@ def _recovery(course: Course, base: np.ndarray) -> dict[str, Any]:
     found["area"] = {"value": _number(area(course.steps, shares)), "interval": list(measures["area"].interval)}
     found["reached"] = {}
     for q in QUANTILES:
-        reached = recovery_step(course.steps, course.forget, base, q)
+        reached = recovery_step(course.steps, course.forget, base, q, ended=course.ended)
         told: dict[str, Any] = dict(reached._asdict())
         if reached.step is not None:
             place = course.steps.index(reached.step)

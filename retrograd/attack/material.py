@@ -29,13 +29,19 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from retrograd.data.documents import documents_of
 from retrograd.query.prompts import find_template, render
 from retrograd.runs.files import write_atomic
-from retrograd.settings.attack import CONTROLS, AttackConfig
-from retrograd.settings.tasks import tasks_from, tasks_of_lab
+from retrograd.settings.attack import CONTROLS, AttackConfig, configurations
+from retrograd.settings.prompted import Prompted
+from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
 
-__all__ = ["ASKED_SPLITS", "Material", "attacked_models", "material_of", "shallow_unlearning", "split_entities"]
+__all__ = [
+    "ASKED_SPLITS", "LAB_KEYS", "Material", "attacked_models", "check_half", "material_of", "shallow_unlearning",
+    "split_entities",
+]  # fmt: skip
 
+LAB_KEYS = ("forget", "documents", "half", "other_half", "mixed", "retain", "benign", "prose", "shots")
 ASKED_SPLITS = ("paraphrase", "heldout")  # of a lab's questions
 _DOCUMENTS = 16  # of prose: documents are read one by one, at each evaluation
 _CLOZE = find_template(None, "cloze").name
@@ -74,6 +80,36 @@ def material_of(config: AttackConfig) -> Material:
     if not any(task.role != "forget" and task.choices for task in tasks.values()):
         raise ValueError(f"{config.tasks} has no task of choices beside what is to go: add one, for general ability")
     return Material({key: tuple(found) for key, found in sources.items()}, config.tasks, config.half, False)
+
+
+def check_half(config: AttackConfig) -> None:
+    """Refuse, before a model is loaded, a --half that names nothing, or all that a search for a prompt is told on.
+
+    Raises:
+        ValueError: With the name, or how many forget questions are left.
+    """
+    if not config.half:
+        return
+    assert config.tasks is not None, "check_attack was here"
+    forget = {name: task for name, task in tasks_from(config.tasks).items() if task.role == "forget" and task.choices}
+    asked = [(name, about) for name, task in forget.items() for about in _subjects(task.limited(config.limit))]
+    known = dict.fromkeys([*forget, *(about for _, about in asked if about)])
+    if unknown := [name for name in config.half if name not in known]:
+        raise ValueError(f"--half {unknown[0]!r} is no forget task of {config.tasks} and no subject of one; there are "
+                         f"{', '.join(known)}")  # fmt: skip
+    shown = sum(name in config.half or about in config.half for name, about in asked)
+    searched = [one.readable for one in configurations(config) if isinstance(one, Prompted)]
+    if searched and shown == len(asked):
+        raise ValueError(
+            f"attack {searched[0]} searches a prompt on one half of the forget questions and is told on the other; "
+            f"--half {' '.join(config.half)} has all {shown} of them: name some of the forget tasks or subjects"
+        )
+
+
+def _subjects(task: Task) -> list[str | None]:
+    """Of each question."""
+    documents = documents_of(task)
+    return documents["subject"][:] if "subject" in documents.column_names else [None] * len(documents)
 
 
 def attacked_models(config: AttackConfig, shallow: str | None) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from retrograd.evaluate.answers import write_table
 from retrograd.runs.files import write_atomic, write_json
 
-__all__ = ["cells", "markdown_table", "show_findings", "write_findings"]
+__all__ = ["cells", "markdown_table", "show_findings", "show_table", "write_findings"]
 
 
 def write_findings(found: dict[str, Any], folder: Path) -> None:
@@ -40,11 +40,7 @@ def write_findings(found: dict[str, Any], folder: Path) -> None:
 
 def show_findings(found: dict[str, Any], folder: Path, console: Console) -> None:
     """The table of all meetings, the worst cases, and what does not hold."""
-    head, rows = cells(found)
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    show_table(*cells(found), console)
     for line in _notes(found):
         console.print(line)
     console.print(f"{folder}: recovery.json, curves.parquet and attack.md have all of it.")
@@ -72,6 +68,14 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         shown = [_reached(reached[q]) if q in reached else "–" for q in ("0.5", "0.9")]
         rows.append([*row, *shown, f"{one['area']['value']:.2f}" if "area" in one else "–", _latent(one)])
     return head, rows
+
+
+def show_table(head: list[str], rows: list[list[str]], console: Console, title: str | None = None) -> None:
+    """A table in the terminal."""
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

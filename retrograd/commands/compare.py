@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from retrograd.attack.compare import compared
 from retrograd.attack.faced import read_faced
-from retrograd.attack.tell import markdown_table
+from retrograd.attack.tell import markdown_table, show_table
 from retrograd.evaluate.answers import write_table
 from retrograd.runs.files import write_atomic, write_json
 from retrograd.settings.commands import CompareConfig
@@ -41,10 +40,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> None:
     _write(found, config, output)
     for title, head, rows in _sections(found):
         if rows:
-            table = Table(*head, title=title)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+            show_table(head, rows, console, title)
     for line in _notes(found):
         console.print(line)
     console.print(f"{output}: compare.json, compare.parquet and compare.md")

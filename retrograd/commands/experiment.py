@@ -18,8 +18,9 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from retrograd.attack.beforehand import check_data
 from retrograd.attack.findings import findings
-from retrograd.attack.material import material_of
+from retrograd.attack.material import check_half, material_of
 from retrograd.attack.tell import write_findings
 from retrograd.commands.attack import meet
 from retrograd.commands.compare import written
@@ -106,6 +107,9 @@ def _maker(config: ExperimentConfig, console: Console) -> Maker | GridMaker:
         _claim(config.out, spec, write=True)
         _build(built, console)
     refuse_oracles(spec)  # by content: the lab has to be there
+    if (attacked := spec.attacked()) is not None:
+        check_half(attacked)
+        check_data(attacked)
     return maker
 
 

@@ -81,7 +81,7 @@ def prepare_on_the_way(config: OnTheWayConfig, model: CausalLM, tokenizer: Any) 
     if not config.wanted:
         return PreparedTasks(config, model, tokenizer, {}, {}, None)
     tasks = tasks_from(config.tasks) if config.tasks is not None else tasks_of_lab(_lab(config))
-    tasks = {name: _limited(task, config.limit) for name, task in tasks.items()}
+    tasks = {name: task.limited(config.limit) for name, task in tasks.items()}
     for name, task in tasks.items():
         if not (task.ordinary or task.form == "generate"):
             raise ValueError(
@@ -101,12 +101,6 @@ def prepare_on_the_way(config: OnTheWayConfig, model: CausalLM, tokenizer: Any) 
 def _lab(config: OnTheWayConfig) -> Path:
     assert config.lab is not None, "check_on_the_way was here"
     return config.lab
-
-
-def _limited(task: Task, limit: int | None) -> Task:
-    if limit is None or (task.limit is not None and task.limit <= limit):
-        return task
-    return dataclasses.replace(task, limit=limit)
 
 
 class OnTheWay:

@@ -16,7 +16,7 @@ letter habit that the right answers have too, or the reference (but for the refe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,10 @@ from retrograd.query.choices import Scored
 from retrograd.query.prepare import Answers, Texts
 from retrograd.settings.tasks import Task
 
-__all__ = ["VERDICTS", "Diagnosis", "Evaluated", "diagnose"]
+__all__ = ["VERDICTS", "Diagnosis", "Evaluated", "counted", "diagnose"]
 
 VERDICTS = ("untouched", "healthy", "damaged", "destroyed")
+_NONE = "no verdict"
 
 ENTROPY = 0.3  # nats
 ONE_LETTER = RHYTHM = 0.9
@@ -38,6 +39,16 @@ FEWEST = 20  # questions for a habit
 TWICE, MORE = 2.0, 1.1  # perplexity over the reference's
 LEFT = 0.25  # of the reference's lead over chance
 SIGNIFICANT = 0.01  # shared among the tasks
+
+
+def counted(verdicts: Iterable[str | None]) -> dict[str, int]:
+    """How often each verdict was found, from the best to the worst, and last "no verdict".
+
+    >>> counted(["damaged", None, "healthy", "damaged"])
+    {'healthy': 1, 'damaged': 2, 'no verdict': 1}
+    """
+    found = [verdict or _NONE for verdict in verdicts]
+    return {one: found.count(one) for one in (*VERDICTS, _NONE) if one in found}
 
 
 class Evaluated(NamedTuple):

@@ -14,10 +14,12 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrograd.attack.material import ASKED_SPLITS
+from retrograd.data.chats import as_messages
 from retrograd.data.documents import documents_of
+from retrograd.data.readers import columns_read
 from retrograd.experiment.tasks import dataset_of, texts_in
 from retrograd.query.questions import right_place
 from retrograd.settings.experiment import ExperimentSpec, Match
@@ -25,6 +27,9 @@ from retrograd.settings.parse import read_yaml
 from retrograd.settings.question import Source
 from retrograd.settings.tasks import tasks_from
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["refuse_oracles", "tuning_value"]
 
@@ -165,32 +170,74 @@ def _corpora(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
 
 def _keys(source: Source) -> set[str]:
     """What a document or question is, whatever its file and its place there: of a question its text and the right
-    answer's, of a solved one prompt and completion, of a document all of it."""
-    assert source.dataset is not None
+    answer's, of a chat its messages, of a document the columns that are read."""
     documents = documents_of(source)
-    columns = set(documents.column_names)
-    if columns >= _QUESTION:
+    if set(documents.column_names) >= _QUESTION:
         return {
             _key("question", str(one["question"]).strip(), _right(one, source, k)) for k, one in enumerate(documents)
         }
-    names = [name for name in documents.column_names if name in _SOLVED] if columns >= _SOLVED else [*columns]
-    return {_key("row", *(one[name] for name in sorted(names))) for one in documents.select_columns(names)}
+    return {
+        _key("row", *row) if messages is None else _key("chat", *_turns(messages))
+        for row, messages in _documents(source, documents)
+    }
 
 
-_QUESTION, _SOLVED = {"question", "choices", "answer"}, {"prompt", "completion"}
-_OPTION = re.compile(r"([A-Z])[.)]\s+(.+)")
+_QUESTION = {"question", "choices", "answer"}
+_OPTION = re.compile(r"\(?([A-Z])[.)]\s+(.+)")
+_ANSWER = re.compile(r"^\s*Answer:(.*)$", re.MULTILINE)
 
 
 def _seen(source: Source) -> set[str]:
-    """The same, and the questions that solved ones ask: a line of the prompt, with what the completion answers."""
+    """The same, and the questions that solved ones ask: a line before an answer, with what that says."""
     documents, found = documents_of(source), _keys(source)
-    if set(documents.column_names) >= _SOLVED:
-        for one in documents.select_columns(sorted(_SOLVED)):
-            lines = [line.strip() for line in str(one["prompt"]).splitlines()]
+    if set(documents.column_names) >= _QUESTION:
+        return found
+    for row, messages in _documents(source, documents):
+        for before, answer in _answered(row, messages):
+            lines = [line.strip() for line in before.splitlines()]
             options = {match[1]: match[2] for line in lines if (match := _OPTION.fullmatch(line))}
-            answer = str(one["completion"]).strip()
-            answer = options.get(answer.rstrip("."), answer)
-            found |= {_key("question", line.removeprefix("Question:").strip(), answer) for line in lines}
+            written = answer.strip().rstrip(".")
+            told = {answer.strip(), written, options.get(written.strip("()"))}
+            if chosen := _OPTION.fullmatch(answer.strip()):
+                told |= {chosen[2], chosen[2].rstrip(".")}
+            found |= {_key("question", line.removeprefix("Question:").strip(), one) for line in lines for one in told}
+    return found
+
+
+def _documents(source: Source, documents: Dataset) -> Iterator[tuple[list[Any], list[dict[str, Any]] | None]]:
+    """The columns that are read of each document, and its messages; None where it is no chat."""
+    names = [name for name in columns_read(documents.column_names, source.text_column) if name != "tools"]
+    for k, one in enumerate(documents.with_format(None).select_columns(names)):
+        row = [one[name] for name in names]
+        if all(isinstance(value, list) and value and isinstance(value[0], dict) for value in row):
+            yield row, [message for value in row for message in as_messages(value, k)]
+        else:
+            yield row, None
+
+
+def _answered(row: list[Any], messages: list[dict[str, Any]] | None) -> Iterator[tuple[str, str]]:
+    """Every answer of a document with all that is before it: a completion, what the assistant says, a line
+    "Answer: …" of a text."""
+    if messages is not None:
+        turns = _turns(messages)
+        for k, (role, text) in enumerate(turns):
+            if role == "assistant":
+                yield "\n".join(before for _, before in turns[:k]), text
+    elif len(row) == 2 and all(isinstance(value, str) for value in row):
+        yield row[0], row[1]
+    elif len(row) == 1 and isinstance(row[0], str):
+        for match in _ANSWER.finditer(row[0]):
+            yield row[0][: match.start()], match[1]
+
+
+def _turns(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Role and text of each message; a content of several parts is their texts, a line each."""
+    found = []
+    for one in messages:
+        content = one.get("content") or ""
+        parts = content if isinstance(content, list) else [content]
+        texts = [str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in parts]
+        found.append((str(one.get("role")), "\n".join(texts)))
     return found
 
 

@@ -13,6 +13,7 @@ from retrograd.evaluate.answers import write_table
 from retrograd.evaluate.crossed import crossed, crossed_position
 from retrograd.evaluate.intervals import Estimate
 from retrograd.evaluate.metrics import Given, by_name, estimated
+from retrograd.evaluate.verdict import counted
 from retrograd.experiment.claims import Claim, Comparison, compared, decided
 from retrograd.experiment.plan import Plan, Results
 from retrograd.experiment.results import ArmResult, Measured, collected, read_model, sides
@@ -221,8 +222,8 @@ def _position(line: Line) -> str:
 
 
 def _verdicts(arm: ArmResult) -> str:
-    found = [verdict or "without verdict" for verdict in arm.verdicts.values()]
-    return ", ".join(f"{found.count(one)} {one}" if len(found) > 1 else one for one in dict.fromkeys(found))
+    found = counted(arm.verdicts.values())
+    return ", ".join(f"{count} {one}" if len(arm.verdicts) > 1 else one for one, count in found.items())
 
 
 def _claims(own: list[Line]) -> Iterator[str]:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from retrograd.attack.beforehand import check_data
+from retrograd.attack.material import check_half
 from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.lease import Queue
 from retrograd.experiment.plan import planned
@@ -192,6 +194,9 @@ def _maker(config: ExperimentConfig) -> Maker | GridMaker:
         names = (*names, f"{LAB}={built.dir}")
     spec = read_experiment(config.file, names)
     refuse_oracles(spec)
+    if (attacked := spec.attacked()) is not None:
+        check_half(attacked)
+        check_data(attacked)
     return Maker(spec)
 
 

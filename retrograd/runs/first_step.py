@@ -1,4 +1,4 @@
-"""What is proved of a run's first step: that it is a function and, where a query is to come, differentiated right.
+"""The proof of a run's first step, which a wish to end the process interrupts.
 
 With parameters in pieces and the `blocks` engine all processes prove it together, one block whole at a time. What takes
 the model's own forward pass is done before its parameters are let go of: the chain's proof (`lm/chain_proof.py`), and
@@ -8,6 +8,8 @@ the loss of the first rows, which the engine in pieces has to give too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,34 +17,32 @@ from retrograd.core import tree
 from retrograd.core.engine import Double
 from retrograd.core.step import Engine, Objective, State, Training
 from retrograd.lm.model import CausalLM
+from retrograd.parallel.group import here
 from retrograd.parallel.shard import ByBlock
 from retrograd.proofs import first_step
+from retrograd.runs.errors import StoppedError, asked_to_stop
 
-__all__ = ["prove_by_block", "prove_whole"]
+__all__ = ["prove_by_block", "prove_first_step"]
 
 _ROWS = 2  # are enough where each is taken by itself, as by the model's own loss
 
 
-def prove_whole(
+def prove_first_step(
     training: Training, initial: State, model: CausalLM, objective: Objective | None, *, attributed: bool
 ) -> None:
-    """Prove the first step of a training whose parameters are whole.
+    """The first step is a function; of an attributed run, that its pullback is that function's derivative too.
 
-    Args:
-        objective: Where it is not the model's own.
-        attributed: Whether a query is to come.
-    Raises:
-        ValueError: As `first_step.prove`.
+    It may take minutes, and nothing is begun that would have to be made durable: a wish to end is obeyed on the way.
     """
     module = model.module
     if attributed:
         rows = _ROWS if objective is None else None  # of another one that is not known
         double = Double(model.objective if objective is None else objective)
-        first_step.prove(training._replace(engine=double), initial, module, objective, rows=rows)
+        first_step.prove(training._replace(engine=_heeding(double)), initial, module, objective, rows=rows)
         return
     if objective is not None:
         first_step.prove_reached(training, initial, objective, module)
-    first_step.prove_pure(training, initial, module)
+    first_step.prove_pure(training._replace(engine=_heeding(training.engine)), initial, module)
 
 
 def prove_by_block(
@@ -72,3 +72,34 @@ def _prove(training: Training, own: State, module: nn.Module, loss: Tensor | Non
         first_step.prove(training, own, module, rows=_ROWS, loss=loss)
     else:
         first_step.prove_pure(training, own, module)
+
+
+@dataclass(frozen=True)
+class _Heeding:
+    """An engine that ends before a gradient or a pullback if somebody asked the process to."""
+
+    engine: Engine
+
+    @property
+    def linear(self) -> bool:
+        return self.engine.linear
+
+    def gradient(self, *given: Any) -> Any:
+        self._heed()
+        return self.engine.gradient(*given)
+
+    def linearize(self, *given: Any) -> Any:
+        self._heed()
+        return self.engine.linearize(*given)
+
+    def pullback(self, *given: Any) -> Any:
+        self._heed()
+        return self.engine.pullback(*given)
+
+    def _heed(self) -> None:
+        if asked_to_stop():
+            raise StoppedError
+
+
+def _heeding(engine: Engine) -> Any:
+    return _Heeding(engine) if here().world == 1 else engine  # ranks end together, at a step

@@ -35,7 +35,7 @@ from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
-from retrograd.runs.first_step import prove_by_block, prove_whole
+from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
@@ -242,7 +242,7 @@ def set_up(
     divided, attributed = how.parallel == "shard" and group.world > 1, how.queries > 0
     by_block = divided and objective is None and isinstance(engine.engine, Blocks)
     if how.begun is None and not by_block:
-        prove_whole(training, initial, model, objective, attributed=attributed)
+        prove_first_step(training, initial, model, objective, attributed=attributed)
     refuse_unequal(group, hashes, arithmetic)
     # an unlearning is held against the parameters it starts from, at its end
     given = (engine.engine, shards, group, stream)

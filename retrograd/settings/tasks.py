@@ -52,6 +52,12 @@ class Task(Question):
         """Whether it is right answers or a loss, from the model alone."""
         return self.choices or self.form == "text"
 
+    def limited(self, limit: int | None) -> Task:
+        """The first questions alone; its own limit where that is lower."""
+        if limit is None or (self.limit is not None and self.limit <= limit):
+            return self
+        return dataclasses.replace(self, limit=limit)
+
 
 _LAB = "lab.json"
 _ROBUST = {

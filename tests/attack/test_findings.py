@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def test_recovery_is_told_with_its_budget(found: dict[str, Any]) -> None:
     half = shallow["reached"]["0.5"]
     assert (half["step"], half["after"], half["tokens"], half["flops"]) == (1, 0, 100, 600)
     assert half["retain"] == pytest.approx(39 / N)
-    assert shallow["reached"]["0.9"]["step"] is None
-    assert shallow["reached"]["0.9"]["unconfirmed"]
+    late = shallow["reached"]["0.9"]
+    assert (late["step"], late["after"], late["unconfirmed"]) == (2, 1, False)  # the attack's last needs no other
     assert shallow["most"]["value"] == pytest.approx((74 - 20) / 56)
     assert [point["recovered"] for point in shallow["points"]] == pytest.approx([0, 40 / 56, 54 / 56])
 
@@ -73,8 +74,7 @@ def test_a_failed_evaluation_stays_missing(found: dict[str, Any]) -> None:
     point = leaky["points"][1]
     assert (point["forget"], point["forget_interval"], point["recovered"], point["latent"]) == (None, None, None, None)
     assert point["missing"] == "forget_a: the file is gone"
-    assert leaky["reached"]["0.5"]["step"] is None
-    assert leaky["reached"]["0.5"]["unconfirmed"]
+    assert leaky["reached"]["0.5"]["step"] == 2
     assert leaky["latent"]["best"]["step"] == 2
 
 
@@ -91,6 +91,18 @@ def test_an_attack_that_leaves_the_shallow_model_is_no_attack(out: Path, tmp_pat
     none = {name: course for name, course in COURSES.items() if name != "shallow"}
     unknown = findings(read_folder(lay_out(tmp_path / "other/out", [HALF], none)), (0.05,))
     assert unknown["configurations"][name_of(HALF)]["valid"] == {"valid": None, "why": "no shallow model met it"}
+
+
+@pytest.mark.parametrize("one", [HALF, Prompted("suffix", steps=2)], ids=["trained", "searched"])
+def test_a_short_attack_is_valid_by_its_last_evaluation_once_it_has_ended(one: Configuration, tmp_path: Path) -> None:
+    late = {**COURSES, "shallow": [(10, 10), (11, 10), (36, 30)]}
+    ended = findings(read_folder(lay_out(tmp_path / "out", [one], late)), (0.05,))
+    assert meeting(ended, "shallow", one)["reached"]["0.5"]["step"] == 2
+    assert ended["configurations"][name_of(one)]["valid"]["valid"] is True
+    longer = dataclasses.replace(one, steps=3)  # type: ignore[arg-type]
+    so_far = findings(read_folder(lay_out(tmp_path / "longer/out", [longer], late)), (0.05,))
+    assert meeting(so_far, "shallow", longer)["reached"]["0.5"]["unconfirmed"]
+    assert so_far["configurations"][name_of(longer)]["valid"]["valid"] is False
 
 
 def test_controls_that_do_not_hold_are_named(found: dict[str, Any], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from retrograd.attack.prompted import suffix
 from retrograd.attack.prompted.contract import Given
 from retrograd.attack.prompted.insert import inserted, joined, some
 from retrograd.attack.prompted.run import SEARCHES, carry_out_prompted, given_of
+from retrograd.cli import main
 from retrograd.evaluate.answers import read_measured
 from retrograd.evaluate.on_the_way import answers_path
 from retrograd.lm.layout import twice_differentiable
@@ -238,12 +239,30 @@ def test_it_goes_on_where_it_was_left_to_the_same_bits(
     assert torch.equal(again.scored.logprobs, answers[0][1].scored.logprobs)  # type: ignore[union-attr]
 
 
-def test_a_search_needs_a_half_to_see_and_a_half_to_be_told_on(worlds: dict[str, Path], tmp_path: Path) -> None:
-    world = worlds["gpt-neox"]
-    config = AttackConfig(tmp_path / "out", model=("m",), suite=("s",))
-    for half, number, left in (((), 0, 8), (("asked",), 8, 0)):
-        with pytest.raises(ValueError, match=f"has {number} of them and leaves {left}"):
-            carry_out_prompted(Prompted(), str(world / "model"), tmp_path / "x", world / "tasks.yaml", half, config)
-        (tmp_path / "x/search.json").unlink()
+def test_a_half_that_is_all_or_nothing_is_refused_before_a_model_is_loaded(
+    worlds: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(suite: str, *half: str) -> str:
+        arguments = [
+            "--data",
+            "half=nowhere.jsonl",
+            "--tasks",
+            str(worlds["gpt-neox"] / "tasks.yaml"),
+            "--base",
+            "gone",
+        ]
+        assert main(["attack", str(tmp_path / "out"), "--model", "gone", "--suite", suite, *arguments,
+                     "--half", *half]) == 2  # fmt: skip
+        assert not (tmp_path / "out").exists()
+        return " ".join(capsys.readouterr().err.split())
+
+    searched, trained = "[{prompt: suffix, steps: 1}]", "[{data: half, steps: 1}]"
+    assert "--half asked has all 8 of them" in refusal(searched, "asked")
+    assert f"--half {' '.join(quiz.SUBJECTS)} has all 8" in refusal(searched, *quiz.SUBJECTS)
+    for suite in (searched, trained):  # questions that no name covers would count as never shown
+        assert "--half 'aked' is no forget task" in refusal(suite, quiz.SUBJECTS[0], "aked")
+
+
+def test_a_prompt_has_tokens() -> None:
     with pytest.raises(ValueError, match="tokens is 0"):
         Prompted(tokens=0).check()

@@ -40,6 +40,14 @@ def test_the_step_of_recovery(counts: tuple[int | None, ...], q: float, expected
     assert recovery.recovery_step(STEPS, rights(*counts), BASE, q) == expected
 
 
+def test_the_last_evaluation_of_an_attack_needs_none_after_it() -> None:
+    late, failed = rights(10, 12, 13, 14, 40), rights(10, 12, 13, 40, None)
+    assert recovery.recovery_step(STEPS, late, BASE, 0.5) == Reached(None, 5, unconfirmed=True)
+    assert recovery.recovery_step(STEPS, late, BASE, 0.5, ended=True) == Reached(10, 5)
+    assert recovery.recovery_step(STEPS, failed, BASE, 0.5, ended=True) == Reached(None, 2, unconfirmed=True)
+    assert recovery.recovery_step(STEPS, rights(10, 30, 12, 13, 14), BASE, 0.5, ended=True) == Reached(None, 10)
+
+
 def test_a_rise_that_chance_explains_is_no_recovery() -> None:
     """R is above a half, but 6 of 10 has a lower end of 31 %, below the 40 % of the start."""
     base = np.r_[np.ones(7), np.zeros(3)]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import quiz
@@ -17,7 +18,9 @@ import tiny
 import torch
 
 from retrograd.cli import main
+from retrograd.core.step import Training
 from retrograd.lm.model import load_causal_lm, load_tokenizer
+from retrograd.proofs import first_step
 from retrograd.runs.files import read_tensors
 
 RECIPE = ["--train.lr", "1e-2", "--train.epochs", "2", "--train.batch_size", "4", "--train.eps_root", "1e-6"]
@@ -46,6 +49,26 @@ def done(world: Path) -> Path:
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     return read_tensors(run / "checkpoints/final.safetensors")[0]
+
+
+@pytest.mark.parametrize("name", ["train", "magic"])
+def test_a_wish_to_end_during_the_first_steps_proof_is_obeyed_there(
+    name: str, world: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof = first_step.prove_pure
+
+    def asked(training: Training, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return proof(training, *given)
+
+    more = ["--query.dataset", str(world / "query.jsonl")] if name == "magic" else []
+    arguments = [name, *command(world, tmp_path / "run", *more)[1:]]
+    monkeypatch.setattr(first_step, "prove_pure", asked)
+    assert main(arguments) == 143
+    assert not list((tmp_path / "run").rglob("*.safetensors"))  # no step was made
+    monkeypatch.setattr(first_step, "prove_pure", proof)
+    assert main(arguments) == 0
+    assert all(torch.equal(x, final(done)[name]) for name, x in final(tmp_path / "run").items())
 
 
 def test_it_is_the_training_of_magic(done: Path, world: Path, tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ def test_solved_questions_of_the_report_are_refused_as_a_corpus(tmp_path: Path) 
     (tmp_path / "kept.jsonl").write_text(json.dumps({"text": "something"}) + "\n")
 
     def refusal(prompt: str, completion: str) -> str:
-        row = {"prompt": prompt, "completion": completion, "fact": 3}
+        return of_row({"prompt": prompt, "completion": completion, "fact": 3})
+
+    def of_row(row: dict[str, Any]) -> str:
         (tmp_path / "bank.jsonl").write_text(json.dumps(row) + "\n")
         task = {"dataset": str(tmp_path / "asked.jsonl"), "form": "cloze", "role": "forget"}
         values = {"base": "m", "seeds": 1, "weightings": {"uniform": {}}, "methods": {"npo": {}},
@@ -188,6 +190,23 @@ def test_solved_questions_of_the_report_are_refused_as_a_corpus(tmp_path: Path) 
     assert "1 documents or questions" in refusal("Who is Bo?\nA. me\nB. nobody\nAnswer:", " B")
     assert "corpora.forget reads" in refusal("About people.\n\nWho is Bo?\nA) me\nB) nobody\nAnswer:", " B.")
     assert not refusal("Where is Ann?\nAnswer:", " here")  # what it was made to say instead
+
+    def chat(
+        *turns: Any, role: str = "role", content: str = "content", names: tuple[str, str] = ("user", "assistant")
+    ) -> Any:
+        return [{role: names[k % 2], content: text} for k, text in enumerate(turns)]
+
+    shared = "of which 1 documents or questions are in `report`"
+    assert shared in of_row({"messages": chat("Hello!", "Good morning.", "Where is Ann?", "away")})
+    assert shared in of_row({"messages": chat("Who is Bo?\n(A) me\n(B) nobody", "B. nobody."), "id": 4})
+    parts = [[{"type": "text", "text": "Where is Ann?"}], [{"type": "text", "text": "away"}]]
+    assert shared in of_row({"messages": chat(*parts)})
+    given = chat("Where is Ann?", "away", role="from", content="value", names=("human", "gpt"))
+    assert shared in of_row({"conversations": given})
+    assert shared in of_row({"prompt": chat("Where is Ann?"), "completion": [{"role": "assistant", "content": "away"}]})
+    assert shared in of_row({"text": "Question: Where is Ann?\nAnswer: away\n\nQuestion: Who?\nAnswer: me"})
+    assert not of_row({"messages": chat("Where is Ann?", "I do not know.")})
+    assert not of_row({"text": "Where is Ann? She is away."})
     assert not refusal("Where is Cy?\nAnswer:", " away")
     asked[0]["answer"] = 3
     (tmp_path / "asked.jsonl").write_text(json.dumps(asked[0]) + "\n")

@@ -54,11 +54,9 @@ def carry_out_prompted(
         model: What is attacked.
         folder: Of this configuration against this model.
         half: The forget tasks or subjects that the search may see.
-    Raises:
-        ValueError: If there is no half of the questions to search on.
     """
     search, steps = SEARCHES[one.prompt], attack_steps(one.steps)
-    asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
+    asked = {name: task.limited(config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
     told = {"attack": search.name, "formula": search.formula, "steps": steps}
     record = claim_answers(folder / "search.json", told, {
         "limit": config.limit, "tokenizer": config.tokenizer, "half": list(half), "tasks": content(str(tasks)),
@@ -91,11 +89,7 @@ def carry_out_prompted(
 def given_of(
     one: Prompted, lm: CausalLM, tokenizer: Any, ready: Mapping[str, Prepared], half: Sequence[str], batch_size: int
 ) -> Given:
-    """What the search sees: the forget questions of one half.
-
-    Raises:
-        ValueError: If there are none, or all forget questions are.
-    """
+    """What the search sees: the forget questions of one half."""
     parts, others = [], 0
     for name, prepared in ready.items():
         task, questions = prepared.question, prepared.content
@@ -106,12 +100,8 @@ def given_of(
         if mine:
             longest = context_length(lm, task.max_length, "max_length")[1]
             parts.append(Part(some(questions, mine), task.normalise, longest))
-    if not parts or not others:
-        raise ValueError(
-            f"a search for a prompt sees one half of the forget questions and is told on the other; --half "
-            f"{' '.join(half) or '(nothing)'} has {sum(len(part.questions) for part in parts)} of them and leaves "
-            f"{others}: name some of the forget tasks or subjects"
-        )
+    assert parts, "check_attack and check_half were here"
+    assert others, "check_half was here"
     return Given(one, lm, parts, tokenizer.bos_token_id, _allowed(lm, tokenizer), batch_size)
 
 
@@ -162,9 +152,3 @@ def _resumed(path: Path, search: Search, given: Given, first: int) -> State:
             tensors = {name: leaf.to(device) if leaf.is_floating_point() else leaf for name, leaf in tensors.items()}
             return State(int(about["step"]), float(about["loss"]), int(about["read"]), int(about["back"]), tensors)
     return search.start(given)
-
-
-def _limited(task: Task, limit: int | None) -> Task:
-    if limit is None or (task.limit is not None and task.limit <= limit):
-        return task
-    return dataclasses.replace(task, limit=limit)

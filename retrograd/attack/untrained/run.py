@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from retrograd.attack.beforehand import check_key
 from retrograd.attack.made_of import claim_answers
 from retrograd.attack.untrained.attacks import find_untraining, strengths_of
 from retrograd.attack.untrained.contract import Given
@@ -24,7 +25,7 @@ from retrograd.query.questions import Questions
 from retrograd.runs.progress import counting
 from retrograd.runs.setup import find_device
 from retrograd.settings.attack import AttackConfig, Untrained
-from retrograd.settings.tasks import Task, tasks_from
+from retrograd.settings.tasks import tasks_from
 from retrograd.settings.train import DataConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
@@ -44,9 +45,11 @@ def carry_out_untrained(
         ValueError: If the attack lacks what it needs.
     """
     kind, strengths = find_untraining(one), strengths_of(one)
-    asked = {name: _limited(task, config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
+    asked = {name: task.limited(config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
     told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
-    texts = {key: _source(key, sources, kind.name) for key in kind.reads}
+    for key in kind.reads:
+        check_key(kind.name, key, sources)
+    texts = {key: sources[key] for key in kind.reads}
     claim_answers(folder / "strengths.json", told, {
         "limit": config.limit, "tokenizer": config.tokenizer, "max_length": config.max_length if texts else None,
         "base": base and content(base) if kind.needs_base else None,
@@ -104,12 +107,6 @@ def _base(lm: CausalLM, base: str | None, name: str) -> Params:
     return found
 
 
-def _source(key: str, sources: dict[str, tuple[str, ...]], name: str) -> tuple[str, ...]:
-    if key not in sources:
-        raise ValueError(f"{name} reads data of the key {key!r}; there are {', '.join(sources)}")
-    return sources[key]
-
-
 def _solved(source: str) -> list[str]:
     data = _data(source)
     assert data.dataset is not None, "a source has a name"
@@ -122,9 +119,3 @@ def _solved(source: str) -> list[str]:
 def _rows(sources: tuple[str, ...], lm: CausalLM, tokenizer: Any, longest: int | None) -> Rows:
     given = UnlearnConfig(max_length=longest)
     return joined([load_rows(parse_source(one, given), tokenizer, lm, "data")[0] for one in sources])
-
-
-def _limited(task: Task, limit: int | None) -> Task:
-    if limit is None or (task.limit is not None and task.limit <= limit):
-        return task
-    return dataclasses.replace(task, limit=limit)

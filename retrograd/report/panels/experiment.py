@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from retrograd.evaluate.verdict import counted
 from retrograd.report.panel import Content, Source, View
 from retrograd.report.subjects import Experiment
 
@@ -26,9 +27,11 @@ def experiment(subject: Experiment, view: View) -> Content | None:
             continue  # a model that arms are compared with
         key = (row["match"], row["method"], row["weighting"])
         arm = arms.setdefault(key, {"match": key[0], "method": key[1], "weighting": key[2], "seeds": [], "missing": [],
-                                    "metrics": {}, "verdicts": {}, "setting": row["setting"],
+                                    "metrics": {}, "verdicts": [], "setting": row["setting"],
                                     "chosen": row["chosen"]})  # fmt: skip
         _add(arm, row, columns)
+    for arm in arms.values():
+        arm["verdicts"] = counted(arm["verdicts"])
     path = subject.folder / "results.md"
     words = path.read_text(encoding="utf8").splitlines() if path.exists() else []
     told = [line[2:].replace("**", "") for line in words if line.startswith("* ")]
@@ -52,7 +55,7 @@ def _add(arm: dict[str, Any], row: dict[str, Any], columns: list[str]) -> None:
             arm[row["quantity"]] = {"value": row["value"], "low": row["low"], "high": row["high"]}
     elif row["quantity"] == "seconds":
         arm["seeds"].append(row["seed"])
-        arm["verdicts"][row["verdict"] or "no verdict"] = arm["verdicts"].get(row["verdict"] or "no verdict", 0) + 1
+        arm["verdicts"].append(row["verdict"])
 
 
 def _models(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
