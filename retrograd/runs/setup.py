@@ -30,6 +30,7 @@ from retrograd.lm.model import (
     only_trained,
 )
 from retrograd.parallel.group import here
+from retrograd.parallel.shard import Sharded
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
@@ -100,7 +101,8 @@ class Loaded(Setup):
     @property
     def doing(self) -> dict[str, Callable[..., Any]]:
         """As `Ready.doing`, and a part of what is asked."""
-        return {**super().doing, "ask": answering(here(), self.asked)}
+        engine = self.training.engine
+        return {**super().doing, **answering(here(), self.asked, engine.lying if isinstance(engine, Sharded) else None)}
 
     @property
     def queries(self) -> Queries:

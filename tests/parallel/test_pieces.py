@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peak import Peak
@@ -18,6 +19,7 @@ from retrograd.core.engine import Blocks
 from retrograd.core.optim import AdamW, Params, clip, clip_pullback
 from retrograd.core.slots import digest_of
 from retrograd.core.step import Recipe, State, Training, initial_state, micro_batches
+from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.chain import decoder_chain
 from retrograd.lm.model import CausalLM, causal_objective, trainable
@@ -27,6 +29,8 @@ from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.proofs import first_step
 from retrograd.proofs.slopes import Slopes
+from retrograd.query import together
+from retrograd.query.columns import contrast, query_columns
 from retrograd.runs.first_step import prove_by_block
 from retrograd.runs.shares import in_pieces
 
@@ -165,6 +169,7 @@ def proved(group: Group, width: int, layers: int, wrong: str = "") -> tuple[list
     return [most / size for most in seen], ""
 
 
+@pytest.mark.slow
 def test_proofs_hold_pieces_and_one_block() -> None:
     deep(256, 12)
     for (chain, step), error in on_ranks(2, proved, 256, 12):
@@ -186,6 +191,30 @@ def test_what_one_process_refuses_is_refused_in_pieces(wrong: str, message: str)
     deep(16, 2)
     for _, error in on_ranks(2, proved, 16, 2, wrong):
         assert message in error
+
+
+def asked(group: Group, whole: bool) -> tuple[float, Any]:
+    """The most bytes of a query beyond the parameters, in units of the model's; its values and gradient, leaf by leaf."""
+    model, _ = deep(256, 12)
+    rows = [np.array(row) for row in ([1, 2, 3, 4], [5, 6, 7], [8, 9])]
+    masks, owners = [np.arange(len(x)) > 0 for x in rows], [np.full(len(x), k) for k, x in enumerate(rows)]
+    columns = query_columns(model.objective, Rows(rows, masks, owners, 3, {}), "mean", batch_size=1)
+    lying, seen = None if whole else Pieces(model.params, 2, group), list[int]()
+    with Peak() as counted:
+        ask = counted.during(together._answered, seen.append)
+        values, found = ask(group, [*columns, *contrast("x", columns, columns)], model.params, lying)
+    gathered = found if lying is None else dict(zip(lying.shapes, together._gathered(lying, found), strict=True))
+    return seen[0] / tree.nbytes(model.params), (values, tree.digest({name: gathered[name] for name in model.params}))
+
+
+@pytest.mark.slow
+def test_a_query_in_pieces_has_the_bits_of_a_whole_one_and_never_its_gradient() -> None:
+    most, alone = asked(ALONE, True)
+    assert most > 3, "two columns, and a part's gradient"
+    for rank, (most, found) in enumerate(on_ranks(2, asked, False)):
+        assert found[1] == alone[1]
+        assert rank or torch.equal(found[0], alone[0])
+        assert most < 2, "half of two columns, and of one once more while it is gathered; an eighth of a part's"
 
 
 def test_what_is_let_go_of_takes_no_memory_and_keeps_its_ties() -> None:
