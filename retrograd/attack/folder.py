@@ -29,8 +29,8 @@ from retrograd.settings.parse import build
 from retrograd.settings.prompted import Prompted
 
 __all__ = [
-    "Attacked", "Folder", "claim_folder", "configuration_from", "read_folder", "refuse_foreign", "target_name",
-    "values_of",
+    "Attacked", "Folder", "claim_folder", "configuration_from", "forget_unmet", "read_folder", "refuse_foreign",
+    "target_name", "values_of",
 ]  # fmt: skip
 
 
@@ -125,6 +125,22 @@ def claim_folder(
     asked = {"tasks": str(tasks), **questions}
     write_json(path / "attack.json", {"models": targets, "configurations": named, "questions": asked})
     return read_folder(path)
+
+
+def forget_unmet(folder: Folder, target: Attacked, configuration: str) -> None:
+    """Take a meeting that cannot work out of the folder again: its configuration, if no model has met it, else its
+    model, if it has met nothing. Later calls, which do all that the folder knows of, would fail at it for ever."""
+    path = folder.path / "attack.json"
+    found = json.loads(path.read_text(encoding="utf8"))
+    if not any(_met(folder.place(one, configuration)) for one in folder.targets):
+        found["configurations"].pop(configuration, None)
+    elif not any(_met(folder.place(target, name)) for name in folder.configurations):
+        found["models"].pop(target.name, None)
+    write_json(path, found)
+
+
+def _met(place: Path) -> bool:
+    return any(file.is_file() for file in place.rglob("*"))
 
 
 def read_folder(path: Path) -> Folder:

@@ -37,9 +37,11 @@ from retrograd.settings.prompted import Prompted
 from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
 
 __all__ = [
-    "ASKED_SPLITS", "Material", "attacked_models", "check_half", "material_of", "shallow_unlearning", "split_entities",
+    "ASKED_SPLITS", "LAB_KEYS", "Material", "attacked_models", "check_half", "material_of", "shallow_unlearning",
+    "split_entities",
 ]  # fmt: skip
 
+LAB_KEYS = ("forget", "documents", "half", "other_half", "mixed", "retain", "benign", "prose", "shots")
 ASKED_SPLITS = ("paraphrase", "heldout")  # of a lab's questions
 _DOCUMENTS = 16  # of prose: documents are read one by one, at each evaluation
 _CLOZE = find_template(None, "cloze").name

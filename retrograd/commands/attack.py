@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
+from retrograd.attack.beforehand import check_data, check_models
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
-from retrograd.attack.folder import Attacked, Folder, claim_folder, refuse_foreign
+from retrograd.attack.folder import Attacked, Folder, claim_folder, forget_unmet, refuse_foreign
 from retrograd.attack.material import Material, attacked_models, check_half, material_of, shallow_unlearning
 from retrograd.attack.prompted.run import carry_out_prompted
 from retrograd.attack.tell import show_findings, write_findings
-from retrograd.attack.untrained.attacks import find_untraining
 from retrograd.attack.untrained.run import carry_out_untrained
 from retrograd.commands.attack_scores import attribute, check_attribution
 from retrograd.commands.training import MODEL, carry_out
@@ -52,15 +52,15 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
     console = console or Console()
     check_attack(config)
     check_half(config)
+    check_data(config)
     for one in configurations(config):
-        if isinstance(one, Untrained):
-            find_untraining(one)
-        elif config.attribute and isinstance(one, Finetune):
+        if config.attribute and isinstance(one, Finetune):
             check_attribution(config, one)
     refuse_foreign(config.out)
     with locked(config.out):
         refuse_foreign(config.out)
         material = material_of(config)
+        check_models([source for _, source in attacked_models(config, config.shallow)], config.tokenizer)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, attacked_models(config, shallow), configurations(config), material)
         _carry_out(config, folder, material, console)
@@ -84,7 +84,11 @@ def _carry_out(config: AttackConfig, folder: Folder, material: Material, console
     meetings = [(target, name) for name in folder.configurations for target in folder.targets]
     for place, (target, name) in enumerate(meetings, start=1):
         start = time.monotonic()
-        _meet(config, folder, material, target, name)
+        try:
+            _meet(config, folder, material, target, name)
+        except ValueError:
+            forget_unmet(folder, target, name)
+            raise
         console.print(f"{place}/{len(meetings)} {name} × {target.name}: {time.monotonic() - start:.0f} s")
 
 

@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from retrograd.attack.beforehand import check_data
 from retrograd.attack.findings import findings
 from retrograd.attack.material import check_half, material_of
 from retrograd.attack.tell import write_findings
@@ -108,6 +109,7 @@ def _maker(config: ExperimentConfig, console: Console) -> Maker | GridMaker:
     refuse_oracles(spec)  # by content: the lab has to be there
     if (attacked := spec.attacked()) is not None:
         check_half(attacked)
+        check_data(attacked)
     return maker
 
 

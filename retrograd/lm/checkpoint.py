@@ -20,6 +20,7 @@ __all__ = ["DTYPES", "load_module", "model_width", "read_config", "refuse_no_fol
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 _COMPOSITE = "ForConditionalGeneration"  # text beside images or sound: AutoModelForCausalLM loads the part for text
+_LEFT = "model"  # where a run leaves its model
 _NAMED = 5  # weights named in a message
 
 
@@ -104,12 +105,17 @@ def model_width(name: str) -> int:
 
 
 def refuse_no_folder(name: str, what: str) -> None:
-    """Refuse a name that can only be meant as a local folder and is none, before a hub is asked for it.
+    """Refuse a name that can only be meant as a local folder and is none, before a hub is asked for it; and the folder
+    of a run, whose model is in it.
 
     Raises:
         ValueError: With the part of the path that does exist.
     """
     path = Path(name)
+    if not (path / "config.json").is_file() and (path / _LEFT / "config.json").is_file():
+        raise ValueError(
+            f"cannot load {what} {name!r}: it is the folder of a run, which left its model in {path / _LEFT}"
+        )
     if (name.startswith((".", "/", "~")) or len(path.parts) > 2) and not path.is_dir():
         there = next(folder for folder in path.absolute().parents if folder.exists())
         found = "is a file" if path.exists() else f"does not exist; {there} does"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from retrograd.attack.beforehand import check_data
 from retrograd.attack.material import check_half
 from retrograd.experiment.grid import GridMaker
 from retrograd.experiment.lease import Queue
@@ -195,6 +196,7 @@ def _maker(config: ExperimentConfig) -> Maker | GridMaker:
     refuse_oracles(spec)
     if (attacked := spec.attacked()) is not None:
         check_half(attacked)
+        check_data(attacked)
     return Maker(spec)
 
 

@@ -352,7 +352,7 @@ def read_suite(name: str) -> list[Configuration]:
     if name in SUITES:
         return [one for entry in SUITES[name] for one in _expanded(entry, f"suite {name}")]
     path, written = Path(name), name.lstrip().startswith("[")
-    if not written and not path.exists():
+    if not written and not path.is_file():
         raise ValueError(f"there is no suite {name!r}; there are {', '.join(SUITES)}, or give a YAML file")
     where = "--suite" if written else str(path)
     try:
@@ -389,6 +389,8 @@ def attack_steps(last: int) -> list[int]:
 def _expanded(entry: dict[str, Any], where: str) -> list[Configuration]:
     """A configuration for each combination of the settings that have several values."""
     kind: Any = Untrained if "attack" in entry else Prompted if "prompt" in entry else Finetune
+    if {"steps", "epochs"} <= entry.keys():
+        raise ValueError(f"{where} has steps and epochs: one of them says how long it is")
     own = ("modules", "strengths")  # settings that are lists themselves
     names = list(entry)
     values: list[Sequence[Any]] = [

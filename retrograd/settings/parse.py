@@ -136,14 +136,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(options[0], value, where)
     if origin is tuple:
-        return _listed(value, where)
+        return tuple(_convert(options[0], inner, where) for inner in _listed(value, where))
     if origin is dict:
         return {
             str(name): _convert(options[1], inner, f"{where}: {name}") for name, inner in by_name(value, where).items()
         }
     try:
-        if hint is bool and not isinstance(value, bool):
+        if (hint is bool) != isinstance(value, bool) or isinstance(value, (dict, list)):
             raise TypeError
+        if hint is int and isinstance(value, float) and value != int(value):
+            raise ValueError
         return hint(value)  # YAML reads 1e-4 as a string
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is {value!r}; it has to be of type {hint.__name__}") from error

@@ -17,6 +17,7 @@ from retrograd.attack.material import split_entities
 from retrograd.cli import main
 from retrograd.lab.build import lab
 from retrograd.lm.model import load_causal_lm
+from retrograd.settings.attack import Untrained
 from retrograd.settings.commands import LabConfig
 
 
@@ -37,7 +38,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(world: Path, out: Path, suite: Path) -> list[str]:
+def command(world: Path, out: Path, suite: Path | str) -> list[str]:
     """The random model is what is attacked, and as its own known-shallow one; a copy of it is the control."""
     random = str(world / "models/random")
     return ["attack", str(out), "--model", random, "--shallow", random, "--random", _copy(world), "--lab", str(world),
@@ -180,3 +181,63 @@ def test_few_rows_seen_often_are_refused_but_on_a_lab(
     assert main(arguments) == 2
     assert "times, and 2 are the most" in capsys.readouterr().err
     assert main([*arguments, "--max_passes", "100", "--steps", "2"]) == 0
+
+
+@pytest.fixture(scope="module")
+def adapters(world: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the random model, with weights that change it."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(world / "models/random")
+    targets = ["query_key_value"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    for name, leaf in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(leaf)
+    folder = tmp_path_factory.mktemp("adapters") / "mit Ü"
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_a_folder_of_adapters_is_attacked_as_the_model_that_they_make(
+    world: Path, adapters: str, tmp_path: Path
+) -> None:
+    suite = "[{data: half, lr: 1e-3, steps: 1, batch_size: 4}, {attack: prune, strengths: [0.1]}]"
+    random = str(world / "models/random")
+    arguments = ["attack", str(tmp_path / "out"), "--model", adapters, "--shallow", random, "--random", _copy(world)]
+    assert main([*arguments, "--lab", str(world), "--suite", suite, "--limit", "2", "--export", "true"]) == 0
+    folder = read_folder(tmp_path / "out")
+    attacked = next(target for target in folder.targets if target.source == adapters)
+    run = next(folder.place(attacked, name) / "attack" for name in folder.configurations if "full" in name)
+    start, left = load_causal_lm(adapters).params, load_causal_lm(str(run / "model")).params
+    assert start.keys() == left.keys()
+    off = max(float((start[name] - left[name]).abs().max()) for name in start)
+    assert 0 < off < 3e-3  # one step of 1e-3 from the merged model, whose weights moved by far more
+    other = load_causal_lm(random).params
+    assert max(float((start[name] - other[name]).abs().max()) for name in start) > 0.1
+
+
+def test_a_model_that_cannot_be_read_is_refused_before_the_first_meeting(
+    world: Path, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run = tmp_path / "run"
+    shutil.copytree(world / "models/random", run / "model")
+    assert main([*command(world, out, suite), "--model", str(run)]) == 2
+    assert f"the folder of a run, which left its model in {run}/model" in capsys.readouterr().err
+    assert not (out / "attack.json").exists()
+    assert not (out / "models").exists()
+
+
+def test_what_cannot_work_is_not_kept_for_later_calls(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    wrong, right = "[{data: half, rank: 2, modules: [nowhere]}]", "[{attack: prune, strengths: [0.5]}]"
+    assert main([*command(world, out, wrong), "--limit", "2"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main([*command(world, out, right), "--limit", "2"]) == 0
+    assert list(read_folder(out).configurations.values()) == [Untrained("prune", (0.5,))]

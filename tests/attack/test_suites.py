@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from retrograd.attack.beforehand import check_data
 from retrograd.settings.attack import (
     AttackConfig,
     Finetune,
@@ -120,6 +121,7 @@ def test_attacks_are_asked_at_geometric_steps() -> None:
         ({"model": ()}, "nothing to attack"),
         ({"suite": ()}, "no attack"),
         ({"suite": ("sixx",)}, "no suite 'sixx'"),
+        ({"suite": ("",)}, "no suite ''"),
         ({"lab": None}, "either --lab DIR or --data"),
         ({"data": ("forget=a.jsonl",)}, "either --lab DIR or --data"),
         ({"lab": None, "data": ("forget=a.jsonl",)}, "needs --tasks"),
@@ -148,6 +150,10 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], match: str) -> Non
         ("- {lr: -1}", "lr is -1"),
         ("- {warmup_steps: 100, steps: 100}", "warm-up steps leave none"),
         ("- {warmup_steps: 3, warmup_ratio: 0.1}", "give one of them"),
+        ("- {steps: 5, epochs: 2}", "steps and epochs"),
+        ("- {steps: 2.5}", "steps is 2.5; it has to be of type int"),
+        ("- {rank: true}", "rank is True"),
+        ("- {attack: prune, strengths: [many]}", "strengths is 'many'; it has to be of type float"),
         ("[", "cannot read"),
     ],
 )
@@ -156,3 +162,25 @@ def test_a_suite_that_cannot_work_is_refused(text: str, match: str, tmp_path: Pa
     path.write_text(text)
     with pytest.raises(ValueError, match=match):
         configurations(config(suite=(str(path),)))
+
+
+def test_strengths_are_numbers_however_yaml_reads_them() -> None:
+    assert read_suite("[{attack: prune, strengths: [1e-1]}]") == [Untrained("prune", (0.1,))]
+
+
+@pytest.mark.parametrize(
+    ("suite", "match"),
+    [
+        ("[{data: hlaf}]", "reads data of the key 'hlaf'; there are forget, documents"),
+        ("[{before: nothing}]", "key 'nothing'"),
+        ("[{attack: melt}]", "no attack 'melt'"),
+    ],
+)
+def test_what_an_attack_lacks_is_told_before_anything_is_loaded(suite: str, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        check_data(config(suite=(suite,)))
+
+
+def test_an_attack_that_needs_the_model_before_needs_a_word() -> None:
+    with pytest.raises(ValueError, match="interpolate needs the model before unlearning"):
+        check_data(config(suite=("[{attack: interpolate}]",), lab=None, data=("forget=a.jsonl",)))

@@ -374,7 +374,7 @@ class TestModelsThatAreNoChain:
         first, last = module.model.layers[0], module.model.layers[2]
         first.register_forward_hook(lambda layer, arguments, y: seen.append(y))
         last.self_attn.register_forward_hook(lambda part, arguments, y: (y[0] + 0.1 * seen[-1], *y[1:]))
-        with pytest.raises(ValueError, match=r"the chain's pullback differs from the model's own by .* of"):
+        with pytest.raises(ValueError, match=r"the chain's gradient differs from the model's own by .* of"):
             decoder_chain(module)
 
     def test_something_computed_between(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from retrograd.attack.beforehand import check_key
 from retrograd.attack.made_of import claim_answers
 from retrograd.attack.untrained.attacks import find_untraining, strengths_of
 from retrograd.attack.untrained.contract import Given
@@ -46,7 +47,9 @@ def carry_out_untrained(
     kind, strengths = find_untraining(one), strengths_of(one)
     asked = {name: task.limited(config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
     told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
-    texts = {key: _source(key, sources, kind.name) for key in kind.reads}
+    for key in kind.reads:
+        check_key(kind.name, key, sources)
+    texts = {key: sources[key] for key in kind.reads}
     claim_answers(folder / "strengths.json", told, {
         "limit": config.limit, "tokenizer": config.tokenizer, "max_length": config.max_length if texts else None,
         "base": base and content(base) if kind.needs_base else None,
@@ -102,12 +105,6 @@ def _base(lm: CausalLM, base: str | None, name: str) -> Params:
     if shapes[0] != shapes[1]:
         raise ValueError(f"{name}: the parameters of {base} are not those of the attacked model, by name and shape")
     return found
-
-
-def _source(key: str, sources: dict[str, tuple[str, ...]], name: str) -> tuple[str, ...]:
-    if key not in sources:
-        raise ValueError(f"{name} reads data of the key {key!r}; there are {', '.join(sources)}")
-    return sources[key]
 
 
 def _solved(source: str) -> list[str]:
