@@ -36,9 +36,9 @@ from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
+from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
-from retrograd.runs.initial_proof import prove_by_block, prove_first_step
 from retrograd.runs.recipe import recipe_of
 from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
