@@ -5,8 +5,8 @@
 
 The first runs `retrograd magic` on a GPT-NeoX of random weights with each number of ranks, replicated and in pieces, and
 tells for each rank the bytes of all tensors that it holds between two steps of the way back, where states are kept in
-memory; the most that it has at once while rows are passed over, for a gradient and for a pullback; and how far scores
-are from those of one process, relative to the largest. With --kills a run of two ranks is
+memory; the most that it has at once in the proofs before the first step, while rows are passed over, for a gradient and
+for a pullback, and in the query; and how far scores are from those of one process, relative to the largest. With --kills a run of two ranks is
 killed at random times, one rank each time, and goes on with one rank or two, replicated or in pieces, until it is done:
 its `scores.pt` has to have the bytes of a run that was left alone. Ranks are forked processes with gloo. Exit code 1 if
 anything differs.
@@ -43,8 +43,12 @@ from tools import gpt_neox, machine, table, write_json
 
 from retrograd.cli import main as command
 from retrograd.core.engine import Blocks, Double
+from retrograd.lm import engines
 from retrograd.parallel.group import Group
 from retrograd.parallel.split import Split
+from retrograd.query import together
+from retrograd.query.columns import Queries
+from retrograd.runs import setup
 from retrograd.runs.resume import Durable
 from retrograd.runs.trajectory import Trajectory
 
@@ -105,33 +109,36 @@ def watched(before: int) -> tuple[list[int], list[int]]:
 
 def peaks(counted: Peak, world: int) -> dict[str, list[int]]:
     """Notes the most bytes there are at once in a run's passes over rows, beyond what was held before, from now on."""
-    found: dict[str, list[int]] = {"gradient": [], "pullback": []}
+    found: dict[str, list[int]] = {"proofs": [], "gradient": [], "pullback": [], "query": []}
     start = counted.now
     passes: dict[str, list[tuple[Any, str]]] = {
+        "proofs": [(engines, "decoder_chain"), (setup, "prove_first_step"), (setup, "prove_by_block")],
         "gradient": [(Split, "_gradient"), (Split, "_linearize")],
         "pullback": [(Split, "_pulled")],
+        "query": [(together, "_answered")],
     }
     if world == 1:
-        passes = {kind: [(Blocks, name), (Double, name)] for kind, name in zip(found, ("gradient", "pullback"))}
+        passes |= {kind: [(Blocks, kind), (Double, kind)] for kind in ("gradient", "pullback")}
+        passes["query"] = [(Queries, "__call__")]
     for kind, methods in passes.items():
         for owner, name in methods:
             watched = counted.during(getattr(owner, name), lambda most, kind=kind: found[kind].append(most - start))
-            setattr(owner, name, lambda self, *given, watched=watched, **options: watched(self, *given, **options))
+            setattr(owner, name, lambda *given, watched=watched, **options: watched(*given, **options))
     train = Trajectory.train
 
     def trained(self: Trajectory) -> Any:
-        for each in found.values():
-            each.clear()  # of proofs, before the first step
+        for kind in ("gradient", "pullback"):
+            found[kind].clear()  # of proofs, before the first step
         return train(self)
 
     Trajectory.train = trained  # type: ignore[method-assign]
     return found
 
 
-def run(world: int, arguments: list[str]) -> list[tuple[int, int, int, int]]:
-    """(exit code, bytes held, most in a gradient, most in a pullback) of each rank."""
+def run(world: int, arguments: list[str]) -> list[tuple[int, ...]]:
+    """(exit code, bytes held, most in the proofs, in a gradient, in a pullback, in the query) of each rank."""
 
-    def rank(_: int) -> tuple[int, int, int, int]:
+    def rank(_: int) -> tuple[int, ...]:
         between, waiting = watched(held())
         code = 0
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), Peak() as counted:
@@ -157,16 +164,18 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             scores = torch.load(place / "scores.pt", weights_only=True).double()
             first = scores if first is None else first
             apart = float((scores - first).abs().max() / first.abs().max())
-            _, sizes, gradient, pullback = map(list, zip(*done, strict=True))
+            _, sizes, proofs, gradient, pullback, query = map(list, zip(*done, strict=True))
             worst = max(worst, apart)
             records.append({
-                "ranks": world, "mode": mode, "engine": engine, "held_bytes": sizes, "gradient_peak_bytes": gradient,
-                "pullback_peak_bytes": pullback, "apart": apart,
+                "ranks": world, "mode": mode, "engine": engine, "held_bytes": sizes, "proofs_peak_bytes": proofs,
+                "gradient_peak_bytes": gradient, "pullback_peak_bytes": pullback, "query_peak_bytes": query,
+                "apart": apart,
             })  # fmt: skip
-            told = [", ".join(f"{size / 2**20:.1f}" for size in each) for each in (sizes, gradient, pullback)]
+            phases = (sizes, proofs, gradient, pullback, query)
+            told = [", ".join(f"{size / 2**20:.1f}" for size in each) for each in phases]
             rows.append([mode if world > 1 else "one process", str(world), engine, *told, f"{apart:.1g}"])
-    print(table(["mode", "ranks", "engine", "MiB held between steps, by rank", "most in a gradient", "in a pullback",
-                 "scores apart"], rows))  # fmt: skip
+    print(table(["mode", "ranks", "engine", "MiB held between steps, by rank", "most in the proofs",
+                 "in a gradient", "in a pullback", "in the query", "scores apart"], rows))  # fmt: skip
     return {"records": records, "worst": worst, "ok": worst <= TOLERANCE[options.dtype]}
 
 

@@ -144,7 +144,9 @@ def _through(
     links = [Link(partial(_set_up, run, loaded, queries), partial(_open, run, unlearning, console)) for run in runs]
 
     def asked(setup: Setup, state: State) -> tuple[Tensor, Params]:
-        return ask(unlearning.run, setup, loaded.asked, state)
+        found, slopes = ask(unlearning.run, setup, loaded.asked, state)
+        assert isinstance(slopes, dict), "one process has them whole"
+        return found, slopes
 
     values, gradient = pulled_back(links, final.params, asked)
     named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}

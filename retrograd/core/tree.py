@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils import _pytree
 
 __all__ = [
-    "Frame", "Lying", "across", "bit_sums", "cut", "digest", "dot", "frame", "leaves", "lying", "map", "named",
-    "nbytes", "nonfinite", "norm", "stacked", "total", "unnamed",
+    "Frame", "Lying", "across", "bit_sums", "cut", "digest", "digest_of", "dot", "frame", "leaves", "lying", "map",
+    "named", "nbytes", "nonfinite", "norm", "stacked", "total", "unnamed",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -200,13 +200,20 @@ def digest(tree: Any) -> str:
 
     blake2b of each tensor's type, shape and `bit_sums`, in order. Not cryptographic, for the sums are not.
     """
-    given = leaves(tree)
+    return digest_of(leaves(tree))
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """The digest of a tree with these tensors, which are asked for one by one."""
+    found, kinds = [], []
+    for leaf in tensors:
+        found.append(bit_sums(leaf))
+        kinds.append(f"{leaf.dtype}{tuple(leaf.shape)};")
     hashed = hashlib.blake2b(digest_size=16)
-    if given:
-        found = [bit_sums(leaf) for leaf in given]
+    if found:
         one_device = len({x.device for x in found}) == 1
         together = torch.cat(found if one_device else [x.cpu() for x in found])  # a GPU is waited for once
-        hashed.update("".join(f"{leaf.dtype}{tuple(leaf.shape)};" for leaf in given).encode())
+        hashed.update("".join(kinds).encode())
         hashed.update(together.cpu().numpy().data)
     return hashed.hexdigest()
 

@@ -120,8 +120,7 @@ class BlockSum:
 
     def __init__(self, lying: Pieces, chain: Chain, like: Params) -> None:
         self.lying, self.like = lying, like
-        places = [chain.embed.names, *(link.names for link in chain.links), chain.head.names]
-        self.uses = Counter(leaf for names in places for leaf in set(names.values()))
+        self.uses = chain.uses
         self.seen = Counter[str]()  # in this round
         self.held: dict[str, dict[int, Tensor]] = {}  # by leaf and micro-batch; of a single place, their sum
         self.sums: dict[tuple[str, ...], PieceSum] = {}

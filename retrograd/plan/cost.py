@@ -22,11 +22,13 @@ __all__ = [
     "Forecast",
     "Kept",
     "Pace",
+    "apart_bytes",
     "device_bytes",
     "floor_of",
     "forecast",
     "pace_by_rate",
     "pullback_units",
+    "query_units",
     "step_bytes",
 ]
 
@@ -136,7 +138,13 @@ def pace_by_rate(work: Work, machine: Machine, engine: str, rows: int) -> Pace:
     parts = -(-work.steps.batch // (rows * machine.ranks))
     reverse = unit * pullback_units(work, engine, parts=parts) + pulled + references
     step = 3 * unit + update + references
-    return Pace(step, step, reverse if k else 0.0, 3 * work.asked / machine.ranks / machine.rate)
+    asked = query_units(machine) * work.asked / machine.ranks / machine.rate
+    return Pace(step, step, reverse if k else 0.0, asked)
+
+
+def query_units(machine: Machine) -> float:
+    """Of a query, in forward passes: where parameters are divided, it goes back by parts of the leaves."""
+    return 3.0 if machine.shards == 1 else 6.0
 
 
 def forecast(
@@ -208,7 +216,30 @@ def device_bytes(work: Work, machine: Machine, engine: str, activations: int) ->
         found["gathered"] = model.block * (1 + (3 * work.queries or 2))
     elif shards > 1:  # the same of the model while a rank passes over its rows
         found["gathered"] = model.trained_bytes * (1 + (2 * work.queries or 1))
-    return {**found, "activations": activations}
+    found["activations"] = activations
+    if shards > 1:
+        found["more before the first step, or in the query"] = max(
+            0, apart_bytes(work, shards, engine) - sum(found.values())
+        )
+    return found
+
+
+def apart_bytes(work: Work, shards: int, engine: str) -> int:
+    """Bytes at the peak of what passes no rows of a step, where parameters are divided.
+
+    The proofs have the model whole and, with `blocks`, an eighth of it or its largest block three times besides, else
+    five more tensors of its size; and then, with `blocks`, seven trees in pieces and a block. The query has the
+    parameters whole beside two states and its gradient in pieces and, of a part's, an eighth or a block twice.
+    """
+    model, k = work.model, work.queries
+    state, params, whole = work.matter.state // shards, work.matter.params // shards, model.trained_bytes
+    if engine == "blocks" and model.block is not None:
+        part = max(whole // 8, model.block)
+        proofs = max(whole + 3 * part, whole // shards + 7 * params + 3 * model.block)
+    else:
+        part, proofs = whole // 8, 6 * whole
+    query = whole + whole // shards + 2 * state + k * params + 2 * part if k else 0
+    return model.frozen_bytes + max(proofs if k else whole, query)
 
 
 def _seconds(work: Work, machine: Machine, layout: Layout | None, pace: Pace | None, kept: Kept) -> dict[str, float]:

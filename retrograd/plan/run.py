@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from retrograd.plan.cost import Forecast, Pace, device_bytes, forecast, pace_by_rate
+from retrograd.plan.cost import Forecast, Pace, device_bytes, forecast, pace_by_rate, query_units
 from retrograd.plan.described import Described, described, is_attributed, loaded
 from retrograd.plan.machine import Machine, machine_of, resident
 from retrograd.plan.probe import disk_rate, probe
@@ -106,7 +106,8 @@ def _chosen(found: Described, machine: Machine) -> tuple[Described, str, int]:
 def _shared(pace: Pace, machine: Machine) -> Pace:
     """A measured pace on so many ranks, as if nothing were lost between them."""
     ranks = machine.ranks
-    return Pace(pace.step / ranks, pace.again / machine.shards, pace.reverse / ranks, pace.query / ranks, pace.before)
+    query = pace.query * query_units(machine) / 3 / ranks
+    return Pace(pace.step / ranks, pace.again / machine.shards, pace.reverse / ranks, query, pace.before)
 
 
 def _unkept(found: Described, machine: Machine, replay: Replay, engine: str, rows: int, why: str) -> Planned:

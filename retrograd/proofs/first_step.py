@@ -13,50 +13,73 @@ agrees, the step is refused.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from retrograd.core import tree
 from retrograd.core.draws import random_draws
-from retrograd.core.optim import SGD, Adam, AdamW, Cotangent, Moments, Muon, Optimizer, Pair, Params
+from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine, Objective, State, Training, coefficients, micro_batches_of
-from retrograd.proofs.slopes import Slopes, randomly, scaled
+from retrograd.proofs.first_update import prove_update
+from retrograd.proofs.leaves import anywhere, named, refuse_infinite, some, wide
+from retrograd.proofs.slopes import Slopes, scaled
 
-__all__ = ["prove", "prove_gradient", "prove_pure", "prove_reached", "prove_update"]
+__all__ = ["loss_of", "prove", "prove_gradient", "prove_pure", "prove_reached"]
 
-_OWN = (SGD, Adam, AdamW, Muon)  # their pullbacks are proved by tests
+_NEAR = {torch.float64: 1e-8, torch.float32: 1e-3}  # of an engine's loss to the objective's, relative
 _DIRECTIONS = 2
 _FULL = 1 << 26  # parameters, frozen ones too, up to which a float64 copy is made, and a second row is read
 
 
 def prove(
-    training: Training, state: State, module: nn.Module, objective: Objective | None = None, rows: int | None = None
+    training: Training,
+    state: State,
+    module: nn.Module,
+    objective: Objective | None = None,
+    rows: int | None = None,
+    loss: Tensor | None = None,
 ) -> None:
     """All of it, on the first micro-batch: some fifteen gradients and a pullback, most of them in float64.
+
+    Parameters may lie in pieces, where the engine and `tree.lying` know how: then all processes call it.
 
     Args:
         module: Whose parameters the state has; for names, buffers and float64.
         objective: Where the loss is not retrograd's own.
         rows: How many rows are enough, where the loss takes each by itself; of a large model one is.
+        loss: By the model's own forward pass (`loss_of`), where the engine takes another way.
     Raises:
         ValueError: If a replayed step would be another one, or scores would not be the derivative.
     """
-    if rows is not None:
-        rows = rows if sum(theta.numel() for theta in module.parameters()) <= _FULL else 1
-        size = min(rows, training.recipe.micro_batch_size or rows)
-        training = training._replace(recipe=dataclasses.replace(training.recipe, micro_batch_size=size))
+    training = _on_few(training, module, rows)
     if objective is not None:
         prove_reached(training, state, objective, module)
-    grads = prove_pure(training, state, module)
+    found, grads = prove_pure(training, state, module)
+    if loss is not None:
+        _refuse_another(found, loss, next(iter(state.params.values())).dtype)
     prove_update(training.recipe.optimizer, state.params, grads)
+    del grads  # as large as the model
     prove_gradient(training, state, module)
+
+
+@torch.no_grad()
+def loss_of(
+    training: Training, state: State, objective: Objective, module: nn.Module, rows: int | None = None
+) -> Tensor:
+    """The loss [] of what `prove` looks at, by a forward pass of the objective, which has to change nothing.
+
+    Raises:
+        ValueError: If it changes the parameters or a buffer of the module.
+    """
+    batch, seed = _first(_on_few(training, module, rows), state)
+    with _unchanged(state, module), random_draws(seed, 0):
+        return objective(state.params, batch.inputs, coefficients(batch, training.weights))
 
 
 def prove_reached(training: Training, state: State, objective: Objective, module: nn.Module) -> None:
@@ -77,7 +100,7 @@ def prove_reached(training: Training, state: State, objective: Objective, module
     advice = "call the model with torch.func.functional_call(model, params, …)"
     if past:
         raise ValueError(
-            f"the loss reads {_some(past)} of the module itself and not of its argument `params`: training would not "
+            f"the loss reads {some(past)} of the module itself and not of its argument `params`: training would not "
             f"move what the loss depends on, and scores would miss it; {advice}"
         )
     if len(missed) == len(leaves):
@@ -87,38 +110,25 @@ def prove_reached(training: Training, state: State, objective: Objective, module
         )
 
 
-def prove_pure(training: Training, state: State, module: nn.Module | None = None) -> Params:
-    """The first micro-batch's gradient, once it is clear that it has the same bits every time.
+def prove_pure(training: Training, state: State, module: nn.Module | None = None) -> tuple[Tensor, Params]:
+    """The first micro-batch's loss and gradient, once it is clear that they have the same bits every time.
 
     Raises:
         ValueError: If two evaluations differ, or one changes the parameters or a buffer of the module.
     """
     batch, seed = _first(training, state)
-    held = dict(module.named_buffers()) if module is not None else {}
-    before = {"params": tree.digest(state.params), **{name: tree.digest(x) for name, x in held.items()}}
-    loss, grads, _ = training.engine.gradient(state.params, [batch], training.weights, seed)
-    again, others, _ = training.engine.gradient(state.params, [batch], training.weights, seed)
-    now = dict(module.named_buffers()) if module is not None else {}
-    changed = [name for name in held if name not in now or tree.digest(now[name]) != before[name]]
-    if changed:
-        raise ValueError(
-            f"the loss changes the buffer {_named(module, changed[0])}, which no state of the run holds: a replayed "
-            "step would be another one. Use a module without running statistics, or put it into evaluation mode"
-        )
-    if tree.digest(state.params) != before["params"]:
-        raise ValueError(
-            "the loss changes the parameters in place (nn.Embedding's max_norm does): a replayed step would be another "
-            "one. Make the change part of the loss, as an operation that returns a new tensor"
-        )
-    differs = [name for name, g in grads.items() if not _same(g, others[name])]
+    with _unchanged(state, module):
+        loss, grads, _ = training.engine.gradient(state.params, [batch], training.weights, seed)
+        again, others, _ = training.engine.gradient(state.params, [batch], training.weights, seed)
+    differs = anywhere({name: not _same(g, others[name]) for name, g in grads.items()})
     if differs or not _same(loss, again):
-        where = f"the gradient of {_named(module, differs[0])}" if differs else "the loss"
+        where = f"the gradient of {named(module, differs[0])}" if differs else "the loss"
         raise ValueError(
             f"the first step, evaluated twice from the same state, gives two results: {where} differs. A replayed step "
             "has to have the same bits: leave out random numbers drawn without `dropout`, counters and caches; on a "
             "GPU, torch.use_deterministic_algorithms(True)"
         )
-    return grads
+    return loss, grads
 
 
 def prove_gradient(training: Training, state: State, module: nn.Module | None = None) -> None:
@@ -136,39 +146,54 @@ def prove_gradient(training: Training, state: State, module: nn.Module | None = 
     small = sum(theta.numel() for theta in whole) <= _FULL
     if dtype == torch.float64 or (small and _runs_in_float64(training, state.params, batch, seed, module)):
         with _in_float64(module):
-            given = tree.map(_wide, (state.params, batch, training.weights))
+            given = tree.map(wide, (state.params, batch, training.weights))
             _compare_gradient(training.engine, *given, seed, module)
     else:
         _compare_gradient(training.engine, state.params, batch, training.weights, seed, module)
 
 
-def prove_update(optimizer: Optimizer, params: Params, grads: Params) -> None:
-    """Refuse an optimizer whose pullback is not the derivative of its update, or whose update is no function.
+def _on_few(training: Training, module: nn.Module, rows: int | None) -> Training:
+    """The training whose first micro-batch has so many rows; of a large model one, of None all."""
+    if rows is None:
+        return training
+    rows = rows if sum(theta.numel() for theta in module.parameters()) <= _FULL else 1
+    size = min(rows, training.recipe.micro_batch_size or rows)
+    return training._replace(recipe=dataclasses.replace(training.recipe, micro_batch_size=size))
 
-    Tried in float64 after two updates, at the gradient given, a thousandth and a thousand times of it: clipping shows
-    at one of them.
 
-    Raises:
-        ValueError: By the names of the optimizer and of what its update is differentiated by.
-    """
-    if isinstance(optimizer, _OWN):
-        return
-    draw = torch.Generator().manual_seed(0)
-    params, grads = tree.map(_wide, (params, grads))
-    typical = float(tree.norm(grads)) / max(1, sum(g.numel() for g in grads.values())) ** 0.5
-    if not 0 < typical < float("inf"):
-        return  # the run itself says what is wrong with such a gradient
-    for scale in (1.0, 1e3, 1e-3):
-        near = {name: scale * (g + 0.1 * typical * randomly(g, draw)) for name, g in grads.items()}
-        _compare_update(optimizer, params, near, draw)
+@contextmanager
+def _unchanged(state: State, module: nn.Module | None) -> Iterator[None]:
+    """Refuses what changes the parameters or a buffer inside."""
+    held = dict(module.named_buffers()) if module is not None else {}
+    before = {"params": tree.digest(state.params), **{name: tree.digest(x) for name, x in held.items()}}
+    yield
+    now = dict(module.named_buffers()) if module is not None else {}
+    changed = [name for name in held if name not in now or tree.digest(now[name]) != before[name]]
+    if changed:
+        raise ValueError(
+            f"the loss changes the buffer {named(module, changed[0])}, which no state of the run holds: a replayed "
+            "step would be another one. Use a module without running statistics, or put it into evaluation mode"
+        )
+    if tree.digest(state.params) != before["params"]:
+        raise ValueError(
+            "the loss changes the parameters in place (nn.Embedding's max_norm does): a replayed step would be another "
+            "one. Make the change part of the loss, as an operation that returns a new tensor"
+        )
+
+
+def _refuse_another(found: Tensor, own: Tensor, dtype: torch.dtype) -> None:
+    """Refuses an engine whose loss is not the objective's."""
+    difference = abs(float(found) - float(own))
+    if not difference <= _NEAR.get(dtype, 0.1) * (abs(float(own)) + 1e-3):
+        raise ValueError(
+            f"the engine's loss on the first rows is {float(found):.6g}, the model's own forward pass gives "
+            f"{float(own):.6g}: it would train another function. Take --engine double"
+        )
 
 
 def _first(training: Training, state: State) -> tuple[Batch, str | None]:
     batches, seed = micro_batches_of(training, state.step)
     return batches[0], seed
-
-
-# The gradient half.
 
 
 def _compare_gradient(
@@ -187,7 +212,7 @@ def _compare_gradient(
             f"the loss cannot be differentiated twice, which scores need: {str(error).strip().splitlines()[0]} Write "
             "the operation in plain tensor operations, or give it a backward that is differentiable itself"
         ) from error
-    _finite("H ḡ", products, module)
+    refuse_infinite("H ḡ", products, module)
 
     def value(point: Params) -> float:
         found = engine.gradient(point, [batch], weights, seed)[1]
@@ -200,7 +225,7 @@ def _compare_gradient(
         if not found.agrees:
             wrong = probe.leaves(along)
             raise ValueError(
-                f"the second derivative of the loss is not that of the step: along {_some(wrong, module)} the "
+                f"the second derivative of the loss is not that of the step: along {some(wrong, module)} the "
                 f"derivative of the gradient is {found.measured:.6g} by differences and {found.pulled:.6g} by "
                 "autograd, and scores would be wrong by as much. Something there hides from autograd what it does: "
                 "detach, straight-through estimates, once_differentiable, .item(), or a fused kernel with a backward "
@@ -214,11 +239,12 @@ def _in_float64(module: nn.Module | None) -> Iterator[None]:
 
     The very tensors are put back.
     """
-    held = [] if module is None else [*module.parameters(), *module.buffers()]
+    own = [] if module is None else [*module.parameters(), *module.buffers()]
+    held = [x for x in own if x.untyped_storage().nbytes() >= x.nbytes]  # what lies in pieces is not here
     before = [x.data for x in held]
     try:
         for x in held:
-            x.data = _wide(x.data)
+            x.data = wide(x.data)
         with _Widening():
             yield
     finally:
@@ -234,19 +260,20 @@ class _Widening(TorchFunctionMode):
     ) -> Any:
         if function is Tensor.float:
             function = Tensor.double
-        given = _pytree.tree_map(_widened, (arguments, options or {}))
-        return function(*given[0], **given[1])
+        return function(*map(_widened, arguments), **{name: _widened(x) for name, x in (options or {}).items()})
 
 
 def _widened(x: Any) -> Any:
-    return torch.float64 if x is torch.float32 else _wide(x) if isinstance(x, Tensor) else x
+    if isinstance(x, (tuple, list, dict)):
+        return _pytree.tree_map(_widened, x) if x else x
+    return torch.float64 if x is torch.float32 else wide(x) if isinstance(x, Tensor) else x
 
 
 def _runs_in_float64(
     training: Training, params: Params, batch: Batch, seed: str | None, module: nn.Module | None
 ) -> bool:
     """Whether the loss does: one with kernels of its own may not."""
-    params, batch, weights = tree.map(_wide, (params, batch, training.weights))
+    params, batch, weights = tree.map(wide, (params, batch, training.weights))
     try:
         with _in_float64(module):
             grads = training.engine.gradient(params, [batch], weights, seed)[1]
@@ -255,128 +282,8 @@ def _runs_in_float64(
     return all(g.dtype == torch.float64 for g in grads.values())
 
 
-# The update half.
-
-
-def _compare_update(optimizer: Optimizer, params: Params, grads: Params, draw: torch.Generator) -> None:
-    params, moments, varying = _after_two(optimizer, params, grads, draw)
-    _pure_update(optimizer, params, moments, grads)
-    new, after = optimizer.update(params, moments, grads, 2)
-    bars = tree.map(lambda x: randomly(x, draw) if x.is_floating_point() else x.new_zeros(x.shape), (new, after))
-    cotangent = Cotangent(*tree.map(lambda x: x[None], bars))
-    pulled = optimizer.pullback(params, moments, grads, 2, cotangent)
-    flat, flat_bars = _numbered(moments), _numbered(pulled.cotangent.moments)
-    inputs = {
-        "gradient": (grads, {name: bar[0] for name, bar in pulled.bars.items()}),
-        "moments": ({n: flat[n] for n in varying}, {n: flat_bars[n][0] for n in varying}),
-        "parameters": (params, {name: bar[0] for name, bar in pulled.cotangent.params.items()}),
-    }
-    for what, (point, slopes) in inputs.items():
-        if not point:
-            continue
-        _finite(f"the pullback of {_title(optimizer)} to its {what}", slopes)
-
-        def value(moved: Params, what: str = what) -> float:
-            given = {"parameters": params, "gradient": grads, "moments": moments}
-            given[what] = moved if what != "moments" else _placed(moments, {**flat, **moved})
-            out = optimizer.update(given["parameters"], given["moments"], given["gradient"], 2)
-            # from the unmoved outcome: a small change of large parameters would round away
-            return float(tree.dot(tree.map(torch.sub, *_floating(out, (new, after))), _floating(bars, bars)[0]))
-
-        probe = Slopes(value, point, slopes, draw)
-        # in proportion to each entry: an update is smooth there even where it divides by √v
-        along = {name: x * randomly(x, draw) for name, x in point.items()}
-        found = probe.along(along)
-        if not found.agrees:
-            raise ValueError(
-                f"the derivative of {_title(optimizer)}'s update by its {what} is {found.measured:.6g} by differences "
-                f"and {found.pulled:.6g} by its pullback (at {_some(probe.leaves(along))}): scores would be wrong by "
-                "as much. Something in it hides from autograd what it does, such as torchopt.clip_grad_norm or "
-                "use_accelerated_op; clip with max_grad_norm instead, or take an optimizer from retrograd.optim"
-            )
-
-
-def _after_two(
-    optimizer: Optimizer, params: Params, grads: Params, draw: torch.Generator
-) -> tuple[Params, Moments, list[str]]:
-    """Parameters and moments after two updates, and which moments depend on the gradient (a step count does not)."""
-    ends = []
-    for _ in range(2):
-        now, moments = params, optimizer.init(params)
-        for t in range(2):
-            moved = {name: g * (1 + 0.3 * randomly(g, draw)) for name, g in grads.items()}
-            now, moments = optimizer.update(now, moments, moved, t)
-            now, moments = tree.map(torch.detach, (now, moments))
-        ends.append((now, moments))
-    one, other = (_numbered(moments) for _, moments in ends)
-    varying = [name for name, x in one.items() if x.is_floating_point() and not torch.equal(x, other[name])]
-    return *ends[0], varying
-
-
-def _pure_update(optimizer: Optimizer, params: Params, moments: Moments, grads: Params) -> None:
-    given = (params, moments, grads)
-    before = tree.digest(given)
-    outcomes = [tree.digest(optimizer.update(*given, 2)) for _ in range(2)]
-    if tree.digest(given) != before:
-        raise ValueError(
-            f"{_title(optimizer)} changes its arguments in place: replay needs them as they were. Its update has to "
-            "return new tensors"
-        )
-    if outcomes[0] != outcomes[1]:
-        raise ValueError(
-            f"the update of {_title(optimizer)}, taken twice from the same state, gives two results: all that it "
-            "remembers has to be in the moments that it is given and returns"
-        )
-
-
-def _floating(*trees: Any) -> list[list[Tensor]]:
-    return [[x for x in tree.leaves(one) if x.is_floating_point()] for one in trees]
-
-
-def _numbered(moments: Moments) -> Params:
-    return {f"moment {place}": x for place, x in enumerate(tree.leaves(moments))}
-
-
-def _placed(moments: Moments, flat: Params) -> Moments:
-    given = iter(flat.values())
-    return tree.map(lambda _: next(given), moments)
-
-
-def _title(optimizer: Optimizer) -> str:
-    one = optimizer.pair if isinstance(optimizer, Pair) else optimizer
-    return f"the optimizer {type(one).__module__.split('.')[0]}.{type(one).__name__}"
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
 def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def _finite(what: str, found: Params, module: nn.Module | None = None) -> None:
-    bad = [name for name, x in found.items() if not bool(torch.isfinite(x).all())]
-    if bad:
-        raise ValueError(
-            f"{what} is not finite in {_named(module, bad[0])} at the first step, where the gradient is: a function "
-            "there has no finite slope, as √ at 0 (the cure for Adam is eps_root above 0)"
-        )
-
-
-def _named(module: nn.Module | None, name: str) -> str:
-    """A parameter or buffer with the type of the module that owns it."""
-    parts = dict(module.named_modules()) if module is not None else {}
-    owner = parts.get(name.rpartition(".")[0])
-    if owner is None:
-        return name
-    held = list(owner) if isinstance(owner, ParametrizationList) else [owner]
-    return f"{name} ({', '.join(type(one).__name__.lstrip('_') for one in held)})"
-
-
-def _some(names: Sequence[str], module: nn.Module | None = None) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(_named(module, name) for name in names[:3]) + more
 
 
 def _nodes(start: Any) -> Iterator[Any]:

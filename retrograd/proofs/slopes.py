@@ -21,6 +21,7 @@ __all__ = ["Compared", "Measured", "Slopes", "extrapolated_slope", "randomly", "
 
 _FINE = (1e-5, 1e-7, 1e-9, 1e-4, 1e-3, 1e-2)  # relative to a leaf's entries, in float64
 _COARSE = (1e-2, 3e-3, 1e-3, 3e-4)
+_EACH = 8  # leaves that are tried one by one
 _NEAR = {torch.float64: 1e-3, torch.float32: 0.02}  # of the slope's usual size
 
 
@@ -59,12 +60,12 @@ class Slopes:
         """Agreeing at one size is enough. Where none does, sizes that rounding leaves alone have to agree on another
         slope: at the run's precision kinks and steps give a slope of its own to every size, and nothing can be said.
         """
-        pulled = float(sum(torch.sum(u.double() * self.pulled[n].double()) for n, u in direction.items()))
-        squares = [float((u.double() * self.pulled[n].double()).square().sum()) for n, u in direction.items()]
+        sums = [_sums(u.double() * self.pulled[n].double()) for n, u in direction.items()]  # leaf by leaf
+        pulled, square = tree.total(torch.tensor(sums, dtype=torch.float64).sum(0)).tolist()
         sure: list[float] = []
         for h in self.sizes:
             measured = (self._moved(direction, h) - self._moved(direction, -h)) / (2 * h)
-            size, rounding = max(sum(squares) ** 0.5, abs(measured)), self.noise / h
+            size, rounding = max(square**0.5, abs(measured)), self.noise / h
             if rounding > self.near * size:
                 continue
             if abs(measured - pulled) <= self.near * size + rounding:
@@ -76,7 +77,13 @@ class Slopes:
         return Compared(pulled, sure[0] if sure else pulled, not told)
 
     def leaves(self, direction: Params) -> list[str]:
-        """Leaves along which alone the slopes differ, the most wrong first."""
+        """Leaves along which alone the slopes differ, the most wrong first; of many leaves one, found by halves."""
+        if len(direction) > _EACH:
+            names = list(direction)
+            half = {name: direction[name] for name in names[: len(names) // 2]}
+            if self.along(half).agrees:
+                half = {name: direction[name] for name in names[len(names) // 2 :]}
+            return self.leaves(half)
         each = {name: self.along({name: u}) for name, u in direction.items()}
         gaps = {name: abs(c.measured - c.pulled) for name, c in each.items() if not c.agrees}
         return sorted(gaps, key=lambda name: -gaps[name]) or list(direction)
@@ -84,6 +91,10 @@ class Slopes:
     def _moved(self, direction: Params, h: float) -> float:
         moved = {n: torch.add(self.point[n], u, alpha=h) for n, u in direction.items()}
         return self.value({**self.point, **moved})
+
+
+def _sums(terms: Tensor) -> tuple[float, float]:
+    return float(terms.sum()), float(terms.square().sum())
 
 
 def extrapolated_slope(

@@ -34,6 +34,7 @@ __all__ = [
     "batch_columns",
     "contrast",
     "function_column",
+    "graph_of",
     "load_function",
     "query_columns",
     "taken",
@@ -92,16 +93,21 @@ class Queries:
 
 def taken(part: Part, params: Params, slopes: bool = True) -> tuple[Tensor, Params]:
     """A part's value [] and, if asked for, its gradient."""
+    value, leaves = graph_of(part, params, slopes)
+    if not slopes:
+        return value.detach(), {}
+    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return value.detach(), dict(zip(leaves, found))
+
+
+def graph_of(part: Part, params: Params, slopes: bool = True) -> tuple[Tensor, Params]:
+    """A part's value [] and the leaves that it is a function of, with its graph if slopes are wanted."""
     objective, batch = part
     # data weights of one, wherever the batch points
     ones = batch.scale.new_ones(int(batch.index.max()) + 1)
     leaves = {name: theta.detach().requires_grad_(slopes) for name, theta in params.items()}
     with torch.set_grad_enabled(slopes), lookups.whole():
-        value = objective(leaves, batch.inputs, coefficients(batch, ones))
-    if not slopes:
-        return value.detach(), {}
-    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-    return value.detach(), dict(zip(leaves, found))
+        return objective(leaves, batch.inputs, coefficients(batch, ones)), leaves
 
 
 def query_columns(

@@ -16,9 +16,11 @@ from torch import Tensor
 from retrograd.core.optim import rate
 from retrograd.core.step import State
 from retrograd.parallel.group import here
+from retrograd.parallel.shard import Sharded
 from retrograd.query.named import Asked
-from retrograd.query.together import ask_together
+from retrograd.query.together import ask_together, given
 from retrograd.runs.files import read_tensors, write_json, write_tensors
+from retrograd.runs.gradients import StoredGradient, values_of, write_gradient
 from retrograd.runs.health import Finding, sweep_findings
 from retrograd.runs.journal import read_journal, recipe_gradients
 from retrograd.runs.scores import (
@@ -56,8 +58,17 @@ class Outcome(NamedTuple):
     findings: list[Finding]
 
 
-def ask(run: Path, loaded: Setup, asked: Sequence[Asked], final: State) -> tuple[Tensor, dict[str, Tensor]]:
-    """Values [K] and gradients [K, *shape] of queries at the final state, read again if they are on disk."""
+def ask(
+    run: Path, loaded: Setup, asked: Sequence[Asked], final: State
+) -> tuple[Tensor, dict[str, Tensor] | StoredGradient]:
+    """Values [K] and gradients [K, *shape] of queries at the final state, read again if they are on disk.
+
+    Of a run in pieces the gradients are on disk alone.
+    """
+    if isinstance(loaded.training.engine, Sharded):
+        paths = [run / "queries" / one.name / "gradient.safetensors" for one in asked]
+        each = [_ask_in_pieces(path, loaded, one, final) for path, one in zip(paths, asked)]
+        return torch.cat(each), StoredGradient(tuple(paths), tuple(final.params))
     found = [_ask_one(run / "queries" / one.name, loaded, one, final) for one in asked]
     values = torch.cat([values for values, _ in found])
     if len(found) == 1:
@@ -150,14 +161,36 @@ def _ask_one(folder: Path, loaded: Setup, one: Asked, final: State) -> tuple[Ten
         if metadata.get("identity") == identity:
             return tensors.pop("values"), {name.removeprefix("gradient."): g for name, g in tensors.items()}
     values, gradient = ask_together(here(), one, final.params)
+    named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}
+    _record(folder, one, values, final)
+    write_tensors(path, {"values": values, **named}, {"identity": identity, "layout": "whole"})
+    return values, gradient
+
+
+def _ask_in_pieces(path: Path, loaded: Setup, one: Asked, final: State) -> Tensor:
+    """The values; the gradient goes to disk leaf by leaf."""
+    engine, identity = loaded.training.engine, f"{loaded.identity}/{one.digest}"
+    assert isinstance(engine, Sharded)
+    known = values_of(path, identity)
+    if known is not None:
+        return known
+    values, own = ask_together(here(), one, final.params, engine.lying)
+    _record(path.parent, one, values, final)
+    write_gradient(path, values, final.params, given(engine.lying, own), identity)
+    return values
+
+
+def _record(folder: Path, one: Asked, values: Tensor, final: State) -> None:
+    """What query.json says.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
     if not torch.isfinite(values).all():
         raise ValueError(f"query {one.name!r} after training is {values.tolist()}; lower the learning rate")
-    named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}
     record = {**one.record, **one.measure(final.params)}
     columns = [column.name for column in one.columns]
     write_json(folder / "query.json", {"name": one.name, "columns": columns, "values_nats": values.tolist(), **record})
-    write_tensors(path, {"values": values, **named}, {"identity": identity, "layout": "whole"})
-    return values, gradient
 
 
 def _write(folder: Path, loaded: Loaded, scores: Tensor, names: Sequence[str], leading: int | None) -> list[Ranked]:

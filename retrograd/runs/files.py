@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "read_tensors",
     "sync",
     "write_atomic",
+    "write_in_turn",
     "write_json",
     "write_tensors",
     "write_torch",
@@ -74,16 +76,24 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that every tensor lies aligned
     flat = {name: tensor.detach().contiguous() for name, tensor in ordered}
-    need = sum(tensor.numel() * tensor.element_size() for tensor in flat.values())
-    make_folder(path.parent)
-    free = shutil.disk_usage(path.parent).free
-    if need > free:  # asked first: a memory-mapped write to a full disk would kill the process
-        raise RunError(_full(path, need, free))
+    need = _refuse_full(path, flat)
     if need < _LARGE or any(tensor.dtype not in _CODES for tensor in flat.values()):
         write_atomic(path, lambda t: save_file(flat, t, metadata))
         return
     parts = [np.frombuffer(_header(flat, metadata), np.uint8), *(as_bytes(tensor) for tensor in flat.values())]
     write_atomic(path, lambda t: write_direct(t, parts))
+
+
+def write_in_turn(path: Path, like: dict[str, Tensor], tensors: Iterable[Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, atomically, whose tensors are made one by one.
+
+    Args:
+        like: Tensors of their names, shapes and dtypes, in the order in which they come; wide ones before narrow ones.
+    """
+    _refuse_full(path, like)
+    parts = (as_bytes(tensor.detach().cpu().contiguous()) for tensor in tensors)
+    header = np.frombuffer(_header(like, metadata), np.uint8)
+    write_atomic(path, lambda t: write_direct(t, itertools.chain([header], parts)))
 
 
 def read_tensors(
@@ -158,6 +168,16 @@ def sync(path: Path) -> None:
     if path.exists():
         with _machine_errors(path):
             to_disk(path)
+
+
+def _refuse_full(path: Path, tensors: dict[str, Tensor]) -> int:
+    """Bytes of tensors, for which there is room: a memory-mapped write to a full disk would kill the process."""
+    need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    make_folder(path.parent)
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise RunError(_full(path, need, free))
+    return need
 
 
 def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from retrograd.core import tree
+from retrograd.core.engine import Blocks
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Objective, Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.pairs import PairStream, Part
@@ -28,12 +30,13 @@ from retrograd.lm.model import (
     only_trained,
 )
 from retrograd.parallel.group import here
+from retrograd.parallel.shard import Sharded
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
-from retrograd.runs.first_step import prove_first_step
+from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
@@ -98,7 +101,8 @@ class Loaded(Setup):
     @property
     def doing(self) -> dict[str, Callable[..., Any]]:
         """As `Ready.doing`, and a part of what is asked."""
-        return {**super().doing, "ask": answering(here(), self.asked)}
+        engine = self.training.engine
+        return {**super().doing, **answering(here(), self.asked, engine.lying if isinstance(engine, Sharded) else None)}
 
     @property
     def queries(self) -> Queries:
@@ -236,16 +240,19 @@ def set_up(
         dtype, torch.device(stream.device), engine.name, compiled=engine.compiled is not None, shards=shards
     )
     training = Training(recipe, engine.engine, stream, stream.weights)
-    if how.begun is None:
-        prove_first_step(training, initial, model, objective, attributed=how.queries > 0)
     hashes = _hashes(recipe, stream.rows, initial, model.module)
+    divided, attributed = how.parallel == "shard" and group.world > 1, how.queries > 0
+    by_block = divided and objective is None and isinstance(engine.engine, Blocks)
+    if how.begun is None and not by_block:
+        prove_first_step(training, initial, model, objective, attributed=attributed)
     refuse_unequal(group, hashes, arithmetic)
-    if how.parallel == "shard" and group.world > 1:
-        # an unlearning is held against the parameters it starts from, at its end
-        given = (engine.engine, shards, group, stream, model, initial, recipe.optimizer)
-        training = training._replace(engine=in_pieces(*given, keep=objective is not None))
+    # an unlearning is held against the parameters it starts from, at its end
+    given = (engine.engine, shards, group, stream)
+    divide = partial(in_pieces, *given, model, initial, recipe.optimizer, keep=objective is not None)
+    if how.begun is None and by_block:
+        training = prove_by_block(training, initial, model, divide, attributed=attributed)
     else:
-        training = training._replace(engine=shared(engine.engine, shards, group, stream))
+        training = training._replace(engine=divide() if divided else shared(*given))
     identity = identify(hashes, *visited, arithmetic.chosen)
     made = (model, tokenizer, stream, loss, engine, arithmetic, findings, hashes)
     return Setup(training, initial, identity, *made)

@@ -26,6 +26,7 @@ from retrograd.parallel.group import ALONE, here
 from retrograd.parallel.pieces import PieceLedger, Pieces
 from retrograd.parallel.shard import Sharded
 from retrograd.parallel.split import Split
+from retrograd.runs.gradients import StoredGradient
 from retrograd.runs.resume import Durable, first_missing, read_digests
 from retrograd.runs.states.budget import Replay, layout_of
 from retrograd.runs.states.relay import part_of, relay
@@ -134,7 +135,7 @@ class Trajectory:
 
     def reverse(
         self,
-        gradient: dict[str, Tensor],
+        gradient: dict[str, Tensor] | StoredGradient,
         key: str = "",
         *,
         curvature: bool = False,
@@ -151,6 +152,7 @@ class Trajectory:
             reached: Shown the cotangent of the first state.
             query: What tells the gradient, where this is a part of it; its digest when None.
         """
+        assert isinstance(gradient, dict), "the gradient of a run in pieces is on disk"
         gradient = {name: gradient[name] for name in self.initial.params}  # files have their own order
         query = query or tree.digest((gradient, moments))
         queries = next(iter(gradient.values())).shape[0]
@@ -277,21 +279,15 @@ class InPieces(Trajectory):
         return self._whole_state(final)
 
     def reverse(
-        self,
-        gradient: dict[str, Tensor],
-        key: str = "",
-        *,
-        curvature: bool = False,
-        **more: Any,
+        self, gradient: dict[str, Tensor] | StoredGradient, key: str = "", *, curvature: bool = False, **more: Any
     ) -> Tensor:
-        """As `Trajectory.reverse`, of a whole gradient; nothing else can be asked for."""
-        assert not more, "cotangents are in pieces"
-        self.lying.group.call("reverse", gradient, key, curvature)
-        whole = {name: gradient[name] for name in self.lying.shapes}
-        query, own = tree.digest(whole), memory.Owned(self.lying.own(whole))
-        if self.lying.group.rank:
-            gradient.clear()  # whoever serves holds it
-        del gradient, whole
+        """As `Trajectory.reverse`, of a gradient on disk; nothing else can be asked for."""
+        assert isinstance(gradient, StoredGradient), "cotangents are in pieces"
+        assert not more, "nothing else is"
+        group = self.lying.group
+        group.call("reverse", gradient, key, curvature)
+        query = group.agreed("" if group.rank else gradient.digest())
+        own = memory.Owned(gradient.own(self.lying, next(iter(self.initial.params.values())).device))
         with tree.lying(self.lying):
             return super().reverse(own.take(), key, curvature=curvature, query=query)
 

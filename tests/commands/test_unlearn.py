@@ -9,7 +9,8 @@ import pytest
 import quiz
 import tiny
 import torch
-from test_train import _kill_after, final
+from kills import kill_after
+from test_train import final
 
 from retrograd.cli import main
 from retrograd.data.rows import Rows, build_rows
@@ -126,7 +127,7 @@ def test_a_killed_one_goes_on_to_the_same_bits(method: str, world: Path, tmp_pat
 def _killed_and_resumed(method: str, world: Path, tmp_path: Path, *variant: str) -> None:
     more = ["--heartbeat", "0", "--train.epochs", "6", *variant]
     arguments = command(world, tmp_path / "run", method, *more)
-    _kill_after(arguments, tmp_path / "run", 4)
+    kill_after(arguments, tmp_path / "run", "train", 4)
     assert main(arguments) == 0
     assert main(command(world, tmp_path / "whole", method, *more)) == 0
     ours, whole = final(tmp_path / "run"), final(tmp_path / "whole")
@@ -158,7 +159,7 @@ def test_killed_three_times_it_ends_with_the_bits_of_the_undisturbed_run(
     more = ["--heartbeat", "0", "--train.epochs", "8", *OF_EACH_FAMILY[method]]
     arguments = command(world, tmp_path / "run", method, *more)
     for step in (2, 6, 10):
-        _kill_after(arguments, tmp_path / "run", step)
+        kill_after(arguments, tmp_path / "run", "train", step)
         assert not (tmp_path / "run/model").exists()
     assert main(arguments) == 0
     assert main(command(world, tmp_path / "whole", method, *more)) == 0
@@ -201,7 +202,7 @@ def test_the_journal_tells_terms_apart_however_it_was_cut_and_killed(world: Path
     for line, other in zip(lines_of(tmp_path / "cut"), expected, strict=True):
         assert line["terms"] == pytest.approx(other["terms"], rel=1e-3)
     arguments = command(world, tmp_path / "run", "grad_diff", *more)
-    _kill_after(arguments, tmp_path / "run", 4)
+    kill_after(arguments, tmp_path / "run", "train", 4)
     assert main(arguments) == 0
     assert [line["terms"] for line in lines_of(tmp_path / "run")] == [line["terms"] for line in expected]
 

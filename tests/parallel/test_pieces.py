@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peak import Peak
 from ranks import on_ranks
 from test_split import SHARDS, World, apart, everything, world_of
 from transformers import AutoModelForCausalLM, GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from retrograd.core import tree
 from retrograd.core.engine import Blocks
 from retrograd.core.optim import AdamW, Params, clip, clip_pullback
 from retrograd.core.slots import digest_of
-from retrograd.core.step import Recipe, State, initial_state, micro_batches
+from retrograd.core.step import Recipe, State, Training, initial_state, micro_batches
+from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.chain import decoder_chain
 from retrograd.lm.model import CausalLM, causal_objective, trainable
@@ -24,6 +27,12 @@ from retrograd.parallel.group import ALONE, Group
 from retrograd.parallel.pieces import PieceLedger, Pieces
 from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
+from retrograd.proofs import first_step
+from retrograd.proofs.slopes import Slopes
+from retrograd.query import together
+from retrograd.query.columns import contrast, query_columns
+from retrograd.runs.first_step import prove_by_block
+from retrograd.runs.shares import in_pieces
 
 ALL = 15  # rows
 SHAPES = {"matrix": (7, 3), "few": (2, 5), "vector": (11,), "scalar": (), "cube": (13, 2, 2)}
@@ -88,7 +97,13 @@ def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "ranks", "rows"), [("double", 3, ALL), ("blocks", 2, ALL), ("blocks", 3, 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "rows"),
+    [
+        ("blocks", 3, 2),
+        *(pytest.param(kind, ranks, ALL, marks=pytest.mark.slow) for kind, ranks in (("double", 3), ("blocks", 2))),
+    ],
+)
 def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: str, ranks: int, rows: int) -> None:
     world = some_rows(kind, rows)
     alone = everything(Split(world.engine, SHARDS, ALONE), world)
@@ -98,10 +113,12 @@ def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: s
 
 
 @cache
-def deep() -> tuple[CausalLM, Blocks]:
-    """12 layers, and their chain."""
+def deep(width: int = 48, layers: int = 12) -> tuple[CausalLM, Blocks]:
+    """A model of so many layers, and their chain."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=40, n_embd=48, n_layer=12, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=40, n_embd=width, n_layer=layers, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
     module = AutoModelForCausalLM.from_config(config).eval()
     return CausalLM(module, trainable(module)[0], *causal_objective(module)), Blocks(decoder_chain(module))
 
@@ -120,12 +137,91 @@ def most(group: Group) -> list[float]:
     return [size / tree.nbytes(params) for size in seen]
 
 
+@pytest.mark.slow
 def test_a_pass_by_block_never_has_the_whole_model() -> None:
     deep()  # once for all ranks
     for *by_block, gradient, pullback in on_ranks(2, most):
         assert gradient > 2, "parameters and their gradient"
         assert pullback > 3, "parameters, ḡ and H ḡ"
         assert max(by_block) < 1.1, "half of the gradient or of H ḡ, and what one layer of 12 takes"
+
+
+def proved(group: Group, width: int, layers: int, wrong: str = "") -> tuple[list[float], str]:
+    """The most bytes in the proof of a chain, and beyond the pieces in that of a first step; in units of the model's.
+
+    And what is said of a model that is proved wrong.
+    """
+    model, engine = deep(width, layers)
+    stream = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2)
+    training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
+    initial, seen, size = initial_state(training.recipe, model.params), list[int](), tree.nbytes(model.params)
+    given = (engine, 2, group, stream, model, initial, training.recipe.optimizer)
+    plain, mutants = GPT2MLP.forward, {
+        "detached": lambda self, x: (y := plain(self, x)) / y.detach().norm(dim=-1, keepdim=True),
+        "mixed rows": lambda self, x: (y := plain(self, x)) / y.norm(),
+        "random": lambda self, x: plain(self, x) * (1 + 1e-3 * torch.randn(())),
+    }  # fmt: skip
+    GPT2MLP.forward = mutants.get(wrong, plain)
+    if not wrong:
+        first_step._FULL = -1  # at float32, as a large model
+    divide = partial(in_pieces, *given)
+    if wrong:
+        Slopes.leaves = lambda self, along: list(along)[:1]  # many gradients, and many more messages between ranks
+        with pytest.raises(ValueError) as refused:
+            prove_by_block(training, initial, model, divide, attributed=True)
+        return [], str(refused.value)
+    with Peak() as counted:
+        counted.during(decoder_chain, seen.append)(model.module)
+        counted.during(prove_by_block, seen.append)(training, initial, model, divide, attributed=True)
+    return [most / size for most in seen], ""
+
+
+@pytest.mark.slow
+def test_proofs_hold_pieces_and_one_block() -> None:
+    deep(256, 12)
+    for (chain, step), error in on_ranks(2, proved, 256, 12):
+        assert not error
+        assert chain < 0.8, "three eighths and the graph of the trial"
+        assert step < 3.6, "half of parameters, gradient, ḡ, H ḡ, direction, moved parameters and their gradient"
+
+
+REFUSED = {
+    "detached": "by differences and", "random": "gives two results", "mixed rows": "it would train another function",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [pytest.param(*one, marks=[pytest.mark.slow] if one[0] == "detached" else []) for one in REFUSED.items()],
+)
+def test_what_one_process_refuses_is_refused_in_pieces(wrong: str, message: str) -> None:
+    deep(16, 2)
+    for _, error in on_ranks(2, proved, 16, 2, wrong):
+        assert message in error
+
+
+def asked(group: Group, whole: bool) -> tuple[float, Any]:
+    """The most bytes of a query beyond the parameters, in units of the model's; its values and gradient, leaf by leaf."""
+    model, _ = deep(256, 12)
+    rows = [np.array(row) for row in ([1, 2, 3, 4], [5, 6, 7], [8, 9])]
+    masks, owners = [np.arange(len(x)) > 0 for x in rows], [np.full(len(x), k) for k, x in enumerate(rows)]
+    columns = query_columns(model.objective, Rows(rows, masks, owners, 3, {}), "mean", batch_size=1)
+    lying, seen = None if whole else Pieces(model.params, 2, group), list[int]()
+    with Peak() as counted:
+        ask = counted.during(together._answered, seen.append)
+        values, found = ask(group, [*columns, *contrast("x", columns, columns)], model.params, lying)
+    gathered = found if lying is None else dict(zip(lying.shapes, together._gathered(lying, found), strict=True))
+    return seen[0] / tree.nbytes(model.params), (values, tree.digest({name: gathered[name] for name in model.params}))
+
+
+@pytest.mark.slow
+def test_a_query_in_pieces_has_the_bits_of_a_whole_one_and_never_its_gradient() -> None:
+    most, alone = asked(ALONE, True)
+    assert most > 3, "two columns, and a part's gradient"
+    for rank, (most, found) in enumerate(on_ranks(2, asked, False)):
+        assert found[1] == alone[1]
+        assert rank or torch.equal(found[0], alone[0])
+        assert most < 2, "half of two columns, and of one once more while it is gathered; an eighth of a part's"
 
 
 def test_what_is_let_go_of_takes_no_memory_and_keeps_its_ties() -> None:

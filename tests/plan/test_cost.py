@@ -13,7 +13,17 @@ import pytest
 
 from retrograd import cli
 from retrograd.lm.engines import Curve
-from retrograd.plan.cost import Forecast, floor_of, forecast, kept_of, pace_by_rate, pullback_units, step_bytes
+from retrograd.plan.cost import (
+    Forecast,
+    apart_bytes,
+    device_bytes,
+    floor_of,
+    forecast,
+    kept_of,
+    pace_by_rate,
+    pullback_units,
+    step_bytes,
+)
 from retrograd.plan.machine import Machine
 from retrograd.plan.run import Planned, plan_run
 from retrograd.plan.work import Asks, Matter, Model, Steps, Work
@@ -114,6 +124,17 @@ def test_ranks_divide_time_and_shards_memory() -> None:
         assert forecast(layers, machine(ranks=2, shards=2), half, pace, engine, 1).device["gathered"] == whole
 
 
+def test_proofs_and_the_query_count_where_parameters_are_divided() -> None:
+    layers = dataclasses.replace(work(), model=work().model._replace(block=40))
+    eighth, params, state = 400 // 8, 400 // 4, 1200 // 4
+    assert apart_bytes(layers, 4, "blocks") == layers.model.frozen_bytes + max(
+        400 + 3 * eighth, 100 + 7 * params + 3 * 40, 400 + 100 + 2 * state + params + 2 * eighth
+    )
+    assert apart_bytes(layers, 4, "double") == layers.model.frozen_bytes + 6 * 400
+    spread = device_bytes(layers, machine(ranks=4, shards=4), "double", 0)
+    assert sum(spread.values()) == apart_bytes(layers, 4, "double"), "more than a step takes"
+
+
 def test_micro_batches_of_a_rank_go_through_a_chain_together_where_parameters_are_divided() -> None:
     one = dataclasses.replace(work(), steps=work().steps._replace(batch=8, parts=4))
     kept = layout(Replay("all"), 4, 600, 200, elementwise=True)
@@ -167,7 +188,7 @@ def test_the_change_that_makes_it_fit_is_the_one_with_the_fewest_ranks(on_one: P
     assert on_one.remedy is not None
     assert on_one.remedy.changes[0] == "--hardware h200"
     assert on_one.remedy.machine.ranks == 1
-    of_80 = headline("--hardware", "h100", "--ranks", "2", "--layout", "shard").forecast
+    of_80 = headline("--hardware", "h100", "--ranks", "4", "--layout", "shard").forecast
     assert not of_80.missing
     assert of_80.device["gathered"] == 4 * 50304 * 4096 * 4, "of the head, the largest block"
     given = ("--hardware", "h100", "--memory", "120GB")
@@ -179,7 +200,9 @@ def test_the_change_that_makes_it_fit_is_the_one_with_the_fewest_ranks(on_one: P
     whole = (*given, "--engine", "double", "--layout", "shard")
     apart = {ranks: headline(*whole, "--ranks", ranks).forecast for ranks in ("2", "8")}
     assert apart["2"].missing, "parameters, ḡ and H ḡ are whole on each"
-    assert not apart["8"].missing
+    assert apart["8"].missing, "and the proofs are"
+    assert apart["8"].device["gathered"] == apart["2"].device["gathered"]
+    assert not headline("--hardware", "h100", "--layout", "shard", "--ranks", "8").forecast.missing, "by block"
     here = headline(
         "--rate", "1e13", "--memory", "120GB", "--host", "250GB"
     ).remedy  # no data sheet: no other GPU to name

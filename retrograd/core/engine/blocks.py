@@ -16,6 +16,7 @@ The last line is the tangent of the vjp; how it is computed is with the passes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -52,6 +53,12 @@ class Chain:
     head: Head
     scope: Callable[[torch.dtype], AbstractContextManager[Any]]
     lookup: bool = False
+
+    @property
+    def uses(self) -> Counter[str]:
+        """At how many places each leaf is used."""
+        places = [self.embed.names, *(link.names for link in self.links), self.head.names]
+        return Counter(leaf for names in places for leaf in set(names.values()))
 
 
 class Micro(NamedTuple):
