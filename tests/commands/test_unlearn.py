@@ -310,3 +310,12 @@ def test_help_names_every_method_and_a_source_may_be_narrowed() -> None:
     assert (source.text_column, source.limit, source.max_length) == ("page", 3, 9)
     chats = parse_source("a.jsonl,messages=talk,limit=2,assistant_only_loss=true,tools=given", UnlearnConfig())
     assert (chats.columns, chats.limit, chats.assistant_only_loss) == (("messages=talk", "tools=given"), 2, True)
+    with pytest.raises(ValueError, match="a setting 'limt' that does not exist; there are subset, split"):
+        parse_source("a.jsonl,limt=3,limit=2", UnlearnConfig())
+
+
+def test_a_file_whose_name_looks_like_settings_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a,b=c.jsonl"
+    path.write_text("")
+    assert parse_source(f"{path},limit=2", UnlearnConfig()).dataset == str(path)
+    assert parse_source(str(path), UnlearnConfig()).limit is None
