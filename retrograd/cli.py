@@ -374,8 +374,9 @@ def _value_of(flag: str, arguments: list[str]) -> str | None:
     return None
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _warn(message: Warning | str, category: type[Warning] = UserWarning, *_: Any, **__: Any) -> None:
+    if not issubclass(category, (FutureWarning, DeprecationWarning)):  # libraries to their programmers
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(error: BaseException, code: int) -> int:

@@ -1,17 +1,22 @@
-"""Shared test set-up: no network, one thread, proofs once, and, where asked for, annotations checked at run time."""
+"""Shared test set-up: no network, one thread, proofs once, little collecting of garbage, and, where asked for, annotations
+checked at run time."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 sys.path += map(str, Path(__file__).parent.glob("*/"))  # tests of one room use worlds of another
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
 if os.environ.get("RETROGRAD_CHECK_TYPES") == "1":  # `make test-all`: every call of these rooms against its annotations
@@ -23,7 +28,10 @@ from torch import nn
 
 from retrograd.core import tree
 from retrograd.core.step import State, Training
+from retrograd.lm import proof
+from retrograd.lm.layout import Form
 from retrograd.proofs import first_step
+from retrograd.runs import session
 from retrograd.runs.identity import fingerprint
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs would fight over the cores
@@ -47,3 +55,76 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
 
 
 first_step.prove_gradient = once(first_step.prove_gradient)
+
+
+class Forms(WeakKeyDictionary[nn.Module, Form]):
+    """Forms of modules, found again by what a module is: a model that is made or loaded again is not proved again.
+
+    That is a third of the time of a tiny run, too. Refusals are never remembered, and tests of the proof itself have
+    `proved_anew`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = dict[str, Form]()
+
+    def __contains__(self, module: object) -> bool:
+        if not super().__contains__(module) and (form := self.known.get(fingerprint(module))) is not None:
+            super().__setitem__(module, form)  # type: ignore[index]
+        return super().__contains__(module)
+
+    def __setitem__(self, module: nn.Module, form: Form) -> None:
+        super().__setitem__(module, form)
+        self.known[fingerprint(module)] = form
+
+
+proof._FORMS = Forms()
+
+
+@pytest.fixture
+def proved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_FORMS", WeakKeyDictionary())
+
+
+# as the command line has it: a collection looks at the million objects of the libraries
+gc.set_threshold(10_000)
+session._settled = contextlib.nullcontext
+
+
+LONG = [
+    "blocks",
+    "queries",
+    "magic",
+    "exactness",
+    "verify",
+    "job",
+    "compile",
+    "on_the_way",
+    "submit",
+    "validate",
+    "lm",
+    "evaluate",
+    "proof",
+    "metrics",
+    "unlearn_attributed",
+    "lab",
+    "durable",
+    "unlearn",
+    "experiment",
+    "select_runs",
+    "chain",
+    "attack",
+    "report",
+    "browser",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first: two processes that take a file each then end together."""
+    first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()

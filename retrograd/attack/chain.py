@@ -65,11 +65,12 @@ def check_chain(one: Finetune, unlearning: UnlearnConfig, *, whole: bool) -> Non
     Raises:
         ValueError: With the setting and what it has to be.
     """
-    if one.rank or unlearning.lora.rank != 0:  # None: the method's own rank
+    rank, adapter = unlearning.lora.rank, unlearning.lora.adapter
+    if one.rank or rank != 0 or adapter == "continue":  # rank None: the method's own
         which = f"attack {one.readable}" if one.rank else str(unlearning.run)
         raise ValueError(
-            f"{which} trains adapters, which are merged between the phases: --attribute takes full training, "
-            "--lora.rank 0"
+            f"{which} trains adapters, which are merged between the phases: derivatives go through both where all "
+            "parameters are trained, --lora.rank 0 and not --lora.adapter continue"
         )
     if not whole:
         raise ValueError(
@@ -77,11 +78,11 @@ def check_chain(one: Finetune, unlearning: UnlearnConfig, *, whole: bool) -> Non
             "no derivatives through both. Give a run of a method that trains the whole model, such as npo"
         )
     if one.dtype == "bfloat16" or unlearning.dtype == "bfloat16":
-        raise ValueError(f"attack {one.readable}: derivatives in bfloat16 are mostly noise; --attribute takes float32")
+        raise ValueError(f"attack {one.readable}: derivatives in bfloat16 are mostly noise; take float32")
     if one.dtype != unlearning.dtype:
         raise ValueError(
-            f"attack {one.readable} is in {one.dtype} and the unlearning in {unlearning.dtype}: --attribute takes both "
-            "in one precision"
+            f"attack {one.readable} is in {one.dtype} and the unlearning in {unlearning.dtype}: derivatives go "
+            "through both in one precision"
         )
 
 
@@ -96,8 +97,8 @@ def unlearning_of(source: str) -> UnlearnConfig:
     run = Path(source).parent
     if not (run / "run_config.yaml").exists() or command_of(run) != "unlearn":
         raise ValueError(
-            f"{source} lies in no run of `retrograd unlearn`: --attribute gives scores to the rows that unlearned it, "
-            "so give its RUN/model"
+            f"{source} lies in no run of `retrograd unlearn`, and derivatives are with respect to the rows that "
+            "unlearned it: give a RUN of that command, with its RUN/model"
         )
     found = read_settings(run)
     assert isinstance(found, UnlearnConfig), "its command says so"

@@ -94,7 +94,11 @@ def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
     if len(asked) > 1:
         raise ValueError("these folders were asked different questions: attack all models in one folder")
     if not any(one.role == "model" for one in found.values()):
-        raise ValueError(f"{', '.join(map(str, folders))}: no model has met an attack yet; run `retrograd attack`")
+        controls = ", ".join(sorted({one.role for one in found.values()})) or "none"
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: no model has met an attack beside the controls ({controls}); "
+            "run `retrograd attack` with a --model that is none of them"
+        )
     return list(found.values())
 
 

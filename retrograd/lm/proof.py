@@ -82,10 +82,10 @@ def form_of(module: nn.Module) -> Form:
         ValueError: If not even its rows one after the other do, a document alone cannot be read, or a token's loss
             depends on the tokens after it.
     """
+    model = inner(module)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped products take no float64, nor forward derivatives
     if module not in _FORMS:
-        model = inner(module)
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # the grouped products take no float64, nor forward derivatives
         head = model.get_output_embeddings()
         whole = model.base_model is model
         form = Form(type(head) is nn.Linear and not whole, not whole, True, True)

@@ -57,6 +57,11 @@ class Stated(NamedTuple):
             return f"--higher_is {'detractor' if value == 'negative' else 'proponent'}"
         return f"--{self.prefix}{name} {value}"
 
+    @property
+    def remedy(self) -> str:
+        """What to do where scores are of other rows."""
+        return "Give scores of this run's rows" if self.by_end else "Score these rows, or give the right --rows"
+
 
 class _Table(NamedTuple):
     """values: [documents], or [rows, length]; listed: where there is a score, like values; None for everywhere."""
@@ -225,7 +230,7 @@ def _agreed(path: Path, stated: Stated, said: dict[str, str], places: Places) ->
     if said.get("rows") not in (None, places.digest):
         raise ValueError(
             f"{path} says that its scores are of the rows with hash {said['rows']}, and the data here have hash "
-            f"{places.digest} ({places.shape[0]} rows, {len(places)} real tokens); give the right --rows"
+            f"{places.digest} ({places.shape[0]} rows, {len(places)} real tokens). {stated.remedy}"
         )
     checked = "equal by hash" if said.get("rows") else "by shape and zeros alone"
     filled: Any = {name: getattr(stated, name) or said.get(name) for name in ("sign", "alignment")}
@@ -333,7 +338,7 @@ def _aligned(file: Path, table: _Table, stated: Stated, places: Places) -> Tenso
     if values.shape[0] != rows or values.shape[1] < length:
         raise ValueError(
             f"{file} has scores of {values.shape[0]} rows of {values.shape[1]} tokens, and the data here are {rows} "
-            f"rows of up to {length}: {len(places)} real tokens. Score these rows, or give the right --rows"
+            f"rows of up to {length}: {len(places)} real tokens. {stated.remedy}"
         )
     counts = {}
     for alignment in ("target", "prediction"):

@@ -149,6 +149,11 @@ def parse_source(text: str, config: UnlearnConfig) -> DataConfig:
     if Path(text).exists():
         return DataConfig(text, max_length=config.max_length, min_chars=config.min_chars)
     name, *settings = re.split(rf",(?=(?:{'|'.join((*_SOURCE, *COLUMNS))})=)", text)
+    if not Path(name).exists() and (unknown := re.search(r",(\w+)=", name)):
+        raise ValueError(
+            f"data set {text!r} has a setting {unknown[1]!r} that does not exist; there are "
+            f"{', '.join((*_SOURCE, *COLUMNS))}"
+        )
     values: dict[str, Any] = dict(setting.split("=", 1) for setting in settings)
     columns = tuple(f"{role}={values.pop(role)}" for role in COLUMNS if role in values)
     if "assistant_only_loss" in values:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from killing import kill_after
 from test_blocks import build, results, stream
-from test_magic import LAYOUTS, _kill_after, command, done, scores, world  # noqa: F401  # fixtures
+from test_magic import LAYOUTS, command, done, scores, world  # noqa: F401  # fixtures
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -111,6 +112,7 @@ def test_one_compilation_serves_all_sizes(compiled: Compiled) -> None:
     assert "4 graphs, " in compiled.told
 
 
+@pytest.mark.slow
 def test_the_bits_do_not_depend_on_what_came_before(compiled: Compiled) -> None:
     """A replay in another process meets other batches first."""
     other = Compiled(links(), (3, 7))
@@ -119,6 +121,7 @@ def test_the_bits_do_not_depend_on_what_came_before(compiled: Compiled) -> None:
         assert all(torch.equal(x, y) for x, y in pairs)
 
 
+@pytest.mark.slow
 def test_a_length_that_is_the_width_is_compiled_for_itself(compiled: Compiled) -> None:
     """There the gate looks as if it were as long as the rows."""
     graphs = compiled.graphs
@@ -191,7 +194,8 @@ def three_heads(params: Params, x: Tensor, context: Any) -> Tensor:
     return x + torch.tanh(torch.nn.functional.linear(joined, params["w"], params["b"]))
 
 
-@pytest.mark.parametrize(("rows", "length"), [(3, 7), pytest.param(30, 40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "length"), [(3, 7), (30, 40)])
 def test_what_is_kept(rows: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is mixed and mapped, a tensor each, and the tangents of both, whose two products are added up; no scores."""
     outputs: list[list[Tensor]] = []
@@ -328,6 +332,7 @@ def test_a_layer_that_looks_at_its_numbers_is_refused(monkeypatch: pytest.Monkey
         compiled_engine(module, (5, 9), [data[0]], 1)
 
 
+@pytest.mark.slow
 def test_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(Eager):
         """A compiler that is wrong by 0.1 %."""
@@ -399,7 +404,7 @@ def test_killed_and_resumed_to_the_same_bits(
 ) -> None:
     """Another process, another replay plan: the graphs come from the disk, and do the same."""
     arguments = command(world, tmp_path / "run", "--dtype", "float64", "--compile", *LAYOUTS[layout])
-    _kill_after(arguments, tmp_path / "run", phase, step, patience=900)
+    kill_after(arguments, tmp_path / "run", phase, step, patience=900, fresh=True)
     assert not (tmp_path / "run/scores.pt").exists()
     assert main(arguments) == 0
     assert (tmp_path / "run/scores.pt").read_bytes() == (finished / "scores.pt").read_bytes()

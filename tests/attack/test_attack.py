@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import kill_after
 from rich.console import Console
-from test_train import _kill_after, final
+from test_train import final
 
 from retrograd.attack.folder import read_folder
 from retrograd.attack.material import split_entities
@@ -107,7 +108,7 @@ def test_it_resumes_after_a_kill_to_the_same_bits(attacked: Path, world: Path, s
     name, target = next(iter(folder.configurations)), folder.targets[0]
     arguments = [*command(world, tmp_path / "out", suite), "--heartbeat", "0"]
     run = tmp_path / "out" / "models" / target.name / name / "attack"
-    _kill_after(arguments, run, 1)
+    kill_after(arguments, run, "train", 1)
     assert not (tmp_path / "out/recovery.json").exists()
     assert main(arguments) == 0
     for one in folder.targets:

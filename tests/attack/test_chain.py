@@ -214,6 +214,7 @@ def test_what_derivatives_cannot_pass_through_is_refused(world: Path, tmp_path: 
         (Finetune(rank=2), full, "trains adapters"),
         (Finetune(), UnlearnConfig(run=tmp_path, lora=LoraConfig(2)), "trains adapters"),
         (Finetune(), own_rank, "trains adapters"),
+        (Finetune(), UnlearnConfig(run=tmp_path, lora=LoraConfig(adapter="continue")), "not --lora.adapter continue"),
         (Finetune(dtype="bfloat16"), full, "bfloat16 are mostly noise"),
         (Finetune(dtype="float64"), full, "one precision"),
     ):

@@ -173,3 +173,10 @@ def test_an_attack_of_other_rows_is_another_one_and_a_meeting_counts_once(out: P
         path.write_text(json.dumps({**json.loads(path.read_text()), "hashes": {"rows": "other"}}))
     with pytest.raises(ValueError, match="trained on other rows"):
         read_faced([out, other], 0.05)
+
+
+def test_controls_alone_are_nothing_to_compare(tmp_path: Path) -> None:
+    controls = {name: COURSES[name] for name in ("base", "filtered", "shallow")}
+    out = lay_out(tmp_path / "out", [FORGET], controls)
+    with pytest.raises(ValueError, match=r"beside the controls \(base, filtered, shallow\)"):
+        read_faced([out], 0.05)

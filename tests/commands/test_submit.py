@@ -93,7 +93,7 @@ def magic(folder: Path, run: str) -> list[str]:
         tiny.save_jsonl(folder / "train.jsonl", tiny.sentences(40))
         tiny.save_jsonl(folder / "query.jsonl", tiny.sentences(2, seed=1))
     return ["magic", run, "--model", "model", "--data.dataset", "train.jsonl", "--query.dataset", "query.jsonl",
-            "--train.batch_size", "2", "--train.epochs", "4", "--device", "cpu", "--replay.heartbeat", "3600"]  # fmt: skip
+            "--train.batch_size", "2", "--train.epochs", "2", "--device", "cpu", "--replay.heartbeat", "3600"]  # fmt: skip
 
 
 def submitted(*arguments: str) -> int:
@@ -105,9 +105,34 @@ def lines(run: Path, phase: str) -> list[int]:
     return [line["step"] for line in found if line["phase"] == phase]
 
 
-@pytest.mark.parametrize(
-    "notice", [pytest.param(10, id="training"), pytest.param(90, id="on the way back", marks=pytest.mark.slow)]
-)
+def stand_in(folder: Path, text: str) -> str:
+    """A program that is called in place of Python."""
+    path = folder / "python.sh"
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_job_that_a_notice_ends_is_put_back_once(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real commands in its place are slow; that they obey the signal is tested in test_train.py."""
+    monkeypatch.setenv("NOTICE", "1")
+    monkeypatch.setenv("JOURNAL", "journal")
+    text = """
+        [ -e stopped ] && exit 0
+        trap 'touch stopped; exit 143' USR1
+        echo begun > journal
+        for ((k = 0; k < 600; k++)); do sleep 0.1; done
+    """
+    assert main(["submit", "--gpus", "0", "--python", stand_in(tmp_path, text), *magic(tmp_path, "jobs")]) == 0
+    assert "stopped with exit code 143; requeued" in (slurm / "log.txt").read_text()
+    assert (slurm / "requeues").read_text() == "7\n"
+    assert (slurm / "exits").read_text() == "exit 0\nexit 0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notice", [pytest.param(10, id="training"), pytest.param(50, id="on the way back")])
 def test_a_job_whose_time_is_over_goes_on_to_the_same_bits(
     notice: int, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,19 +146,15 @@ def test_a_job_whose_time_is_over_goes_on_to_the_same_bits(
     assert (slurm / "requeues").read_text() == "7\n"
     assert (slurm / "exits").read_text() == "exit 0\nexit 0\n"
     monkeypatch.delenv("NOTICE")
-    assert (
-        subprocess.run([sys.executable, "-m", "retrograd", *magic(tmp_path, "whole")], capture_output=True).returncode
-        == 0
-    )
+    assert main(magic(tmp_path, "whole")) == 0
     ours, whole = (torch.load(tmp_path / run / "scores.pt", weights_only=True) for run in ("jobs", "whole"))
     assert torch.equal(ours, whole)
-    assert sorted(lines(tmp_path / "jobs", "train")) == list(range(80)), "it went on and did not start over"
+    assert sorted(lines(tmp_path / "jobs", "train")) == list(range(40)), "it went on and did not start over"
 
 
 def test_a_job_that_fails_is_not_put_back(slurm: Path, tmp_path: Path) -> None:
-    arguments = magic(tmp_path, "jobs")
-    arguments[arguments.index("train.jsonl")] = "nowhere.jsonl"
-    assert submitted(*arguments) == 0
+    python = stand_in(tmp_path, "exit 2")
+    assert main(["submit", "--gpus", "0", "--python", python, *magic(tmp_path, "jobs")]) == 0
     assert (slurm / "exits").read_text() == "exit 2\n"
     assert not (slurm / "requeues").exists()
 

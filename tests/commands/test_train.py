@@ -6,9 +6,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,15 @@ import pytest
 import quiz
 import tiny
 import torch
+from killing import kill_after
 
 from retrograd.cli import main
 from retrograd.core.step import Training
+from retrograd.core.sweep import Event, Reversed
 from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.proofs import first_step
 from retrograd.runs.files import read_tensors
+from retrograd.runs.journal import Journal
 
 RECIPE = ["--train.lr", "1e-2", "--train.epochs", "2", "--train.batch_size", "4", "--train.eps_root", "1e-6"]
 
@@ -69,6 +69,34 @@ def test_a_wish_to_end_during_the_first_steps_proof_is_obeyed_there(
     monkeypatch.setattr(first_step, "prove_pure", proof)
     assert main(arguments) == 0
     assert all(torch.equal(x, final(done)[name]) for name, x in final(tmp_path / "run").items())
+
+
+@pytest.mark.parametrize("name", ["train", "magic"])
+def test_a_wish_to_end_is_obeyed_at_the_next_step_forward_and_back(
+    name: str, world: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No heartbeat passes: all that there is to go on from is what the wish made durable."""
+    heartbeat = "--replay.heartbeat" if name == "magic" else "--heartbeat"
+    more = ["--query.dataset", str(world / "query.jsonl")] if name == "magic" else []
+    arguments = [name, *command(world, tmp_path / "run", *more, heartbeat, "3600")[1:]]
+    write = Journal.__call__
+
+    def asked(journal: Journal, event: Event) -> None:
+        write(journal, event)
+        if isinstance(event, Reversed) == (name == "magic") and event.step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "__call__", asked)
+        assert main(arguments) == 143
+    assert main(arguments) == 0
+    assert all(torch.equal(x, final(done)[name]) for name, x in final(tmp_path / "run").items())
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    phases = ("train", "reverse") if name == "magic" else ("train",)
+    assert sorted((line["phase"], line["step"]) for line in lines) == sorted((p, t) for p in phases for t in range(10))
+    if name == "magic":
+        assert main(["magic", *command(world, tmp_path / "whole", *more)[1:]]) == 0
+        assert (tmp_path / "run/scores.pt").read_bytes() == (tmp_path / "whole/scores.pt").read_bytes()
 
 
 def test_it_is_the_training_of_magic(done: Path, world: Path, tmp_path: Path) -> None:
@@ -124,29 +152,12 @@ def test_evaluation_on_the_way_leaves_the_bits(done: Path, world: Path, tmp_path
 
 def test_a_killed_one_goes_on_to_the_same_bits(done: Path, world: Path, tmp_path: Path) -> None:
     arguments = command(world, tmp_path / "run", "--heartbeat", "0")
-    _kill_after(arguments, tmp_path / "run", 5)
+    kill_after(arguments, tmp_path / "run", "train", 5)
     assert main(arguments) == 0
     ours = final(tmp_path / "run")
     assert all(torch.equal(x, ours[name]) for name, x in final(done).items())
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10))
-
-
-def _kill_after(arguments: list[str], run: Path, step: int) -> None:
-    """Start the real command and kill -9 it once its journal shows this step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "retrograd", *arguments], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wanted, deadline = f'"phase": "train", "step": {step},', time.monotonic() + 120
-    journal = run / "metrics.jsonl"
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and wanted in journal.read_text():
-            break
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def test_documents_that_were_cut_are_told(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

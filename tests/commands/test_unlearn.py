@@ -9,7 +9,8 @@ import pytest
 import quiz
 import tiny
 import torch
-from test_train import _kill_after, final
+from killing import kill_after
+from test_train import final
 
 from retrograd.cli import main
 from retrograd.data.rows import Rows, build_rows
@@ -126,7 +127,7 @@ def test_a_killed_one_goes_on_to_the_same_bits(method: str, world: Path, tmp_pat
 def _killed_and_resumed(method: str, world: Path, tmp_path: Path, *variant: str) -> None:
     more = ["--heartbeat", "0", "--train.epochs", "6", *variant]
     arguments = command(world, tmp_path / "run", method, *more)
-    _kill_after(arguments, tmp_path / "run", 4)
+    kill_after(arguments, tmp_path / "run", "train", 4)
     assert main(arguments) == 0
     assert main(command(world, tmp_path / "whole", method, *more)) == 0
     ours, whole = final(tmp_path / "run"), final(tmp_path / "whole")
@@ -158,7 +159,7 @@ def test_killed_three_times_it_ends_with_the_bits_of_the_undisturbed_run(
     more = ["--heartbeat", "0", "--train.epochs", "8", *OF_EACH_FAMILY[method]]
     arguments = command(world, tmp_path / "run", method, *more)
     for step in (2, 6, 10):
-        _kill_after(arguments, tmp_path / "run", step)
+        kill_after(arguments, tmp_path / "run", "train", step)
         assert not (tmp_path / "run/model").exists()
     assert main(arguments) == 0
     assert main(command(world, tmp_path / "whole", method, *more)) == 0
@@ -201,7 +202,7 @@ def test_the_journal_tells_terms_apart_however_it_was_cut_and_killed(world: Path
     for line, other in zip(lines_of(tmp_path / "cut"), expected, strict=True):
         assert line["terms"] == pytest.approx(other["terms"], rel=1e-3)
     arguments = command(world, tmp_path / "run", "grad_diff", *more)
-    _kill_after(arguments, tmp_path / "run", 4)
+    kill_after(arguments, tmp_path / "run", "train", 4)
     assert main(arguments) == 0
     assert [line["terms"] for line in lines_of(tmp_path / "run")] == [line["terms"] for line in expected]
 
@@ -309,3 +310,12 @@ def test_help_names_every_method_and_a_source_may_be_narrowed() -> None:
     assert (source.text_column, source.limit, source.max_length) == ("page", 3, 9)
     chats = parse_source("a.jsonl,messages=talk,limit=2,assistant_only_loss=true,tools=given", UnlearnConfig())
     assert (chats.columns, chats.limit, chats.assistant_only_loss) == (("messages=talk", "tools=given"), 2, True)
+    with pytest.raises(ValueError, match="a setting 'limt' that does not exist; there are subset, split"):
+        parse_source("a.jsonl,limt=3,limit=2", UnlearnConfig())
+
+
+def test_a_file_whose_name_looks_like_settings_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a,b=c.jsonl"
+    path.write_text("")
+    assert parse_source(f"{path},limit=2", UnlearnConfig()).dataset == str(path)
+    assert parse_source(str(path), UnlearnConfig()).limit is None

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from test_magic import _kill_after
+from killing import kill_after
 from test_unlearn_methods import Mutated, side_directions
 
 from retrograd.cli import main
@@ -113,7 +113,7 @@ def test_a_killed_run_ends_with_the_same_bits(phase: str, step: int, done: Path,
     more = ("--forget", str(world / "gap.jsonl"), "--objective.retain_term", "kl", "--train.epochs", "2",
             "--heartbeat", "0")  # fmt: skip
     arguments = command(world, tmp_path / "run", "npo", *more)
-    _kill_after(arguments, tmp_path / "run", phase, step)
+    kill_after(arguments, tmp_path / "run", phase, step)
     assert not (tmp_path / "run/scores.pt").exists()
     assert main(arguments) == 0
     for name in ("scores.pt", "scores.parquet", "doc_ids.pt", "model/model.safetensors"):

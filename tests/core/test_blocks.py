@@ -115,15 +115,27 @@ def compare(module: Any, batches: list[Batch], weights: Tensor, queries: int = 2
     return error(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [pytest.param(family, torch.float64, id=f"{family}-float64") for family in FAMILIES]
+    + [
+        pytest.param(
+            family, torch.float32, id=f"{family}-float32", marks=() if family == "gpt-neox" else pytest.mark.slow
+        )
+        for family in FAMILIES
+    ],
+)
 def test_equals_double(family: str, dtype: torch.dtype) -> None:
     """Per-token weights, two queries, micro-batches of 2, 2 and 1 rows."""
     data = stream(dtype)
     assert compare(build(family, dtype), micro_batches(data[0], 2), data.weights) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.bfloat16))],
+    ids=str,
+)
 def test_a_table_of_tokens_is_its_own_tangent_map_unless_one_is_for_padding(dtype: torch.dtype) -> None:
     found = {family: decoder_chain(build(family, dtype)).lookup for family in FAMILIES}
     assert found == {family: family not in ("gemma", "olmo2") for family in FAMILIES}
@@ -162,7 +174,7 @@ def test_frozen_parts(kept: str) -> None:
     assert compare(module, [data[0]], data.weights) < 1e-10
 
 
-@pytest.mark.parametrize("family", ["gpt2-tied", "qwen2-tied", "gemma"])
+@pytest.mark.parametrize("family", ["gpt2-tied", "qwen2-tied", pytest.param("gemma", marks=pytest.mark.slow)])
 def test_tied_embeddings_get_both_parts_of_their_gradient(family: str) -> None:
     data, module = stream(), build(family)
     chain, params = decoder_chain(module), trainable(module)[0]
@@ -183,7 +195,7 @@ def _without_leaf(chain: Any, part: str, leaf: str) -> Any:
     return replace(chain, embed=chain.embed._replace(names=names))
 
 
-@pytest.mark.parametrize("queries", [3, 9])
+@pytest.mark.parametrize("queries", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_many_queries_are_each_alone(queries: int) -> None:
     data, module = stream(), build("gpt-neox")
     params, engine = trainable(module)[0], Blocks(decoder_chain(module))
@@ -234,7 +246,7 @@ def noisy(family: str) -> Any:
     return build(family, **rates).train()
 
 
-@pytest.mark.parametrize("family", ["gpt-neox", "gpt2-tied"])
+@pytest.mark.parametrize("family", ["gpt-neox", pytest.param("gpt2-tied", marks=pytest.mark.slow)])
 def test_dropout_has_the_same_draws_in_every_pass(family: str) -> None:
     """The pullback is the derivative of the gradient that training took, draws and all, for one query and for three."""
     data, module = stream(), noisy(family)
@@ -257,7 +269,7 @@ def test_dropout_has_the_same_draws_in_every_pass(family: str) -> None:
     assert error({f"g {n}": g for n, g in before.items()}, {f"g {n}": g for n, g in gradient(params).items()}) > 1e-3
 
 
-@pytest.mark.parametrize("family", ["gpt-neox", "gpt2-tied"])
+@pytest.mark.parametrize("family", ["gpt2-tied", pytest.param("gpt-neox", marks=pytest.mark.slow)])
 def test_scores_equal_retraining_and_every_plan_gives_the_same_bits(family: str) -> None:
     module, data = build(family), stream()
     data = DataStream(data.rows, 2, epochs=2, weight_shape=tuple(data.weights.shape), dtype=torch.float64)
@@ -279,7 +291,7 @@ def test_scores_equal_retraining_and_every_plan_gives_the_same_bits(family: str)
     assert check.relative_error(1.001 * slope, measured) > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["double", "blocks"])
+@pytest.mark.parametrize("kind", ["blocks", pytest.param("double", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("dtype", "vocabulary"), [(torch.float64, 22), pytest.param(torch.float32, 2003, marks=pytest.mark.slow)]
 )

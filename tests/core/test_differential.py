@@ -16,7 +16,7 @@ import differential
 from differential import PAD
 
 
-@pytest.mark.parametrize("seed", [7, 10])
+@pytest.mark.parametrize("seed", [10, pytest.param(7, marks=pytest.mark.slow)])
 def test_random_runs_equal_an_independent_loop(seed: int) -> None:
     assert not differential.wrong(differential.compare(seed, retrain=seed % differential.EVERY == 0))
 

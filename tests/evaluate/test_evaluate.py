@@ -507,6 +507,7 @@ def test_command_line_refusals(world: Path, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_lab_is_a_set_of_tasks(tmp_path: Path) -> None:
     from retrograd.lab.build import lab
     from retrograd.settings.commands import LabConfig

@@ -15,8 +15,8 @@ import pytest
 import quiz
 import tiny
 import torch
+from killing import kill_after
 from rich.console import Console
-from test_magic import _kill_after
 
 from retrograd.cli import main
 from retrograd.core import tree
@@ -340,7 +340,7 @@ def _is(run: Path, done: Path) -> None:
 @pytest.mark.slow  # every place of a cut is above, within one process
 def test_a_run_killed_for_real(world: Path, done: Path, tmp_path: Path) -> None:
     arguments = command(world, tmp_path / "run", *asking(world), "--replay.heartbeat", "0")
-    _kill_after(arguments, tmp_path / "run", "evaluate", 4)
+    kill_after(arguments, tmp_path / "run", "evaluate", 4)
     assert 10 not in read_evaluations(tmp_path / "run/metrics.jsonl")
     assert main(arguments) == 0
     _is(tmp_path / "run", done)
@@ -649,7 +649,7 @@ def test_what_a_viewer_shows_is_what_the_file_says(
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "run"
     arguments = command(world, run, *asking(world), "--log", viewer, "--replay.heartbeat", "0")
-    _kill_after(arguments, run, "train", 5)
+    kill_after(arguments, run, "train", 5)
     assert 9 not in {line["step"] for line in lines(run)}
     assert main(arguments) == 0
     same_bits(plain, run)

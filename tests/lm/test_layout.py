@@ -17,6 +17,8 @@ from retrograd.lm.model import causal_objective, objective_of, trainable
 from retrograd.lm.proof import form_of
 from retrograd.lm.spans import inner
 
+pytestmark = pytest.mark.usefixtures("proved_anew")
+
 JOINED, PADDED = Form(True, True, True), Form(True, False, True)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

@@ -26,6 +26,8 @@ from retrograd.lm.proof import form_of, prove
 from retrograd.optim import sgd
 from retrograd.query.proof import prove_answers
 
+pytestmark = pytest.mark.usefixtures("proved_anew")
+
 COMMON = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
           "num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 0,
           "pad_token_id": 2}  # fmt: skip

@@ -97,7 +97,13 @@ def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "ranks", "rows"), [("double", 3, ALL), ("blocks", 2, ALL), ("blocks", 3, 2)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "rows"),
+    [
+        ("blocks", 3, 2),
+        *(pytest.param(kind, ranks, ALL, marks=pytest.mark.slow) for kind, ranks in (("double", 3), ("blocks", 2))),
+    ],
+)
 def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: str, ranks: int, rows: int) -> None:
     world = some_rows(kind, rows)
     alone = everything(Split(world.engine, SHARDS, ALONE), world)
@@ -131,6 +137,7 @@ def most(group: Group) -> list[float]:
     return [size / tree.nbytes(params) for size in seen]
 
 
+@pytest.mark.slow
 def test_a_pass_by_block_never_has_the_whole_model() -> None:
     deep()  # once for all ranks
     for *by_block, gradient, pullback in on_ranks(2, most):

@@ -87,7 +87,7 @@ def shared(group: Group, kind: str) -> dict[str, Any]:
     return everything(engine, world)
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("double", 2), ("blocks", 3)])
+@pytest.mark.parametrize(("kind", "ranks"), [("double", 2), pytest.param("blocks", 3, marks=pytest.mark.slow)])
 def test_shards_add_up_to_the_batch(kind: str, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     world = world_of(kind)
     expected = everything(world.engine, world)

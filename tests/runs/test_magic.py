@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from killing import kill_after
 
 from retrograd.cli import main
 
@@ -217,7 +216,7 @@ def test_a_broken_snapshot_is_refused_and_the_run_resumes_without_it(
     done: Path, world: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = command(world, tmp_path / "run", "--replay.memory", "0", "--replay.heartbeat", "0")
-    _kill_after(arguments, tmp_path / "run", "train", 6)
+    kill_after(arguments, tmp_path / "run", "train", 6)
     states = sorted((tmp_path / "run/checkpoints").glob("state-*.safetensors"))
     raw = bytearray(states[-1].read_bytes())
     if damage == "truncate":
@@ -257,26 +256,9 @@ def test_help_is_quick_and_the_package_light() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def _kill_after(arguments: list[str], run: Path, phase: str, step: int, patience: float = 120) -> None:
-    """Start the real command and kill -9 it once its journal shows this step."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "retrograd", *arguments], env=environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wanted, deadline = f'"phase": "{phase}", "step": {step},', time.monotonic() + patience
-    journal = run / "metrics.jsonl"
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and wanted in journal.read_text():
-            break
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
 def _killed_run_resumes(done: Path, world: Path, run: Path, phase: str, step: int, more: tuple[str, ...]) -> None:
     arguments = command(world, run, *more)
-    _kill_after(arguments, run, phase, step)
+    kill_after(arguments, run, phase, step)
     assert main(arguments) == 0
     assert (run / "scores.pt").read_bytes() == (done / "scores.pt").read_bytes()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

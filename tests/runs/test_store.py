@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -16,6 +14,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import safetensors.torch
 import torch
 import worlds
 
@@ -509,36 +508,27 @@ def test_the_final_state_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert seen == ["digests.txt", *(f"state-{step:06d}.safetensors" for step in range(1, 6))]
 
 
-KILLED = """
-import sys, threading
-from pathlib import Path
-import safetensors.torch
-import test_store
-real = safetensors.torch.save_file
-def half(tensors, path, metadata):
-    real(tensors, path, metadata)
-    if "state-000003" in str(path):
-        raw = path.read_bytes()
-        path.write_bytes(raw[: len(raw) // 2])
-        print("half", flush=True)
-        threading.Event().wait()
-safetensors.torch.save_file = half
-test_store.run(Path(sys.argv[1]), test_store.ALL_ON_DISK)
-"""
+def test_a_kill_while_a_state_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forking = multiprocessing.get_context("fork")
+    half, real = forking.Event(), safetensors.torch.save_file
 
+    def halved(tensors: Any, path: Path, metadata: Any) -> None:
+        real(tensors, path, metadata)
+        if "state-000003" in str(path):
+            raw = path.read_bytes()
+            path.write_bytes(raw[: len(raw) // 2])
+            half.set()
+            threading.Event().wait()
 
-def test_a_kill_while_a_state_is_half_written(tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", halved)
+        process = forking.Process(target=run, args=(tmp_path, ALL_ON_DISK))
+        process.start()
     try:
-        assert process.stdout.readline() == "half\n"
+        assert half.wait(120)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
     found = files(tmp_path)
     assert found[0].startswith(".state-000003.safetensors.")
     assert found[-2:] == ["state-000001.safetensors", "state-000002.safetensors"]

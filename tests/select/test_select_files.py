@@ -165,6 +165,18 @@ def test_every_kind_of_file(grid: Path, name: str, part: str | None, alignment: 
         assert record["rows"] == "by shape and zeros alone"
 
 
+@pytest.mark.parametrize(("stated", "remedy"), [
+    (Stated("negative", "target"), "give the right --rows"),
+    (Stated("negative", "target", by_end=True), "Give scores of this run's rows$"),
+])  # fmt: skip
+def test_scores_of_other_rows_are_refused_with_what_the_command_takes(
+    tmp_path: Path, stated: Stated, remedy: str
+) -> None:
+    torch.save(torch.zeros(7, 9), tmp_path / "others.pt")
+    with pytest.raises(ValueError, match=remedy):
+        file_scores(tmp_path / "others.pt", None, places_of(ROWS), stated)
+
+
 def test_wider_files_are_cut_where_they_are_zero(grid: Path) -> None:
     places = places_of(ROWS)
     wide = torch.zeros(3, 9)

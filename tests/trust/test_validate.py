@@ -97,7 +97,7 @@ def test_every_set_is_predicted_and_measured(run: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [
-    (), ("--lora.rank", "2"), ("--train.dropout",), ("--attribute", "tokens", "--train.micro_batch_size", "3"),
+    (), ("--lora.rank", "2"), pytest.param(("--train.dropout",), marks=pytest.mark.slow), ("--attribute", "tokens", "--train.micro_batch_size", "3"),
 ], ids=["full", "lora", "dropout", "tokens"])  # fmt: skip
 def test_with_nothing_left_out_the_difference_is_exactly_0(world: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     run = magic(world, tmp_path / "run", *more)

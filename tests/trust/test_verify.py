@@ -81,7 +81,7 @@ GOOD = {
     "dropout": ("--train.dropout",),
     "float64": ("--dtype", "float64"),
 }  # fmt: skip
-SLOW = {"full", "dropout", "muon", "sgd-clip-micro", "float64"}  # "tokens" has all that "full" has
+SLOW = {"full", "dropout", "muon", "sgd-clip-micro", "float64", "lora-muon"}  # "tokens" has all that "full" has
 
 
 @pytest.mark.parametrize("case", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in GOOD])
