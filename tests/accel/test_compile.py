@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from kills import kill_after
+from killing import kill_after
 from test_blocks import build, results, stream
 from test_magic import LAYOUTS, command, done, scores, world  # noqa: F401  # fixtures
 from torch import Tensor

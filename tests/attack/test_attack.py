@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kills import kill_after
+from killing import kill_after
 from rich.console import Console
 from test_train import final
 

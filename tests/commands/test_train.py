@@ -13,7 +13,7 @@ import pytest
 import quiz
 import tiny
 import torch
-from kills import kill_after
+from killing import kill_after
 
 from retrograd.cli import main
 from retrograd.core.step import Training

@@ -9,7 +9,7 @@ import pytest
 import quiz
 import tiny
 import torch
-from kills import kill_after
+from killing import kill_after
 from test_train import final
 
 from retrograd.cli import main

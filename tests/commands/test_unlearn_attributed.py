@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from kills import kill_after
+from killing import kill_after
 from test_unlearn_methods import Mutated, side_directions
 
 from retrograd.cli import main

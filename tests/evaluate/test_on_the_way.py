@@ -15,7 +15,7 @@ import pytest
 import quiz
 import tiny
 import torch
-from kills import kill_after
+from killing import kill_after
 from rich.console import Console
 
 from retrograd.cli import main

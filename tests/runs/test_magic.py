@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from kills import kill_after
+from killing import kill_after
 
 from retrograd.cli import main
 
