@@ -32,14 +32,16 @@ RESAMPLES = 2000
 
 
 class Gap(NamedTuple):
-    """What can come back, in accuracy, and its standard error over the same questions."""
+    """What can come back, in accuracy, and its standard error over the same questions; None for a single one."""
 
     gap: float
-    error: float
+    error: float | None
 
     @property
     def why_none(self) -> str | None:
         """Why no recovery can be measured; None where it can."""
+        if self.error is None:
+            return f"one question alone: the gap to the base model is {self.gap:.3f}, and has no standard error"
         if self.gap > 0 and self.gap >= 2 * self.error:
             return None
         return f"nothing to come back: the gap to the base model is {self.gap:.3f}, its standard error {self.error:.3f}"
@@ -70,7 +72,7 @@ def gap_of(base: np.ndarray, start: np.ndarray) -> Gap:
         base, start: 1 or 0 for each question, [n].
     """
     difference = np.asarray(base, float) - np.asarray(start, float)
-    error = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else float("inf")
+    error = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else None
     return Gap(float(difference.mean()), error)
 
 

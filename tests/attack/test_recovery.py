@@ -58,6 +58,12 @@ def test_a_rise_that_chance_explains_is_no_recovery() -> None:
     assert recovery.recovery_step([0, 1, 2], many, np.repeat(base, 40), 0.5) == Reached(1, 0)
 
 
+def test_one_question_has_no_standard_error() -> None:
+    gap = recovery.gap_of(np.ones(1), np.zeros(1))
+    assert gap.error is None  # not an infinite one, which JSON has no word for
+    assert "one question alone: the gap to the base model is 1.000" in str(gap.why_none)
+
+
 def test_a_small_gap_gives_no_verdict() -> None:
     start = rights(10)[0]
     assert recovery.gap_of(BASE, start).why_none is None
