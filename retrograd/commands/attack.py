@@ -1,4 +1,7 @@
-"""`retrograd attack`: every model meets every configuration, controls beside them. Running again resumes."""
+"""`retrograd attack`: every model meets every configuration, controls beside them. Running again resumes.
+
+The processes of a torchrun job take whole meetings; rank 0 prepares the folder before and tells what came of it after.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from rich.console import Console
 from retrograd.attack.beforehand import check_data, check_models
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
-from retrograd.attack.folder import Attacked, Folder, claim_folder, forget_unmet, refuse_foreign
+from retrograd.attack.folder import Attacked, Folder, claim_folder, forget_unmet, read_folder, refuse_foreign
 from retrograd.attack.material import Material, attacked_models, check_half, material_of, shallow_unlearning
 from retrograd.attack.prompted.run import carry_out_prompted
 from retrograd.attack.tell import show_findings, write_findings
@@ -22,6 +25,7 @@ from retrograd.commands.training import MODEL, carry_out
 from retrograd.commands.unlearn import unlearn
 from retrograd.evaluate.folder import plain
 from retrograd.experiment.tasks import unlearn_config
+from retrograd.parallel.deal import Deal, dealt
 from retrograd.runs.lock import locked
 from retrograd.settings.attack import (
     AttackConfig,
@@ -44,7 +48,7 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
         config: The resolved configuration.
         console: Where the summary goes; standard output when None.
     Returns:
-        What recovery.json says.
+        What recovery.json says; on ranks other than 0, nothing.
     Raises:
         ValueError: For anything the user can mend.
         RunError: For a failure of the machine; the same call resumes.
@@ -57,13 +61,26 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
         if config.attribute and isinstance(one, Finetune):
             check_attribution(config, one)
     refuse_foreign(config.out)
+    with dealt() as deal:
+        if deal.rank:
+            deal.meet()
+            _carry_out(config, read_folder(config.out), material_of(config), deal, Console(quiet=True))
+            deal.meet()
+            return {}
+        return _attack(config, deal, console)
+
+
+def _attack(config: AttackConfig, deal: Deal, console: Console) -> dict[str, Any]:
+    """What one process does, or rank 0 of several."""
     with locked(config.out):
         refuse_foreign(config.out)
         material = material_of(config)
         check_models([source for _, source in attacked_models(config, config.shallow)], config.tokenizer)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, attacked_models(config, shallow), configurations(config), material)
-        _carry_out(config, folder, material, console)
+        deal.meet()
+        _carry_out(config, folder, material, deal, console)
+        deal.meet()
         found = findings(folder, config.utility)
         write_findings(found, config.out)
         show_findings(found, config.out, console)
@@ -80,8 +97,9 @@ def _shallow(config: AttackConfig, lab: Path) -> str:
     return str(run / MODEL)
 
 
-def _carry_out(config: AttackConfig, folder: Folder, material: Material, console: Console) -> None:
-    meetings = [(target, name) for name in folder.configurations for target in folder.targets]
+def _carry_out(config: AttackConfig, folder: Folder, material: Material, deal: Deal, console: Console) -> None:
+    """This process's meetings of the folder's."""
+    meetings = deal.mine([(target, name) for name in folder.configurations for target in folder.targets])
     for place, (target, name) in enumerate(meetings, start=1):
         start = time.monotonic()
         try:
