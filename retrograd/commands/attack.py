@@ -6,6 +6,7 @@ The processes of a torchrun job take whole meetings; rank 0 prepares the folder 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ from rich.console import Console
 from retrograd.attack.beforehand import check_data, check_models
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
-from retrograd.attack.folder import Attacked, Folder, claim_folder, forget_unmet, read_folder, refuse_foreign
+from retrograd.attack.folder import (
+    Attacked,
+    Folder,
+    begun_meetings,
+    claim_folder,
+    forget_unmet,
+    read_folder,
+    refuse_foreign,
+)
 from retrograd.attack.material import Material, attacked_models, check_half, material_of, shallow_unlearning
 from retrograd.attack.prompted.run import carry_out_prompted
 from retrograd.attack.tell import show_findings, write_findings
@@ -63,8 +72,8 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
     refuse_foreign(config.out)
     with dealt() as deal:
         if deal.rank:
-            deal.meet()
-            _carry_out(config, read_folder(config.out), material_of(config), deal, Console(quiet=True))
+            begun = deal.told(set[tuple[str, str]]())
+            _carry_out(config, read_folder(config.out), material_of(config), deal, begun, Console(quiet=True))
             deal.meet()
             return {}
         return _attack(config, deal, console)
@@ -78,8 +87,7 @@ def _attack(config: AttackConfig, deal: Deal, console: Console) -> dict[str, Any
         check_models([source for _, source in attacked_models(config, config.shallow)], config.tokenizer)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, attacked_models(config, shallow), configurations(config), material)
-        deal.meet()
-        _carry_out(config, folder, material, deal, console)
+        _carry_out(config, folder, material, deal, deal.told(begun_meetings(folder)), console)
         deal.meet()
         found = findings(folder, config.utility)
         write_findings(found, config.out)
@@ -97,9 +105,18 @@ def _shallow(config: AttackConfig, lab: Path) -> str:
     return str(run / MODEL)
 
 
-def _carry_out(config: AttackConfig, folder: Folder, material: Material, deal: Deal, console: Console) -> None:
-    """This process's meetings of the folder's."""
-    meetings = deal.mine([(target, name) for name in folder.configurations for target in folder.targets])
+def _carry_out(
+    config: AttackConfig,
+    folder: Folder,
+    material: Material,
+    deal: Deal,
+    begun: Collection[tuple[str, str]],
+    console: Console,
+) -> None:
+    """This process's share of the folder's meetings: of those that nobody has begun, and of the rest."""
+    every = [(target, name) for name in folder.configurations for target in folder.targets]
+    new = [one for one in every if (one[0].name, one[1]) not in begun]
+    meetings = [*deal.mine(new), *deal.mine([one for one in every if one not in new])] if deal.world > 1 else every
     for place, (target, name) in enumerate(meetings, start=1):
         start = time.monotonic()
         try:

@@ -36,19 +36,28 @@ class Deal:
 
     def meet(self) -> None:
         """Wait until every process is here, for as long as it takes."""
+        self.told(None)
+
+    def told(self, value: T) -> T:
+        """Rank 0's value on every process, once all are here."""
         from torch import distributed
 
-        if self.world > 1:
-            if not distributed.is_initialized():
-                distributed.init_process_group("gloo", timeout=datetime.timedelta(days=14))
-            distributed.barrier()
+        if self.world == 1:
+            return value
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=14))
+        distributed.barrier()
+        told = [value]
+        distributed.broadcast_object_list(told, src=0)
+        return told[0]
 
 
 @contextlib.contextmanager
 def dealt() -> Iterator[Deal]:
     """The job's processes while they deal out a command's work, each with a GPU of its own where there are several."""
-    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    if 0 < place < torch.cuda.device_count():
+        torch.cuda.set_device(place)
     deal = Deal()
     try:
         yield deal
