@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,15 +128,20 @@ def claim_folder(
     return read_folder(path)
 
 
-def forget_unmet(folder: Folder, target: Attacked, configuration: str) -> None:
-    """Take a meeting that cannot work out of the folder again: its configuration, if no model has met it, and its
-    model, if it has met nothing. Later calls, which do all that the folder knows of, would fail at it for ever."""
+def forget_unmet(folder: Folder, target: Attacked, configuration: str, asked: Collection[str]) -> None:
+    """Take a meeting that cannot work out of the folder again: its configuration and its model, each if this call asks
+    for it, or if it has met nothing. Later calls, which do all that the folder knows of, would fail at it for ever;
+    what others have found stays on disk, for a call that asks for it again.
+
+    Args:
+        asked: Names of this call's configurations, and sources of its models but for controls.
+    """
     path = folder.path / "attack.json"
     with locked(folder.path, f"{LOCK}-unmet", patience=60, tidy=False):  # other processes may fail too
         found = json.loads(path.read_text(encoding="utf8"))
-        if not any(_met(folder.place(one, configuration)) for one in folder.targets):
+        if configuration in asked or not any(_met(folder.place(one, configuration)) for one in folder.targets):
             found["configurations"].pop(configuration, None)
-        if not any(_met(folder.place(target, name)) for name in folder.configurations):
+        if target.source in asked or not any(_met(folder.place(target, name)) for name in folder.configurations):
             found["models"].pop(target.name, None)
         write_json(path, found)
 

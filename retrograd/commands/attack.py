@@ -122,7 +122,8 @@ def _carry_out(
         try:
             _meet(config, folder, material, target, name)
         except ValueError:
-            forget_unmet(folder, target, name)
+            asked = {plain(model) for model in config.model} | {name_of(one) for one in configurations(config)}
+            forget_unmet(folder, target, name, asked)
             raise
         console.print(f"{place}/{len(meetings)} {name} × {target.name}: {time.monotonic() - start:.0f} s")
 
