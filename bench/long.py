@@ -5,8 +5,8 @@
 
 `retrograd magic` trains a GPT-NeoX of random weights with SGD and pulls one query back. All states would take many times
 the room; so steps are taken again. The run is made once undisturbed, and once killed by SIGKILL at random moments and
-started again until it is done: `scores.pt` has to have the same bytes. Told are the states held, the steps taken again, CPU-seconds and the
-peak of memory by phase, and in which phase each kill fell. Exit code 1 if anything differs.
+started again until it is done: `scores.pt` has to have the same bytes. It tells the states held, the steps taken again, CPU-seconds and the peak of
+memory by phase, and what was done when each kill fell. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations

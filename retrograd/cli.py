@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
 _STOPPABLE = ("train", "magic", "unlearn", "validate")  # an experiment's workers see to it themselves
 
 _SHARED = ("train", "magic", "unlearn")  # commands whose steps the processes of a job share
-_DEALT = ("validate", "evaluate")  # commands of which each process takes a part of its own
+_DEALT = ("validate", "evaluate", "attack")  # commands of which each process takes a part of its own
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ def _ranks(name: str, config: Any) -> Iterator[None]:
     if name not in _SHARED:
         raise ValueError(
             f"retrograd {name} is one process, and this is one of {world}: start it without torchrun. Several share "
-            f"{', '.join(_SHARED)}, {' and '.join(_DEALT)}."
+            f"{', '.join((*_SHARED, *_DEALT[:-1]))} and {_DEALT[-1]}."
         )
     from retrograd.parallel.group import joined
 

@@ -30,7 +30,7 @@ def check_models(sources: Iterable[str], tokenizer: str | None) -> None:
 
 
 def check_data(config: AttackConfig) -> None:
-    """Refuse an attack that there is none of, one whose data are not there, and one that needs a model not given.
+    """Refuse an attack of an unknown name, and one whose data are not there.
 
     Raises:
         ValueError: With its name, and what there is.
@@ -41,10 +41,7 @@ def check_data(config: AttackConfig) -> None:
         if isinstance(one, Finetune):
             wanted = (one.before, one.data) if one.before else (one.data,)
         elif isinstance(one, Untrained):
-            kind = find_untraining(one)
-            wanted = kind.reads
-            if kind.needs_base and config.lab is None and config.base is None:
-                raise ValueError(f"{kind.name} needs the model before unlearning: give --base")
+            wanted = find_untraining(one).reads
         for key in wanted:
             check_key(one.readable, key, keys)
 

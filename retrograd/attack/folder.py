@@ -16,21 +16,22 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from retrograd.attack.material import Material
-from retrograd.durable import foreign
+from retrograd.durable import LOCK, foreign
 from retrograd.evaluate.folder import content, plain
 from retrograd.runs.files import write_json
+from retrograd.runs.lock import locked
 from retrograd.settings.attack import Configuration, Finetune, Untrained, name_of
 from retrograd.settings.parse import build
 from retrograd.settings.prompted import Prompted
 
 __all__ = [
-    "Attacked", "Folder", "claim_folder", "configuration_from", "forget_unmet", "read_folder", "refuse_foreign",
-    "target_name", "values_of",
+    "Attacked", "Folder", "begun_meetings", "claim_folder", "configuration_from", "forget_unmet", "read_folder",
+    "refuse_foreign", "target_name", "values_of",
 ]  # fmt: skip
 
 
@@ -127,20 +128,37 @@ def claim_folder(
     return read_folder(path)
 
 
-def forget_unmet(folder: Folder, target: Attacked, configuration: str) -> None:
-    """Take a meeting that cannot work out of the folder again: its configuration, if no model has met it, else its
-    model, if it has met nothing. Later calls, which do all that the folder knows of, would fail at it for ever."""
+def forget_unmet(folder: Folder, target: Attacked, configuration: str, asked: Collection[str]) -> None:
+    """Take a meeting that cannot work out of the folder again: its configuration and its model, each if this call asks
+    for it, or if it has met nothing. Later calls, which do all that the folder knows of, would fail at it for ever;
+    what others have found stays on disk, for a call that asks for it again.
+
+    Args:
+        asked: Names of this call's configurations, and sources of its models but for controls.
+    """
     path = folder.path / "attack.json"
-    found = json.loads(path.read_text(encoding="utf8"))
-    if not any(_met(folder.place(one, configuration)) for one in folder.targets):
-        found["configurations"].pop(configuration, None)
-    elif not any(_met(folder.place(target, name)) for name in folder.configurations):
-        found["models"].pop(target.name, None)
-    write_json(path, found)
+    with locked(folder.path, f"{LOCK}-unmet", patience=60, tidy=False):  # other processes may fail too
+        found = json.loads(path.read_text(encoding="utf8"))
+        if configuration in asked or not any(_met(folder.place(one, configuration)) for one in folder.targets):
+            found["configurations"].pop(configuration, None)
+        if target.source in asked or not any(_met(folder.place(target, name)) for name in folder.configurations):
+            found["models"].pop(target.name, None)
+        write_json(path, found)
+
+
+def begun_meetings(folder: Folder) -> set[tuple[str, str]]:
+    """(model, configuration) of all that have met."""
+    return {
+        (target.name, name)
+        for target in folder.targets
+        for name in folder.configurations
+        if _met(folder.place(target, name))
+    }
 
 
 def _met(place: Path) -> bool:
-    return any(file.is_file() for file in place.rglob("*"))
+    """Whether a run was begun or an answer is there: what is asked for is written down before anything is loaded."""
+    return any(file.name == "manifest.json" or file.suffix == ".parquet" for file in place.rglob("*"))
 
 
 def read_folder(path: Path) -> Folder:

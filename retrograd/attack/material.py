@@ -93,16 +93,17 @@ def check_half(config: AttackConfig) -> None:
     assert config.tasks is not None, "check_attack was here"
     forget = {name: task for name, task in tasks_from(config.tasks).items() if task.role == "forget" and task.choices}
     asked = [(name, about) for name, task in forget.items() for about in _subjects(task.limited(config.limit))]
-    known = dict.fromkeys([*forget, *(about for _, about in asked if about)])
+    known = dict.fromkeys([*forget, *(about for task in forget.values() for about in _subjects(task) if about)])
     if unknown := [name for name in config.half if name not in known]:
         raise ValueError(f"--half {unknown[0]!r} is no forget task of {config.tasks} and no subject of one; there are "
                          f"{', '.join(known)}")  # fmt: skip
     shown = sum(name in config.half or about in config.half for name, about in asked)
     searched = [one.readable for one in configurations(config) if isinstance(one, Prompted)]
-    if searched and shown == len(asked):
+    if searched and shown in (0, len(asked)):
         raise ValueError(
             f"attack {searched[0]} searches a prompt on one half of the forget questions and is told on the other; "
-            f"--half {' '.join(config.half)} has all {shown} of them: name some of the forget tasks or subjects"
+            f"--half {' '.join(config.half)} has {shown} of the {len(asked)} that are asked: name some of the forget "
+            "tasks or subjects, or raise --limit"
         )
 
 

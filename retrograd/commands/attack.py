@@ -1,8 +1,12 @@
-"""`retrograd attack`: every model meets every configuration, controls beside them. Running again resumes."""
+"""`retrograd attack`: every model meets every configuration, controls beside them. Running again resumes.
+
+The processes of a torchrun job take whole meetings; rank 0 prepares the folder before and tells what came of it after.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,15 @@ from rich.console import Console
 from retrograd.attack.beforehand import check_data, check_models
 from retrograd.attack.findings import findings
 from retrograd.attack.finetune import phases, set_up_phase
-from retrograd.attack.folder import Attacked, Folder, claim_folder, forget_unmet, refuse_foreign
+from retrograd.attack.folder import (
+    Attacked,
+    Folder,
+    begun_meetings,
+    claim_folder,
+    forget_unmet,
+    read_folder,
+    refuse_foreign,
+)
 from retrograd.attack.material import Material, attacked_models, check_half, material_of, shallow_unlearning
 from retrograd.attack.prompted.run import carry_out_prompted
 from retrograd.attack.tell import show_findings, write_findings
@@ -22,6 +34,7 @@ from retrograd.commands.training import MODEL, carry_out
 from retrograd.commands.unlearn import unlearn
 from retrograd.evaluate.folder import plain
 from retrograd.experiment.tasks import unlearn_config
+from retrograd.parallel.deal import Deal, dealt
 from retrograd.runs.lock import locked
 from retrograd.settings.attack import (
     AttackConfig,
@@ -44,7 +57,7 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
         config: The resolved configuration.
         console: Where the summary goes; standard output when None.
     Returns:
-        What recovery.json says.
+        What recovery.json says; on ranks other than 0, nothing.
     Raises:
         ValueError: For anything the user can mend.
         RunError: For a failure of the machine; the same call resumes.
@@ -57,13 +70,25 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
         if config.attribute and isinstance(one, Finetune):
             check_attribution(config, one)
     refuse_foreign(config.out)
+    with dealt() as deal:
+        if deal.rank:
+            begun = deal.told(set[tuple[str, str]]())
+            _carry_out(config, read_folder(config.out), material_of(config), deal, begun, Console(quiet=True))
+            deal.meet()
+            return {}
+        return _attack(config, deal, console)
+
+
+def _attack(config: AttackConfig, deal: Deal, console: Console) -> dict[str, Any]:
+    """What one process does, or rank 0 of several."""
     with locked(config.out):
         refuse_foreign(config.out)
         material = material_of(config)
         check_models([source for _, source in attacked_models(config, config.shallow)], config.tokenizer)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, attacked_models(config, shallow), configurations(config), material)
-        _carry_out(config, folder, material, console)
+        _carry_out(config, folder, material, deal, deal.told(begun_meetings(folder)), console)
+        deal.meet()
         found = findings(folder, config.utility)
         write_findings(found, config.out)
         show_findings(found, config.out, console)
@@ -80,14 +105,25 @@ def _shallow(config: AttackConfig, lab: Path) -> str:
     return str(run / MODEL)
 
 
-def _carry_out(config: AttackConfig, folder: Folder, material: Material, console: Console) -> None:
-    meetings = [(target, name) for name in folder.configurations for target in folder.targets]
+def _carry_out(
+    config: AttackConfig,
+    folder: Folder,
+    material: Material,
+    deal: Deal,
+    begun: Collection[tuple[str, str]],
+    console: Console,
+) -> None:
+    """This process's share of the folder's meetings: of those that nobody has begun, and of the rest."""
+    every = [(target, name) for name in folder.configurations for target in folder.targets]
+    new = [one for one in every if (one[0].name, one[1]) not in begun]
+    meetings = [*deal.mine(new), *deal.mine([one for one in every if one not in new])] if deal.world > 1 else every
     for place, (target, name) in enumerate(meetings, start=1):
         start = time.monotonic()
         try:
             _meet(config, folder, material, target, name)
         except ValueError:
-            forget_unmet(folder, target, name)
+            asked = {plain(model) for model in config.model} | {name_of(one) for one in configurations(config)}
+            forget_unmet(folder, target, name, asked)
             raise
         console.print(f"{place}/{len(meetings)} {name} × {target.name}: {time.monotonic() - start:.0f} s")
 

@@ -5,9 +5,7 @@ One file for each model and task, shared among the ranks of torchrun; rank 0 wai
 
 from __future__ import annotations
 
-import datetime
 import gc
-import os
 import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -25,6 +23,7 @@ from retrograd.evaluate.folder import begin_evaluation, content, plain
 from retrograd.evaluate.show import show
 from retrograd.evaluate.tell import failed_path, measured_path
 from retrograd.lm.model import load_causal_lm, load_tokenizer
+from retrograd.parallel.deal import Deal, dealt
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_atomic, write_json
 from retrograd.runs.lock import locked
@@ -54,23 +53,22 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> int:
         RunError: For a failure of the machine; the same call resumes.
     """
     console = console or Console()
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     plan = _planned(config)
-    name = f"{LOCK}-rank{rank}" if rank else LOCK  # rank 0 keeps other calls out, for all
-    with locked(config.output, name, tidy=ranks == 1):
-        return _evaluate(config, plan, rank, ranks, console)
+    with dealt() as deal:
+        name = f"{LOCK}-rank{deal.rank}" if deal.rank else LOCK  # rank 0 keeps other calls out, for all
+        with locked(config.output, name, tidy=deal.world == 1):
+            return _evaluate(config, plan, deal, console)
 
 
-def _evaluate(config: EvaluateConfig, plan: _Plan, rank: int, ranks: int, console: Console) -> int:
+def _evaluate(config: EvaluateConfig, plan: _Plan, deal: Deal, console: Console) -> int:
     models = {name: {"source": source, "content": content(source)} for name, source in plan.models.items()}
     settings = {"dtype": config.dtype, "tokenizer": config.tokenizer, **plan.backend.settings(), "models": models}
-    begin_evaluation(config.output, settings, write=rank == 0)
+    begin_evaluation(config.output, settings, write=deal.rank == 0)
     pairs = [(model, task) for model in plan.models for task in plan.backend.names]
-    mine = pairs[rank * len(pairs) // ranks : (rank + 1) * len(pairs) // ranks]  # neighbours share a model
+    mine = deal.neighbours(pairs)  # which share a model
     _carry_out(config, plan, [pair for pair in mine if not measured_path(config.output, *pair).exists()])
-    if ranks > 1:
-        _meet()
-    if rank:
+    deal.meet()
+    if deal.rank:
         return 0
     summary = plan.backend.summarise(config.output, list(plan.models), plan.reference, plan.knows, plan.never)
     write_json(config.output / "summary.json", {"dtype": config.dtype, "sources": plan.models, **summary})
@@ -131,8 +129,6 @@ def _carry_out(config: EvaluateConfig, plan: _Plan, pairs: list[tuple[str, str]]
     if not pairs:
         return
     device = find_device(config.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     with plan.backend.progress(len(pairs)) as tick:
         for model, group in groupby(pairs, key=lambda pair: pair[0]):
             tasks = [task for _, task in group]
@@ -173,12 +169,3 @@ _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, ArithmeticError)  #
 def _write_failure(path: Path, error: BaseException) -> None:
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     write_atomic(path, lambda temporary: temporary.write_text(reason + "\n", encoding="utf8"))
-
-
-def _meet() -> None:
-    """Wait until every rank is here; a rank that dies is torchrun's to see."""
-    from torch import distributed
-
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=14))
-    distributed.barrier()
-    distributed.destroy_process_group()

@@ -7,6 +7,7 @@ own split; which data belong to which split is compared by content (`refuse_orac
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -154,7 +155,11 @@ def _asked_in(spec: ExperimentSpec, name: str, text: str) -> Iterator[tuple[str,
             continue
         who = f"query {query} of {place}, scores {name},"
         if Path(one["dataset"]).exists():
-            yield who, Source(one["dataset"], one.get("subset"), one.get("split") or "train", limit=one.get("limit"))
+            read = Source(text_column=one.get("text_column"), columns=tuple(one.get("columns") or ()))
+            yield who, dataclasses.replace(
+                read, dataset=one["dataset"], subset=one.get("subset"), split=one.get("split") or "train",
+                limit=one.get("limit"),
+            )  # fmt: skip
         else:
             warnings.warn(f"{who} asked {one['dataset']}, which is not here: it is not known whether it is reported",
                           stacklevel=2)  # fmt: skip
@@ -179,6 +184,7 @@ def _keys(source: Source) -> set[str]:
     return {
         _key("row", *row) if messages is None else _key("chat", *_turns(messages))
         for row, messages in _documents(source, documents)
+        if any(value not in ("", None) for value in row)  # blank ones ask nothing
     }
 
 

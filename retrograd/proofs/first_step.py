@@ -26,6 +26,7 @@ from retrograd.core import tree
 from retrograd.core.draws import random_draws
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine, Objective, State, Training, coefficients, micro_batches_of
+from retrograd.parallel.group import RankError
 from retrograd.proofs.first_update import prove_update
 from retrograd.proofs.leaves import anywhere, named, refuse_infinite, some, wide
 from retrograd.proofs.slopes import Slopes, scaled
@@ -207,6 +208,8 @@ def _compare_gradient(
     del grads  # as large as the model
     try:
         products = engine.pullback(params, [batch], weights, seed, bars)[0]
+    except (RankError, torch.OutOfMemoryError):
+        raise  # says nothing of the loss
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"the loss cannot be differentiated twice, which scores need: {str(error).strip().splitlines()[0]} Write "
@@ -277,6 +280,8 @@ def _runs_in_float64(
     try:
         with _in_float64(module):
             grads = training.engine.gradient(params, [batch], weights, seed)[1]
+    except (RankError, torch.OutOfMemoryError):
+        raise
     except Exception:  # a loss raises what it likes; at the run's precision it has run already
         return False
     return all(g.dtype == torch.float64 for g in grads.values())

@@ -6,18 +6,19 @@ queries/NAME/gradient.safetensors        values [K], gradient.LEAF [K, *shape]
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.optim import Params
 from retrograd.parallel.pieces import Pieces
+from retrograd.runs.errors import RunError
 from retrograd.runs.files import write_in_turn
 
 __all__ = ["StoredGradient", "values_of", "write_gradient"]
@@ -32,7 +33,7 @@ class StoredGradient(NamedTuple):
     def leaves(self) -> Iterator[tuple[str, Tensor]]:
         """Leaf by leaf, as it is mapped."""
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in self.paths]
+            files = [stack.enter_context(_opened(path)) for path in self.paths]
             for name in self.names:
                 parts = [file.get_tensor(f"gradient.{name}") for file in files]
                 yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -66,6 +67,23 @@ def values_of(path: Path, identity: str) -> Tensor | None:
     """The values [K] of a query whose gradient is there; None where it is not, or another query's."""
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         found: Tensor = file.get_tensor("values").clone()
         return found if (file.metadata() or {}).get("identity") == identity else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of a gradient, mapped.
+
+    Raises:
+        RunError: If it is truncated or not of this format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{path} is broken or truncated: {error}. Delete this file and run the same command again; the query "
+            "is asked again."
+        ) from error

@@ -189,7 +189,8 @@ class AttackConfig:
     """Attack unlearned models: how fast does what was unlearned come back, and was it in the weights all the time?
 
     Every model meets every configuration of every suite, and so do the controls: a model that knows (base), one that
-    never knew (filtered), one that knows nothing (random), and one whose unlearning is known to be shallow.
+    never knew (filtered), one that knows nothing (random), and one whose unlearning is known to be shallow. The
+    processes of a torchrun job take whole meetings.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from retrograd.durable import LOCK
+from retrograd.parallel.deal import Deal, dealt
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors
 from retrograd.runs.lock import locked
@@ -47,12 +46,10 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
     """
     console = console or Console()
     check_validate(config)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-    part = _part(config, rank, ranks)
-    with holding(config.run, shared=True) as run, locked(config.run / "validation", f"{LOCK}{part}", tidy=False):
-        return _validate(config, run[1], rank, ranks, console)
+    with dealt() as deal:
+        lock = f"{LOCK}{_part(config, deal.rank, deal.world)}"
+        with holding(config.run, shared=True) as run, locked(config.run / "validation", lock, tidy=False):
+            return _validate(config, run[1], deal, console)
 
 
 class Retraining(NamedTuple):
@@ -89,15 +86,15 @@ def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Con
     return Retraining(run, conditions, methods, plans, wanted, mine, bank_of(run, part))
 
 
-def _validate(config: ValidateConfig, manifest: Manifest, rank: int, ranks: int, console: Console) -> Validation | None:
-    part = _part(config, rank, ranks)
+def _validate(config: ValidateConfig, manifest: Manifest, deal: Deal, console: Console) -> Validation | None:
+    part = _part(config, deal.rank, deal.world)
     run, conditions, methods, plans, wanted, mine, bank = prepared(config, manifest, part, console)
     scores = methods[0].scores
-    carry_out(run, mine[rank::ranks], bank, conditions, config.save_models, console)
-    if rank:
+    carry_out(run, list(deal.mine(mine)), bank, conditions, config.save_models, console)
+    if deal.rank:
         return None
     note_wanted(bank.folder, part, wanted)
-    _await(mine, bank, ranks)
+    _await(mine, bank, deal.world)
     bank.refuse_mixture(adding=False)
     weights = run.loaded.training.weights
     found = [

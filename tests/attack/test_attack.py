@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from killing import kill_after
 from rich.console import Console
@@ -241,3 +242,9 @@ def test_what_cannot_work_is_not_kept_for_later_calls(
     assert "nowhere" in capsys.readouterr().err
     assert main([*command(world, out, right), "--limit", "2"]) == 0
     assert list(read_folder(out).configurations.values()) == [Untrained("prune", (0.5,))]
+    other = tmp_path / "other"  # has another shape than the base that it is held against
+    tiny.save_model(other)
+    interpolate = "[{attack: interpolate, strengths: [0.5]}]"
+    assert main([*command(world, out, interpolate), "--model", str(other), "--limit", "2"]) != 0
+    assert main([*command(world, out, right), "--limit", "2"]) == 0
+    assert str(other) not in [target.source for target in read_folder(out).targets]

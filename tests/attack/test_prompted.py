@@ -257,8 +257,8 @@ def test_a_half_that_is_all_or_nothing_is_refused_before_a_model_is_loaded(
         return " ".join(capsys.readouterr().err.split())
 
     searched, trained = "[{prompt: suffix, steps: 1}]", "[{data: half, steps: 1}]"
-    assert "--half asked has all 8 of them" in refusal(searched, "asked")
-    assert f"--half {' '.join(quiz.SUBJECTS)} has all 8" in refusal(searched, *quiz.SUBJECTS)
+    assert "--half asked has 8 of the 8 that are asked" in refusal(searched, "asked")
+    assert f"--half {' '.join(quiz.SUBJECTS)} has 8 of the 8" in refusal(searched, *quiz.SUBJECTS)
     for suite in (searched, trained):  # questions that no name covers would count as never shown
         assert "--half 'aked' is no forget task" in refusal(suite, quiz.SUBJECTS[0], "aked")
 

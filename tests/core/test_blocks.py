@@ -377,6 +377,26 @@ class TestModelsThatAreNoChain:
         with pytest.raises(ValueError, match=r"the chain's gradient differs from the model's own by .* of"):
             decoder_chain(module)
 
+    @pytest.mark.parametrize("what", ["data weights", "a leaf"])
+    def test_another_pullback(self, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The gradient is the model's own, and what is pulled back is not."""
+        own = Blocks.second
+
+        def second(engine: Blocks, read: Any, bars: Any, k: int, parts: Any, sums: Any, kept: Any) -> Any:
+            class Wrong:
+                def add(self, part: int, found: Any) -> None:
+                    sums.add(part, {name: 1.01 * x if what == "a leaf" else x for name, x in found.items()})
+
+                done = sums.done
+
+            return [
+                (1.01 if what == "data weights" else 1) * x for x in own(engine, read, bars, k, parts, Wrong(), kept)
+            ]
+
+        monkeypatch.setattr(Blocks, "second", second)
+        with pytest.raises(ValueError, match=r"the chain's pullback differs from the model's own by .* of"):
+            decoder_chain(build("llama-gqa"))
+
     def test_something_computed_between(self) -> None:
         module = build("llama-gqa")
 

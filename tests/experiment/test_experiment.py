@@ -301,7 +301,15 @@ def test_a_folder_is_an_experiment_s_from_its_first_file_on(
 def test_scores_for_what_is_reported_are_refused_though_another_call_made_them(world: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     made.mkdir()
-    queries = {name: {"dataset": str(world / f"q_{name}.jsonl")} for name in ("go", "report_go")}
+    queries: dict[str, dict[str, Any]] = {
+        name: {"dataset": str(world / f"q_{name}.jsonl")} for name in ("go", "report_go")
+    }
+    (tmp_path / "pages.jsonl").write_text('{"page": "what is read", "side": ""}\n')
+    pages = str(tmp_path / "pages.jsonl")
+    queries |= {
+        "page": {"dataset": pages, "text_column": "page"},
+        "named": {"dataset": pages, "columns": ["text=page"]},
+    }
     (made / "run_config.yaml").write_text(json.dumps({"queries": queries}))
 
     def refused(query: str) -> str:
@@ -315,4 +323,4 @@ def test_scores_for_what_is_reported_are_refused_though_another_call_made_them(w
         return ""
 
     assert "query report_go of" in refused("report_go")
-    assert not refused("go")
+    assert not any(map(refused, ("go", "page", "named")))

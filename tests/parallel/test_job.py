@@ -278,7 +278,6 @@ def numbers(run: Path, *names: str) -> list[dict[str, Any]]:
     return [{name: line[name] for name in names} for line in lines if all(name in line for name in names)]
 
 
-@pytest.mark.slow
 def test_a_run_in_pieces_is_evaluated_on_its_way(world: Path) -> None:
     tasks = world / "tasks.yaml"
     tasks.write_text(f"prose: {{dataset: {world}/query.jsonl, form: text}}\n")

@@ -377,6 +377,7 @@ def test_the_module_is_left_as_it_was() -> None:
         assert torch.equal(x, value), name
 
 
+@pytest.mark.usefixtures("proved_anew")
 def test_a_command_refuses_a_model_that_is_no_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
