@@ -30,7 +30,7 @@ def check_models(sources: Iterable[str], tokenizer: str | None) -> None:
 
 
 def check_data(config: AttackConfig) -> None:
-    """Refuse an attack of an unknown name, and one whose data are not there.
+    """Refuse an attack of an unknown name, one whose data are not there, and one that needs a model not given.
 
     Raises:
         ValueError: With its name, and what there is.
@@ -41,7 +41,10 @@ def check_data(config: AttackConfig) -> None:
         if isinstance(one, Finetune):
             wanted = (one.before, one.data) if one.before else (one.data,)
         elif isinstance(one, Untrained):
-            wanted = find_untraining(one).reads
+            kind = find_untraining(one)
+            wanted = kind.reads
+            if kind.needs_base and config.lab is None and config.base is None:
+                raise ValueError(f"{kind.name} needs the model before unlearning: give --base")
         for key in wanted:
             check_key(one.readable, key, keys)
 
