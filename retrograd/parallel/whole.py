@@ -35,7 +35,7 @@ def of_whole(
 
 
 class _Parcel(NamedTuple):
-    """What a process sends of a parameter, alike on all of them: shapes of slabs, one after another, and which have K."""
+    """What each process sends of a parameter: the shapes of slabs, one after another, and which of them have K."""
 
     name: str
     shapes: list[torch.Size]

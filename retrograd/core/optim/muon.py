@@ -35,9 +35,8 @@ class Muon:
         b' = μb + (1−μ)g     u = NewtonSchulz((1−μ)g + μb')     θ' = θ·(1 − lr·wd) − 0.2·lr·√max(rows, columns)·u
 
     Momentum and scaling are torch.optim.Muon's with `nesterov` and `match_rms_adamw`, so one learning rate serves both
-    halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16), on whole matrices (`tree.of_whole`),
-    and is pulled back by autograd; all else is elementwise. The decay is differentiated.
-    Parameters named in `spared` do not decay.
+    halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16) and on whole matrices, and is pulled
+    back by autograd; all else is elementwise. The decay is differentiated. Parameters named in `spared` do not decay.
     """
 
     lr: LearningRate
