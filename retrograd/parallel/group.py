@@ -26,12 +26,13 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "Group", "RankError", "here", "joined"]
+__all__ = ["ALONE", "Group", "RankError", "alone", "here", "joined"]
 
 T = TypeVar("T")
 
 _PULSE = 1.0  # seconds between two beats
 _BUCKET = 32 << 20  # bytes of small tensors that are broadcast at once
+_DISMISSED = "dismissed"  # a call that ends serving
 
 
 class RankError(RuntimeError):
@@ -70,7 +71,8 @@ class Group:
             return [value]
         key = self._next_value()
         if self.rank:
-            self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
+            with _reaching():
+                self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
             return []
         found = [value]
         for rank in range(1, self.world):
@@ -100,14 +102,24 @@ class Group:
         self._broadcast(pickler.tensors)
         self._store.delete_key(f"call/{self._calls - 1}")
 
-    def serve(self, doing: Mapping[str, Callable[..., Any]]) -> None:
-        """Do what rank 0 calls for, until it has ended. By the other ranks."""
+    def dismiss(self) -> None:
+        """Let the other ranks go on to what comes after `serve`. Of rank 0's use alone."""
+        self.call(_DISMISSED)
+
+    def serve(self, doing: Mapping[str, Callable[..., Any]]) -> bool:
+        """Do what rank 0 calls for. By the other ranks.
+
+        Returns:
+            Whether rank 0 has dismissed them, and goes on to something else; else it has ended.
+        """
         while True:
             self._calls += 1
             called = self._wait(f"call/{self._calls}", ends=True)
             if called is None:
-                return
+                return False
             name, arguments = self._called(called)
+            if name == _DISMISSED:
+                return True
             doing[name](*arguments)
             del arguments  # or they would live until the next
 
@@ -223,44 +235,32 @@ class Group:
 
     def _wait(self, key: str, *, ends: bool = False) -> Any:
         """The value of a key, once another rank has set it; None once rank 0 has ended, if that may be."""
-        pulses = _Pulses(self)
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=_PULSE))
-                return self._store.get(key)
-            except RuntimeError as error:
-                if self._lost():
-                    raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
-                if self._store.check(["failed"]):
-                    self._missed(error)
-                if self.rank and self._store.check(["ended"]):
-                    if ends:
-                        return None
-                    raise SystemExit(0) from None  # rank 0 has said why
-                if late := pulses.late():
-                    raise RankError(late) from None
-
-    def _lost(self) -> bool:
-        try:
-            self._store.check(["failed"])
-        except RuntimeError:
-            return True
-        return False
+        with _reaching():
+            pulses = _Pulses(self)
+            while True:
+                try:
+                    self._store.wait([key], timedelta(seconds=_PULSE))
+                    return self._store.get(key)
+                except RuntimeError as error:
+                    if self._store.check(["failed"]):
+                        self._missed(error)
+                    if self.rank and self._store.check(["ended"]):
+                        if ends:
+                            return None
+                        raise SystemExit(0) from None  # rank 0 has said why
+                    if late := pulses.late():
+                        raise RankError(late) from None
 
     def _missed(self, error: RuntimeError) -> NoReturn:
         """Why something did not come about."""
-        pulses = _Pulses(self)
-        until = time.monotonic() + 4 * _PULSE
-        while time.monotonic() < until:
-            try:
+        with _reaching():
+            pulses = _Pulses(self)
+            until = time.monotonic() + 4 * _PULSE
+            while time.monotonic() < until:
                 if self._store.check(["failed"]):
                     raise RankError(f"{self._store.get('failed').decode()} The same command resumes.")
-            except RankError:
-                raise
-            except RuntimeError as gone:
-                raise RankError("the job's store is gone, and with it rank 0; see what that one says") from gone
-            time.sleep(_PULSE / 4)
-        still = pulses.still()
+                time.sleep(_PULSE / 4)
+            still = pulses.still()
         who = f"rank {', '.join(map(str, still))} has stopped" if still else "a rank is late"
         raise RankError(
             f"{who}: {str(error).strip().splitlines()[0]}. It was waited for {self.patience:g} s at most "
@@ -284,6 +284,17 @@ _here = ALONE
 def here() -> Group:
     """The group of this process."""
     return _here
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """This process does something by itself, though it is one of a job; the others wait at what comes next."""
+    global _here
+    before, _here = _here, Group()
+    try:
+        yield
+    finally:
+        _here = before
 
 
 @contextlib.contextmanager
@@ -325,6 +336,17 @@ def joined(patience: float) -> Iterator[Group]:
         _here = ALONE
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+    """Around what asks the job's store, which is in the process of rank 0."""
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:
+        raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
 
 
 class _Pulses:

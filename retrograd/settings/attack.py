@@ -29,6 +29,7 @@ from retrograd.settings.train import (
     ReplayConfig,
     TrainConfig,
     at_least_1,
+    check_ranks,
     check_training,
     finite,
 )
@@ -117,6 +118,11 @@ class Finetune:
         )  # fmt: skip
 
     @property
+    def runs(self) -> tuple[str, ...]:
+        """Names of its phases, in their order; the last is the attack itself."""
+        return ("before", "attack") if self.before else ("attack",)
+
+    @property
     def lora(self) -> LoraConfig:
         return LoraConfig(self.rank, float(self.rank or 16), self.modules)
 
@@ -190,7 +196,7 @@ class AttackConfig:
 
     Every model meets every configuration of every suite, and so do the controls: a model that knows (base), one that
     never knew (filtered), one that knows nothing (random), and one whose unlearning is known to be shallow. The
-    processes of a torchrun job take whole meetings.
+    processes of a torchrun job take whole meetings or, with --parallel replicate or shard, share the steps of each.
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = tyro.MISSING
@@ -255,6 +261,14 @@ class AttackConfig:
     fraction: float = 0.1
     """Share of the forget tokens that such a set leaves out."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """What the processes of a torchrun job share. auto: each takes whole meetings, best where a model fits on one;
+    replicate, shard: all share every step of each fine-tuning meeting, as in `retrograd train`; rank 0 does the rest.
+    shard is for models that need several."""
+    shards: int | None = None
+    """Logical shards of each fine-tuning meeting, as in `retrograd train`; a meeting that was begun keeps its own."""
+    patience: float = 600.0
+    """As in `retrograd train`, where steps are shared."""
 
 
 def check_attack(config: AttackConfig) -> None:
@@ -280,6 +294,7 @@ def check_attack(config: AttackConfig) -> None:
     if config.max_length is not None and config.chunk_length is not None:
         raise ValueError("--max_length and --chunk_length exclude each other: cut documents, or pack them")
     finite({"lr_scale": config.lr_scale, "heartbeat": config.heartbeat})
+    check_ranks(config)
     _check_scores(config)
     for bound in config.utility:
         finite({"utility": bound})
