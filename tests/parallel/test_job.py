@@ -35,7 +35,7 @@ RECIPES = {
     "--train.micro_batch_size 3 --engine blocks",
     "muon": "--model {w}/llama --train.optimizer muon --train.batch_size 8",
     "muon-blocks": "--model {w}/tied --train.optimizer muon --train.batch_size 6 --engine blocks "
-    "--train.weight_decay 0.1 --train.spare_norms --train.max_grad_norm 0.5 --query.reduction none",
+    "--train.epochs 2 --train.weight_decay 0.1 --train.spare_norms --train.max_grad_norm 0.5 --query.reduction none",
 }
 
 SHARD = ["--parallel", "shard"]
