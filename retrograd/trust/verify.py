@@ -158,8 +158,8 @@ class _Ledger:
         self.drifted: list[int] = []
 
     def __call__(self, state: State) -> None:
-        found = digest_of(state, self.pieces)
-        if self.expected.get(state.step) == found:
+        digest = digest_of(state, self.pieces)
+        if self.expected.get(state.step) == digest:
             self.same.add(state.step)
         else:
             self.drifted.append(state.step)
@@ -336,9 +336,9 @@ def _shortened(config: VerifyConfig, run: Opened, bars: Bars) -> list[Check]:
     for group in _groups(directions, loaded.initial):
         final, pushed = check.forward_tangent(training, params, group, show)
         slopes.append(_slopes(pushed, queries(final.params)[1]))
-    found = _adjoint("float64 adjoint", scores, directions, torch.cat(slopes), torch.float64)
+    checks = _adjoint("float64 adjoint", scores, directions, torch.cat(slopes), torch.float64)
     seed, count = config.seed + 1, max(1, config.directions)
-    return found + _differences("float64 retraining", training, params, queries, scores, count, seed, show)
+    return checks + _differences("float64 retraining", training, params, queries, scores, count, seed, show)
 
 
 def _in_float64(run: Opened) -> Loaded:
