@@ -40,7 +40,7 @@ from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
-from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, shared
+from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, refuse_uneven, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
@@ -121,6 +121,7 @@ class Differentiated(NamedTuple):
         begun: The arithmetic of a run that was begun: its replay takes no other.
         shards: Logical shards; as many as there are processes when None.
         parallel: How several processes share: "shard", or else every one computes with the whole parameters it is sent.
+        replicas: Copies of the pieces.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -130,6 +131,7 @@ class Differentiated(NamedTuple):
     begun: Arithmetic | None = None
     shards: int | None = 1
     parallel: str = "replicate"
+    replicas: int = 1
 
 
 def assemble(config: MagicConfig) -> Loaded:
@@ -221,6 +223,7 @@ def set_up(
     how = how._replace(begun=group.agreed(how.begun))  # another rank may have looked later
     if how.begun is not None:
         how.begun.apply()
+    refuse_uneven(how.replicas, group)
     shards = logical_shards(how.shards, how.begun, group, how.run)
     size = train.micro_batch_size or stream.batch_size
     recipe = recipe_of(train, model, len(stream), shards)
@@ -248,7 +251,8 @@ def set_up(
     refuse_unequal(group, hashes, arithmetic)
     # an unlearning is held against the parameters it starts from, at its end
     given = (engine.engine, shards, group, stream)
-    divide = partial(in_pieces, *given, model, initial, recipe.optimizer, keep=objective is not None)
+    more = {"replicas": how.replicas, "keep": objective is not None}
+    divide = partial(in_pieces, *given, model, initial, recipe.optimizer, **more)
     if how.begun is None and by_block:
         training = prove_by_block(training, initial, model, divide, attributed=attributed)
     else:
@@ -270,7 +274,7 @@ def _hashes(recipe: Recipe, rows: Rows, initial: State, module: nn.Module) -> di
 
 def _how(config: RecipeConfig, queries: int) -> Differentiated:
     asked = (config.engine, config.compile, queries, config.run)
-    return Differentiated(*asked, _begun(config), config.shards, config.parallel)
+    return Differentiated(*asked, _begun(config), config.shards, config.parallel, config.replicas)
 
 
 def _begun(config: RecipeConfig) -> Arithmetic | None:

@@ -17,7 +17,7 @@ from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.runs.arithmetic import Arithmetic
 
-__all__ = ["in_pieces", "logical_shards", "refuse_unequal", "shared"]
+__all__ = ["in_pieces", "logical_shards", "refuse_uneven", "refuse_unequal", "shared"]
 
 
 def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None) -> int:
@@ -44,6 +44,21 @@ def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, ru
     return shards
 
 
+def refuse_uneven(replicas: int, group: Group) -> None:
+    """Refuse a number of replicas that the processes of a job cannot be.
+
+    Raises:
+        ValueError: With the numbers that can.
+    """
+    if group.world % replicas:
+        able = ", ".join(str(n) for n in range(1, group.world + 1) if group.world % n == 0)
+        raise ValueError(
+            f"--replicas is {replicas} and this job has {group.world} process{'es' * (group.world > 1)}: each replica "
+            f"is as many processes, which have the pieces of all parameters. Take --replicas {able}; the bits are the "
+            "same with each."
+        )
+
+
 def shared(engine: Engine, shards: int, group: Group, stream: DataStream | PairStream) -> Engine:
     """The engine over the logical shards of a run; itself where there is one."""
     return engine if shards == 1 else Split(engine, shards, group, _unit(stream))
@@ -58,11 +73,13 @@ def in_pieces(
     initial: State,
     optimizer: Optimizer,
     *,
+    replicas: int = 1,
     keep: bool = False,
 ) -> Sharded:
     """The engine over logical shards of a model whose parameters lie in pieces; the whole ones are let go of.
 
     Args:
+        replicas: Copies of the pieces.
         keep: Do not let go of them.
     Raises:
         ValueError: If the optimizer's update is not elementwise.
@@ -72,7 +89,7 @@ def in_pieces(
             f"--parallel shard gives every process a piece of each matrix, and {type(optimizer).__name__} needs whole "
             "ones: take --parallel replicate, or adamw, adam or sgd"
         )
-    lying = Pieces(initial.params, shards, group)
+    lying = Pieces(initial.params, shards, group, replicas)
     kind = ByBlock if isinstance(engine, Blocks) else Sharded
     found = kind(engine, shards, group, _unit(stream), lying=lying, first=lying.own(initial.params))
     if not keep and not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place

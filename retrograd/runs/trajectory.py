@@ -258,7 +258,8 @@ class InPieces(Trajectory):
         self._whole = (folder, initial, training.recipe, identity)
         training = training._replace(recipe=self.lying.recipe_of(training.recipe))
         own = initial_state(training.recipe, engine.first)._replace(step=initial.step)
-        part = None if folder is None else part_of(folder, group.world, group.rank)
+        mesh = self.lying.mesh
+        part = None if folder is None else part_of(folder, mesh.size, group.rank, mesh.replicas)
         super().__init__(training, own, replay, part, identity, self._seen, logs, None, self.lying)
         self._observe, self._shown, self._forward = observe, frozenset(shown), False
 
@@ -349,9 +350,10 @@ class Ready:
         training = self.training if weights is None else self.training._replace(weights=weights)
         given = (replay, folder, identity or self.identity)
         engine = training.engine
-        world = engine.group.world if isinstance(engine, Sharded) else 1
+        mesh = engine.lying.mesh if isinstance(engine, Sharded) else None
+        size, replicas = (1, 1) if mesh is None else (mesh.size, mesh.replicas)
         if folder is not None:
-            relay(folder, self.initial, training.recipe, world, given[-1])
+            relay(folder, self.initial, training.recipe, size, given[-1], replicas)
         if isinstance(engine, Sharded):
             engine.group.call("trajectory", *given, tuple(shown))
             return InPieces(training, self.initial, *given, observe, logs, shown)

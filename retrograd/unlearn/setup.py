@@ -95,7 +95,8 @@ def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -
         *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
         *([fitted.digest] if fitted else []),
     )  # fmt: skip
-    how = Differentiated(queries=queries, run=config.run, begun=begun, shards=config.shards, parallel=config.parallel)
+    sharing = {"shards": config.shards, "parallel": config.parallel, "replicas": config.replicas}
+    how = Differentiated(queries=queries, run=config.run, begun=begun, **sharing)
     return set_up(model, loaded.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
 
 

@@ -43,9 +43,9 @@ def tensors(seed: int, *lead: int) -> Params:
     return {name: torch.randn((*lead, *shape), generator=draw) for name, shape in SHAPES.items()}
 
 
-def there_and_back(group: Group) -> list[Any]:
+def there_and_back(group: Group, replicas: int) -> list[Any]:
     """All that is computed over leaves, from pieces."""
-    lying = Pieces(tensors(0), SHARDS, group)
+    lying = Pieces(tensors(0), SHARDS, group, replicas)
     params, bars, grads = lying.own(tensors(0)), lying.own(tensors(1, 2)), lying.own(tensors(2))
     recipe = lying.recipe_of(Recipe(AdamW(0.1, spared=("vector",), weight_decay=0.5), pieces=SHARDS))
     state = initial_state(recipe, params)
@@ -57,13 +57,13 @@ def there_and_back(group: Group) -> list[Any]:
     return [lying.whole(params), lying.whole(bars), lying.whole(clipped), lying.whole(pulled), numbers, digest]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_pieces_have_the_bits_of_whole_leaves(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (3, 1), (6, 3), (3, 3)])
+def test_pieces_have_the_bits_of_whole_leaves(ranks: int, replicas: int) -> None:
     params, bars, grads = tensors(0), tensors(1, 2), tensors(2)
     clipped, pulled = clip(grads, 0.1, SHARDS), clip_pullback(grads, 0.1, bars, SHARDS)
     optimizer = AdamW(0.1, spared=("vector",), weight_decay=0.5)
     after = State(1, *optimizer.update(params, optimizer.init(params), clipped, 0))
-    for found in on_ranks(ranks, there_and_back):
+    for found in on_ranks(ranks, there_and_back, replicas):
         assert tree.digest(found[:4]) == tree.digest([params, bars, clipped, pulled])
         assert found[-1] == digest_of(after, SHARDS)
         norm, norms, dot, bad = found[4]
@@ -81,9 +81,9 @@ def some_rows(kind: str, rows: int) -> World:
     return world if rows == ALL else world._replace(batches=micro_batches(world.batches[0], rows)[:1])
 
 
-def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
+def gathered(group: Group, kind: str, rows: int, replicas: int) -> dict[str, Any]:
     world = some_rows(kind, rows)
-    lying = Pieces(world.params, SHARDS, group)
+    lying = Pieces(world.params, SHARDS, group, replicas)
     own = World(world.engine, lying.own(world.params), world.batches, world.weights, lying.own(world.bars))
     half = (ByBlock if isinstance(world.engine, Blocks) else Sharded)(
         world.engine, SHARDS, group, lying=lying, first=own.params
@@ -98,17 +98,23 @@ def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "rows"),
+    ("kind", "ranks", "rows", "replicas"),
     [
-        ("blocks", 3, 2),
-        *(pytest.param(kind, ranks, ALL, marks=pytest.mark.slow) for kind, ranks in (("double", 3), ("blocks", 2))),
+        ("blocks", 3, 2, 1),
+        ("blocks", 6, 2, 3),
+        *(
+            pytest.param(kind, ranks, ALL, replicas, marks=pytest.mark.slow)
+            for kind, ranks, replicas in (("double", 3, 1), ("blocks", 2, 1), ("double", 6, 3), ("blocks", 2, 2))
+        ),
     ],
 )
-def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: str, ranks: int, rows: int) -> None:
+def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(
+    kind: str, ranks: int, rows: int, replicas: int
+) -> None:
     world = some_rows(kind, rows)
     alone = everything(Split(world.engine, SHARDS, ALONE), world)
     assert apart(alone, everything(world.engine, world)) < 1e-12
-    for found in on_ranks(ranks, gathered, kind, rows):
+    for found in on_ranks(ranks, gathered, kind, rows, replicas):
         assert tree.digest(found) == tree.digest(alone)
 
 
@@ -200,13 +206,13 @@ def test_what_one_process_refuses_is_refused_in_pieces(wrong: str, message: str)
         assert message in error
 
 
-def asked(group: Group, whole: bool) -> tuple[float, Any]:
+def asked(group: Group, replicas: int) -> tuple[float, Any]:
     """The most bytes of a query beyond the parameters, in units of the model's; its values and gradient, leaf by leaf."""
     model, _ = deep(256, 12)
     rows = [np.array(row) for row in ([1, 2, 3, 4], [5, 6, 7], [8, 9])]
     masks, owners = [np.arange(len(x)) > 0 for x in rows], [np.full(len(x), k) for k, x in enumerate(rows)]
     columns = query_columns(model.objective, Rows(rows, masks, owners, 3, {}), "mean", batch_size=1)
-    lying, seen = None if whole else Pieces(model.params, 2, group), list[int]()
+    lying, seen = Pieces(model.params, 2, group, replicas) if replicas else None, list[int]()
     with Peak() as counted:
         ask = counted.during(together._answered, seen.append)
         values, found = ask(group, [*columns, *contrast("x", columns, columns)], model.params, lying)
@@ -216,12 +222,15 @@ def asked(group: Group, whole: bool) -> tuple[float, Any]:
 
 @pytest.mark.slow
 def test_a_query_in_pieces_has_the_bits_of_a_whole_one_and_never_its_gradient() -> None:
-    most, alone = asked(ALONE, True)
+    most, alone = asked(ALONE, 0)
     assert most > 3, "two columns, and a part's gradient"
-    for rank, (most, found) in enumerate(on_ranks(2, asked, False)):
-        assert found[1] == alone[1]
-        assert rank or torch.equal(found[0], alone[0])
-        assert most < 2, "half of two columns, and of one once more while it is gathered; an eighth of a part's"
+    for replicas in (1, 2):
+        for rank, (most, found) in enumerate(on_ranks(2, asked, replicas)):
+            assert found[1] == alone[1]
+            assert rank or torch.equal(found[0], alone[0])
+            assert replicas > 1 or most < 2, (
+                "half of two columns, and of one once more while it is gathered; an eighth of a part's"
+            )
 
 
 def test_what_is_let_go_of_takes_no_memory_and_keeps_its_ties() -> None:
