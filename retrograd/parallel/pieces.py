@@ -11,7 +11,7 @@ does not depend on how many processes there are; and where the pieces are cut fr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -217,13 +217,17 @@ class PieceLedger(Ledger):
         found = [joined_digest(x for rank in mesh.of_replica(every, k) for x in rank) for k in range(mesh.replicas)]
         for replica, digest in enumerate(found):
             if digest != found[0]:
-                ranks = f"{replica * mesh.size} to {(replica + 1) * mesh.size - 1}"
+                ranks = mesh.of_replica(list(range(len(every))), replica)
                 raise RankError(
-                    f"at step {state.step} replica {replica} (ranks {ranks}) has a state of digest {digest[-12:]}, "
+                    f"at step {state.step} replica {replica} ({_ranks(ranks)}) has a state of digest {digest[-12:]}, "
                     f"replica 0 of {found[0][-12:]}: one of them computes otherwise, or its memory fails. The same "
                     "command resumes from the last durable state; if it happens again, leave those machines out."
                 )
         return found[0]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
 
 def name_of(name: str, piece: int) -> str:

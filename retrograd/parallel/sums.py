@@ -71,11 +71,11 @@ class OrderedSum:
                 self.mesh.sent(self.parts.pop((number, bucket)), replica)
         if replica != self.mesh.replica:
             return
-        for number, row in zip(sums, rows, strict=True):
-            if number is not None and (number, bucket) in self.parts:
-                self.parts[number, bucket] += row
-            elif number is not None:
-                self.parts[number, bucket] = row.clone()
+        for into, row in zip(sums, rows, strict=True):
+            if into is not None and (into, bucket) in self.parts:
+                self.parts[into, bucket] += row
+            elif into is not None:
+                self.parts[into, bucket] = row.clone()
 
     def dealt(self, names: list[str], term: Params) -> Tensor:
         """[N, n]: what each process of a replica adds up of these tensors."""

@@ -72,8 +72,8 @@ def in_pieces(
     model: CausalLM,
     initial: State,
     optimizer: Optimizer,
-    *,
     replicas: int = 1,
+    *,
     keep: bool = False,
 ) -> Sharded:
     """The engine over logical shards of a model whose parameters lie in pieces; the whole ones are let go of.

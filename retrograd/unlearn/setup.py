@@ -95,8 +95,8 @@ def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -
         *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
         *([fitted.digest] if fitted else []),
     )  # fmt: skip
-    sharing = {"shards": config.shards, "parallel": config.parallel, "replicas": config.replicas}
-    how = Differentiated(queries=queries, run=config.run, begun=begun, **sharing)
+    sharing = (config.shards, config.parallel, config.replicas)
+    how = Differentiated("auto", False, queries, config.run, begun, *sharing)
     return set_up(model, loaded.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
 
 

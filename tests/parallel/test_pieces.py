@@ -23,7 +23,7 @@ from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.chain import decoder_chain
 from retrograd.lm.model import CausalLM, causal_objective, trainable
-from retrograd.parallel.group import ALONE, Group
+from retrograd.parallel.group import ALONE, Group, RankError
 from retrograd.parallel.pieces import PieceLedger, Pieces
 from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
@@ -73,6 +73,22 @@ def test_pieces_have_the_bits_of_whole_leaves(ranks: int, replicas: int) -> None
         assert bad == 0
     moved = {**after.params, "few": after.params["few"].flip(0)}
     assert digest_of(after._replace(params=moved), SHARDS) != digest_of(after, SHARDS)
+
+
+def test_replicas_that_part_are_named() -> None:
+    def digest(group: Group) -> str:
+        lying = Pieces(tensors(0), SHARDS, group, 2)
+        own = lying.own(tensors(0))
+        if group.rank == 1:
+            own["few@0"][0, 0] += 1
+        try:
+            return PieceLedger({}, lying).digest(State(7, own, {}))
+        except RankError as error:
+            return str(error)
+
+    first, second = on_ranks(2, digest)
+    assert first == second
+    assert "at step 7 replica 1 (rank 1) has a state of digest" in first
 
 
 def some_rows(kind: str, rows: int) -> World:
