@@ -26,12 +26,13 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from retrograd.parallel.packing import Pickler, Unpickler, as_bytes, buckets
+
 __all__ = ["ALONE", "Group", "RankError", "here", "joined"]
 
 T = TypeVar("T")
 
 _PULSE = 1.0  # seconds between two beats
-_BUCKET = 32 << 20  # bytes of small tensors that are broadcast at once
 
 
 class RankError(RuntimeError):
@@ -92,7 +93,7 @@ class Group:
         if self.world == 1 or self.rank:
             return
         text = io.BytesIO()
-        pickler = _Pickler(text)
+        pickler = Pickler(text)
         pickler.dump(arguments)
         told = [(x.shape, x.dtype, x.device.type) for x in pickler.tensors]
         self._calls += 1
@@ -115,7 +116,7 @@ class Group:
         name, told, text = pickle.loads(called)
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in told]
         self._broadcast(tensors)
-        return name, _Unpickler(io.BytesIO(text), tensors).load()
+        return name, Unpickler(io.BytesIO(text), tensors).load()
 
     def parted(self, sets: Sequence[Sequence[int]]) -> Any:
         """What `among` takes, of this process's set of ranks; every rank is in one."""
@@ -227,13 +228,13 @@ class Group:
         """Rank 0's tensors, into the others' of the same shapes; small ones together."""
         import torch.distributed as dist
 
-        for group in _buckets(tensors):
-            flat = _as_bytes(group[0]) if len(group) == 1 else torch.cat([_as_bytes(x) for x in group])
+        for group in buckets(tensors):
+            flat = as_bytes(group[0]) if len(group) == 1 else torch.cat([as_bytes(x) for x in group])
             with self._together():
                 dist.broadcast(flat, 0)
             start = 0
             for x in group if self.rank and len(group) > 1 else ():
-                _as_bytes(x).copy_(flat[start : start + x.nbytes])
+                as_bytes(x).copy_(flat[start : start + x.nbytes])
                 start += x.nbytes
 
     @contextlib.contextmanager
@@ -373,45 +374,3 @@ class _Pulses:
     def _read(self) -> dict[int, bytes]:
         store, ranks = self.group._store, [r for r in range(self.group.world) if r != self.group.rank]
         return {r: store.get(f"pulse/{r}") if store.check([f"pulse/{r}"]) else b"" for r in ranks}
-
-
-class _Pickler(pickle.Pickler):
-    """Everything but tensors, which are set aside."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, value: Any) -> int | None:
-        if not isinstance(value, Tensor):
-            return None
-        self.tensors.append(value.detach())
-        return len(self.tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, number: int) -> Tensor:
-        return self.tensors[number]
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    return x.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one device that are broadcast together; a large one by itself."""
-    group, size = list[Tensor](), 0
-    for x in tensors:
-        if x.numel() == 0:
-            continue
-        if group and (size + x.nbytes > _BUCKET or x.device.type != group[0].device.type):
-            yield group
-            group, size = [], 0
-        group.append(x)
-        size += x.nbytes
-    if group:
-        yield group

@@ -71,10 +71,10 @@ def forecast(run: Opened, console: Console) -> Forecast:
     known = read_forecast(run.folder, run.loaded.identity)
     if known is not None:
         return known
-    found = _measured(run, console)
+    measured = _measured(run, console)
     about = {"sets": SETS, "fraction": SHARE, "grid": {"recipes": len(GRID), "ranked": RANKED, "held_out": HELD_OUT}}
-    write_json(run.folder / FILE, {"identity": run.loaded.identity, **found._asdict(), **about})
-    return found
+    write_json(run.folder / FILE, {"identity": run.loaded.identity, **measured._asdict(), **about})
+    return measured
 
 
 def read_forecast(folder: Path, identity: str) -> Forecast | None:
@@ -82,10 +82,10 @@ def read_forecast(folder: Path, identity: str) -> Forecast | None:
     path = folder / FILE
     if not path.exists():
         return None
-    values = json.loads(path.read_text(encoding="utf8"))
-    if values["identity"] != identity or not values.keys() >= set(Forecast._fields):
+    stored = json.loads(path.read_text(encoding="utf8"))
+    if stored["identity"] != identity or not stored.keys() >= set(Forecast._fields):
         return None
-    return Forecast(**{name: values[name] for name in Forecast._fields})
+    return Forecast(**{name: stored[name] for name in Forecast._fields})
 
 
 def correlation(prediction: np.ndarray, measurement: np.ndarray) -> float:
@@ -101,19 +101,19 @@ def expected(r: float) -> Forecast:
     )
     seen = f"{SETS} removals of a tenth of the documents correlate with the scores at {r:.3f}"
     if RANKED[1] <= SURE:
-        told = f"no forecast: {seen}, and {on_grid}, which is no ground for one. `retrograd validate` tells."
-        return Forecast(r, None, None, None, told)
+        words = f"no forecast: {seen}, and {on_grid}, which is no ground for one. `retrograd validate` tells."
+        return Forecast(r, None, None, None, words)
     middle, low, high = expectation(r, GRID)
-    told = (
+    words = (
         f"expect LDS about {middle:.2f} ({low:.2f} to {high:.2f} in a grid's recipes like it): {seen}; {on_grid}. "
         "`retrograd validate` tells."
     )
-    return Forecast(r, middle, low, high, told)
+    return Forecast(r, middle, low, high, words)
 
 
 def expectation(r: float, grid: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     """(expected, low, high) LDS of a run with r, from recipes' r and LDS: Nadaraya and Watson's estimate in z."""
-    known, lds = np.array(sorted(grid, key=lambda one: one[1])).T
+    known, lds = np.array(sorted(grid, key=lambda pair: pair[1])).T
     apart = np.abs(_z(known) - _z(r))
     weights = np.exp(-((apart / WIDTH) ** 2) / 2)
     weights /= weights.sum()
@@ -126,9 +126,9 @@ def _measured(run: Opened, console: Console) -> Forecast:
     scores, threads = stored_scores(run), torch.get_num_threads()
     config = ValidateConfig(run.folder, subsets=SETS, fraction=(SHARE,), seed=SEED)
     sets = wanted_sets(config, run, scores)
-    if len({one.key for one in sets}) < SETS:
-        told = f"no forecast: there are no {SETS} different sets of a tenth of so few documents."
-        return Forecast(None, None, None, None, told)
+    if len({left_out.key for left_out in sets}) < SETS:
+        words = f"no forecast: there are no {SETS} different sets of a tenth of so few documents."
+        return Forecast(None, None, None, None, words)
     conditions = stackable(run, conditions_of(run.manifest, SETS, 1, 0), config, console)
     bank = bank_of(run, "-forecast")
     try:
@@ -136,13 +136,13 @@ def _measured(run: Opened, console: Console) -> Forecast:
         carry_out(run, sets, bank, conditions, False, console)
     finally:
         torch.set_num_threads(threads)
-    failed = sum(one.key not in bank.known for one in sets)
+    failed = sum(left_out.key not in bank.known for left_out in sets)
     if failed:
-        told = f"do not act on these scores: {failed} of {SETS} retrainings without a tenth of the documents diverged."
-        return Forecast(None, None, None, None, told)
+        words = f"do not act on these scores: {failed} of {SETS} retrainings without a tenth of the documents diverged."
+        return Forecast(None, None, None, None, words)
     weights = run.loaded.training.weights
-    prediction = np.array([predicted(scores, weights, one.places).numpy() for one in sets])
-    r = correlation(prediction, np.array([np.subtract(*bank.known[one.key][:2]) for one in sets]))
+    prediction = np.array([predicted(scores, weights, left_out.places).numpy() for left_out in sets])
+    r = correlation(prediction, np.array([np.subtract(*bank.known[left_out.key][:2]) for left_out in sets]))
     if math.isnan(r):
         return Forecast(None, None, None, None, "no forecast: a query does not change, or is predicted not to.")
     return expected(r)

@@ -100,6 +100,13 @@ def test_two_ranks_give_the_scores_of_one_and_go_on_with_the_bits_of_two(world: 
     assert asked[0]["values"].shape == (3,)
 
 
+def test_two_ranks_in_pieces_give_the_scores_of_one(world: Path) -> None:
+    asked = ["--dtype", "float64", "--train.epochs", "1", "--data.dataset", str(world / "query.jsonl")]
+    assert command(2, arguments(world, world / "in-two", "blocks", *asked, *SHARD)) == [0, 0]
+    assert main(arguments(world, world / "of-two", "blocks", *asked, "--shards", "2")) == 0
+    assert torch.equal(scores(world / "in-two"), scores(world / "of-two"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_world_gives_the_scores_of_one_process(world: Path, recipe: str) -> None:
