@@ -26,13 +26,14 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from retrograd.parallel.packing import Pickler, Unpickler, as_bytes, buckets
+from retrograd.parallel.wire import Pickler, Unpickler, as_bytes, neighbours
 
-__all__ = ["ALONE", "Group", "RankError", "here", "joined"]
+__all__ = ["ALONE", "Group", "RankError", "alone", "here", "joined"]
 
 T = TypeVar("T")
 
 _PULSE = 1.0  # seconds between two beats
+_DISMISSED = "dismissed"  # a call that ends serving
 
 
 class RankError(RuntimeError):
@@ -51,6 +52,7 @@ class Group:
     def __init__(self, rank: int = 0, world: int = 1, store: Any = None, patience: float = 600.0) -> None:
         self.rank, self.world, self.patience, self._store = rank, world, patience, store
         self._calls = self._values = 0
+        self._sets: dict[tuple[tuple[int, ...], ...], Any] = {}
         self._stop = threading.Event()
         if store is not None:
             threading.Thread(target=self._beat, args=(store.clone(),), daemon=True).start()
@@ -71,7 +73,8 @@ class Group:
             return [value]
         key = self._next_value()
         if self.rank:
-            self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
+            with _reaching():
+                self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
             return []
         found = [value]
         for rank in range(1, self.world):
@@ -101,14 +104,24 @@ class Group:
         self._broadcast(pickler.tensors)
         self._store.delete_key(f"call/{self._calls - 1}")
 
-    def serve(self, doing: Mapping[str, Callable[..., Any]]) -> None:
-        """Do what rank 0 calls for, until it has ended. By the other ranks."""
+    def dismiss(self) -> None:
+        """Let the other ranks go on to what comes after `serve`. Of rank 0's use alone."""
+        self.call(_DISMISSED)
+
+    def serve(self, doing: Mapping[str, Callable[..., Any]]) -> bool:
+        """Do what rank 0 calls for. By the other ranks.
+
+        Returns:
+            Whether rank 0 has dismissed them, and goes on to something else; else it has ended.
+        """
         while True:
             self._calls += 1
             called = self._wait(f"call/{self._calls}", ends=True)
             if called is None:
-                return
+                return False
             name, arguments = self._called(called)
+            if name == _DISMISSED:
+                return True
             doing[name](*arguments)
             del arguments  # or they would live until the next
 
@@ -122,12 +135,12 @@ class Group:
         """What `among` takes, of this process's set of ranks; every rank is in one."""
         import torch.distributed as dist
 
-        found, wait = None, timedelta(seconds=self.patience)
-        with self._together():
-            for ranks in sets:
-                made = dist.new_group(list(ranks), timeout=wait)
-                found = made if self.rank in ranks else found
-        return found
+        key, wait = tuple(map(tuple, sets)), timedelta(seconds=self.patience)
+        if key not in self._sets:  # a job may train several models
+            with self._together():
+                made = [dist.new_group(list(ranks), timeout=wait) for ranks in sets]
+            self._sets[key] = next(one for one, ranks in zip(made, sets) if self.rank in ranks)
+        return self._sets[key]
 
     def exchanged(self, parts: Tensor, among: Any = None) -> Tensor:
         """Of every rank's [world, n], whose row q is for rank q, the rows for this one, in the order of ranks.
@@ -228,7 +241,7 @@ class Group:
         """Rank 0's tensors, into the others' of the same shapes; small ones together."""
         import torch.distributed as dist
 
-        for group in buckets(tensors):
+        for group in neighbours(tensors):
             flat = as_bytes(group[0]) if len(group) == 1 else torch.cat([as_bytes(x) for x in group])
             with self._together():
                 dist.broadcast(flat, 0)
@@ -247,44 +260,32 @@ class Group:
 
     def _wait(self, key: str, *, ends: bool = False) -> Any:
         """The value of a key, once another rank has set it; None once rank 0 has ended, if that may be."""
-        pulses = _Pulses(self)
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=_PULSE))
-                return self._store.get(key)
-            except RuntimeError as error:
-                if self._lost():
-                    raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
-                if self._store.check(["failed"]):
-                    self._missed(error)
-                if self.rank and self._store.check(["ended"]):
-                    if ends:
-                        return None
-                    raise SystemExit(0) from None  # rank 0 has said why
-                if late := pulses.late():
-                    raise RankError(late) from None
-
-    def _lost(self) -> bool:
-        try:
-            self._store.check(["failed"])
-        except RuntimeError:
-            return True
-        return False
+        with _reaching():
+            pulses = _Pulses(self)
+            while True:
+                try:
+                    self._store.wait([key], timedelta(seconds=_PULSE))
+                    return self._store.get(key)
+                except RuntimeError as error:
+                    if self._store.check(["failed"]):
+                        self._missed(error)
+                    if self.rank and self._store.check(["ended"]):
+                        if ends:
+                            return None
+                        raise SystemExit(0) from None  # rank 0 has said why
+                    if late := pulses.late():
+                        raise RankError(late) from None
 
     def _missed(self, error: RuntimeError) -> NoReturn:
         """Why something did not come about."""
-        pulses = _Pulses(self)
-        until = time.monotonic() + 4 * _PULSE
-        while time.monotonic() < until:
-            try:
+        with _reaching():
+            pulses = _Pulses(self)
+            until = time.monotonic() + 4 * _PULSE
+            while time.monotonic() < until:
                 if self._store.check(["failed"]):
                     raise RankError(f"{self._store.get('failed').decode()} The same command resumes.")
-            except RankError:
-                raise
-            except RuntimeError as gone:
-                raise RankError("the job's store is gone, and with it rank 0; see what that one says") from gone
-            time.sleep(_PULSE / 4)
-        still = pulses.still()
+                time.sleep(_PULSE / 4)
+            still = pulses.still()
         who = f"rank {', '.join(map(str, still))} has stopped" if still else "a rank is late"
         raise RankError(
             f"{who}: {str(error).strip().splitlines()[0]}. It was waited for {self.patience:g} s at most "
@@ -308,6 +309,17 @@ _here = ALONE
 def here() -> Group:
     """The group of this process."""
     return _here
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """This process does something by itself, though it is one of a job; the others wait at what comes next."""
+    global _here
+    before, _here = _here, Group()
+    try:
+        yield
+    finally:
+        _here = before
 
 
 @contextlib.contextmanager
@@ -349,6 +361,17 @@ def joined(patience: float) -> Iterator[Group]:
         _here = ALONE
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+    """Around what asks the job's store, which is in the process of rank 0."""
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:
+        raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
 
 
 class _Pulses:

@@ -41,7 +41,14 @@ from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
-from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, refuse_uneven, shared
+from retrograd.runs.shares import (
+    in_pieces,
+    logical_shards,
+    prove_while_whole,
+    refuse_unequal,
+    refuse_uneven,
+    shared,
+)
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
@@ -177,6 +184,7 @@ def load_recipe(
     device, train, data = find_device(config.device, tf32=config.tf32), config.train, config.data
     tokenizer = sources.tokenizer(config.tokenizer or config.model)
     model = sources.model(config.model, config.dtype, device, config.lora, train)
+    prove_while_whole(config, model)
     given: dict[str, Any] = {"chunk_length": data.chunk_length, "min_chars": data.min_chars}
     rows, texts = sources.rows(data, tokenizer, model, "data", **given)
     stream = DataStream(

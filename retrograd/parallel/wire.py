@@ -1,4 +1,4 @@
-"""A call's arguments as text and tensors, and tensors as bytes."""
+"""What is called for between processes: a pickle, and its tensors beside it, as bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pickler", "Unpickler", "as_bytes", "buckets"]
+__all__ = ["Pickler", "Unpickler", "as_bytes", "neighbours"]
 
 _BUCKET = 32 << 20  # bytes of small tensors that are broadcast at once
 
@@ -29,7 +29,7 @@ class Pickler(pickle.Pickler):
 
 
 class Unpickler(pickle.Unpickler):
-    """Everything but tensors, which are given."""
+    """What a `Pickler` has written, with the tensors that it had set aside."""
 
     def __init__(self, file: Any, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)
@@ -40,11 +40,11 @@ class Unpickler(pickle.Unpickler):
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """A tensor's bytes; the tensor itself seen so, where it is contiguous."""
+    """Its bytes, [n], which are those of the tensor itself where it is contiguous."""
     return x.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def neighbours(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of one device that are broadcast together; a large one by itself."""
     group, size = list[Tensor](), 0
     for x in tensors:
