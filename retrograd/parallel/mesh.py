@@ -34,6 +34,11 @@ class Mesh:
             self._inside = group.parted([self._ranks(k) for k in range(replicas)])
             self._across = group.parted([range(j, group.world, self.size) for j in range(self.size)])
 
+    @property
+    def form(self) -> tuple[int, int]:
+        """(R, N)."""
+        return self.replicas, self.size
+
     def of_replica(self, every: list[Any], replica: int) -> list[Any]:
         """Of what every rank has, in the order of ranks, that of one replica."""
         return [every[rank] for rank in self._ranks(replica)]

@@ -41,14 +41,7 @@ from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
-from retrograd.runs.shares import (
-    in_pieces,
-    logical_shards,
-    prove_while_whole,
-    refuse_unequal,
-    refuse_uneven,
-    shared,
-)
+from retrograd.runs.shares import in_pieces, logical_shards, prove_while_whole, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
@@ -232,8 +225,7 @@ def set_up(
     how = how._replace(begun=group.agreed(how.begun))  # another rank may have looked later
     if how.begun is not None:
         how.begun.apply()
-    refuse_uneven(how.replicas, group)
-    shards = logical_shards(how.shards, how.begun, group, how.run)
+    shards = logical_shards(how.shards, how.begun, group, how.run, how.replicas)
     size = train.micro_batch_size or stream.batch_size
     recipe = recipe_of(train, model, len(stream), shards)
     dtype = next(model.module.parameters()).dtype

@@ -20,15 +20,25 @@ from retrograd.runs.arithmetic import Arithmetic
 from retrograd.settings.tasks import tasks_on_the_way
 from retrograd.settings.train import RunConfig
 
-__all__ = ["in_pieces", "logical_shards", "prove_while_whole", "refuse_unequal", "refuse_uneven", "shared"]
+__all__ = ["in_pieces", "logical_shards", "prove_while_whole", "refuse_unequal", "shared"]
 
 
-def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None) -> int:
+def logical_shards(
+    asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None, replicas: int = 1
+) -> int:
     """The logical shards of a run: those it was begun with, else those asked for, else one for each process.
 
     Raises:
-        ValueError: If a run that was begun has others, or they cannot be dealt out evenly; with the worlds that can.
+        ValueError: If a run that was begun has others, or they cannot be dealt out evenly, with the worlds that can; or
+            the processes cannot be so many replicas.
     """
+    if group.world % replicas:
+        able = ", ".join(str(n) for n in range(1, group.world + 1) if group.world % n == 0)
+        raise ValueError(
+            f"--replicas is {replicas} and this job has {group.world} process{'es' * (group.world > 1)}: each replica "
+            f"is as many processes, which have the pieces of all parameters. Take --replicas {able}; the bits are the "
+            "same with each."
+        )
     if begun is not None and asked not in (None, begun.shards):
         raise ValueError(
             f"{run} was begun with {begun.shards} logical shards, now --shards is {asked}: sums over rows would be "
@@ -45,21 +55,6 @@ def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, ru
             f"(torchrun --nproc-per-node), or use another folder with --shards {group.world}."
         )
     return shards
-
-
-def refuse_uneven(replicas: int, group: Group) -> None:
-    """Refuse a number of replicas that the processes of a job cannot be.
-
-    Raises:
-        ValueError: With the numbers that can.
-    """
-    if group.world % replicas:
-        able = ", ".join(str(n) for n in range(1, group.world + 1) if group.world % n == 0)
-        raise ValueError(
-            f"--replicas is {replicas} and this job has {group.world} process{'es' * (group.world > 1)}: each replica "
-            f"is as many processes, which have the pieces of all parameters. Take --replicas {able}; the bits are the "
-            "same with each."
-        )
 
 
 def shared(engine: Engine, shards: int, group: Group, stream: DataStream | PairStream) -> Engine:

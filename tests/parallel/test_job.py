@@ -224,7 +224,9 @@ def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
     assert main(arguments(world, whole, "blocks", "--shards", "4")) == 0
     assert torch.equal(scores(run), scores(whole))
     found = open_run(run).loaded
-    relay(run / "checkpoints", found.initial, found.training.recipe, 2, found.identity)  # as if killed before the end
+    relay(
+        run / "checkpoints", found.initial, found.training.recipe, (1, 2), found.identity
+    )  # as if killed before the end
     assert (run / "checkpoints/of-2/rank-0/final.safetensors").exists()
     assert main(asked) == 0
     left = sorted(path.name for path in (run / "checkpoints").iterdir())

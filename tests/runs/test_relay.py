@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def laid(folder: Path, size: int, replicas: int = 1) -> None:
-    relay(folder, initial_state(RECIPE, params(0)), RECIPE, size, IDENTITY, replicas)
+    relay(folder, initial_state(RECIPE, params(0)), RECIPE, (replicas, size), IDENTITY)
 
 
 def read(folder: Path) -> dict[str, tuple[Params, dict[str, str]]]:
@@ -56,8 +56,8 @@ def test_every_layout_has_the_bits(folder: Path) -> None:
         assert not list(folder.glob("*.safetensors"))
         assert [path.name for path in folder.iterdir()] == [name]
         for rank in range(size * replicas):
-            assert len(read(part_of(folder, size, rank, replicas))) == 3
-            assert (part_of(folder, size, rank, replicas) / "digests.txt").exists()
+            assert len(read(part_of(folder, replicas, size, rank))) == 3
+            assert (part_of(folder, replicas, size, rank) / "digests.txt").exists()
     laid(folder, 1)
     after = read(folder)
     assert after.keys() == before.keys()
@@ -68,8 +68,8 @@ def test_every_layout_has_the_bits(folder: Path) -> None:
 
 def test_what_not_every_process_has_is_left_behind(folder: Path) -> None:
     laid(folder, 2)
-    (part_of(folder, 2, 1) / "state-000003.safetensors").unlink()
-    path = part_of(folder, 2, 1) / "reverse.safetensors"
+    (part_of(folder, 1, 2, 1) / "state-000003.safetensors").unlink()
+    path = part_of(folder, 1, 2, 1) / "reverse.safetensors"
     tensors, metadata = read_tensors(path)
     write_tensors(path, tensors, {**metadata, "step": "3"})  # killed between two writes
     laid(folder, 1)
@@ -78,11 +78,11 @@ def test_what_not_every_process_has_is_left_behind(folder: Path) -> None:
 
 def test_what_every_process_of_one_replica_has_is_taken(folder: Path) -> None:
     laid(folder, 2, 2)
-    first, second = (part_of(folder, 2, rank, 2) for rank in (0, 3))
+    first, second = (part_of(folder, 2, 2, rank) for rank in (0, 3))
     (first / "state-000003.safetensors").unlink()
     (second / "final.safetensors").unlink()
     for place in (0, 3):
-        path = part_of(folder, 2, place, 2) / "reverse.safetensors"
+        path = part_of(folder, 2, 2, place) / "reverse.safetensors"
         tensors, metadata = read_tensors(path)
         write_tensors(path, tensors, {**metadata, "step": "3"})
     laid(folder, 1)
@@ -103,7 +103,7 @@ def test_a_kill_on_the_way_leaves_one_layout_that_counts(folder: Path) -> None:
 
 def test_a_broken_or_foreign_file_is_refused(folder: Path) -> None:
     laid(folder, 2)
-    path = part_of(folder, 2, 0) / "final.safetensors"
+    path = part_of(folder, 1, 2, 0) / "final.safetensors"
     tensors, metadata = read_tensors(path)
     write_tensors(path, {**tensors, "params.weight@0": tensors["params.weight@0"] + 1}, metadata)
     with pytest.raises(RunError, match="does not have the bits that were written"):

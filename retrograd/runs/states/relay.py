@@ -35,39 +35,38 @@ _KINDS = ("state-*.safetensors", "final.safetensors", "reverse*.safetensors")
 _LOG = "digests.txt"
 
 
-def part_of(folder: Path, size: int, rank: int, replicas: int = 1) -> Path:
+def part_of(folder: Path, replicas: int, size: int, rank: int) -> Path:
     """Where the files of a process are."""
-    return folder / _name(size, replicas) / f"rank-{rank}"
+    return folder / _name(replicas, size) / f"rank-{rank}"
 
 
-def _name(size: int, replicas: int) -> str:
+def _name(replicas: int, size: int) -> str:
     return f"of-{size}" if replicas == 1 else f"of-{replicas}x{size}"
 
 
-def relay(folder: Path, initial: State, recipe: Recipe, size: int, identity: str, replicas: int = 1) -> None:
+def relay(folder: Path, initial: State, recipe: Recipe, form: tuple[int, int], identity: str) -> None:
     """Lay out what is durable for this many processes; by one process, before any of them looks.
 
     Args:
         initial: The first state, for its shapes.
         recipe: Of the whole parameters.
-        size: Processes that have the states in pieces; 1 where they are whole.
+        form: Replicas, and processes of each that have the states in pieces; (1, 1) where they are whole.
         identity: Of the run; its other files are left to be refused.
-        replicas: How often there are so many.
     Raises:
         RunError: If a file is broken.
     """
     others = sorted(path for path in folder.glob("of-*") if path.is_dir())
-    if others == [folder / _name(size, replicas)]:
+    if others == [folder / _name(*form)]:
         for path in _files(folder):  # a kill left them
             remove(path)
         return
-    if not others and (size * replicas == 1 or not any(_files(folder))):
+    if not others and (form == (1, 1) or not any(_files(folder))):
         return
     kinds = _Kinds(initial, recipe, identity)
     for other in others:
         _join(other, folder, kinds)
-    if size * replicas > 1:
-        _part(folder, size, replicas, kinds)
+    if form != (1, 1):
+        _part(folder, *form, kinds)
 
 
 class _Kinds:
@@ -131,9 +130,9 @@ def _joined(parts: list[Path], path: Path, kinds: _Kinds) -> bool:
     return True
 
 
-def _part(folder: Path, size: int, replicas: int, kinds: _Kinds) -> None:
+def _part(folder: Path, replicas: int, size: int, kinds: _Kinds) -> None:
     """The files of every process from whole ones, which are removed."""
-    parted = folder / _name(size, replicas)
+    parted = folder / _name(replicas, size)
     temporary, ranks = temporary_name(parted), range(size * replicas)
     for path in _files(folder):
         tensors, metadata = read_tensors(path)
