@@ -123,11 +123,11 @@ def _markdown(spec: GridSpec, rows: list[dict[str, Any]], title: str) -> list[st
               "|" + "---|" * (len(axes) + 4)]  # fmt: skip
     for row in rows:
         recipe = " | ".join(str(row[name]) for name in axes)
-        lines.append(f"| {recipe} | {row['missing']} | | | |" if row["missing"] else f"| {recipe} | {_told(row)} |")
+        lines.append(f"| {recipe} | {row['missing']} | | | |" if row["missing"] else f"| {recipe} | {_figures(row)} |")
     return lines
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _figures(row: Mapping[str, Any]) -> str:
     def number(name: str, digits: int) -> str:
         return "none" if row[name] is None else f"{row[name]:.{digits}f}"
 

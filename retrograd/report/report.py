@@ -57,7 +57,7 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
     sections = [section for number, subject in enumerate(every) if (section := _section(number, subject, view)).blocks]
     title = config.title or ", ".join(dict.fromkeys(path.name or str(path) for path in config.paths))
     output = config.output or config.paths[0] / PAGE
-    text = render(title, sections, view.tables, _told(mask))
+    text = render(title, sections, view.tables, _mask_note(mask))
     with ExitStack() as held:
         for folder in dict.fromkeys(run.folder for run in runs):
             held.enter_context(locked(folder, shared=True))
@@ -131,7 +131,7 @@ def _source(text: str) -> dict[str, Any]:
     return vars(parse_source(text, build(UnlearnConfig, {}, "defaults")))
 
 
-def _told(mask: Mask) -> str:
+def _mask_note(mask: Mask) -> str:
     return (
         f"{len(mask.words):,} words of the corpus to forget are blotted out, and its documents are shown by hash and "
         "length; --show_forget shows them."

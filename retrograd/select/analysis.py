@@ -97,9 +97,9 @@ def verdict(answers: dict[str, Answer], documents: dict[str, Any]) -> dict[str, 
     """Whether a selection of tokens, and of documents, is feasible, in words."""
     spearman, share, ratio = (answers[name] for name in ("spearman", "purely_forget", "magnitude_ratio"))
     said = [
-        _said(spearman, "the two attributions are separated", "the two attributions name the same tokens",
+        _in_words(spearman, "the two attributions are separated", "the two attributions name the same tokens",
               f"Spearman {spearman.told}, to lie below {spearman.threshold:g}"),
-        _said(share, "enough is purely forget", "too little is purely forget",
+        _in_words(share, "enough is purely forget", "too little is purely forget",
               f"share {share.told}, to be at least {share.threshold:g}"),
     ]  # fmt: skip
     held = [answer.holds for answer in (spearman, share)]
@@ -200,7 +200,7 @@ def _within(answer: Answer, factor: float) -> bool | None:
     return False if answer.high < 1 / factor or answer.low > factor else None
 
 
-def _said(answer: Answer, yes: str, no: str, numbers: str) -> str:
+def _in_words(answer: Answer, yes: str, no: str, numbers: str) -> str:
     words = yes if answer.holds else no if answer.holds is False else f"it is open whether {yes}"
     return f"{words} ({numbers})"
 

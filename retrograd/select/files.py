@@ -96,7 +96,7 @@ def file_scores(path: Path, column: str | None, places: Places, stated: Stated) 
         ValueError: If sign or alignment is not stated, contradicts the file, or the shape fits no data here.
     """
     file = _original_file(path, places) if path.is_dir() else path
-    stated, said = _agreed(path, stated, _said(file, path.is_dir()), places)
+    stated, said = _agreed(path, stated, _own_words(file, path.is_dir()), places)
     table = _read(file, column, places)
     per_token = table.values.ndim == 2
     if stated.sign is None:
@@ -192,7 +192,7 @@ def _original_file(folder: Path, places: Places) -> Path:
     return files[0]
 
 
-def _said(file: Path, original: bool) -> dict[str, str]:
+def _own_words(file: Path, original: bool) -> dict[str, str]:
     """What a file says of itself: info.json beside it, or the table's own words."""
     path, said = file.parent / "info.json", dict[str, str]()
     if path.exists():

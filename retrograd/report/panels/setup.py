@@ -174,9 +174,9 @@ def _ends(run: Attribution, view: View, column: int) -> dict[str, list[dict[str,
     documents = run.documents
     order = np.argsort(documents.scores[column], kind="stable")
 
-    def told(index: int) -> dict[str, Any]:
+    def entry(index: int) -> dict[str, Any]:
         document, score = int(documents.ids[index]), float(documents.scores[column][index])
         text = view.mask.document(documents.texts[index], run.data_set(document))
         return {"id": document, "score": score, "text": text}
 
-    return {"lowest": list(map(told, order[:ENDS])), "highest": list(map(told, order[::-1][:ENDS]))}
+    return {"lowest": list(map(entry, order[:ENDS])), "highest": list(map(entry, order[::-1][:ENDS]))}
