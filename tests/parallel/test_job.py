@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from retrograd.cli import main
 from retrograd.core import tree
-from retrograd.parallel.group import Group, RankError
+from retrograd.parallel.group import Group, RankError, joined
 from retrograd.parallel.split import Split
 from retrograd.runs.arithmetic import Arithmetic
 from retrograd.runs.files import read_tensors
@@ -34,6 +34,8 @@ RECIPES = {
     "lora": "--model {w}/llama --lora.rank 2 --lora.target_modules q_proj v_proj --train.batch_size 5 "
     "--train.micro_batch_size 3 --engine blocks",
     "muon": "--model {w}/llama --train.optimizer muon --train.batch_size 8",
+    "muon-blocks": "--model {w}/tied --train.optimizer muon --train.batch_size 6 --engine blocks "
+    "--train.weight_decay 0.1 --train.spare_norms --train.max_grad_norm 0.5 --query.reduction none",
 }
 
 SHARD = ["--parallel", "shard"]
@@ -99,6 +101,13 @@ def test_two_ranks_give_the_scores_of_one_and_go_on_with_the_bits_of_two(world: 
     assert asked[0]["values"].shape == (3,)
 
 
+def test_two_ranks_in_pieces_give_the_scores_of_one(world: Path) -> None:
+    asked = ["--dtype", "float64", "--train.epochs", "1", "--data.dataset", str(world / "query.jsonl")]
+    assert command(2, arguments(world, world / "in-two", "muon-blocks", *asked, *SHARD)) == [0, 0]
+    assert main(arguments(world, world / "of-two", "muon-blocks", *asked, "--shards", "2")) == 0
+    assert torch.equal(scores(world / "in-two"), scores(world / "of-two"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_world_gives_the_scores_of_one_process(world: Path, recipe: str) -> None:
@@ -111,12 +120,11 @@ def test_every_world_gives_the_scores_of_one_process(world: Path, recipe: str) -
             assert command(ranks, arguments(world, run, recipe, "--dtype", dtype)) == [0] * ranks
             found[ranks] = scores(run)
             assert distance(found[ranks], scores(name)) < tolerance, f"{ranks} ranks, {dtype}"
-            if recipe != "muon":
-                pieces = world / f"{recipe}-{dtype}-{ranks}-pieces"
-                assert command(ranks, arguments(world, pieces, recipe, "--dtype", dtype, *SHARD)) == [0] * ranks
-                assert torch.equal(scores(pieces), found[ranks]), f"{ranks} ranks in pieces, {dtype}"
-        run, more = world / f"{recipe}-{dtype}-2of4", [] if recipe == "muon" else SHARD
-        assert command(2, arguments(world, run, recipe, "--dtype", dtype, "--shards", "4", *more)) == [0, 0]
+            pieces = world / f"{recipe}-{dtype}-{ranks}-pieces"
+            assert command(ranks, arguments(world, pieces, recipe, "--dtype", dtype, *SHARD)) == [0] * ranks
+            assert torch.equal(scores(pieces), found[ranks]), f"{ranks} ranks in pieces, {dtype}"
+        run = world / f"{recipe}-{dtype}-2of4"
+        assert command(2, arguments(world, run, recipe, "--dtype", dtype, "--shards", "4", *SHARD)) == [0, 0]
         assert torch.equal(scores(run), found[4])
 
 
@@ -181,9 +189,10 @@ def killed(world: int, rank: int, at: int, asked: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
-    run, whole = world / "moved", world / "unmoved"
-    asked = arguments(world, run, "blocks", "--replay.heartbeat", "0", "--replay.memory", "0", "--shards", "4", *SHARD)
+@pytest.mark.parametrize("recipe", ["blocks", "muon-blocks"])
+def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path, recipe: str) -> None:
+    run, whole = world / f"moved-{recipe}", world / f"unmoved-{recipe}"
+    asked = arguments(world, run, recipe, "--replay.heartbeat", "0", "--replay.memory", "0", "--shards", "4", *SHARD)
     killed(2, 1, 3, asked)
     assert list((run / "checkpoints/of-2/rank-1").glob("state-*.safetensors"))
     killed(4, 0, 4, asked)  # in training still
@@ -192,7 +201,7 @@ def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
     killed(2, 0, 3, asked)
     assert (run / "checkpoints/of-2/rank-1/reverse.safetensors").exists()
     assert command(2, asked) == [0, 0]
-    assert main(arguments(world, whole, "blocks", "--shards", "4")) == 0
+    assert main(arguments(world, whole, recipe, "--shards", "4")) == 0
     assert torch.equal(scores(run), scores(whole))
     found = open_run(run).loaded
     relay(run / "checkpoints", found.initial, found.training.recipe, 2, found.identity)  # as if killed before the end
@@ -264,8 +273,6 @@ def test_what_one_process_does_is_refused_in_a_job(world: Path, capfd: pytest.Ca
     assert "retrograd query is one process, and this is one of 2" in capfd.readouterr().err
     assert command(2, arguments(world, world / "gpu", "blocks", "--device", "cuda:1"))[0] == 2
     assert "would be the device of every rank" in capfd.readouterr().err
-    assert command(2, arguments(world, world / "whole-only", "muon", *SHARD))[0] == 2
-    assert "and Muon needs whole ones" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--shards", "0")) == 2
     assert "--shards is 0" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--patience", "0")) == 2
@@ -318,13 +325,42 @@ def test_a_job_that_does_not_come_together_says_so() -> None:
     def lonely(rank: int) -> str:
         if rank:
             return ""
-        from retrograd.parallel.group import joined
-
         with pytest.raises(RankError, match="did not come together within 2 s"), joined(2):
             pass
         return "refused"
 
     assert forked(2, lonely)[0] == "refused"
+
+
+def test_whoever_finds_rank_0_gone_says_so() -> None:
+    def asked(rank: int) -> str:
+        with joined(5) as group:
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with pytest.raises(RankError, match="the job's store is gone, and with it rank 0"):
+                while True:
+                    group.collected(None)
+            with pytest.raises(RankError, match="the job's store is gone, and with it rank 0"):
+                group.agreed(None)
+            return "told"
+
+    assert forked(2, asked) == [-signal.SIGKILL, "told"]
+
+
+def test_an_unlearning_in_a_job_is_judged_by_rank_0(world: Path, tmp_path: Path) -> None:
+    rows = [{"question": "a cat sat on", "choices": ["mat", "hill", "sun"], "answer": k % 3} for k in range(4)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"dataset": "asked.jsonl", "form": "cloze"}
+    (tmp_path / "tasks.yaml").write_text(json.dumps({name: {**task, "role": name} for name in ("forget", "retain")}))
+    for name, seed in (("forget", 3), ("retain", 4)):
+        tiny.save_jsonl(tmp_path / f"{name}.jsonl", tiny.sentences(4, seed=seed))
+    asked = ["unlearn", "grad_diff", str(tmp_path / "run"), "--model", str(world / "llama"), "--forget",
+             str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl"), "--train.batch_size", "4",
+             "--train.lr", "1e-2", "--evaluate.tasks", str(tmp_path / "tasks.yaml"), "--patience", "20"]  # fmt: skip
+    assert command(2, asked) == [0, 0]
+    summary = json.loads((tmp_path / "run/evaluation/summary.json").read_text())
+    assert summary["missing"] == []
+    assert len(list((tmp_path / "run/evaluation").rglob("*.parquet"))) == 4, "two models, two tasks"
 
 
 def test_unlearning_in_a_job_keeps_pairs_together(world: Path, capfd: pytest.CaptureFixture[str]) -> None:

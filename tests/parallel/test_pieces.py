@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,22 +18,25 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from retrograd.core import tree
 from retrograd.core.engine import Blocks
-from retrograd.core.optim import AdamW, Params, clip, clip_pullback
+from retrograd.core.optim import AdamW, Cotangent, Muon, Params, clip, clip_pullback
 from retrograd.core.slots import digest_of
 from retrograd.core.step import Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.chain import decoder_chain
+from retrograd.lm.engines import Load
 from retrograd.lm.model import CausalLM, causal_objective, trainable
 from retrograd.parallel.group import ALONE, Group
-from retrograd.parallel.pieces import PieceLedger, Pieces
+from retrograd.parallel.pieces import PieceLedger, Pieces, parameter_of
 from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.proofs import first_step
-from retrograd.proofs.slopes import Slopes
+from retrograd.proofs.memory import FULL, Sizes, held_in_pieces, held_whole
+from retrograd.proofs.slopes import Draws, Slopes, scaled
 from retrograd.query import together
 from retrograd.query.columns import contrast, query_columns
-from retrograd.runs.first_step import prove_by_block
+from retrograd.runs import setup
+from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.shares import in_pieces
 
 ALL = 15  # rows
@@ -73,6 +78,68 @@ def test_pieces_have_the_bits_of_whole_leaves(ranks: int) -> None:
         assert bad == 0
     moved = {**after.params, "few": after.params["few"].flip(0)}
     assert digest_of(after._replace(params=moved), SHARDS) != digest_of(after, SHARDS)
+
+
+MATRICES = {"wide": (7, 11), "tall": (9, 4), "few": (2, 5), "spared": (3, 3), "left": (6, 6), "long": (25, 30)}
+MUON = Muon(lambda t: 0.1 / (t + 1), weight_decay=0.5, exclude=("left",), spared=("spared", "vector"))
+
+
+def more_tensors(seed: int, dtype: torch.dtype, *lead: int) -> Params:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {**SHAPES, **MATRICES}
+    return {name: torch.randn((*lead, *shape), generator=draw, dtype=dtype) for name, shape in shapes.items()}
+
+
+def orthogonalised(group: Group | None, dtype: torch.dtype, nesterov: bool) -> list[Any]:
+    """Two updates by Muon and the pullback of the second for two queries, whole or in pieces; and what is counted whole."""
+    params, *grads = (more_tensors(seed, dtype) for seed in range(3))
+    bars = [more_tensors(seed, dtype, 2) for seed in (3, 4, 5, 6)]
+    how = None if group is None else Pieces(params, SHARDS, group)
+    recipe = Recipe(replace(MUON, nesterov=nesterov), pieces=SHARDS)
+    if how is not None:
+        recipe = how.recipe_of(recipe)
+        params, grads, bars = how.own(params), [how.own(g) for g in grads], [how.own(bar) for bar in bars]
+    optimizer = recipe.optimizer
+    with nullcontext() if how is None else tree.lying(how):
+        before = optimizer.update(params, optimizer.init(params), grads[0], 0)
+        after = optimizer.update(*before, grads[1], 1)
+        moments = {kind: {name: bar[name] for name in before[1][kind]} for kind, bar in zip(before[1], bars)}
+        pulled = optimizer.pullback(*before, grads[1], 1, Cotangent(bars[3], moments))
+    trees = [after[0], *after[1].values(), pulled.bars, pulled.cotangent.params, *pulled.cotangent.moments.values()]
+    if how is not None:
+        trees = [how.some(one, dict.fromkeys(map(parameter_of, one))) for one in trees]
+    return [tree.named(trees), pulled.recipe]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_muon_in_pieces_has_the_bits_of_whole_matrices(ranks: int) -> None:
+    for dtype, nesterov in ((torch.float32, True), (torch.float64, False)):
+        expected, numbers = orthogonalised(None, dtype, nesterov)
+        for found, own in on_ranks(ranks, orthogonalised, dtype, nesterov):
+            assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+            assert found.keys() == expected.keys()
+            for name, slope in numbers.items():
+                assert own[name].tolist() == pytest.approx(slope.tolist(), rel=1e-5)
+
+
+def most_of_muon(group: Group) -> list[float]:
+    """The most bytes at once of an update by Muon and its pullback, of 12 matrices; in units of one."""
+    params = {f"matrix {place}": torch.randn(240, 240) for place in range(12)}
+    lying, seen = Pieces(params, group.world, group), list[int]()
+    own, bars = lying.own(params), lying.own({name: x[None] for name, x in params.items()})
+    optimizer, size = Muon(0.1), next(iter(params.values())).nbytes
+    moments = optimizer.init(own)
+    with tree.lying(lying), Peak() as counted:
+        watched = partial(counted.during, told=seen.append)
+        watched(optimizer.update)(own, moments, own, 0)
+        watched(optimizer.pullback)(own, moments, own, 0, Cotangent(bars, {**moments, "momentum": bars}))
+    return [most / size for most in seen]
+
+
+def test_muon_in_pieces_has_one_matrix_whole() -> None:
+    for update, pullback in on_ranks(4, most_of_muon):
+        assert update < 12 / 4 * 2 + 8, "a quarter of the next parameters and momenta, and one matrix on its way"
+        assert pullback < 12 / 4 * 3 + 28, "a quarter of three cotangents, and the graph of one matrix"
 
 
 def some_rows(kind: str, rows: int) -> World:
@@ -155,7 +222,7 @@ def proved(group: Group, width: int, layers: int, wrong: str = "") -> tuple[list
     stream = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2)
     training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
     initial, seen, size = initial_state(training.recipe, model.params), list[int](), tree.nbytes(model.params)
-    given = (engine, 2, group, stream, model, initial, training.recipe.optimizer)
+    given = (engine, 2, group, stream, model, initial)
     plain, mutants = GPT2MLP.forward, {
         "detached": lambda self, x: (y := plain(self, x)) / y.detach().norm(dim=-1, keepdim=True),
         "mixed rows": lambda self, x: (y := plain(self, x)) / y.norm(),
@@ -185,6 +252,35 @@ def test_proofs_hold_pieces_and_one_block() -> None:
         assert step < 3.6, "half of parameters, gradient, ḡ, H ḡ, direction, moved parameters and their gradient"
 
 
+def proofs_peak(group: Group, full: int) -> int:
+    """The most bytes that a proof of the first step holds besides the whole model: with `double` on one rank alone."""
+    model, engine = deep(256, 12)
+    first_step._FULL = full
+    stream, seen = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2), list[int]()
+    training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
+    initial = initial_state(training.recipe, model.params)
+    divide = partial(in_pieces, engine, 2, group, stream, model, initial)
+    with Peak() as counted:
+        watched = partial(counted.during, told=seen.append)
+        if group.world == 1:
+            watched(prove_first_step)(training, initial, model, None, attributed=True)
+        else:
+            watched(prove_by_block)(training, initial, model, divide, attributed=True)
+    return seen[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [FULL, -1], ids=["float64", "float32"])
+def test_proofs_hold_what_is_counted(full: int) -> None:
+    params = deep(256, 12)[0].params
+    layer = sum(x.nbytes for name, x in params.items() if ".h.0." in name)
+    sizes = Sizes(tree.nbytes(params), 0, 4, FULL if full == FULL else FULL + 1)
+    (whole,) = on_ranks(1, proofs_peak, full)
+    assert 0.95 < whole / held_whole(sizes) < 1.05
+    for found in on_ranks(2, proofs_peak, full):
+        assert 0.95 < found / (tree.nbytes(params) // 2 + held_in_pieces(sizes, 2, layer)) < 1.05
+
+
 REFUSED = {
     "detached": "by differences and", "random": "gives two results", "mixed rows": "it would train another function",
 }  # fmt: skip
@@ -198,6 +294,70 @@ def test_what_one_process_refuses_is_refused_in_pieces(wrong: str, message: str)
     deep(16, 2)
     for _, error in on_ranks(2, proved, 16, 2, wrong):
         assert message in error
+
+
+def proved_where_float64_fails(group: Group, fails: list[int]) -> list[torch.dtype]:
+    """The dtypes that a first step is proved in, where the loss of some ranks takes no float64."""
+    model, engine = deep(16, 2)
+    stream = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2)
+    training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
+    initial, seen = initial_state(training.recipe, model.params), list[torch.dtype]()
+    plain, compare = GPT2MLP.forward, first_step._compare_gradient
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64 and group.rank in fails:
+            raise TypeError("this kernel takes float32")
+        return plain(self, x)
+
+    def noted(engine: Any, params: Params, *given: Any) -> None:
+        seen.append(next(iter(params.values())).dtype)
+        compare(engine, params, *given)
+
+    GPT2MLP.forward, first_step._compare_gradient = forward, noted
+    divide = partial(in_pieces, engine, group.world, group, stream, model, initial)
+    prove_by_block(training, initial, model, divide, attributed=True)
+    return seen
+
+
+@pytest.mark.parametrize(("ranks", "fails"), [(2, [1]), (3, [0, 1, 2])], ids=["one rank", "all, one has no rows"])
+def test_ranks_prove_in_one_dtype(ranks: int, fails: list[int]) -> None:
+    deep(16, 2)
+    assert on_ranks(ranks, proved_where_float64_fails, fails) == [[torch.float32]] * ranks
+
+
+def weighed(group: Group, parallel: str) -> Load:
+    model, _ = deep(16, 2)
+    setup._free = lambda device: 1 << 30
+    initial = initial_state(Recipe(AdamW(1e-3)), model.params)
+    return setup._load(setup.Differentiated(queries=2, parallel=parallel), (1, 8), model, initial)
+
+
+def test_auto_weighs_double_by_what_it_has_whole_where_parameters_are_divided() -> None:
+    size, held = tree.nbytes(deep(16, 2)[0].params), 5 + 4 * 3  # g, and of two queries ḡ and H ḡ, and λ twice
+    for load in on_ranks(2, weighed, "replicate"):
+        assert load == Load(1, 8, 2, (1 << 30) - held * size)
+    for load in on_ranks(2, weighed, "shard"):
+        assert load == Load(1, 8, 2, (1 << 30) - held * size // 2 - 5 * size, 2 * 6 * size, 1 << 30)
+
+
+def directions(group: Group) -> Params:
+    """Two random directions of every piece here."""
+    lying = Pieces(tensors(0), SHARDS, group)
+    own, draw, found = lying.own({**tensors(0), "few": torch.zeros(2, 5)}), Draws(), {}
+    with tree.lying(lying):
+        for turn in range(2):
+            found |= {f"{name} {turn}": x for name, x in scaled(own, 0.02, draw).items()}
+    return found
+
+
+def test_every_piece_has_a_direction_of_its_own_that_no_number_of_processes_changes() -> None:
+    two, three = ({name: x for found in on_ranks(n, directions) for name, x in found.items()} for n in (2, 3))
+    assert two.keys() == three.keys()
+    for name, x in two.items():
+        assert torch.allclose(x, three[name], rtol=1e-5), name
+    shaped = [x.flatten() / x.norm() for x in two.values() if x.shape == two["matrix@0 0"].shape]
+    assert len(shaped) == 6
+    assert max(float(abs(x @ y)) for place, x in enumerate(shaped) for y in shaped[:place]) < 0.999
 
 
 def asked(group: Group, whole: bool) -> tuple[float, Any]:
