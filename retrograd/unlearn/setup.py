@@ -18,6 +18,7 @@ from retrograd.lm.model import DTYPES, CausalLM
 from retrograd.parallel.group import here
 from retrograd.query.named import load_queries
 from retrograd.runs.arithmetic import begun_with
+from retrograd.runs.further import with_further_training
 from retrograd.runs.setup import (
     Differentiated,
     Loaded,
@@ -69,7 +70,8 @@ def assemble(config: UnlearnConfig) -> Loaded:
     given = (queries_of(config), loaded.model, loaded.tokenizer)
     asked = load_queries(*given, batch_size=size, like=loaded.stream.weights)
     queries = sum(len(query.columns) for query in asked) + config.sharpness
-    return attributed(_set_up(config, method, loaded, queries), loaded.texts, asked, loaded.parts)
+    setup = _set_up(config, method, loaded, queries)
+    return attributed(setup, loaded.texts, with_further_training(config, setup, asked), loaded.parts)
 
 
 def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -> Setup:
