@@ -1,9 +1,9 @@
 """A function of whole parameters that lie in pieces: each process computes it for one of them at a time.
 
-    process q:  f(θ_q) whole,  q = 0 … W − 1        pieces of θ_q from all to q, and of f(θ_q) from q to all
+    process q:  f(θ_q) whole,  q = 0 … N − 1        pieces of θ_q from all to q, and of f(θ_q) from q to all
 
-Two exchanges of a parameter and one computation. Were it gathered on every process instead, that would be W − 1 copies
-of it, and W computations of the same. Either way a process has no more than one parameter whole.
+Two exchanges of a parameter and one computation, in each replica. Were it gathered on every process instead, that would
+be N − 1 copies of it, and N computations of the same. Either way a process has no more than one parameter whole.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def of_whole(
     """As `tree.of_whole`, of parameters named in their order; every process has pieces of each."""
     # those of about one size go together: what is exchanged is padded to the largest
     ordered = sorted(names, key=lambda name: -lying.shapes[name].numel())
-    for start in range(0, len(ordered), lying.group.world):
-        yield from _one_each(lying, function, ordered[start : start + lying.group.world], given)
+    for start in range(0, len(ordered), lying.mesh.size):
+        yield from _one_each(lying, function, ordered[start : start + lying.mesh.size], given)
 
 
 class _Parcel(NamedTuple):
@@ -56,7 +56,7 @@ def _one_each(
     lying: Pieces, function: _Function, some: list[str], given: _Given
 ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """Of one parameter for each process; there may be none for the last ones."""
-    group, rows, parcels = lying.group, list[Tensor](), list[_Parcel]()
+    mesh, rows, parcels = lying.mesh, list[Tensor](), list[_Parcel]()
     for name in some:
         parcel, row = _packed(lying, name, given)
         parcels.append(parcel)
@@ -64,10 +64,10 @@ def _one_each(
     assert len({row.dtype for row in rows}) == 1, "the parameters of a model are of one dtype"
     width = max(map(len, rows))
     rows = [F.pad(row, (0, width - len(row))) for row in rows]
-    there = Owned(group.exchanged(torch.stack(rows + [torch.zeros_like(rows[0])] * (group.world - len(rows)))))
+    there = Owned(mesh.exchanged(torch.stack(rows + [torch.zeros_like(rows[0])] * (mesh.size - len(rows)))))
     del rows, row
-    found = _computed(lying, function, parcels[group.rank], there) if group.rank < len(some) else there.take()
-    found = group.exchanged(F.pad(found, (0, width - found.shape[1])))
+    found = _computed(lying, function, parcels[mesh.place], there) if mesh.place < len(some) else there.take()
+    found = mesh.exchanged(F.pad(found, (0, width - found.shape[1])))
     for parcel, row in zip(parcels, found):
         yield from _pieces(lying, parcel, row)
 
@@ -82,7 +82,7 @@ def _packed(lying: Pieces, name: str, given: _Given) -> tuple[_Parcel, Tensor]:
 
 
 def _computed(lying: Pieces, function: _Function, parcel: _Parcel, there: Owned[Tensor]) -> Tensor:
-    """What every process has sent of a parameter, [W, n] → what each gets of the function, [W, n]."""
+    """What every process has sent of a parameter, [N, n] → what each gets of the function, [N, n]."""
     found = function(*_joined(lying, parcel, there.take()))
     return torch.cat([lying.dealt(parcel.name, x) for x in found], 1)
 

@@ -97,8 +97,8 @@ def settings_from(kind: type[C], path: Path) -> C:
     either = {f.name for command in (MagicConfig, TrainRunConfig) for f in dataclasses.fields(command)}
     skipped = either if issubclass(kind, (MagicConfig, TrainRunConfig)) else set[str]()
     skipped -= {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    found: C = build(kind, {name: v for name, v in values.items() if name not in {*GONE, *skipped}}, str(path))
-    return found
+    config: C = build(kind, {name: v for name, v in values.items() if name not in {*GONE, *skipped}}, str(path))
+    return config
 
 
 def from_yaml(path: Path) -> MagicConfig:
@@ -177,8 +177,8 @@ def check_query(name: str, query: QueryConfig, known: dict[str, QueryConfig]) ->
     sources = {"dataset": query.dataset, "function": query.function, "contrast": query.contrast}
     given = [source for source, value in sources.items() if value]
     if len(given) != 1:
-        found = f"it has {' and '.join(given)}" if given else "it has none"
-        raise ValueError(f"query {name!r} needs exactly one of dataset, function and contrast; {found}")
+        has = f"it has {' and '.join(given)}" if given else "it has none"
+        raise ValueError(f"query {name!r} needs exactly one of dataset, function and contrast; {has}")
     for setting, number in (("limit", query.limit), ("max_length", query.max_length)):
         if number is not None and number < 1:
             raise ValueError(f"query {name!r}: {setting} is {number}; it has to be at least 1")
