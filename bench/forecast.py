@@ -300,7 +300,24 @@ def table(found: dict[str, dict[str, Any]], out: Path) -> str:
     lines += ["", f"GRID = {tuple(pairs)}", f"RANKED = {ranked('few_sets', values, lds, GRID)[:3]}"]
     lines += [f"HELD_OUT = {ranked('few_sets', values, lds, HELD_OUT)[:3]}"]
     lines += [f"metasmoothness: RANKED = {ranked('metasmoothness', values, lds, GRID)[:3]}"]
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "", *expectations(pairs, [(values[r]["few_sets"], lds[r]) for r in HELD_OUT if r in found])]
+    )
+
+
+def expectations(grid: list[tuple[float, float]], others: list[tuple[float, float]]) -> list[str]:
+    """How far expected LDS is off: of the grid's recipes, each left out in turn, and of others."""
+    from retrograd.trust.forecast import expectation
+
+    without = [(*expectation(r, grid[:k] + grid[k + 1 :]), lds) for k, (r, lds) in enumerate(grid)]
+    lines = []
+    for name, told in (("grid", without), ("held out", [(*expectation(r, grid), lds) for r, lds in others])):
+        off = [abs(middle - lds) for middle, _, _, lds in told]
+        inside = sum(low <= lds <= high for _, low, high, lds in told)
+        lines += [
+            f"{name}: off by {np.median(off):.3f} in the median, {np.mean(off):.3f} on average; {inside} of {len(told)} in range"
+        ]
+    return lines
 
 
 def ranked(

@@ -175,16 +175,18 @@ _STOPPABLE = ("train", "magic", "unlearn", "validate")  # an experiment's worker
 
 _SHARED = ("train", "magic", "unlearn")  # commands whose steps the processes of a job share
 _DEALT = ("validate", "evaluate", "attack")  # commands of which each process takes a part of its own
+_EITHER = ("attack",)  # those of them that may share steps instead
 
 
 @contextlib.contextmanager
 def _ranks(name: str, config: Any) -> Iterator[None]:
     """The processes of a torchrun job, together for one command. The first alone says what there is to say."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or name in _DEALT:
+    shares = name in _SHARED or (name in _EITHER and config.parallel != "auto")
+    if world == 1 or (name in _DEALT and not shares):
         yield
         return
-    if name not in _SHARED:
+    if not shares:
         raise ValueError(
             f"retrograd {name} is one process, and this is one of {world}: start it without torchrun. Several share "
             f"{', '.join((*_SHARED, *_DEALT[:-1]))} and {_DEALT[-1]}."

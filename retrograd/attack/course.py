@@ -83,18 +83,18 @@ def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Ta
         evaluations = _of_search(place, asked)
         ended = bool(evaluations) and evaluations[-1].step == one.steps
     else:
-        evaluations, ended = _of_phases(place, asked, two=one.before is not None)
+        evaluations, ended = _of_phases(place, asked, one.runs)
     if not evaluations:
         return None
     return _course(evaluations, asked, folder, strengths, ended)
 
 
-def _of_phases(place: Path, tasks: dict[str, Task], *, two: bool) -> tuple[list[_Evaluation], bool]:
+def _of_phases(place: Path, tasks: dict[str, Task], runs: Sequence[str]) -> tuple[list[_Evaluation], bool]:
     """The evaluations, and whether the last is the attack's last."""
     found: list[_Evaluation] = []
     step = tokens = 0
     flops = 0.0
-    for name in ("before", "attack") if two else ("attack",):
+    for name in runs:
         run = place / name
         manifest = Manifest(run / "manifest.json").values
         for own, line in sorted(read_evaluations(run / "metrics.jsonl").items()):

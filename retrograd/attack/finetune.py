@@ -24,6 +24,7 @@ from retrograd.lm.model import DTYPES, CausalLM, load_tokenizer
 from retrograd.query.load import load_rows
 from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.setup import Differentiated, Setup, find_device, set_up, visits
+from retrograd.runs.shares import prove_while_whole
 from retrograd.settings.attack import AttackConfig, Finetune, PhaseConfig, attack_steps
 from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.train import LoraConfig
@@ -65,12 +66,11 @@ def phases(
         ValueError: If there are no data of a key.
     """
     found, start = [], model
-    for key, steps, epochs, last in (
-        *([(one.before, one.before_steps, None, False)] if one.before else []),
-        (one.data, one.steps, one.epochs, True),
-    ):
+    for name in one.runs:
+        last = name == one.runs[-1]
+        key, steps, epochs = (one.data, one.steps, one.epochs) if last else (one.before, one.before_steps, None)
+        assert key is not None, "a phase before has data"
         check_key(one.readable, key, sources)
-        name = "attack" if last else "before"
         phase = PhaseConfig(
             run=folder / name, model=start, tokenizer=config.tokenizer, dtype=one.dtype, device=config.device,
             lora=_adapters(one, start), heartbeat=config.heartbeat, export=config.export or not last,
@@ -79,7 +79,7 @@ def phases(
             evaluate=OnTheWayConfig(
                 tasks=tasks, at=_ASKED, limit=config.limit, batch_size=config.batch_size, answers=True
             ),
-            train=one.train(),
+            train=one.train(), parallel=config.parallel, shards=config.shards, patience=config.patience,
         )  # fmt: skip
         found.append(Phase(name, phase, last))
         start = str(folder / name / _MODEL)
@@ -110,10 +110,13 @@ def set_up_phase(config: PhaseConfig, after: After | None = None) -> tuple[Setup
     if after is None:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         after = After(load_model(config.model, config.dtype, device, config.lora, config.train), tokenizer)
+        prove_while_whole(config, after.model)
     rows = _rows(config, after.model, after.tokenizer)
     stream = _stream(config, rows, device)
     begun = None if config.overwrite else begun_with(config.run)
-    how = Differentiated(queries=after.queries, run=config.run, begun=begun)
+    how = Differentiated(
+        queries=after.queries, run=config.run, begun=begun, shards=config.shards, parallel=config.parallel
+    )
     visited = ("attack", *visits(stream, "examples", config.dtype), len(stream))
     setup = set_up(after.model, after.tokenizer, stream, config.train, how, visited=visited, start=after.params)
     return setup, {"passes": round(len(stream) * config.train.batch_size / len(rows), 3), **_budget(setup)}

@@ -1,10 +1,13 @@
 """`retrograd attack`: every model meets every configuration, controls beside them. Running again resumes.
 
-The processes of a torchrun job take whole meetings; rank 0 prepares the folder before and tells what came of it after.
+The processes of a torchrun job take whole meetings, or share the steps of one meeting after the other; rank 0 prepares
+the folder before and tells what came of it after.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import time
 from collections.abc import Collection
 from functools import partial
@@ -35,7 +38,10 @@ from retrograd.commands.unlearn import unlearn
 from retrograd.evaluate.folder import plain
 from retrograd.experiment.tasks import unlearn_config
 from retrograd.parallel.deal import Deal, dealt
+from retrograd.parallel.group import alone, here
+from retrograd.runs.arithmetic import begun_with
 from retrograd.runs.lock import locked
+from retrograd.runs.manifest import Manifest
 from retrograd.settings.attack import (
     AttackConfig,
     Configuration,
@@ -66,10 +72,18 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
     check_attack(config)
     check_half(config)
     check_data(config)
+    if config.attribute and here().world > 1:
+        raise ValueError(
+            f"--attribute goes back through unlearning and attack in one process, and {here().world} share the steps "
+            f"of this job (--parallel {config.parallel}): leave it out, or leave --parallel out, where rank 0 does it"
+        )
     for one in configurations(config):
         if config.attribute and isinstance(one, Finetune):
             check_attribution(config, one)
     refuse_foreign(config.out)
+    if here().rank:
+        _follow(config)
+        return {}
     with dealt() as deal:
         if deal.rank:
             begun = deal.told(set[tuple[str, str]]())
@@ -87,6 +101,7 @@ def _attack(config: AttackConfig, deal: Deal, console: Console) -> dict[str, Any
         check_models([source for _, source in attacked_models(config, config.shallow)], config.tokenizer)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, attacked_models(config, shallow), configurations(config), material)
+        _refuse_other_shards(config, folder)
         _carry_out(config, folder, material, deal, deal.told(begun_meetings(folder)), console)
         deal.meet()
         found = findings(folder, config.utility)
@@ -101,8 +116,19 @@ def _shallow(config: AttackConfig, lab: Path) -> str:
     """A lab's model whose unlearning is known to be shallow."""
     run = config.out / "shallow"
     values = {**shallow_unlearning(lab), "run": run, "device": config.device, "heartbeat": config.heartbeat}
-    unlearn(unlearn_config("grad_diff", values, "the shallow control"), Console(quiet=True))
+    with alone():
+        unlearn(unlearn_config("grad_diff", values, "the shallow control"), Console(quiet=True))
     return str(run / MODEL)
+
+
+def _follow(config: AttackConfig) -> None:
+    """The steps of all meetings that train, one after the other, beside rank 0."""
+    meetings = here().agreed(list[tuple[str, str]]())
+    folder, material = read_folder(config.out), material_of(config)
+    targets = {target.name: target for target in folder.targets}
+    for model, name in meetings:
+        target = targets[model]
+        meet(config, folder.configurations[name], target.source, None, folder.place(target, name), material)
 
 
 def _carry_out(
@@ -114,7 +140,8 @@ def _carry_out(
     console: Console,
 ) -> None:
     """This process's share of the folder's meetings: of those that nobody has begun, and of the rest."""
-    every = [(target, name) for name in folder.configurations for target in folder.targets]
+    every = _meetings(folder)
+    here().agreed([(target.name, name) for target, name in every if _trains(folder, target, name)])
     new = [one for one in every if (one[0].name, one[1]) not in begun]
     meetings = [*deal.mine(new), *deal.mine([one for one in every if one not in new])] if deal.world > 1 else every
     for place, (target, name) in enumerate(meetings, start=1):
@@ -141,11 +168,47 @@ def _attribute(config: AttackConfig, folder: Folder, material: Material, console
                 attribute(config, folder, material, target, name, console)
 
 
+def _meetings(folder: Folder) -> list[tuple[Attacked, str]]:
+    return [(target, name) for name in folder.configurations for target in folder.targets]
+
+
+def _trains(folder: Folder, target: Attacked, name: str) -> bool:
+    """Whether a meeting has training to do."""
+    one, place = folder.configurations[name], folder.place(target, name)
+    return isinstance(one, Finetune) and not all(
+        Manifest(place / run / "manifest.json").values.get("finished") for run in one.runs
+    )
+
+
+def _refuse_other_shards(config: AttackConfig, folder: Folder) -> None:
+    """Refuse, before the first meeting, one that was begun with other logical shards and is not done.
+
+    Raises:
+        ValueError: With its numbers, and how it can go on.
+    """
+    world = here().world
+    begun = [(run, begun_with(run)) for target, name in _meetings(folder) if _trains(folder, target, name)
+             for run in sorted(path.parent for path in folder.place(target, name).glob("*/manifest.json"))]  # fmt: skip
+    for run, kind in begun:
+        if kind and (config.shards not in (None, kind.shards) or kind.shards % world):
+            asked = "" if config.shards is None else f" and --shards is {config.shards}"
+            raise ValueError(
+                f"{run} was begun with {kind.shards} logical shards, now {world} processes share steps{asked}: a "
+                "meeting that was begun goes on with its own order of sums. Leave --shards out, and take a number of "
+                f"processes that divides {kind.shards}, or leave --parallel out: then each process takes whole "
+                f"meetings. Or remove {run} to begin it anew"
+            )
+
+
 def _meet(config: AttackConfig, folder: Folder, material: Material, target: Attacked, name: str) -> None:
     """One configuration against one model."""
     base = folder.of_role("base")
-    place = folder.place(target, name)
-    meet(config, folder.configurations[name], target.source, base and base.source, place, material)
+    given = (folder.configurations[name], target.source, base and base.source, folder.place(target, name), material)
+    if _trains(folder, target, name):
+        meet(config, *given)
+        return
+    with alone():  # what is done has shards of its own
+        meet(dataclasses.replace(config, shards=None), *given)
 
 
 def meet(
@@ -168,3 +231,4 @@ def meet(
         return
     for phase in phases(one, model, place, material.sources, material.tasks, config):
         carry_out(phase.config, "attack", partial(set_up_phase, phase.config), Console(quiet=True))
+        gc.collect()  # its model is in a cycle, and would be there beside the next one

@@ -125,8 +125,10 @@ def _unlearning(config: AttackConfig, run: Path, source: str, tasks: Path) -> Un
 
 
 def _alone(config: PhaseConfig) -> PhaseConfig:
-    """A phase without evaluation, whose model goes to the next one in memory."""
-    return dataclasses.replace(config, evaluate=OnTheWayConfig(), export=False)
+    """A phase without evaluation and in one process, whose model goes to the next one in memory."""
+    return dataclasses.replace(
+        config, evaluate=OnTheWayConfig(), export=False, parallel="auto", shards=None, patience=PhaseConfig.patience
+    )
 
 
 def _through(

@@ -66,9 +66,11 @@ def open_folder(
         done: What to tell of a run of this manifest that is done; nothing where it is not.
     Raises:
         ValueError: For anything the user can mend, another process in the folder too; nothing has been changed then.
+        SystemExit: On ranks other than 0, once that one is done with the folder.
     """
     if here().rank:
         load()[0].follow()
+        raise SystemExit(0)
     check_loggers(config.log)
     check_folder(config, command)  # before anything is made there
     with locked(config.run):
@@ -89,6 +91,7 @@ def open_folder(
             for finding in setup.findings:
                 warnings.warn(str(finding), stacklevel=2)
         yield Opened(setup, manifest, bool(finished), watching(prepared))
+        here().dismiss()
 
 
 def carry_out(
@@ -100,6 +103,8 @@ def carry_out(
 ) -> None:
     """Train what `load` sets up, resumed where a kill left it, and leave the final model in the run's folder.
 
+    Other ranks of a job than the first share the steps, and come back when it is done.
+
     Args:
         command, load: As for `open_folder`.
         check_end: Refuses a training that did not do what it should, by its final state.
@@ -107,6 +112,10 @@ def carry_out(
         ValueError: For anything the user can mend; nothing has been changed then.
         RunError: For a failure of the machine; the same call resumes.
     """
+
+    if here().rank:
+        load()[0].follow()
+        return
 
     def done(manifest: Manifest) -> str:
         finished = manifest.values.get("finished", False) and exported(config)

@@ -11,6 +11,7 @@ from retrograd.commands.training import MODEL, carry_out, exported, leave_model
 from retrograd.core.step import State
 from retrograd.data.pairs import PairStream
 from retrograd.evaluate.evaluate import evaluate
+from retrograd.parallel.group import here
 from retrograd.runs.attribute import Outcome
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.setup import Loaded, Setup
@@ -63,6 +64,8 @@ def unlearn(config: UnlearnConfig, console: Console | None = None) -> Outcome | 
     outcome = None
     if config.attribute is None:
         carry_out(config, "unlearn", load, console, check_end)
+        if here().rank:
+            return None
     else:
         outcome = carry_out_attributed(config, "unlearn", load, console, trained, lambda: exported(config))
     _judge(config, console)

@@ -40,7 +40,7 @@ from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.session import Session
 from retrograd.settings.on_the_way import OnTheWayConfig, Rule, best_of, evaluated_steps, parse_rule
-from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
+from retrograd.settings.tasks import Task, tasks_on_the_way
 
 __all__ = ["OnTheWay", "PreparedTasks", "answers_path", "prepare_on_the_way", "show_again", "watching"]
 
@@ -78,10 +78,7 @@ def prepare_on_the_way(config: OnTheWayConfig, model: CausalLM, tokenizer: Any) 
     Raises:
         ValueError: If a task does not work with this model, or the rule names none of them.
     """
-    if not config.wanted:
-        return PreparedTasks(config, model, tokenizer, {}, {}, None)
-    tasks = tasks_from(config.tasks) if config.tasks is not None else tasks_of_lab(_lab(config))
-    tasks = {name: task.limited(config.limit) for name, task in tasks.items()}
+    tasks = tasks_on_the_way(config)
     for name, task in tasks.items():
         if not (task.ordinary or task.form == "generate"):
             raise ValueError(
@@ -96,11 +93,6 @@ def prepare_on_the_way(config: OnTheWayConfig, model: CausalLM, tokenizer: Any) 
             known = ", ".join(name for name, task in found.every.items() if task.form != "generate")
             raise ValueError(f"--evaluate.keep_best names {name!r}; the tasks with a number are: {known}")
     return found
-
-
-def _lab(config: OnTheWayConfig) -> Path:
-    assert config.lab is not None, "check_on_the_way was here"
-    return config.lab
 
 
 class OnTheWay:

@@ -52,12 +52,22 @@ _Objective = Callable[[Params, Any, Tensor], Tensor]
 
 
 class Load(NamedTuple):
-    """Rows of a micro-batch, tokens of its longest row, queries, and the bytes of activations that fit."""
+    """What `double` is weighed by.
+
+    Args:
+        rows, length: Of a micro-batch, and tokens of its longest row.
+        queries: That are carried at once.
+        budget: Bytes of activations that fit.
+        proofs, free: Bytes that the proofs before the first step hold of tensors as large as the model, and that they
+            may; 0 where a step holds more.
+    """
 
     rows: int
     length: int
     queries: int
     budget: int
+    proofs: int = 0
+    free: int = 0
 
 
 class Choice(NamedTuple):
@@ -100,7 +110,12 @@ def choose_engine(asked: str, module: nn.Module, objective: _Objective, load: Lo
     except (ValueError, RuntimeError) as error:
         return Choice(Double(objective), "double", f"what it needs could not be measured: {_told(error)}")
     needs = f"double takes about {_size(graph)} of activations, {_size(max(0, load.budget))} may be used"
-    if graph <= load.budget:
+    if load.proofs > load.free:
+        needs = (
+            f"with double the proofs before the first step hold about {_size(load.proofs)} more than the model on "
+            f"every rank, for there they have it whole, and {_size(load.free)} may be used"
+        )
+    elif graph <= load.budget:
         return Choice(Double(objective), "double", needs)
     try:
         chain = decoder_chain(module)

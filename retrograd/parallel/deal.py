@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from retrograd.parallel.group import ALONE, here
+
 __all__ = ["Deal", "dealt"]
 
 T = TypeVar("T")
@@ -24,6 +26,9 @@ class Deal:
     """This process among those of its job; alone without torchrun."""
 
     def __init__(self) -> None:
+        if here() is not ALONE:  # rank 0 of a job whose steps are shared deals with nobody: the others serve it
+            self.rank, self.world = 0, 1
+            return
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     def mine(self, work: Sequence[T]) -> Sequence[T]:

@@ -26,12 +26,14 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ALONE", "Group", "RankError", "here", "joined"]
+from retrograd.parallel.wire import Pickler, Unpickler, as_bytes, neighbours
+
+__all__ = ["ALONE", "Group", "RankError", "alone", "here", "joined"]
 
 T = TypeVar("T")
 
 _PULSE = 1.0  # seconds between two beats
-_BUCKET = 32 << 20  # bytes of small tensors that are broadcast at once
+_DISMISSED = "dismissed"  # a call that ends serving
 
 
 class RankError(RuntimeError):
@@ -70,7 +72,8 @@ class Group:
             return [value]
         key = self._next_value()
         if self.rank:
-            self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
+            with _reaching():
+                self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
             return []
         found = [value]
         for rank in range(1, self.world):
@@ -92,7 +95,7 @@ class Group:
         if self.world == 1 or self.rank:
             return
         text = io.BytesIO()
-        pickler = _Pickler(text)
+        pickler = Pickler(text)
         pickler.dump(arguments)
         told = [(x.shape, x.dtype, x.device.type) for x in pickler.tensors]
         self._calls += 1
@@ -100,14 +103,24 @@ class Group:
         self._broadcast(pickler.tensors)
         self._store.delete_key(f"call/{self._calls - 1}")
 
-    def serve(self, doing: Mapping[str, Callable[..., Any]]) -> None:
-        """Do what rank 0 calls for, until it has ended. By the other ranks."""
+    def dismiss(self) -> None:
+        """Let the other ranks go on to what comes after `serve`. Of rank 0's use alone."""
+        self.call(_DISMISSED)
+
+    def serve(self, doing: Mapping[str, Callable[..., Any]]) -> bool:
+        """Do what rank 0 calls for. By the other ranks.
+
+        Returns:
+            Whether rank 0 has dismissed them, and goes on to something else; else it has ended.
+        """
         while True:
             self._calls += 1
             called = self._wait(f"call/{self._calls}", ends=True)
             if called is None:
-                return
+                return False
             name, arguments = self._called(called)
+            if name == _DISMISSED:
+                return True
             doing[name](*arguments)
             del arguments  # or they would live until the next
 
@@ -115,7 +128,7 @@ class Group:
         name, told, text = pickle.loads(called)
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in told]
         self._broadcast(tensors)
-        return name, _Unpickler(io.BytesIO(text), tensors).load()
+        return name, Unpickler(io.BytesIO(text), tensors).load()
 
     def exchanged(self, parts: Tensor) -> Tensor:
         """Of every rank's [world, n], whose row q is for rank q, the rows for this one, in the order of ranks."""
@@ -204,13 +217,13 @@ class Group:
         """Rank 0's tensors, into the others' of the same shapes; small ones together."""
         import torch.distributed as dist
 
-        for group in _buckets(tensors):
-            flat = _as_bytes(group[0]) if len(group) == 1 else torch.cat([_as_bytes(x) for x in group])
+        for group in neighbours(tensors):
+            flat = as_bytes(group[0]) if len(group) == 1 else torch.cat([as_bytes(x) for x in group])
             with self._together():
                 dist.broadcast(flat, 0)
             start = 0
             for x in group if self.rank and len(group) > 1 else ():
-                _as_bytes(x).copy_(flat[start : start + x.nbytes])
+                as_bytes(x).copy_(flat[start : start + x.nbytes])
                 start += x.nbytes
 
     @contextlib.contextmanager
@@ -223,44 +236,32 @@ class Group:
 
     def _wait(self, key: str, *, ends: bool = False) -> Any:
         """The value of a key, once another rank has set it; None once rank 0 has ended, if that may be."""
-        pulses = _Pulses(self)
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=_PULSE))
-                return self._store.get(key)
-            except RuntimeError as error:
-                if self._lost():
-                    raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
-                if self._store.check(["failed"]):
-                    self._missed(error)
-                if self.rank and self._store.check(["ended"]):
-                    if ends:
-                        return None
-                    raise SystemExit(0) from None  # rank 0 has said why
-                if late := pulses.late():
-                    raise RankError(late) from None
-
-    def _lost(self) -> bool:
-        try:
-            self._store.check(["failed"])
-        except RuntimeError:
-            return True
-        return False
+        with _reaching():
+            pulses = _Pulses(self)
+            while True:
+                try:
+                    self._store.wait([key], timedelta(seconds=_PULSE))
+                    return self._store.get(key)
+                except RuntimeError as error:
+                    if self._store.check(["failed"]):
+                        self._missed(error)
+                    if self.rank and self._store.check(["ended"]):
+                        if ends:
+                            return None
+                        raise SystemExit(0) from None  # rank 0 has said why
+                    if late := pulses.late():
+                        raise RankError(late) from None
 
     def _missed(self, error: RuntimeError) -> NoReturn:
         """Why something did not come about."""
-        pulses = _Pulses(self)
-        until = time.monotonic() + 4 * _PULSE
-        while time.monotonic() < until:
-            try:
+        with _reaching():
+            pulses = _Pulses(self)
+            until = time.monotonic() + 4 * _PULSE
+            while time.monotonic() < until:
                 if self._store.check(["failed"]):
                     raise RankError(f"{self._store.get('failed').decode()} The same command resumes.")
-            except RankError:
-                raise
-            except RuntimeError as gone:
-                raise RankError("the job's store is gone, and with it rank 0; see what that one says") from gone
-            time.sleep(_PULSE / 4)
-        still = pulses.still()
+                time.sleep(_PULSE / 4)
+            still = pulses.still()
         who = f"rank {', '.join(map(str, still))} has stopped" if still else "a rank is late"
         raise RankError(
             f"{who}: {str(error).strip().splitlines()[0]}. It was waited for {self.patience:g} s at most "
@@ -284,6 +285,17 @@ _here = ALONE
 def here() -> Group:
     """The group of this process."""
     return _here
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """This process does something by itself, though it is one of a job; the others wait at what comes next."""
+    global _here
+    before, _here = _here, Group()
+    try:
+        yield
+    finally:
+        _here = before
 
 
 @contextlib.contextmanager
@@ -327,6 +339,17 @@ def joined(patience: float) -> Iterator[Group]:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+    """Around what asks the job's store, which is in the process of rank 0."""
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:
+        raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
+
+
 class _Pulses:
     """Which ranks beat, from now on."""
 
@@ -350,45 +373,3 @@ class _Pulses:
     def _read(self) -> dict[int, bytes]:
         store, ranks = self.group._store, [r for r in range(self.group.world) if r != self.group.rank]
         return {r: store.get(f"pulse/{r}") if store.check([f"pulse/{r}"]) else b"" for r in ranks}
-
-
-class _Pickler(pickle.Pickler):
-    """Everything but tensors, which are set aside."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-
-    def persistent_id(self, value: Any) -> int | None:
-        if not isinstance(value, Tensor):
-            return None
-        self.tensors.append(value.detach())
-        return len(self.tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, number: int) -> Tensor:
-        return self.tensors[number]
-
-
-def _as_bytes(x: Tensor) -> Tensor:
-    return x.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one device that are broadcast together; a large one by itself."""
-    group, size = list[Tensor](), 0
-    for x in tensors:
-        if x.numel() == 0:
-            continue
-        if group and (size + x.nbytes > _BUCKET or x.device.type != group[0].device.type):
-            yield group
-            group, size = [], 0
-        group.append(x)
-        size += x.nbytes
-    if group:
-        yield group

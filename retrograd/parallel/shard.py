@@ -11,7 +11,7 @@ moments, cotangents, kept states and gradients, is its pieces.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from retrograd.core.engine.blocks import Blocks, Chain, Micro, Read, micros
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch
+from retrograd.parallel.group import RankError
 from retrograd.parallel.pieces import Pieces, PieceSum
 from retrograd.parallel.split import Split, cut
 
@@ -75,6 +76,33 @@ class ByBlock(Sharded):
         assert isinstance(self.engine, Blocks), "what goes by block is the blocks engine"
         return self.engine
 
+    def runs(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> bool:
+        """Whether a gradient can be had of parameters of this dtype, on every process: all say the same.
+
+        Every process passes over all rows. Before anything is gathered they say how it goes, and where one has failed
+        nobody goes on: or the others would wait for it.
+        """
+
+        def read(names: Iterable[str]) -> Params:
+            if self._somewhere(False):
+                raise _ElsewhereError
+            return self.lying.some(params, names)
+
+        found = _Dtypes()
+        try:
+            self.blocks.first(read, micros(batches, weights, seed), found)
+        except _ElsewhereError:
+            return False
+        except (RankError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # a loss raises what it likes
+            self._somewhere(True)
+            return False
+        return not self._somewhere(found.dtypes != {next(iter(params.values())).dtype})
+
+    def _somewhere(self, here: bool) -> bool:
+        return bool(self.lying.total(torch.tensor(int(here))))
+
     def _all(self, name: str, *arguments: Any) -> Any:
         return self.doing[name](*arguments)
 
@@ -104,6 +132,23 @@ class ByBlock(Sharded):
 
     def _reading(self, own: Params) -> Read:
         return partial(self.lying.some, own)
+
+
+class _ElsewhereError(Exception):
+    """Another process has failed."""
+
+
+class _Dtypes:
+    """`Sums` of which only the dtypes are wanted."""
+
+    def __init__(self) -> None:
+        self.dtypes = set[torch.dtype]()
+
+    def add(self, part: int, found: Params) -> None:
+        self.dtypes.update(x.dtype for x in found.values())
+
+    def done(self, names: Sequence[str]) -> None:
+        pass
 
 
 class BlockSum:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from retrograd.core import plan as plans
 from retrograd.plan.machine import Machine
-from retrograd.plan.work import Work
+from retrograd.plan.work import Model, Work
+from retrograd.proofs.memory import Sizes, held_in_pieces, held_whole
 from retrograd.runs.states.budget import Layout
 
 __all__ = [
@@ -227,19 +228,24 @@ def device_bytes(work: Work, machine: Machine, engine: str, activations: int) ->
 def apart_bytes(work: Work, shards: int, engine: str) -> int:
     """Bytes at the peak of what passes no rows of a step, where parameters are divided.
 
-    The proofs have the model whole and, with `blocks`, an eighth of it or its largest block three times besides, else
-    five more tensors of its size; and then, with `blocks`, seven trees in pieces and a block. The query has the
-    parameters whole beside two states and its gradient in pieces and, of a part's, an eighth or a block twice.
+    The proofs have the model whole and besides, with `blocks`, an eighth of it or its largest block three times and
+    then pieces and a block (`held_in_pieces`), else trees of its size (`held_whole`). The query has the parameters
+    whole beside two states and its gradient in pieces and, of a part's, an eighth or a block twice.
     """
     model, k = work.model, work.queries
     state, params, whole = work.matter.state // shards, work.matter.params // shards, model.trained_bytes
     if engine == "blocks" and model.block is not None:
         part = max(whole // 8, model.block)
-        proofs = max(whole + 3 * part, whole // shards + 7 * params + 3 * model.block)
+        proofs = max(whole + 3 * part, whole // shards + held_in_pieces(sizes_of(model), shards, model.block))
     else:
-        part, proofs = whole // 8, 6 * whole
+        part, proofs = whole // 8, whole + held_whole(sizes_of(model))
     query = whole + whole // shards + 2 * state + k * params + 2 * part if k else 0
     return model.frozen_bytes + max(proofs if k else whole, query)
+
+
+def sizes_of(model: Model) -> Sizes:
+    """For what its proofs hold."""
+    return Sizes(model.trained_bytes, model.frozen_bytes, model.itemsize, model.trained + model.frozen)
 
 
 def _seconds(work: Work, machine: Machine, layout: Layout | None, pace: Pace | None, kept: Kept) -> dict[str, float]:

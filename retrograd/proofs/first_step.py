@@ -27,15 +27,17 @@ from retrograd.core.draws import random_draws
 from retrograd.core.optim import Params
 from retrograd.core.step import Batch, Engine, Objective, State, Training, coefficients, micro_batches_of
 from retrograd.parallel.group import RankError
+from retrograd.parallel.shard import ByBlock
 from retrograd.proofs.first_update import prove_update
 from retrograd.proofs.leaves import anywhere, named, refuse_infinite, some, wide
-from retrograd.proofs.slopes import Slopes, scaled
+from retrograd.proofs.memory import FULL
+from retrograd.proofs.slopes import Draws, Slopes, scaled
 
 __all__ = ["loss_of", "prove", "prove_gradient", "prove_pure", "prove_reached"]
 
 _NEAR = {torch.float64: 1e-8, torch.float32: 1e-3}  # of an engine's loss to the objective's, relative
 _DIRECTIONS = 2
-_FULL = 1 << 26  # parameters, frozen ones too, up to which a float64 copy is made, and a second row is read
+_FULL = FULL
 
 
 def prove(
@@ -200,7 +202,7 @@ def _first(training: Training, state: State) -> tuple[Batch, str | None]:
 def _compare_gradient(
     engine: Engine, params: Params, batch: Batch, weights: Tensor, seed: str | None, module: nn.Module | None
 ) -> None:
-    draw = torch.Generator().manual_seed(0)
+    draw = Draws()
     grads = engine.gradient(params, [batch], weights, seed)[1]
     if tree.nonfinite(grads):
         return  # the run itself says so, with the step
@@ -275,11 +277,14 @@ def _widened(x: Any) -> Any:
 def _runs_in_float64(
     training: Training, params: Params, batch: Batch, seed: str | None, module: nn.Module | None
 ) -> bool:
-    """Whether the loss does: one with kernels of its own may not."""
+    """Whether the loss does: one with kernels of its own may not. Processes that prove together all say the same."""
+    engine = training.engine
     params, batch, weights = tree.map(wide, (params, batch, training.weights))
     try:
         with _in_float64(module):
-            grads = training.engine.gradient(params, [batch], weights, seed)[1]
+            if isinstance(engine, ByBlock):
+                return engine.runs(params, [batch], weights, seed)
+            grads = engine.gradient(params, [batch], weights, seed)[1]
     except (RankError, torch.OutOfMemoryError):
         raise
     except Exception:  # a loss raises what it likes; at the run's precision it has run already

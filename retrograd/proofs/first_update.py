@@ -15,7 +15,7 @@ from torch import Tensor
 from retrograd.core import tree
 from retrograd.core.optim import SGD, Adam, AdamW, Cotangent, Moments, Muon, Optimizer, Pair, Params
 from retrograd.proofs.leaves import refuse_infinite, some, wide
-from retrograd.proofs.slopes import Slopes, randomly
+from retrograd.proofs.slopes import Draws, Slopes
 
 __all__ = ["prove_update"]
 
@@ -33,21 +33,21 @@ def prove_update(optimizer: Optimizer, params: Params, grads: Params) -> None:
     """
     if isinstance(optimizer, _OWN):
         return
-    draw = torch.Generator().manual_seed(0)
+    draw = Draws()
     params, grads = tree.map(wide, (params, grads))
     typical = float(tree.norm(grads)) / max(1, sum(g.numel() for g in grads.values())) ** 0.5
     if not 0 < typical < float("inf"):
         return  # the run itself says what is wrong with such a gradient
     for scale in (1.0, 1e3, 1e-3):
-        near = {name: scale * (g + 0.1 * typical * randomly(g, draw)) for name, g in grads.items()}
+        near = {name: scale * (g + 0.1 * typical * draw.like(name, g)) for name, g in grads.items()}
         _compare_update(optimizer, params, near, draw)
 
 
-def _compare_update(optimizer: Optimizer, params: Params, grads: Params, draw: torch.Generator) -> None:
+def _compare_update(optimizer: Optimizer, params: Params, grads: Params, draw: Draws) -> None:
     params, moments, varying = _after_two(optimizer, params, grads, draw)
     _pure_update(optimizer, params, moments, grads)
     new, after = optimizer.update(params, moments, grads, 2)
-    bars = tree.map(lambda x: randomly(x, draw) if x.is_floating_point() else x.new_zeros(x.shape), (new, after))
+    bars = tree.map(lambda x: draw.like("", x) if x.is_floating_point() else x.new_zeros(x.shape), (new, after))
     cotangent = Cotangent(*tree.map(lambda x: x[None], bars))
     pulled = optimizer.pullback(params, moments, grads, 2, cotangent)
     flat, flat_bars = _numbered(moments), _numbered(pulled.cotangent.moments)
@@ -70,7 +70,7 @@ def _compare_update(optimizer: Optimizer, params: Params, grads: Params, draw: t
 
         probe = Slopes(value, point, slopes, draw)
         # in proportion to each entry: an update is smooth there even where it divides by √v
-        along = {name: x * randomly(x, draw) for name, x in point.items()}
+        along = {name: x * draw.like(name, x) for name, x in point.items()}
         found = probe.along(along)
         if not found.agrees:
             raise ValueError(
@@ -81,15 +81,13 @@ def _compare_update(optimizer: Optimizer, params: Params, grads: Params, draw: t
             )
 
 
-def _after_two(
-    optimizer: Optimizer, params: Params, grads: Params, draw: torch.Generator
-) -> tuple[Params, Moments, list[str]]:
+def _after_two(optimizer: Optimizer, params: Params, grads: Params, draw: Draws) -> tuple[Params, Moments, list[str]]:
     """Parameters and moments after two updates, and which moments depend on the gradient (a step count does not)."""
     ends = []
     for _ in range(2):
         now, moments = params, optimizer.init(params)
         for t in range(2):
-            moved = {name: g * (1 + 0.3 * randomly(g, draw)) for name, g in grads.items()}
+            moved = {name: g * (1 + 0.3 * draw.like(name, g)) for name, g in grads.items()}
             now, moments = optimizer.update(now, moments, moved, t)
             now, moments = tree.map(torch.detach, (now, moments))
         ends.append((now, moments))

@@ -7,7 +7,9 @@ Rounding is measured. Kinks need a small h, rounding a large one; so several are
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from retrograd.core import tree
 from retrograd.core.optim import Params
 
-__all__ = ["Compared", "Measured", "Slopes", "extrapolated_slope", "randomly", "scaled"]
+__all__ = ["Compared", "Draws", "Measured", "Slopes", "extrapolated_slope", "scaled"]
 
 _FINE = (1e-5, 1e-7, 1e-9, 1e-4, 1e-3, 1e-2)  # relative to a leaf's entries, in float64
 _COARSE = (1e-2, 3e-3, 1e-3, 3e-4)
@@ -41,10 +43,24 @@ class Measured(NamedTuple):
     trainings: int
 
 
+class Draws:
+    """Random numbers by a leaf's name and how often it was asked: those of a piece are its own, wherever it lies."""
+
+    def __init__(self) -> None:
+        self._asked = Counter[str]()
+
+    def like(self, name: str, x: Tensor) -> Tensor:
+        """The next of a leaf, of its shape. Drawn on the host: the same on every device."""
+        self._asked[name] += 1
+        seed = hashlib.blake2b(f"{name}/{self._asked[name]}".encode(), digest_size=7).digest()
+        draw = torch.Generator().manual_seed(int.from_bytes(seed))
+        return torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)
+
+
 class Slopes:
     """A function's slopes along directions, by its pullback and by central differences."""
 
-    def __init__(self, value: Callable[[Params], float], point: Params, pulled: Params, draw: torch.Generator) -> None:
+    def __init__(self, value: Callable[[Params], float], point: Params, pulled: Params, draw: Draws) -> None:
         self.value, self.point, self.pulled = value, point, pulled
         dtype = next(iter(point.values())).dtype
         self.sizes = _FINE if dtype == torch.float64 else _COARSE
@@ -52,7 +68,7 @@ class Slopes:
         here, grain = value(point), 4 * torch.finfo(dtype).eps
         # the change is rounding, or as small; one moved copy at a time, each as large as the model
         apart = max(
-            abs(value({n: x * (1 + grain * randomly(x, draw)) for n, x in point.items()}) - here) for _ in range(3)
+            abs(value({n: x * (1 + grain * draw.like(n, x)) for n, x in point.items()}) - here) for _ in range(3)
         )
         self.noise = 3 * apart + torch.finfo(dtype).eps * abs(here)
 
@@ -171,14 +187,9 @@ def _ladder(
     return Measured(slope, uncertainty, 2 * len(differences)), torch.where(settled, spread, torch.inf)
 
 
-def scaled(like: Params, least: float, draw: torch.Generator) -> Params:
+def scaled(like: Params, least: float, draw: Draws) -> Params:
     """Random directions with the root mean square of each leaf; of a leaf of zeros that of all, or `least`."""
-    entries = sum(x.numel() for x in like.values())
+    entries = float(tree.total(torch.tensor(sum(x.numel() for x in like.values()))))
     whole = float(tree.norm(like)) / max(1, entries) ** 0.5 or least
     sizes = {name: float(x.double().norm()) / max(1, x.numel()) ** 0.5 or whole for name, x in like.items()}
-    return {name: sizes[name] * randomly(x, draw) for name, x in like.items()}
-
-
-def randomly(like: Tensor, draw: torch.Generator) -> Tensor:
-    """Drawn on the host: the same on every device."""
-    return torch.randn(like.shape, generator=draw, dtype=torch.float64).to(like)
+    return {name: sizes[name] * draw.like(name, x) for name, x in like.items()}

@@ -31,6 +31,7 @@ from retrograd.lm.model import (
 )
 from retrograd.parallel.group import here
 from retrograd.parallel.shard import Sharded
+from retrograd.proofs.memory import Sizes, held_whole
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
 from retrograd.query.named import Asked, load_queries
@@ -40,7 +41,7 @@ from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
-from retrograd.runs.shares import in_pieces, logical_shards, refuse_unequal, shared
+from retrograd.runs.shares import in_pieces, logical_shards, prove_while_whole, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.run import MagicConfig, queries_of
@@ -174,6 +175,7 @@ def load_recipe(
     device, train, data = find_device(config.device, tf32=config.tf32), config.train, config.data
     tokenizer = sources.tokenizer(config.tokenizer or config.model)
     model = sources.model(config.model, config.dtype, device, config.lora, train)
+    prove_while_whole(config, model)
     given: dict[str, Any] = {"chunk_length": data.chunk_length, "min_chars": data.min_chars}
     rows, texts = sources.rows(data, tokenizer, model, "data", **given)
     stream = DataStream(
@@ -241,7 +243,7 @@ def set_up(
     )
     training = Training(recipe, engine.engine, stream, stream.weights)
     hashes = _hashes(recipe, stream.rows, initial, model.module)
-    divided, attributed = how.parallel == "shard" and group.world > 1, how.queries > 0
+    divided, attributed = _divided(how), how.queries > 0
     by_block = divided and objective is None and isinstance(engine.engine, Blocks)
     if how.begun is None and not by_block:
         prove_first_step(training, initial, model, objective, attributed=attributed)
@@ -306,10 +308,25 @@ def _engine(
                 "--train.dropout take --engine double"
             )
         asked = "double"
-    owed = owed_bytes(tree.nbytes(model.params), tree.nbytes(initial), how.queries)
-    load = Load(*batch, how.queries, _free(next(iter(model.params.values())).device) - owed)
-    choice = choose_engine(asked, model.module, objective, load)
+    choice = choose_engine(asked, model.module, objective, _load(how, batch, model, initial))
     return choice._replace(why=_BEGUN) if begun else choice
+
+
+def _load(how: Differentiated, batch: tuple[int, int], model: CausalLM, initial: State) -> Load:
+    """What `double` would take here. Where parameters are divided, a pass and the proofs have them whole."""
+    params, k = tree.nbytes(model.params), how.queries
+    owed, free = owed_bytes(params, tree.nbytes(initial), k), _free(next(iter(model.params.values())).device)
+    if not _divided(how):
+        return Load(*batch, k, free - owed)
+    passed = owed // here().world + params * (1 + (2 * k or 1))
+    whole = list(model.module.parameters())
+    frozen = sum(x.nbytes for x in whole) - params
+    sizes = Sizes(params, frozen, whole[0].element_size(), sum(x.numel() for x in whole))
+    return Load(*batch, k, free - passed, held_whole(sizes) if k else 0, free)
+
+
+def _divided(how: Differentiated) -> bool:
+    return how.parallel == "shard" and here().world > 1
 
 
 def owed_bytes(params: int, state: int, queries: int) -> int:

@@ -11,13 +11,16 @@ from retrograd.core.step import Engine, State
 from retrograd.data.pairs import PairStream
 from retrograd.data.stream import DataStream
 from retrograd.lm.model import CausalLM
-from retrograd.parallel.group import Group
+from retrograd.parallel.group import Group, here
 from retrograd.parallel.pieces import Pieces
 from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
+from retrograd.query.proof import prove_answers
 from retrograd.runs.arithmetic import Arithmetic
+from retrograd.settings.tasks import tasks_on_the_way
+from retrograd.settings.train import RunConfig
 
-__all__ = ["in_pieces", "logical_shards", "refuse_unequal", "shared"]
+__all__ = ["in_pieces", "logical_shards", "prove_while_whole", "refuse_unequal", "shared"]
 
 
 def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None) -> int:
@@ -79,6 +82,17 @@ def in_pieces(
         own = [x for x in model.module.parameters() if x.requires_grad]
         release(*initial.params.values(), *model.params.values(), *own)
     return found
+
+
+def prove_while_whole(config: RunConfig, model: CausalLM) -> None:
+    """Prove how a model is asked on the way, where it is to lie in pieces: there is no whole one to prove then.
+
+    Raises:
+        ValueError: If it cannot be asked so.
+    """
+    asks = config.parallel == "shard" and here().world > 1 and here().rank == 0
+    if asks and any(task.form != "text" for task in tasks_on_the_way(config.evaluate).values()):
+        prove_answers(model)
 
 
 def _unit(stream: DataStream | PairStream) -> int:

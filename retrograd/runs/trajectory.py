@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -361,10 +361,14 @@ class Ready:
         """Lay out whole what a finished run may have left in pieces, killed before it had."""
         relay(folder, self.initial, self.training.recipe, 1, self.identity)
 
-    def follow(self) -> NoReturn:
-        """Do what rank 0 does with this training, until it has ended, and end. By the other ranks of a job."""
-        here().serve(self.doing)
-        raise SystemExit(0)
+    def follow(self) -> None:
+        """Do what rank 0 does with this training, until it is done with it. By the other ranks of a job.
+
+        Raises:
+            SystemExit: If rank 0 has ended.
+        """
+        if not here().serve(self.doing):
+            raise SystemExit(0)
 
     @property
     def doing(self) -> dict[str, Callable[..., Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from retrograd.settings.on_the_way import OnTheWayConfig
 from retrograd.settings.parse import build, read_yaml
 from retrograd.settings.question import Form, Question
 
@@ -116,6 +117,20 @@ def tasks_of(values: Any, folder: Path, where: str) -> dict[str, Task]:
             found[str(name)] = build(Task, settings or {}, one)
     check_tasks(found, where)
     return {name: _beside(folder, task) for name, task in found.items()}
+
+
+def tasks_on_the_way(config: OnTheWayConfig) -> dict[str, Task]:
+    """The tasks of a training that is evaluated on its way; none where it is not.
+
+    Raises:
+        ValueError: As `tasks_from` and `tasks_of_lab`.
+    """
+    found: dict[str, Task] = {}
+    if config.tasks is not None:
+        found = tasks_from(config.tasks)
+    elif config.lab is not None:
+        found = tasks_of_lab(config.lab)
+    return {name: task.limited(config.limit) for name, task in found.items()}
 
 
 def tasks_of_lab(folder: Path) -> dict[str, Task]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -25,6 +25,16 @@ __all__ = [
 ]  # fmt: skip
 
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
+
+
+class Shared(Protocol):
+    """How processes share steps: settings of every command that lets them."""
+
+    @property
+    def shards(self) -> int | None: ...
+
+    @property
+    def patience(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -278,7 +288,7 @@ def check_recipe(config: RecipeConfig) -> None:
     check_ranks(config)
 
 
-def check_ranks(config: RunConfig) -> None:
+def check_ranks(config: Shared) -> None:
     """As `check_train`, for how processes share a run.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,17 @@ from retrograd.runs.files import write_atomic, write_json
 from retrograd.trust.bank import LeftOut
 from retrograd.trust.left_out import Agreement, agreement, mean_lds
 
-__all__ = ["Compared", "Fraction", "Validation", "group_name", "show", "validation", "write_validation"]
+__all__ = [
+    "Compared",
+    "Fraction",
+    "Validation",
+    "group_name",
+    "nan_to_none",
+    "query_figures",
+    "show",
+    "validation",
+    "write_validation",
+]
 
 GRADE = 0.95  # LDS that MAGIC reaches where training is smooth
 SHOWN = 12
@@ -92,31 +103,31 @@ def validation(
     missing: Sequence[LeftOut] = (),
 ) -> Validation:
     """Agreement by fraction, over the random sets that could be measured; no number where some are missing."""
-    random = [one for one in compared if one.left_out.name.isdecimal()]
-    wanted = [one for one in missing if one.name.isdecimal()]
-    found = []
-    for group in sorted({_group(one.left_out) for one in random} | {_group(one) for one in wanted}):
-        absent = sum(_group(one) == group for one in wanted)
+    by_group: dict[tuple[float, float], list[Compared]] = {}
+    for comparison in compared:
+        if comparison.left_out.random:
+            by_group.setdefault(comparison.left_out.group, []).append(comparison)
+    lacking = Counter(left_out.group for left_out in missing if left_out.random)
+    diverged = Counter(left_out.group for left_out, _ in failed if left_out.random)
+    fractions = []
+    for group in sorted(by_group.keys() | lacking.keys()):
+        absent = lacking[group]
         if absent:
             nothing = [Agreement(0, math.nan, math.nan, math.nan)] * len(names)
-            found.append(Fraction(group[0], 0, nothing, math.nan, math.nan, math.nan, 0, absent, group[1]))
+            fractions.append(Fraction(group[0], 0, nothing, math.nan, math.nan, math.nan, 0, absent, group[1]))
             continue
-        these = [one for one in random if _group(one.left_out) == group]
-        different = len({one.left_out.key for one in these})
-        prediction, measurement = np.array([one.predicted for one in these]), np.array([one.measured for one in these])
+        sets, predicted, measured = zip(*by_group[group], strict=True)
+        different = len({left_out.key for left_out in sets})
+        prediction, measurement = np.array(predicted), np.array(measured)
         each = [agreement(prediction[:, k], measurement[:, k]) for k in range(len(names))]
-        bad = sum(_group(one) == group for one, _ in failed if one.name.isdecimal())
-        found.append(Fraction(group[0], different, each, *mean_lds(prediction, measurement), bad, 0, group[1]))
-    return Validation(list(names), list(compared), found, unchanged, list(failed), list(missing))
+        mean = mean_lds(prediction, measurement)
+        fractions.append(Fraction(group[0], different, each, *mean, diverged[group], 0, group[1]))
+    return Validation(list(names), list(compared), fractions, unchanged, list(failed), list(missing))
 
 
 def group_name(fraction: float, weight: float) -> str:
     """What was done to a group of sets, in words."""
     return f"{fraction:.4g} left out" if not weight else f"{fraction:.4g} at weight {weight:g}"
-
-
-def _group(one: LeftOut) -> tuple[float, float]:
-    return one.fraction, one.weight
 
 
 def write_validation(run: Path, result: Validation, more: dict[str, Any] | None = None) -> None:
@@ -128,10 +139,10 @@ def write_validation(run: Path, result: Validation, more: dict[str, Any] | None 
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(("subset", "fraction", "query", "predicted", "measured", "weight"))
-    for one in result.compared:
-        for name, predicted, measured in zip(result.names, one.predicted, one.measured, strict=True):
-            writer.writerow((one.left_out.name, f"{one.left_out.fraction:.6g}", name, repr(float(predicted)),
-                             repr(float(measured)), f"{one.left_out.weight:g}"))  # fmt: skip
+    for left_out, *changes in result.compared:
+        for name, predicted, measured in zip(result.names, *changes, strict=True):
+            writer.writerow((left_out.name, f"{left_out.fraction:.6g}", name, repr(float(predicted)),
+                             repr(float(measured)), f"{left_out.weight:g}"))  # fmt: skip
     write_atomic(run / "validation.csv", lambda t: t.write_text(table.getvalue(), encoding="utf8"))
     write_json(run / "validation.json", {**_record(result), **(more or {})})
 
@@ -149,22 +160,26 @@ def show(result: Validation, wanted: int, run: Path, console: Console) -> Valida
     if result.unchanged is not None:
         same = "exactly 0" if result.unchanged == 0 else f"{result.unchanged:.2g} nats (other threads round otherwise)"
         console.print(f"With nothing left out, retraining differs from the run by {same}.")
-    empty = [one for one in result.compared if not len(one.left_out.places)]
+    empty = [comparison for comparison in result.compared if not len(comparison.left_out.places)]
     for nothing in empty:
         console.print(f"Set {nothing.left_out.name}, empty: measured change {np.abs(nothing.measured).max():.3g} nats.")
-    fractions = [one for one in result.fractions if one.fraction]
-    whole = [one for one in fractions if not one.missing]
+    fractions = [fraction for fraction in result.fractions if fraction.fraction]
+    whole = [fraction for fraction in fractions if not fraction.missing]
     if whole:
         console.print(_table(result, whole))
-    for one in fractions:
-        if one.missing:
-            console.print(f"{one.told}: {one.verdict}.", style="bold red")
+    for fraction in fractions:
+        if fraction.missing:
+            console.print(f"{fraction.told}: {fraction.verdict}.", style="bold red")
             continue
-        interval = "" if math.isnan(one.low) else f" [{one.low:.3f}, {one.high:.3f}]"
-        sets = one.queries[0].sets
-        few = f" Only {one.different} of the {sets} sets are different: take more." if one.different < sets else ""
-        console.print(f"{one.told}: mean LDS {one.mean:.3f}{interval}: {one.verdict}.{few}")
-    named = [one for one in result.compared if not one.left_out.name.isdecimal()]
+        interval = "" if math.isnan(fraction.low) else f" [{fraction.low:.3f}, {fraction.high:.3f}]"
+        sets = fraction.queries[0].sets
+        few = (
+            f" Only {fraction.different} of the {sets} sets are different: take more."
+            if fraction.different < sets
+            else ""
+        )
+        console.print(f"{fraction.told}: mean LDS {fraction.mean:.3f}{interval}: {fraction.verdict}.{few}")
+    named = [comparison for comparison in result.compared if not comparison.left_out.random]
     if named:
         console.print(_named(named))
     console.print(
@@ -179,13 +194,13 @@ def _table(result: Validation, fractions: Sequence[Fraction]) -> Table:
     table = Table(title="Predicted against measured, over random sets", title_justify="left")
     for name in ("share", "query", "sets", "LDS", "Pearson", "slope"):
         table.add_column(name, justify="left" if name == "query" else "right")
-    for part in fractions:
-        shown = sorted(zip(part.queries, result.names, strict=True), key=lambda pair: pair[0].lds)[:SHOWN]
-        for found, name in shown:
-            numbers = (f"{found.lds:.3f}", f"{found.pearson:.3f}", f"{found.slope:.3f}")
-            table.add_row(part.told, name, str(found.sets), *numbers)
-        if len(part.queries) > SHOWN:
-            table.add_row(part.told, f"… {len(part.queries) - SHOWN} better ones", "", "", "", "")
+    for fraction in fractions:
+        shown = sorted(zip(fraction.queries, result.names, strict=True), key=lambda pair: pair[0].lds)[:SHOWN]
+        for query, name in shown:
+            numbers = (f"{query.lds:.3f}", f"{query.pearson:.3f}", f"{query.slope:.3f}")
+            table.add_row(fraction.told, name, str(query.sets), *numbers)
+        if len(fraction.queries) > SHOWN:
+            table.add_row(fraction.told, f"… {len(fraction.queries) - SHOWN} better ones", "", "", "", "")
     return table
 
 
@@ -193,9 +208,9 @@ def _named(compared: Sequence[Compared]) -> Table:
     table = Table(title="Named sets, first query, nats", title_justify="left")
     for name in ("set", "predicted", "measured"):
         table.add_column(name, justify="left" if name == "set" else "right")
-    for one in compared:
-        name = one.left_out.name + (f" at weight {one.left_out.weight:g}" if one.left_out.weight else "")
-        table.add_row(name, f"{one.predicted[0]:+.4g}", f"{one.measured[0]:+.4g}")
+    for left_out, predicted, measured in compared:
+        name = left_out.name + (f" at weight {left_out.weight:g}" if left_out.weight else "")
+        table.add_row(name, f"{predicted[0]:+.4g}", f"{measured[0]:+.4g}")
     return table
 
 
@@ -205,24 +220,30 @@ def _record(result: Validation) -> dict[str, Any]:
         "measured by retraining. LDS: their Spearman correlation over random sets; slope: measured by predicted nats.",
         "unchanged_nats": result.unchanged,
         "failed": [
-            {"subset": one.name, "fraction": one.fraction, "reason": reason} for one, reason in result.failed
+            {"subset": left_out.name, "fraction": left_out.fraction, "reason": reason}
+            for left_out, reason in result.failed
         ],
         "fractions": [
             {
-                "fraction": part.fraction, "weight": part.weight, "different_sets": part.different,
-                "failed": part.failed, "missing": part.missing,
-                "mean_lds": _number(part.mean),
-                "interval": [_number(part.low), _number(part.high)], "verdict": part.verdict,
-                "queries": {
-                    name: {key: _number(value) for key, value in found._asdict().items()}
-                    for name, found in zip(result.names, part.queries, strict=True)
-                },
+                "fraction": fraction.fraction, "weight": fraction.weight, "different_sets": fraction.different,
+                "failed": fraction.failed, "missing": fraction.missing,
+                "mean_lds": nan_to_none(fraction.mean),
+                "interval": [nan_to_none(fraction.low), nan_to_none(fraction.high)], "verdict": fraction.verdict,
+                "queries": query_figures(result.names, fraction.queries),
             }
-            for part in result.fractions
+            for fraction in result.fractions
         ],
     }  # fmt: skip
 
 
-def _number(value: float | int) -> float | int | None:
+def query_figures(names: Sequence[str], queries: Sequence[Agreement]) -> dict[str, dict[str, float | None]]:
+    """Each query's agreement, for a JSON file."""
+    return {
+        name: {key: nan_to_none(figure) for key, figure in query._asdict().items()}
+        for name, query in zip(names, queries, strict=True)
+    }
+
+
+def nan_to_none(figure: float) -> float | None:
     """JSON has no NaN."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(figure, float) and math.isnan(figure) else figure

@@ -45,10 +45,20 @@ class LeftOut(NamedTuple):
     @property
     def key(self) -> str:
         """Hash of the places, and of the weight where that is not 0."""
-        found = hashlib.sha256(np.asarray(self.places, dtype="<i8").tobytes())
+        digest = hashlib.sha256(np.asarray(self.places, dtype="<i8").tobytes())
         if self.weight:
-            found.update(repr(float(self.weight)).encode())
-        return self.name if self.name == BASELINE else found.hexdigest()[:16]
+            digest.update(repr(float(self.weight)).encode())
+        return self.name if self.name == BASELINE else digest.hexdigest()[:16]
+
+    @property
+    def random(self) -> bool:
+        """Drawn at random; such sets are named by number."""
+        return self.name.isdecimal()
+
+    @property
+    def group(self) -> tuple[float, float]:
+        """Fraction and weight: sets that have both in common are judged together."""
+        return self.fraction, self.weight
 
 
 class Retrained(NamedTuple):
@@ -143,16 +153,16 @@ class Bank:
         """The kept models of a set, of these conditions if there are such."""
         return (self.kept.get(_key(key, conditions)) if conditions else None) or self.kept.get(key)
 
-    def add(self, found: Sequence[tuple[LeftOut, Retrained | Failed]], conditions: dict[str, int]) -> None:
+    def add(self, retrainings: Sequence[tuple[LeftOut, Retrained | Failed]], conditions: dict[str, int]) -> None:
         """Append retrainings that were done under `conditions`, in one write."""
         make_folder(self.folder)
         entries = [
             {
-                "key": one.key, "name": one.name, "fraction": one.fraction, "weight": one.weight,
+                "key": left_out.key, "name": left_out.name, "fraction": left_out.fraction, "weight": left_out.weight,
                 "identity": self.identity, "queries": self.queries, **self._result(retrained),
                 "conditions": conditions, "made": self.made._asdict(),
             }
-            for one, retrained in found
+            for left_out, retrained in retrainings
         ]  # fmt: skip
         append_line(self.path, "\n".join(json.dumps(entry, allow_nan=False) for entry in entries), durable=True)
         for entry in entries:
@@ -170,12 +180,13 @@ class Bank:
         if adding:
             kinds.setdefault(self.made, 0)
         if len(kinds) > 1:
-            told = "\n  ".join(f"{number} lines: {kind}" for kind, number in kinds.items())
+            listed = "\n  ".join(f"{number} lines: {kind}" for kind, number in kinds.items())
             here = " (0 lines: this machine, which would add to them)" if 0 in kinds.values() else ""
             raise RunError(
-                f"the bank in {self.folder} would mix retrainings of {len(kinds)} kinds{here}:\n  {told}\nRetrainings "
-                "on different hardware were seen to differ by up to 3e-3 nats, as much as small sets of data do. Go on "
-                "where the bank was begun, or move the retrains*.jsonl of the others away; `retrograd bank` lists them."
+                f"the bank in {self.folder} would mix retrainings of {len(kinds)} kinds{here}:\n  {listed}\n"
+                "Retrainings on different hardware were seen to differ by up to 3e-3 nats, as much as small sets of "
+                "data do. Go on where the bank was begun, or move the retrains*.jsonl of the others away; `retrograd "
+                "bank` lists them."
             )
 
     def _result(self, retrained: Retrained | Failed) -> dict[str, Any]:
@@ -183,7 +194,7 @@ class Bank:
             return {"failed": retrained.reason, **({"query": retrained.query} if retrained.query else {})}
         numbers = {"values": retrained.values, "baseline": retrained.baseline}
         models = {"model": retrained.model, "baseline_model": retrained.baseline_model} if retrained.model else {}
-        return {**{name: dict(zip(self.columns, part, strict=True)) for name, part in numbers.items()}, **models}
+        return {**{name: dict(zip(self.columns, values, strict=True)) for name, values in numbers.items()}, **models}
 
     def _take(self, entry: dict[str, Any]) -> None:
         if entry["identity"] != self.identity:
@@ -201,11 +212,11 @@ class Bank:
             kept = Kept(entry["model"], entry["baseline_model"], entry["conditions"])
             self.kept |= dict.fromkeys(places, kept)
         columns = [name for name in self.columns if _query_of(name) in same]
-        found = {name: (entry["values"][name], entry["baseline"][name]) for name in columns}
-        if not all(math.isfinite(value) for pair in found.values() for value in pair):
+        pairs = {name: (entry["values"][name], entry["baseline"][name]) for name in columns}
+        if not all(math.isfinite(value) for pair in pairs.values() for value in pair):
             return  # an older version banked what had diverged; it is trained again, for the reason
         parts = self._parts.setdefault(places[1], {})
-        parts |= found
+        parts |= pairs
         if len(parts) == len(self.columns):
             values, baseline = ([parts[name][side] for name in self.columns] for side in (0, 1))
             models = self.kept.get(places[1], Kept("", "", {}))[:2]

@@ -73,7 +73,7 @@ def compare(
         worst = float(torch.where(bad, error, 0).nan_to_num(torch.inf).max())
         words = f"{what}: they differ for {int(bad.any(0).sum())} of {columns}; noise explains {_number(noise, bad)}"
         return [Check(name, "failed", words, worst, tolerance)]
-    found, decided = [], sure.any(0)
+    checks, decided = [], sure.any(0)
     if decided.any():
         worst = float(error[sure].max())
         which = columns if decided.all() else f"{int(decided.sum())} of {columns}"
@@ -81,7 +81,7 @@ def compare(
         words = (
             f"{what}: equal for {which}, noise {_number(noise, sure)}; a factor of 1 ± {float(seen):.1e} would be seen"
         )
-        found.append(Check(name, "passed", words, worst, tolerance))
+        checks.append(Check(name, "passed", words, worst, tolerance))
     if not decided.all():
         hidden = noise[:, ~decided].min(0).values.max()
         words = f"{what}: for {int((~decided).sum())} of {columns} "
@@ -89,8 +89,8 @@ def compare(
             words += "training is too rough, or its rounding too large, at every size of step that was tried"
         else:
             words += f"noise of {float(hidden):.1e} is above half the tolerance, or explains the difference"
-        found.append(Check(name, "not checked", words))
-    return found
+        checks.append(Check(name, "not checked", words))
+    return checks
 
 
 def attempt(name: str, make: Callable[[], Iterable[Check]]) -> list[Check]:

@@ -68,7 +68,7 @@ def train_many(
     single = {name: theta.detach() for name, theta in params.items()}
     if steps:
         check_objective(training, single, objective)
-    chosen, place = _distinct(weights)
+    chosen, inverse = _distinct(weights)
     size = len(chosen)
     start = (single, recipe.optimizer.init(single))
     stacked, moments = tree.map(lambda x: x.expand(size, *x.shape).clone(), start)
@@ -78,8 +78,8 @@ def train_many(
         with torch.no_grad():
             stacked, moments = torch.vmap(partial(updated, recipe, step=t))(stacked, moments, grads)
         if observe is not None:
-            observe(t, losses[place], tree.norm(grads, batch_dims=1)[place])
-    return stacked if size == len(weights) else {name: theta[place] for name, theta in stacked.items()}
+            observe(t, losses[inverse], tree.norm(grads, batch_dims=1)[inverse])
+    return stacked if size == len(weights) else {name: theta[inverse] for name, theta in stacked.items()}
 
 
 def check_objective(training: Training, params: Params, objective: Objective) -> None:
@@ -123,9 +123,9 @@ def _gradient(
         factors = torch.stack([coefficients(batch, member) for member in weights])
         with torch.enable_grad(), random_draws(seed, number):
             losses = _losses(objective, leaves, batch, factors, seed)
-        found = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+        leaf_grads = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
         total = losses.detach() if total is None else total + losses.detach()
-        sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
+        sums = [a + b for a, b in zip(sums, leaf_grads)] if sums else list(leaf_grads)
     assert total is not None, "a step needs at least one batch"
     return total, dict(zip(params, sums))
 

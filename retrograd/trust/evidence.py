@@ -29,13 +29,13 @@ QUERY_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5}
 def score_checks(folder: Path, manifest: Manifest) -> Iterator[Check]:
     """The bytes of the score files against the manifest's SHA-256."""
     wanted = {"": manifest.values["phases"]["scores"].get("sha256")}
-    wanted |= {name: one.get("sha256") for name, one in recorded(folder, manifest).items()}
+    wanted |= {name: entry.get("sha256") for name, entry in recorded(folder, manifest).items()}
     together = {file_digest(path) for path in (folder / "queries").glob("together-*/scores.pt")}
     bad = []
     for name, sha256 in wanted.items():
         path = folder / "queries" / name / "scores.pt" if name else folder / "scores.pt"
-        found = {file_digest(path)} if path.exists() else set()
-        if sha256 not in found | (together if name else set()):
+        on_disk = {file_digest(path)} if path.exists() else set()
+        if sha256 not in on_disk | (together if name else set()):
             bad.append(str(path.relative_to(folder)))
     if bad:
         yield Check("scores file", "failed", f"{', '.join(bad)}: not the bytes that the manifest has the SHA-256 of")
@@ -52,9 +52,9 @@ def input_check(run: Opened) -> Check:
         return Check("inputs", "failed", f"changed since the run: {'; '.join(changed)}")
     known = recorded(run.folder, run.manifest)
     others = [
-        f"query {one.name}: {known[one.name]['digest']} → {one.digest}"
-        for one in run.loaded.asked
-        if one.name in known and known[one.name]["digest"] != one.digest
+        f"query {query.name}: {known[query.name]['digest']} → {query.digest}"
+        for query in run.loaded.asked
+        if query.name in known and known[query.name]["digest"] != query.digest
     ]
     if others:
         return Check("inputs", "failed", f"changed since the run: {'; '.join(others)}")
@@ -93,18 +93,18 @@ def stored_scores(run: Opened) -> Tensor:
     own = configs.queries_of(run.config)
     parts = [read_scores(run.folder / "scores.pt", per_token)]
     start = 0
-    for one in run.loaded.asked:
-        path = run.folder / "queries" / one.name / "scores.pt"
-        if one.name not in own:
+    for query in run.loaded.asked:
+        path = run.folder / "queries" / query.name / "scores.pt"
+        if query.name not in own:
             parts.append(read_scores(path, per_token))
             continue
-        columns = parts[0][start : (start := start + len(one.columns))]
+        columns = parts[0][start : (start := start + len(query.columns))]
         if path.exists() and not torch.equal(read_scores(path, per_token), columns):
             raise ValueError(f"{path} differs from the same columns of {run.folder / 'scores.pt'}")
-    expected = sum(len(one.columns) for one in run.loaded.asked)
+    expected = sum(len(query.columns) for query in run.loaded.asked)
     if any(part.shape[1:] != shape for part in parts) or sum(map(len, parts)) != expected:
-        found = [tuple(part.shape) for part in parts]
-        raise ValueError(f"score files have shapes {found}; {expected} query columns of {tuple(shape)} belong there")
+        shapes = [tuple(part.shape) for part in parts]
+        raise ValueError(f"score files have shapes {shapes}; {expected} query columns of {tuple(shape)} belong there")
     scores = torch.cat(parts).double()
     if not torch.isfinite(scores).all():
         raise ValueError(f"{tree.nonfinite(scores):.2%} of the scores are NaN or infinite")
@@ -115,15 +115,15 @@ def query_check(run: Opened, values: Tensor, gradient: Params) -> Check:
     """Query values and gradients on disk against those at the replayed final state."""
     worst, start = 0.0, 0
     dtype = next(iter(gradient.values())).dtype
-    for one in run.loaded.asked:
-        part = slice(start, start := start + len(one.columns))
-        path = run.folder / "queries" / one.name / "gradient.safetensors"
+    for query in run.loaded.asked:
+        columns = slice(start, start := start + len(query.columns))
+        path = run.folder / "queries" / query.name / "gradient.safetensors"
         tensors, metadata = read_tensors(path)
-        if metadata.get("identity") != f"{run.loaded.identity}/{one.digest}":
+        if metadata.get("identity") != f"{run.loaded.identity}/{query.digest}":
             return Check("query", "failed", f"{path} was written by another run or for another query")
         if tree.nonfinite(tensors):
             return Check("query", "failed", f"{path} has numbers that are NaN or infinite")
-        wanted = {"values": values[part], **{f"gradient.{name}": g[part] for name, g in gradient.items()}}
+        wanted = {"values": values[columns], **{f"gradient.{name}": g[columns] for name, g in gradient.items()}}
         if {n: x.shape for n, x in tensors.items()} != {n: x.shape for n, x in wanted.items()}:
             return Check("query", "failed", f"{path} has other tensors than this query")
         for names in (["values"], [name for name in wanted if name != "values"]):
@@ -144,10 +144,10 @@ def _fault(run: Opened, path: Path, like: State, expected: str | None = None) ->
         state = tree.unnamed(like, tensors)
     except (RunError, ValueError, KeyError) as error:
         return told(error)
-    found = tree.digest((state.params, state.moments))
+    digest = tree.digest((state.params, state.moments))
     if metadata.get("identity") != run.manifest.values["identity"]:
         return "written by another run"
-    if found != metadata.get("digest"):
+    if digest != metadata.get("digest"):
         return "not the bits that were written"
     known = (None, digest_of(state, run.loaded.training.recipe.pieces))
     return None if expected in known else "not the state that digests.txt has at this step"

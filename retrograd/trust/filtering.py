@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
     @property
     def sets(self) -> list[LeftOut]:
-        return [*self.top, *self.random, *(one for each in self.matched for one in each)]
+        return [*self.top, *self.random, *(control for controls in self.matched for control in controls)]
 
 
 class Extra(NamedTuple):
@@ -86,21 +86,23 @@ def strongest_sets(
     for number in range(controls):
         drawn = np.sort(np.random.default_rng([seed, 2, number, size]).choice(members, size, replace=False))
         random.append(_set(f"random-{share:g}-{number}", drawn, units, share, weight))
-    found = []
+    plans = []
     for method in methods:
         top, matched = [], []
         for k in range(columns):
-            values = method.scores[min(k, len(method.scores) - 1)].flatten().numpy()
-            strength = np.array([values[units[int(unit)]].sum() for unit in members])
+            scores = method.scores[min(k, len(method.scores) - 1)].flatten().numpy()
+            strength = np.array([scores[units[int(unit)]].sum() for unit in members])
             chosen = np.sort(members[np.argsort(strength, kind="stable")[:size]])
             name = f"top-{share:g}-{method.name}" + (f"-{k}" if columns > 1 else "")
             top.append(_set(name, chosen, units, share, weight))
             if width is not None:
                 draws = (np.random.default_rng([seed, 3, number, k]) for number in range(controls))
                 others = [matched_positions(chosen, members, width, draw)[0] for draw in draws]
-                matched.append([_set(f"{name}-matched-{r}", one, units, share, weight) for r, one in enumerate(others)])
-        found.append(Plan(method.name, top, random, matched))
-    return found
+                matched.append(
+                    [_set(f"{name}-matched-{r}", other, units, share, weight) for r, other in enumerate(others)]
+                )
+        plans.append(Plan(method.name, top, random, matched))
+    return plans
 
 
 def matched_positions(
@@ -120,17 +122,17 @@ def matched_positions(
     pools: dict[int, list[int]] = {}
     for place in others.tolist():
         pools.setdefault(place % width, []).append(place)
-    found, exact, short = [], 0, list[int]()
+    matched, exact, short = [], 0, list[int]()
     for column in (chosen % width).tolist():
         if pools.get(column):
-            found.append(pools[column].pop())
+            matched.append(pools[column].pop())
             exact += 1
         else:
             short.append(column)
     for column in short:
         nearest = min((c for c, pool in pools.items() if pool), key=lambda c: (abs(c - column), c))
-        found.append(pools[nearest].pop())
-    return np.sort(np.array(found)), exact / len(chosen)
+        matched.append(pools[nearest].pop())
+    return np.sort(np.array(matched)), exact / len(chosen)
 
 
 def filtering(plans: Sequence[Plan], bank: Bank) -> list[Filtered]:
@@ -141,17 +143,19 @@ def filtering(plans: Sequence[Plan], bank: Bank) -> list[Filtered]:
 def _filtered(plan: Plan, bank: Bank) -> Filtered:
     first = plan.top[0]
     about = (plan.method, first.fraction, first.weight, len(first.places))
-    lacking = {one.key for one in plan.sets if one.key not in bank.known}
+    lacking = {left_out.key for left_out in plan.sets if left_out.key not in bank.known}
     if lacking:
         return Filtered(*about, math.nan, None, None, len(lacking))
-    top = np.array([_change(bank, one)[k] for k, one in enumerate(plan.top)])
-    random = np.array([_change(bank, one) for one in plan.random])  # [R, K]
-    matched = np.array([[_change(bank, one)[k] for one in each] for k, each in enumerate(plan.matched)])  # [K, R]
+    top = np.array([_change(bank, left_out)[k] for k, left_out in enumerate(plan.top)])
+    random = np.array([_change(bank, left_out) for left_out in plan.random])  # [R, K]
+    matched = np.array(
+        [[_change(bank, left_out)[k] for left_out in controls] for k, controls in enumerate(plan.matched)]
+    )  # [K, R]
     return Filtered(*about, float(top.mean()), _extra(top, random), _extra(top, matched.T) if plan.matched else None, 0)
 
 
-def _change(bank: Bank, one: LeftOut) -> np.ndarray:
-    known = bank.known[one.key]
+def _change(bank: Bank, left_out: LeftOut) -> np.ndarray:
+    known = bank.known[left_out.key]
     return np.subtract(known.values, known.baseline)
 
 
@@ -167,9 +171,9 @@ def _set(name: str, chosen: np.ndarray, units: dict[int, np.ndarray], share: flo
     return LeftOut(name, share, np.sort(np.concatenate([units[int(unit)] for unit in chosen])), weight)
 
 
-def show_filtering(found: Sequence[Filtered], tokens: bool, console: Console) -> None:
+def show_filtering(effects: Sequence[Filtered], tokens: bool, console: Console) -> None:
     """A line for each method."""
-    if not found:
+    if not effects:
         return
     table = Table(
         title=f"The strongest {'tokens (per-token QLD)' if tokens else 'documents (QLD)'}, nats of query loss"
@@ -179,28 +183,28 @@ def show_filtering(found: Sequence[Filtered], tokens: bool, console: Console) ->
     matched = ("more than the same positions [95 %]",) if tokens else ()
     for name in ("share", "without the strongest", "more than random [95 %]", *matched):
         table.add_column(name, justify="right")
-    for one in found:
-        share = f"{one.fraction:.3g}" + (f" at {one.weight:g}" if one.weight else "")
-        if one.missing:
-            table.add_row(one.method, share, f"incomplete: {one.missing} sets are missing or diverged")
+    for effect in effects:
+        share = f"{effect.fraction:.3g}" + (f" at {effect.weight:g}" if effect.weight else "")
+        if effect.missing:
+            table.add_row(effect.method, share, f"incomplete: {effect.missing} sets are missing or diverged")
             continue
-        others = [extra for extra in (one.random, one.matched) if extra]
+        others = [extra for extra in (effect.random, effect.matched) if extra]
         cells = [f"{extra.mean:+.4g} [{extra.low:+.4g}, {extra.high:+.4g}]" for extra in others]
-        table.add_row(one.method, share, f"{one.top:+.4g}", *cells)
+        table.add_row(effect.method, share, f"{effect.top:+.4g}", *cells)
     console.print(table)
 
 
-def filtering_record(found: Sequence[Filtered]) -> list[dict[str, Any]]:
+def filtering_record(effects: Sequence[Filtered]) -> list[dict[str, Any]]:
     """For validation.json."""
     return [
         {
-            "method": one.method, "fraction": one.fraction, "weight": one.weight, "left_out": one.left_out,
-            "missing": one.missing, "without_the_strongest": None if one.missing else one.top,
+            "method": effect.method, "fraction": effect.fraction, "weight": effect.weight, "left_out": effect.left_out,
+            "missing": effect.missing, "without_the_strongest": None if effect.missing else effect.top,
             **{
                 name: {"mean": extra.others, "more": extra.mean, "interval": [extra.low, extra.high],
                        "below": extra.below, "sets": extra.sets}
-                for name, extra in (("random", one.random), ("matched", one.matched)) if extra is not None
+                for name, extra in (("random", effect.random), ("matched", effect.matched)) if extra is not None
             },
         }
-        for one in found
+        for effect in effects
     ]  # fmt: skip

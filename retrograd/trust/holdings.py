@@ -94,9 +94,10 @@ def holdings(folder: Path, entries: Iterable[dict[str, Any]], queries: dict[str,
         pair = (entry.get("model"), entry.get("baseline_model"))
         if all(name and (folder / FOLDER / f"{name}.safetensors").exists() for name in pair):
             kept.add(entry["key"])
+    diverged = failed - known.keys()
     return [
-        Holding(one, frozenset(known.get(one.key, ())), one.key in failed and one.key not in known, one.key in kept)
-        for one in _wanted(folder)
+        Holding(wanted, frozenset(known.get(wanted.key, ())), wanted.key in diverged, wanted.key in kept)
+        for wanted in _wanted(folder)
     ]
 
 
@@ -107,26 +108,26 @@ def made_here(arithmetic: Arithmetic) -> Made:
     return Made(arithmetic.device.partition(":")[0], arithmetic.device_name, torch.__version__)
 
 
-def note_wanted(folder: Path, part: str, sets: Sequence[LeftOut]) -> None:
+def note_wanted(folder: Path, suffix: str, sets: Sequence[LeftOut]) -> None:
     """Remember which sets a call asks for, beside those of earlier calls."""
-    path = folder / f"asked{part}.json"
-    found = {Wanted(one.key, one.name, one.fraction, one.weight) for one in sets} | set(_read_wanted(path))
-    write_json(path, {"sets": [one._asdict() for one in sorted(found, key=_order)]})
+    path = folder / f"asked{suffix}.json"
+    asked = set(_read_wanted(path)) | {Wanted(left_out.key, left_out.name, *left_out.group) for left_out in sets}
+    write_json(path, {"sets": [wanted._asdict() for wanted in sorted(asked, key=_order)]})
 
 
 def _wanted(folder: Path) -> list[Wanted]:
-    found = {one for path in folder.glob("asked*.json") for one in _read_wanted(path)}
-    return sorted(found, key=_order)
+    asked = {wanted for path in folder.glob("asked*.json") for wanted in _read_wanted(path)}
+    return sorted(asked, key=_order)
 
 
 def _read_wanted(path: Path) -> list[Wanted]:
     if not path.exists():
         return []
-    return [Wanted(**one) for one in json.loads(path.read_text(encoding="utf8"))["sets"]]
+    return [Wanted(**entry) for entry in json.loads(path.read_text(encoding="utf8"))["sets"]]
 
 
-def _order(one: Wanted) -> tuple[Any, ...]:
-    return (not one.name.isdecimal(), one.fraction, one.weight, one.name.zfill(12), one.key)
+def _order(wanted: Wanted) -> tuple[Any, ...]:
+    return (not wanted.name.isdecimal(), wanted.fraction, wanted.weight, wanted.name.zfill(12), wanted.key)
 
 
 def _queries(run: Path, manifest: Manifest) -> dict[str, str]:
@@ -135,40 +136,40 @@ def _queries(run: Path, manifest: Manifest) -> dict[str, str]:
     return {**own, **{name: entry["digest"] for name, entry in recorded(run, manifest).items()}}
 
 
-def _group(one: Wanted) -> str:
-    share = f"{one.fraction:.4g}" if one.name.isdecimal() else "named sets"
-    return share if not one.weight else f"{share} at weight {one.weight:g}"
+def _group(wanted: Wanted) -> str:
+    share = f"{wanted.fraction:.4g}" if wanted.name.isdecimal() else "named sets"
+    return share if not wanted.weight else f"{share} at weight {wanted.weight:g}"
 
 
 def _sets(held: Sequence[Holding], queries: dict[str, str]) -> Table:
     table = Table(title="Sets by what is left out", title_justify="left")
     for name in ("left out", "asked for", "complete", "models kept", "to be asked of models", "to retrain", "diverged"):
         table.add_column(name, justify="right")
-    for group in dict.fromkeys(_group(one.wanted) for one in held):
-        these = [one for one in held if _group(one.wanted) == group]
-        open_ = [one for one in these if not one.failed and one.queries != frozenset(queries)]
-        ask = sum(one.model for one in open_)
-        complete = sum(one.queries == frozenset(queries) for one in these)
-        failed, models = sum(one.failed for one in these), sum(one.model for one in these)
+    for group in dict.fromkeys(_group(holding.wanted) for holding in held):
+        these = [holding for holding in held if _group(holding.wanted) == group]
+        open_ = [holding for holding in these if not holding.failed and holding.queries != frozenset(queries)]
+        ask = sum(holding.model for holding in open_)
+        complete = sum(holding.queries == frozenset(queries) for holding in these)
+        failed, models = sum(holding.failed for holding in these), sum(holding.model for holding in these)
         table.add_row(group, *map(str, (len(these), complete, models, ask, len(open_) - ask, failed)))
     return table
 
 
 def _missing(held: Sequence[Holding], queries: dict[str, str], run: Path, console: Console) -> bool:
     """Tell what is missing, by query; whether nothing is."""
-    open_ = [one for one in held if not one.failed and one.queries != frozenset(queries)]
+    open_ = [holding for holding in held if not holding.failed and holding.queries != frozenset(queries)]
     lacking: dict[tuple[Wanted, ...], list[str]] = {}  # queries that lack the same sets are told together
     for name in queries:
-        lacking.setdefault(tuple(one.wanted for one in open_ if name not in one.queries), []).append(name)
+        lacking.setdefault(tuple(holding.wanted for holding in open_ if name not in holding.queries), []).append(name)
     for sets, names in lacking.items():
         if sets:
-            told = _first([f"{_group(one)} set {one.name}" for one in sets])
+            listed = _first([f"{_group(wanted)} set {wanted.name}" for wanted in sets])
             who = f"Query {names[0]!r} lacks" if len(names) == 1 else f"{len(names)} queries ({_first(names)}) lack"
-            console.print(f"{who} {len(sets)} of {len(held)} sets: {told}.", markup=False)
+            console.print(f"{who} {len(sets)} of {len(held)} sets: {listed}.", markup=False)
     if not open_:
         console.print(f"Complete: all {len(held)} sets have values of all {len(queries)} queries.")
         return True
-    retrain = sum(not one.model for one in open_)
+    retrain = sum(not holding.model for holding in open_)
     console.print(
         f"INCOMPLETE: {len(open_)} sets. The calls of `retrograd validate {run}` that asked for them finish it: "
         f"{len(open_) - retrain} by asking kept models, {retrain} by retraining.",
@@ -187,7 +188,7 @@ def _kinds(entries: Sequence[dict[str, Any]], arithmetic: dict[str, Any], consol
     made = Counter(map(_kind, entries))
     console.print("Made with:")
     for (kind, threads, together), number in made.items():
-        kept = {one["model"] for one in entries if "model" in one and _kind(one) == (kind, threads, together)}
+        kept = {entry["model"] for entry in entries if "model" in entry and _kind(entry) == (kind, threads, together)}
         how = f"{arithmetic['dtype']}, engine {arithmetic['engine']}, {threads} threads"
         stack = f", {together} models in a stack" if together > 1 else ""
         console.print(f"  {kind}; {how}{stack}: {number} lines, {len(kept)} models", highlight=False, soft_wrap=True)

@@ -98,13 +98,13 @@ def lds_draws(prediction: np.ndarray, measurement: np.ndarray, seed: int = 0) ->
         prediction, measurement: [n, K].
     """
     n = len(prediction)
-    draw, found = np.random.default_rng(seed), []
+    draw, blocks = np.random.default_rng(seed), []
     for _ in range(_DRAWS // _BLOCK):
         chosen = draw.integers(0, n, (_BLOCK, n))
-        found.append(_correlations(_ranks(prediction[chosen]), _ranks(measurement[chosen])))
+        blocks.append(_correlations(_ranks(prediction[chosen]), _ranks(measurement[chosen])))
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a draw in which no query varies has no mean
-        return np.nanmean(np.concatenate(found), axis=1)
+        return np.nanmean(np.concatenate(blocks), axis=1)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

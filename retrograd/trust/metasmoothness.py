@@ -64,22 +64,22 @@ def metasmoothness(config: MetasmoothnessConfig, console: Console | None = None)
         raise ValueError(f"--h is {config.h}; it has to be above 0, such as 0.1")
     with locked(config.run):
         manifest, loaded = Manifest(config.run / "manifest.json"), assemble(config)
-        found = _found(config, manifest, loaded)
+        measured = _smoothness(config, manifest, loaded)
         if manifest.done("scores") and manifest.values.get("identity") == loaded.identity:
-            found = found._replace(forecast=forecast(Opened(config.run, config, manifest, loaded), console))
-    console.print(f"Metasmoothness {found.value:.3f}: {found.verdict}")
-    if found.forecast is None:
-        told = "no forecast without scores: attribute the run, and call this again. It retrains without six sets then."
+            measured = measured._replace(forecast=forecast(Opened(config.run, config, manifest, loaded), console))
+    console.print(f"Metasmoothness {measured.value:.3f}: {measured.verdict}")
+    if measured.forecast is None:
+        words = "no forecast without scores: attribute the run, and call this again. It retrains without six sets then."
     else:
-        told = found.forecast.told
-    console.print(f"Forecast: {told}", highlight=False)
-    likely = found.forecast.expected if found.forecast else None
-    for lever in _levers(config.train) if found.value < SMOOTH or (likely is not None and likely < GOOD) else ():
+        words = measured.forecast.told
+    console.print(f"Forecast: {words}", highlight=False)
+    likely = measured.forecast.expected if measured.forecast else None
+    for lever in _levers(config.train) if measured.value < SMOOTH or (likely is not None and likely < GOOD) else ():
         console.print(f"  {lever}", highlight=False)
-    return found
+    return measured
 
 
-def _found(config: MetasmoothnessConfig, manifest: Manifest, loaded: Loaded) -> Smoothness:
+def _smoothness(config: MetasmoothnessConfig, manifest: Manifest, loaded: Loaded) -> Smoothness:
     """From the file, or measured."""
     key = fingerprint(loaded.identity, config.h, config.noise_seed)[:8]
     folder = config.run / "metasmoothness"
@@ -98,19 +98,19 @@ def _found(config: MetasmoothnessConfig, manifest: Manifest, loaded: Loaded) -> 
 
 def _finals(config: MetasmoothnessConfig, loaded: Loaded, manifest: Manifest, folder: Path) -> list[Params]:
     """Final parameters at the three data weights; those of a finished run are the first."""
-    weights, found = loaded.training.weights, []
+    weights, finals = loaded.training.weights, []
     own = config.run / "checkpoints"
     reused = manifest.values.get("identity") == loaded.identity and (own / "final.safetensors").exists()
     with counting("train", (2 if reused else 3) * len(loaded.stream), "steps") as tick:
         for k in range(3):
             shifted = perturbed(weights, k * config.h, config.noise_seed)
             identity = identify(loaded.identity, k * config.h, config.noise_seed)
-            place = folder / str(k)
+            checkpoints = folder / str(k)
             if k == 0 and reused:
-                place, identity = own, loaded.identity
+                checkpoints, identity = own, loaded.identity
             replay = Replay(plan="binomial", slots=1)
-            found.append(train(loaded, place, replay, _each(tick), weights=shifted, identity=identity).params)
-    return found
+            finals.append(train(loaded, checkpoints, replay, _each(tick), weights=shifted, identity=identity).params)
+    return finals
 
 
 def _each(tick: Callable[[], None]) -> Callable[[Event], None]:

@@ -48,44 +48,46 @@ def other_methods(config: ValidateConfig, run: Opened) -> list[Method]:
     places = places_of(run.loaded.rows)
     sign = {None: None, "proponent": "positive", "detractor": "negative"}[config.higher_is]
     stated = Stated(cast(Any, sign), config.alignment, by_end=True)
-    found = [_of_source(source, run, places, stated, config.tokens) for source in config.scores]
+    methods = [_of_source(source, run, places, stated, config.tokens) for source in config.scores]
     for name in config.rivals:
-        values = RIVALS[name](run, places, not config.tokens, config.seed)
-        found.append(Method(name, torch.stack([as_weights(one, config.tokens, run, places) for one in values])))
-    names = [OWN, *(method.name for method in found)]
+        rival_scores = RIVALS[name](run, places, not config.tokens, config.seed)
+        methods.append(
+            Method(name, torch.stack([as_weights(scores, config.tokens, run, places) for scores in rival_scores]))
+        )
+    names = [OWN, *(method.name for method in methods)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"two methods are called {twice[0]!r}; give a rival once, and files names of their own, as in --scores "
             "other=FILE"
         )
-    return found
+    return methods
 
 
-def as_weights(values: Tensor, per_token: bool, run: Opened, places: Places) -> Tensor:
+def as_weights(scores: Tensor, per_token: bool, run: Opened, places: Places) -> Tensor:
     """Scores of real tokens, [n], or of the documents that have one, [d], laid out like the run's data weights."""
     loaded = run.loaded
     if not loaded.stream.per_token:
-        found = torch.zeros(loaded.training.weights.shape, dtype=torch.float64)
-        found[places.present()] = places.per_document(values) if per_token else values
-        return found
+        summed = torch.zeros(loaded.training.weights.shape, dtype=torch.float64)
+        summed[places.present()] = places.per_document(scores) if per_token else scores
+        return summed
     if per_token:
-        return places.scatter(values)
+        return places.scatter(scores)
     targets = places.per_document(torch.ones(len(places), dtype=torch.float64))
-    return places.scatter(places.at_tokens(values / targets))
+    return places.scatter(places.at_tokens(scores / targets))
 
 
 def _of_source(source: str, run: Opened, places: Places, stated: Stated, tokens: bool) -> Method:
-    name, path, part = _named(source)
+    name, path, chosen = _named(source)
     if is_run(path):
-        parts = _columns_of_run(path, part)
-        _refuse_few(source, len(parts), part, run)
+        columns = _columns_of_run(path, chosen)
+        _refuse_few(source, len(columns), chosen, run)
         data = DataSet(cast(MagicConfig, run.config), run.loaded.rows, places, None)
-        scored = [load_scores([f"{path}:{one}"], data, Stated()) for one in parts]
-        scores, per_token = [one.values for one in scored], scored[0].per_token
+        scored = [load_scores([f"{path}:{column}"], data, Stated()) for column in columns]
+        scores, per_token = [column.values for column in scored], scored[0].per_token
     else:
-        parts = [part] if part is not None else _columns(path, places, run.loaded.queries.names)
-        _refuse_few(source, len(parts), part, run)
-        loaded = [file_scores(path, one, places, stated) for one in parts]
+        columns = [chosen] if chosen is not None else _columns(path, places, run.loaded.queries.names)
+        _refuse_few(source, len(columns), chosen, run)
+        loaded = [file_scores(path, column, places, stated) for column in columns]
         scores, per_token = [values for values, *_ in loaded], loaded[0][1]
     if tokens and not per_token:
         raise ValueError(
@@ -103,18 +105,18 @@ def _of_source(source: str, run: Opened, places: Places, stated: Stated, tokens:
 
 
 def _named(source: str) -> tuple[str, Path, str | None]:
-    """NAME=PATH:part, where the name and the part may be missing."""
+    """NAME=PATH:COLUMN, where the name and the column may be missing."""
     name, equals, rest = source.partition("=")
     given = bool(equals) and not Path(source.rpartition(":")[0] or source).exists() and not Path(source).exists()
-    path, part = split_name(rest if given else source)
+    path, chosen = split_name(rest if given else source)
     if not path.exists():
         raise ValueError(f"--scores {source}: there is no {path}")
-    return (name if given else path.stem + (f":{part}" if part else "")), path, part
+    return (name if given else path.stem + (f":{chosen}" if chosen else "")), path, chosen
 
 
-def _refuse_few(source: str, columns: int, part: str | None, run: Opened) -> None:
+def _refuse_few(source: str, columns: int, chosen: str | None, run: Opened) -> None:
     names = run.loaded.queries.names
-    if columns != len(names) and (part is None or columns > 1):
+    if columns != len(names) and (chosen is None or columns > 1):
         raise ValueError(
             f"--scores {source} has {columns} column{'s' * (columns != 1)} of scores, and the run {len(names)} query "
             f"columns: {', '.join(names[:6])}{' …' if len(names) > 6 else ''}. Give a column for each, in their order "
@@ -122,11 +124,11 @@ def _refuse_few(source: str, columns: int, part: str | None, run: Opened) -> Non
         )
 
 
-def _columns_of_run(path: Path, part: str | None) -> list[str | None]:
+def _columns_of_run(path: Path, chosen: str | None) -> list[str | None]:
     """The columns of another run's query, each as RUN:COLUMN takes it."""
-    native = find_native(str(path) + (f":{part}" if part else ""))
-    told = json.loads((path / "queries" / native.query / "query.json").read_text(encoding="utf8"))
-    return list(told["columns"][native.columns])
+    native = find_native(str(path) + (f":{chosen}" if chosen else ""))
+    query = json.loads((path / "queries" / native.query / "query.json").read_text(encoding="utf8"))
+    return list(query["columns"][native.columns])
 
 
 def _columns(path: Path, places: Places, names: Sequence[str]) -> list[str | None]:

@@ -113,12 +113,12 @@ def restored(packed: Tensor, base: Tensor) -> Tensor:
     try:
         planes = np.frombuffer(zlib.decompress(packed.numpy().data), dtype=np.uint8)
         difference = planes.reshape(base.element_size(), -1).T
-        found = base.contiguous().clone()
-        flat = as_bytes(found)
+        tensor = base.contiguous().clone()
+        flat = as_bytes(tensor)
         flat ^= difference.reshape(-1)
     except (zlib.error, ValueError) as error:
         raise RunError(f"a kept model of the bank is broken: {error}. Delete its file; it is retrained.") from error
-    return found
+    return tensor
 
 
 def answers(run: Opened, params: Params) -> list[float] | Failed:
@@ -128,8 +128,8 @@ def answers(run: Opened, params: Params) -> list[float] | Failed:
     if not bad:
         return values
     steps = len(run.loaded.stream)
-    told = f"after step {steps - 1}, the last, query {bad[0]!r} is NaN or infinite."
-    return Failed(told, bad[0].partition("/")[0])
+    reason = f"after step {steps - 1}, the last, query {bad[0]!r} is NaN or infinite."
+    return Failed(reason, bad[0].partition("/")[0])
 
 
 def ask_kept(
@@ -146,23 +146,27 @@ def ask_kept(
     models, baselines = Models(run), dict[tuple[str, int], list[float]]()
     before = torch.get_num_threads()
     try:
-        for one in sets:
-            kept = bank.model(one.key, conditions)
-            assert kept is not None, f"the bank keeps no model of {one.name}"
+        for left_out in sets:
+            kept = bank.model(left_out.key, conditions)
+            assert kept is not None, f"the bank keeps no model of {left_out.name}"
             threads = kept.conditions["threads"]
             torch.set_num_threads(threads)  # sums are split by thread
             baseline = baselines.get((kept.baseline_model, threads)) or _sound(run, models.load(kept.baseline_model))
             baselines[kept.baseline_model, threads] = baseline
             equal = kept.model == kept.baseline_model
-            found = baseline if equal else answers(run, models.load(kept.model))
-            asked = found if isinstance(found, Failed) else Retrained(found, baseline, kept.model, kept.baseline_model)
-            yield one, asked, kept.conditions
+            answered = baseline if equal else answers(run, models.load(kept.model))
+            asked = (
+                answered
+                if isinstance(answered, Failed)
+                else Retrained(answered, baseline, kept.model, kept.baseline_model)
+            )
+            yield left_out, asked, kept.conditions
     finally:
         torch.set_num_threads(before)
 
 
 def _sound(run: Opened, params: Params) -> list[float]:
-    found = answers(run, params)
-    if isinstance(found, Failed):
-        raise RunError(f"of the kept model with everything, {found.reason} Nothing can be compared with it.")
-    return found
+    values = answers(run, params)
+    if isinstance(values, Failed):
+        raise RunError(f"of the kept model with everything, {values.reason} Nothing can be compared with it.")
+    return values

@@ -59,12 +59,12 @@ class Conditions(NamedTuple):
 
 def conditions_of(manifest: Manifest, sets: int, workers: int, together: int) -> Conditions:
     """Choose what is left to choose (0), by the model's size and what the machine has."""
-    values = manifest.values
+    recorded = manifest.values
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parameters, threads = values["parameters"], values["arithmetic"]["threads"]
-    on_cpu = values["arithmetic"]["device"] == "cpu"
+    parameters, threads = recorded["parameters"], recorded["arithmetic"]["threads"]
+    on_cpu = recorded["arithmetic"]["device"] == "cpu"
     together = together or (STACK if parameters <= SMALL and sets > 1 else 1)
-    seconds = values["phases"].get("train", {}).get("seconds", 0.0) * sets / together
+    seconds = recorded["phases"].get("train", {}).get("seconds", 0.0) * sets / together
     if workers == 0 and "RANK" in os.environ:
         workers = 1
     if workers == 0:
@@ -94,12 +94,12 @@ def retrain_all(
         yield [(NOTHING, baseline)]
     size = max(1, conditions.together - 1)  # the baseline is in every stack
     groups = [list(sets[start : start + size]) for start in range(0, len(sets), size)]
-    for group, found in _carried_out(run, groups, conditions, keep):
+    for group, trained in _carried_out(run, groups, conditions, keep):
         stacked = conditions.together > 1
-        here = _sound(found.pop(0), "in a stack") if stacked else (baseline.values, baseline.model)
+        here = _sound(trained.pop(0), "in a stack") if stacked else (baseline.values, baseline.model)
         yield [
-            (one, values if isinstance(values, Failed) else Retrained(values, here[0], model, here[1]))
-            for one, (values, model) in zip(group, found, strict=True)
+            (left_out, values if isinstance(values, Failed) else Retrained(values, here[0], model, here[1]))
+            for left_out, (values, model) in zip(group, trained, strict=True)
         ]
 
 
@@ -134,7 +134,7 @@ def _carried_out(
 def _values(run: Opened, group: Sequence[LeftOut], together: int, models: Models | None = None) -> list[Trained]:
     """Query values [K] after training without each set; in a stack, after those with everything."""
     loaded = run.loaded
-    weights = [reweighted(loaded.training.weights, one.places, one.weight) for one in group]
+    weights = [reweighted(loaded.training.weights, left_out.places, left_out.weight) for left_out in group]
     params = loaded.initial.params
     if together == 1:
         return [_alone(run, w, models) for w in weights]
@@ -162,8 +162,8 @@ def _alone(run: Opened, weights: torch.Tensor, models: Models | None) -> Trained
 
 
 def _asked(run: Opened, final: Params, models: Models | None) -> Trained:
-    found = answers(run, final)
-    return Trained(found, models.keep(final) if models is not None else "")
+    values = answers(run, final)
+    return Trained(values, models.keep(final) if models is not None else "")
 
 
 _WORKER: dict[str, Opened] = {}  # of a worker process: the run, opened once

@@ -36,7 +36,7 @@ STATES = {"gradient_cosine": 1, "tracin": CHECKPOINTS}
 
 def _bm25(run: Opened, places: Places, by_document: bool, seed: int) -> Tensor:
     configs, tokenizer = {**queries_of(run.config), **added_queries(run.folder)}, run.loaded.tokenizer
-    found = []
+    columns = []
     for asked in run.loaded.asked:
         texts = query_tokens(asked.name, configs[asked.name], tokenizer)
         each = [texts] if len(asked.columns) == 1 else [[text] for text in texts]
@@ -45,9 +45,9 @@ def _bm25(run: Opened, places: Places, by_document: bool, seed: int) -> Tensor:
                 f"query {asked.name!r} has {len(asked.columns)} columns and {len(each)} texts, so rival bm25 cannot "
                 "tell which text is whose; leave bm25 out"
             )
-        found += [-bm25(places, one, tokenizer) for one in each]
-    values = torch.stack(found)
-    return torch.stack([places.per_document(one) for one in values]) if by_document else values
+        columns += [-bm25(places, query_texts, tokenizer) for query_texts in each]
+    scores = torch.stack(columns)
+    return torch.stack([places.per_document(column) for column in scores]) if by_document else scores
 
 
 def _gradient_cosine(run: Opened, places: Places, by_document: bool, seed: int) -> Tensor:

@@ -24,20 +24,20 @@ def wanted_sets(config: ValidateConfig, run: Opened, scores: torch.Tensor) -> li
     """
     units = units_of(run, tokens=config.tokens)
     members = np.array(sorted(units))
-    found = []
+    sets = []
     for fraction in config.fraction:
         for number in range(config.subsets):
             chosen = random_subset(members, fraction, config.seed, number)
-            found.append(_set(str(number), chosen, units, fraction))
-    found += [*_ends(config, run, scores, units), *(_from_file(config.sets, units) if config.sets else ())]
-    return [one._replace(weight=weight) for weight in config.weight for one in found]
+            sets.append(_set(str(number), chosen, units, fraction))
+    sets += [*_ends(config, run, scores, units), *(_from_file(config.sets, units) if config.sets else ())]
+    return [left_out._replace(weight=weight) for weight in config.weight for left_out in sets]
 
 
-def is_mine(one: LeftOut, config: ValidateConfig) -> bool:
+def is_mine(left_out: LeftOut, config: ValidateConfig) -> bool:
     """Whether a set belongs to this slice of the bank; the named sets go with the first slice."""
-    if not one.name.isdecimal():
+    if not left_out.random:
         return config.start == 0
-    return config.start <= int(one.name) < (config.subsets if config.stop is None else config.stop)
+    return config.start <= int(left_out.name) < (config.subsets if config.stop is None else config.stop)
 
 
 def _set(name: str, chosen: np.ndarray, units: dict[int, np.ndarray], fraction: float | None = None) -> LeftOut:
@@ -68,16 +68,16 @@ def _tokens(run: Opened) -> dict[int, np.ndarray]:
         raise ValueError("--tokens leaves out single tokens, and this run has one weight for each document: give a "
                          "run with --attribute tokens")  # fmt: skip
     width = run.loaded.stream.weights.shape[1]
-    found = [row * width + np.flatnonzero(mask) for row, mask in enumerate(run.loaded.rows.target_mask)]
-    return {int(place): np.array([place]) for place in np.concatenate(found)}
+    places = [row * width + np.flatnonzero(mask) for row, mask in enumerate(run.loaded.rows.target_mask)]
+    return {int(place): np.array([place]) for place in np.concatenate(places)}
 
 
 def _ends(config: ValidateConfig, run: Opened, scores: torch.Tensor, units: dict[int, np.ndarray]) -> list[LeftOut]:
     """The lowest scores (top) and the highest (bottom) of the first query."""
     leading = scores[: len(run.loaded.asked[0].columns)]
-    values = leading.flatten(1) if config.tokens else per_document(leading, run.loaded.rows)
+    unit_scores = leading.flatten(1) if config.tokens else per_document(leading, run.loaded.rows)
     members = np.array(sorted(units))
-    order = members[np.argsort(values.mean(0).numpy()[members], kind="stable")]
+    order = members[np.argsort(unit_scores.mean(0).numpy()[members], kind="stable")]
     most = max(config.ends, default=0)
     if most >= len(order):
         raise ValueError(f"--ends {most} would leave out all of {len(order)}; give a smaller number")

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from retrograd.runs.files import write_atomic
-from retrograd.trust.agreement import Compared, group_name
+from retrograd.trust.agreement import Compared, group_name, nan_to_none, query_figures
 from retrograd.trust.bank import LeftOut
 from retrograd.trust.left_out import Agreement, agreement, lds_draws, predicted
 from retrograd.trust.methods import OWN, Method
@@ -35,11 +35,11 @@ class Standing(NamedTuple):
 
     @property
     def pearson(self) -> float:
-        return float(np.mean([one.pearson for one in self.queries]))
+        return float(np.mean([query.pearson for query in self.queries]))
 
     @property
     def slope(self) -> float:
-        return float(np.mean([one.slope for one in self.queries]))
+        return float(np.mean([query.slope for query in self.queries]))
 
 
 class Difference(NamedTuple):
@@ -71,34 +71,38 @@ def standings(
         methods: With the run's own scores among them.
         weights: The run's data weights.
     """
-    random = [one for one in compared if one.left_out.name.isdecimal() and one.left_out.fraction]
-    absent = {(one.fraction, one.weight) for one in missing if one.name.isdecimal()}
-    found = []
-    for fraction, weight in sorted({(one.left_out.fraction, one.left_out.weight) for one in random} - absent):
-        these = [one for one in random if (one.left_out.fraction, one.left_out.weight) == (fraction, weight)]
-        measured = np.array([one.measured for one in these])
+    by_group: dict[tuple[float, float], list[Compared]] = {}
+    for comparison in compared:
+        if comparison.left_out.random and comparison.left_out.fraction:
+            by_group.setdefault(comparison.left_out.group, []).append(comparison)
+    groups = []
+    for group in sorted(by_group.keys() - {left_out.group for left_out in missing if left_out.random}):
+        these = by_group[group]
+        measured = np.array([comparison.measured for comparison in these])
         each = [_standing(method, these, measured, weights) for method in methods]
         order = sorted(each, key=lambda pair: -pair[0].mean if math.isfinite(pair[0].mean) else math.inf)
         pairs = [_difference(first, second) for first, second in combinations(order, 2)]
-        found.append(Group(fraction, weight, len(these), [one for one, _ in order], pairs))
-    return found
+        groups.append(Group(*group, len(these), [standing for standing, _ in order], pairs))
+    return groups
 
 
 def predictions(method: Method, sets: Sequence[LeftOut], weights: Tensor, queries: int) -> np.ndarray:
     """What a method predicts for each set and query column, [n, K]."""
-    found = np.array([predicted(method.scores, weights, one.places, one.weight).numpy() for one in sets])
-    return np.broadcast_to(found, (len(sets), queries))
+    changes = np.array(
+        [predicted(method.scores, weights, left_out.places, left_out.weight).numpy() for left_out in sets]
+    )
+    return np.broadcast_to(changes, (len(sets), queries))
 
 
 def _standing(
     method: Method, compared: Sequence[Compared], measured: np.ndarray, weights: Tensor
 ) -> tuple[Standing, np.ndarray]:
     """Its numbers, and the bootstrap's draws of its mean LDS."""
-    prediction = predictions(method, [one.left_out for one in compared], weights, measured.shape[1])
+    prediction = predictions(method, [comparison.left_out for comparison in compared], weights, measured.shape[1])
     each = [agreement(prediction[:, k], measured[:, k]) for k in range(measured.shape[1])]
     draws = lds_draws(prediction, measured)
     low, high = _interval(draws)
-    return Standing(method.name, each, float(np.mean([one.lds for one in each])), low, high), draws
+    return Standing(method.name, each, float(np.mean([query.lds for query in each])), low, high), draws
 
 
 def _difference(first: tuple[Standing, np.ndarray], second: tuple[Standing, np.ndarray]) -> Difference:
@@ -121,20 +125,19 @@ def show_standings(groups: Sequence[Group], console: Console) -> None:
         table.add_column("method", no_wrap=True)
         for name in ("mean LDS [95 %]", "Pearson", "slope", f"minus {OWN} [95 %]"):
             table.add_column(name, justify="right")
-        apart = {one.first: one for one in group.differences if one.second == OWN}
-        apart |= {one.second: _turned(one) for one in group.differences if one.first == OWN}
-        for one in group.standings:
-            other = apart.get(one.method)
+        apart = {difference.first: difference for difference in group.differences if difference.second == OWN}
+        apart |= {difference.second: _turned(difference) for difference in group.differences if difference.first == OWN}
+        for standing in group.standings:
+            other = apart.get(standing.method)
             less = "" if other is None else _with_interval(other, "+.3f")
-            table.add_row(
-                one.method, _with_interval(one, ".3f"), _told(one.pearson, ".3f"), _told(one.slope, ".3g"), less
-            )
+            correlation, slope = _figure(standing.pearson, ".3f"), _figure(standing.slope, ".3g")
+            table.add_row(standing.method, _with_interval(standing, ".3f"), correlation, slope, less)
         console.print(table)
-        for one in group.standings:
-            if flat := sum(math.isnan(query.lds) for query in one.queries):
+        for standing in group.standings:
+            if flat := sum(math.isnan(query.lds) for query in standing.queries):
                 console.print(
-                    f"[yellow]{one.method} has no LDS: for {flat} of {len(one.queries)} query columns it predicts the "
-                    "same of every set, or nothing changed. Are these the right scores?"
+                    f"[yellow]{standing.method} has no LDS: for {flat} of {len(standing.queries)} query columns it "
+                    "predicts the same of every set, or nothing changed. Are these the right scores?"
                 )
     if groups:
         console.print(
@@ -151,14 +154,13 @@ def write_standings(
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(("subset", "fraction", "weight", "query", "method", "predicted", "measured"))
-    sets = [one.left_out for one in compared]
+    sets = [comparison.left_out for comparison in compared]
     for method in methods:
-        values = predictions(method, sets, weights, len(names))
-        for one, row in zip(compared, values, strict=True):
-            for name, expected, measured in zip(names, row, one.measured, strict=True):
-                share = f"{one.left_out.fraction:.6g}"
-                writer.writerow((one.left_out.name, share, f"{one.left_out.weight:g}", name, method.name,
-                                 repr(float(expected)), repr(float(measured))))  # fmt: skip
+        changes = predictions(method, sets, weights, len(names))
+        for (left_out, _, measured), predicted_by_query in zip(compared, changes, strict=True):
+            about = (left_out.name, f"{left_out.fraction:.6g}", f"{left_out.weight:g}")
+            for name, *change in zip(names, predicted_by_query, measured, strict=True):
+                writer.writerow((*about, name, method.name, *(repr(float(nats)) for nats in change)))
     write_atomic(run / "methods.csv", lambda t: t.write_text(table.getvalue(), encoding="utf8"))
 
 
@@ -168,39 +170,35 @@ def record(groups: Sequence[Group], names: Sequence[str]) -> list[dict[str, Any]
         {
             "fraction": group.fraction, "weight": group.weight, "sets": group.sets,
             "methods": {
-                one.method: {
-                    "mean_lds": _number(one.mean), "interval": [_number(one.low), _number(one.high)],
-                    "pearson": _number(one.pearson), "slope": _number(one.slope),
-                    "queries": {
-                        name: {key: _number(value) for key, value in found._asdict().items()}
-                        for name, found in zip(names, one.queries, strict=True)
-                    },
+                standing.method: {
+                    **_mean_and_interval(standing, "mean_lds"),
+                    "pearson": nan_to_none(standing.pearson), "slope": nan_to_none(standing.slope),
+                    "queries": query_figures(names, standing.queries),
                 }
-                for one in group.standings
+                for standing in group.standings
             },
             "differences": [
-                {"first": one.first, "second": one.second, "mean": _number(one.mean),
-                 "interval": [_number(one.low), _number(one.high)]}
-                for one in group.differences
+                {"first": difference.first, "second": difference.second, **_mean_and_interval(difference, "mean")}
+                for difference in group.differences
             ],
         }
         for group in groups
     ]  # fmt: skip
 
 
-def _with_interval(one: Standing | Difference, form: str) -> str:
-    if math.isnan(one.mean):
+def _with_interval(estimate: Standing | Difference, form: str) -> str:
+    if math.isnan(estimate.mean):
         return "–"
-    return f"{one.mean:{form}} [{_told(one.low, form)}, {_told(one.high, form)}]"
+    return f"{estimate.mean:{form}} [{_figure(estimate.low, form)}, {_figure(estimate.high, form)}]"
 
 
-def _told(value: float, form: str) -> str:
+def _figure(value: float, form: str) -> str:
     return "–" if math.isnan(value) else f"{value:{form}}"
 
 
-def _turned(one: Difference) -> Difference:
-    return Difference(one.second, one.first, -one.mean, -one.high, -one.low)
+def _turned(difference: Difference) -> Difference:
+    return Difference(difference.second, difference.first, -difference.mean, -difference.high, -difference.low)
 
 
-def _number(value: float | int) -> float | int | None:
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _mean_and_interval(estimate: Standing | Difference, mean: str) -> dict[str, Any]:
+    return {mean: nan_to_none(estimate.mean), "interval": [nan_to_none(estimate.low), nan_to_none(estimate.high)]}

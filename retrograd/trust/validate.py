@@ -47,7 +47,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
     console = console or Console()
     check_validate(config)
     with dealt() as deal:
-        lock = f"{LOCK}{_part(config, deal.rank, deal.world)}"
+        lock = f"{LOCK}{_suffix(config, deal.rank, deal.world)}"
         with holding(config.run, shared=True) as run, locked(config.run / "validation", lock, tidy=False):
             return _validate(config, run[1], deal, console)
 
@@ -67,11 +67,11 @@ class Retraining(NamedTuple):
     bank: Bank
 
 
-def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Console) -> Retraining:
+def prepared(config: ValidateConfig, manifest: Manifest, suffix: str, console: Console) -> Retraining:
     """Load a run and what is to be retrained without, and read its bank.
 
     Args:
-        part: Ends the name of this process's own file of the bank.
+        suffix: Ends the name of this process's own file of the bank.
     Raises:
         ValueError: For anything the user can mend.
     """
@@ -81,42 +81,47 @@ def prepared(config: ValidateConfig, manifest: Manifest, part: str, console: Con
     conditions, scores = stackable(run, conditions, config, console), stored_scores(run)
     methods = [Method(OWN, scores), *other_methods(config, run)]
     plans = _plans(config, run, methods)
-    wanted = [*wanted_sets(config, run, scores), *(one for plan in plans for one in plan.sets)]
-    mine = [one for one in wanted if is_mine(one, config)]
-    return Retraining(run, conditions, methods, plans, wanted, mine, bank_of(run, part))
+    wanted = [*wanted_sets(config, run, scores), *(left_out for plan in plans for left_out in plan.sets)]
+    mine = [left_out for left_out in wanted if is_mine(left_out, config)]
+    return Retraining(run, conditions, methods, plans, wanted, mine, bank_of(run, suffix))
 
 
 def _validate(config: ValidateConfig, manifest: Manifest, deal: Deal, console: Console) -> Validation | None:
-    part = _part(config, deal.rank, deal.world)
-    run, conditions, methods, plans, wanted, mine, bank = prepared(config, manifest, part, console)
+    suffix = _suffix(config, deal.rank, deal.world)
+    run, conditions, methods, plans, wanted, mine, bank = prepared(config, manifest, suffix, console)
     scores = methods[0].scores
     carry_out(run, list(deal.mine(mine)), bank, conditions, config.save_models, console)
     if deal.rank:
         return None
-    note_wanted(bank.folder, part, wanted)
+    note_wanted(bank.folder, suffix, wanted)
     _await(mine, bank, deal.world)
     bank.refuse_mixture(adding=False)
     weights = run.loaded.training.weights
-    found = [
-        Compared(one, predicted(scores, weights, one.places, one.weight).numpy(), np.subtract(*bank.known[one.key][:2]))
-        for one in wanted
-        if one.key in bank.known
+    compared = [
+        Compared(
+            left_out,
+            predicted(scores, weights, left_out.places, left_out.weight).numpy(),
+            np.subtract(*bank.known[left_out.key][:2]),
+        )
+        for left_out in wanted
+        if left_out.key in bank.known
     ]
-    failed = [(one, bank.failed[one.key]) for one in wanted if one.key in bank.failed and one.key not in bank.known]
-    if failed and not found:
+    diverged = bank.failed.keys() - bank.known.keys()
+    failed = [(left_out, bank.failed[left_out.key]) for left_out in wanted if left_out.key in diverged]
+    if failed and not compared:
         raise RunError(
             f"all {len(failed)} retrainings diverged, so nothing can be compared; without set {failed[0][0].name}, "
             f"{failed[0][1]}"
         )
-    missing = [one for one in wanted if not bank.done(one.key)]
-    result = validation(found, run.loaded.queries.names, _unchanged(run, bank, conditions), failed, missing)
-    groups = standings(methods, found, missing, weights) if len(methods) > 1 else []
+    missing = [left_out for left_out in wanted if not bank.done(left_out.key)]
+    result = validation(compared, run.loaded.queries.names, _unchanged(run, bank, conditions), failed, missing)
+    groups = standings(methods, compared, missing, weights) if len(methods) > 1 else []
     filtered = filtering(plans, bank)
     more = {"methods": record(groups, result.names), "filtering": filtering_record(filtered)}
     write_validation(config.run, result, more)
     show(result, len(wanted), config.run, console)
     if groups:
-        write_standings(config.run, methods, found, result.names, weights)
+        write_standings(config.run, methods, compared, result.names, weights)
         show_standings(groups, console)
     show_filtering(filtered, config.tokens, console)
     return result
@@ -172,18 +177,18 @@ def _plans(config: ValidateConfig, run: Opened, methods: Sequence[Method]) -> li
     ]
 
 
-def _part(config: ValidateConfig, rank: int, ranks: int) -> str:
+def _suffix(config: ValidateConfig, rank: int, ranks: int) -> str:
     """What ends the name of this process's own file of the bank, and of its lock: no two may append to one file."""
     sliced = config.start or config.stop is not None
-    part = f"-{config.start}-{config.stop if config.stop is not None else config.subsets}" if sliced else ""
-    return f"{part}-rank{rank}" if ranks > 1 else part
+    name = f"-{config.start}-{config.stop if config.stop is not None else config.subsets}" if sliced else ""
+    return f"{name}-rank{rank}" if ranks > 1 else name
 
 
-def bank_of(run: Opened, part: str) -> Bank:
-    """The bank of a run, written to by this process under a name that ends in `part`."""
-    queries = {one.name: one.digest for one in run.loaded.asked}
+def bank_of(run: Opened, suffix: str) -> Bank:
+    """The bank of a run, written to by this process under a name that ends in `suffix`."""
+    queries = {query.name: query.digest for query in run.loaded.asked}
     names, made = run.loaded.queries.names, made_here(run.loaded.arithmetic)
-    return Bank(run.folder / "validation", run.loaded.identity, queries, names, part, made)
+    return Bank(run.folder / "validation", run.loaded.identity, queries, names, suffix, made)
 
 
 def stackable(run: Opened, conditions: Conditions, config: ValidateConfig, console: Console) -> Conditions:
@@ -204,15 +209,15 @@ def carry_out(
     run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, keep: bool, console: Console
 ) -> None:
     """Ask the kept models what is not known of them, and retrain the rest."""
-    each = {one.key: one for one in sets}
-    if len(each) == sum(bank.done(key, model=keep) for key in each):
+    by_key = {left_out.key: left_out for left_out in sets}
+    if len(by_key) == sum(bank.done(key, model=keep) for key in by_key):
         return
     bank.refuse_mixture(adding=True)
-    _ask(run, [one for key, one in each.items() if not bank.done(key)], bank, conditions, console)
-    missing = [one for key, one in each.items() if not bank.done(key, model=keep)]
+    _ask(run, [left_out for key, left_out in by_key.items() if not bank.done(key)], bank, conditions, console)
+    missing = [left_out for key, left_out in by_key.items() if not bank.done(key, model=keep)]
     if not missing:
         return
-    again = sum(bank.done(one.key) for one in missing)
+    again = sum(bank.done(left_out.key) for left_out in missing)
     console.print(
         f"{len(missing)} retrainings ({len(sets) - len(missing)} more are done or equal); {conditions.workers} "
         f"processes of {conditions.threads} threads, {conditions.together} models at a time in each."
@@ -220,9 +225,9 @@ def carry_out(
     )
     with counting("retrain", len(missing)) as tick:
         for group in retrain_all(run, missing, conditions, bank.baseline(conditions.alone.bits), keep=keep):
-            first, found = group[0]
-            if first is NOTHING and isinstance(found, Retrained):
-                _reproduced(run, conditions, found.values)
+            first, retrained = group[0]
+            if first is NOTHING and isinstance(retrained, Retrained):
+                _reproduced(run, conditions, retrained.values)
                 bank.add(group, conditions.alone.bits)
             else:
                 bank.add(group, conditions.bits)
@@ -237,15 +242,15 @@ def _ask(run: Opened, sets: list[LeftOut], bank: Bank, conditions: Conditions, c
         kept = bank.model(key, wanted)
         return kept is not None and models.has(kept.model) and models.has(kept.baseline_model)
 
-    kept = [one for one in sets if there(one.key, conditions.bits)]
+    kept = [left_out for left_out in sets if there(left_out.key, conditions.bits)]
     if not kept:
         return
     if bank.baseline(conditions.alone.bits) is None and there(BASELINE, conditions.alone.bits):
         kept = [NOTHING, *kept]
     console.print(f"{len(kept)} kept models are asked instead of retraining.")
     with counting("ask", len(kept), "models") as tick:
-        for one, found, made in ask_kept(run, bank, kept, conditions.bits):
-            bank.add([(one, found)], made)
+        for left_out, answered, made in ask_kept(run, bank, kept, conditions.bits):
+            bank.add([(left_out, answered)], made)
             tick()
 
 
@@ -272,12 +277,12 @@ def _unchanged(run: Opened, bank: Bank, conditions: Conditions) -> float | None:
 
 
 def _stored_values(run: Opened) -> list[float]:
-    folders = [run.folder / "queries" / one.name for one in run.loaded.asked]
+    folders = [run.folder / "queries" / query.name for query in run.loaded.asked]
     return [x for folder in folders for x in read_tensors(folder / "gradient.safetensors")[0]["values"].tolist()]
 
 
 def _await(sets: list[LeftOut], bank: Bank, ranks: int) -> None:
     """Rank 0 waits until the others' retrainings are in the bank."""
-    while ranks > 1 and not all(bank.done(one.key) for one in sets):
+    while ranks > 1 and not all(bank.done(left_out.key) for left_out in sets):
         time.sleep(1)
         bank.read()

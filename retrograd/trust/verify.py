@@ -157,8 +157,8 @@ class _Ledger:
         self.drifted: list[int] = []
 
     def __call__(self, state: State) -> None:
-        found = digest_of(state, self.pieces)
-        if self.expected.get(state.step) == found:
+        digest = digest_of(state, self.pieces)
+        if self.expected.get(state.step) == digest:
             self.same.add(state.step)
         else:
             self.drifted.append(state.step)
@@ -306,9 +306,9 @@ def _shortened(config: VerifyConfig, run: Opened, bars: Bars) -> list[Check]:
     _, scores = metagradient(training, params, queries)
     directions = _adjoint_directions(scores, training.weights, config.seed)
     final, pushed = check.forward_tangent(training, params, directions, show)
-    found = _adjoint("float64 adjoint", scores, directions, queries(final.params)[1], pushed)
+    checks = _adjoint("float64 adjoint", scores, directions, queries(final.params)[1], pushed)
     seed, count = config.seed + 1, max(1, config.directions)
-    return found + _differences("float64 retraining", training, params, queries, scores, count, seed, show)
+    return checks + _differences("float64 retraining", training, params, queries, scores, count, seed, show)
 
 
 def _in_float64(run: Opened) -> Loaded:

@@ -91,6 +91,17 @@ def test_auto_takes_double_where_it_fits_and_blocks_where_it_does_not(world: Pat
     assert "0 MiB may be used; blocks takes about" in large.why
 
 
+def test_auto_weighs_what_the_proofs_hold_whole(world: Path) -> None:
+    lm = model(world)
+    fits, lacks = (
+        choose_engine("auto", lm.module, lm.objective, Load(4, 30, 1, 100 * MIB, 10 * MIB, free))
+        for free in (10 * MIB, 9 * MIB)
+    )
+    assert (fits.name, lacks.name) == ("double", "blocks")
+    assert "the proofs before the first step hold about 10 MiB more than the model on every rank" in lacks.why
+    assert "9 MiB may be used; blocks takes about" in lacks.why
+
+
 def test_auto_says_why_it_stays_with_double(world: Path) -> None:
     lm = model(world)
     lm.module.gpt_neox.layers[1] = lm.module.gpt_neox.layers[0]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from retrograd.cli import main
 from retrograd.core import tree
-from retrograd.parallel.group import Group, RankError
+from retrograd.parallel.group import Group, RankError, joined
 from retrograd.parallel.split import Split
 from retrograd.runs.arithmetic import Arithmetic
 from retrograd.runs.files import read_tensors
@@ -97,6 +97,13 @@ def test_two_ranks_give_the_scores_of_one_and_go_on_with_the_bits_of_two(world: 
     lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["phase"] == "train"] == list(range(3)), "one line a step"
     assert asked[0]["values"].shape == (3,)
+
+
+def test_two_ranks_in_pieces_give_the_scores_of_one(world: Path) -> None:
+    asked = ["--dtype", "float64", "--train.epochs", "1", "--data.dataset", str(world / "query.jsonl")]
+    assert command(2, arguments(world, world / "in-two", "blocks", *asked, *SHARD)) == [0, 0]
+    assert main(arguments(world, world / "of-two", "blocks", *asked, "--shards", "2")) == 0
+    assert torch.equal(scores(world / "in-two"), scores(world / "of-two"))
 
 
 @pytest.mark.slow
@@ -318,13 +325,42 @@ def test_a_job_that_does_not_come_together_says_so() -> None:
     def lonely(rank: int) -> str:
         if rank:
             return ""
-        from retrograd.parallel.group import joined
-
         with pytest.raises(RankError, match="did not come together within 2 s"), joined(2):
             pass
         return "refused"
 
     assert forked(2, lonely)[0] == "refused"
+
+
+def test_whoever_finds_rank_0_gone_says_so() -> None:
+    def asked(rank: int) -> str:
+        with joined(5) as group:
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with pytest.raises(RankError, match="the job's store is gone, and with it rank 0"):
+                while True:
+                    group.collected(None)
+            with pytest.raises(RankError, match="the job's store is gone, and with it rank 0"):
+                group.agreed(None)
+            return "told"
+
+    assert forked(2, asked) == [-signal.SIGKILL, "told"]
+
+
+def test_an_unlearning_in_a_job_is_judged_by_rank_0(world: Path, tmp_path: Path) -> None:
+    rows = [{"question": "a cat sat on", "choices": ["mat", "hill", "sun"], "answer": k % 3} for k in range(4)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"dataset": "asked.jsonl", "form": "cloze"}
+    (tmp_path / "tasks.yaml").write_text(json.dumps({name: {**task, "role": name} for name in ("forget", "retain")}))
+    for name, seed in (("forget", 3), ("retain", 4)):
+        tiny.save_jsonl(tmp_path / f"{name}.jsonl", tiny.sentences(4, seed=seed))
+    asked = ["unlearn", "grad_diff", str(tmp_path / "run"), "--model", str(world / "llama"), "--forget",
+             str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl"), "--train.batch_size", "4",
+             "--train.lr", "1e-2", "--evaluate.tasks", str(tmp_path / "tasks.yaml"), "--patience", "20"]  # fmt: skip
+    assert command(2, asked) == [0, 0]
+    summary = json.loads((tmp_path / "run/evaluation/summary.json").read_text())
+    assert summary["missing"] == []
+    assert len(list((tmp_path / "run/evaluation").rglob("*.parquet"))) == 4, "two models, two tasks"
 
 
 def test_unlearning_in_a_job_keeps_pairs_together(world: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,16 +22,19 @@ from retrograd.core.step import Recipe, State, Training, initial_state, micro_ba
 from retrograd.data.rows import Rows
 from retrograd.data.stream import DataStream
 from retrograd.lm.chain import decoder_chain
+from retrograd.lm.engines import Load
 from retrograd.lm.model import CausalLM, causal_objective, trainable
 from retrograd.parallel.group import ALONE, Group
 from retrograd.parallel.pieces import PieceLedger, Pieces
 from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.proofs import first_step
-from retrograd.proofs.slopes import Slopes
+from retrograd.proofs.memory import FULL, Sizes, held_in_pieces, held_whole
+from retrograd.proofs.slopes import Draws, Slopes, scaled
 from retrograd.query import together
 from retrograd.query.columns import contrast, query_columns
-from retrograd.runs.first_step import prove_by_block
+from retrograd.runs import setup
+from retrograd.runs.first_step import prove_by_block, prove_first_step
 from retrograd.runs.shares import in_pieces
 
 ALL = 15  # rows
@@ -185,6 +188,35 @@ def test_proofs_hold_pieces_and_one_block() -> None:
         assert step < 3.6, "half of parameters, gradient, ḡ, H ḡ, direction, moved parameters and their gradient"
 
 
+def proofs_peak(group: Group, full: int) -> int:
+    """The most bytes that a proof of the first step holds besides the whole model: with `double` on one rank alone."""
+    model, engine = deep(256, 12)
+    first_step._FULL = full
+    stream, seen = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2), list[int]()
+    training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
+    initial = initial_state(training.recipe, model.params)
+    divide = partial(in_pieces, engine, 2, group, stream, model, initial, training.recipe.optimizer)
+    with Peak() as counted:
+        watched = partial(counted.during, told=seen.append)
+        if group.world == 1:
+            watched(prove_first_step)(training, initial, model, None, attributed=True)
+        else:
+            watched(prove_by_block)(training, initial, model, divide, attributed=True)
+    return seen[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [FULL, -1], ids=["float64", "float32"])
+def test_proofs_hold_what_is_counted(full: int) -> None:
+    params = deep(256, 12)[0].params
+    layer = sum(x.nbytes for name, x in params.items() if ".h.0." in name)
+    sizes = Sizes(tree.nbytes(params), 0, 4, FULL if full == FULL else FULL + 1)
+    (whole,) = on_ranks(1, proofs_peak, full)
+    assert 0.95 < whole / held_whole(sizes) < 1.05
+    for found in on_ranks(2, proofs_peak, full):
+        assert 0.95 < found / (tree.nbytes(params) // 2 + held_in_pieces(sizes, 2, layer)) < 1.05
+
+
 REFUSED = {
     "detached": "by differences and", "random": "gives two results", "mixed rows": "it would train another function",
 }  # fmt: skip
@@ -198,6 +230,70 @@ def test_what_one_process_refuses_is_refused_in_pieces(wrong: str, message: str)
     deep(16, 2)
     for _, error in on_ranks(2, proved, 16, 2, wrong):
         assert message in error
+
+
+def proved_where_float64_fails(group: Group, fails: list[int]) -> list[torch.dtype]:
+    """The dtypes that a first step is proved in, where the loss of some ranks takes no float64."""
+    model, engine = deep(16, 2)
+    stream = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2)
+    training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
+    initial, seen = initial_state(training.recipe, model.params), list[torch.dtype]()
+    plain, compare = GPT2MLP.forward, first_step._compare_gradient
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64 and group.rank in fails:
+            raise TypeError("this kernel takes float32")
+        return plain(self, x)
+
+    def noted(engine: Any, params: Params, *given: Any) -> None:
+        seen.append(next(iter(params.values())).dtype)
+        compare(engine, params, *given)
+
+    GPT2MLP.forward, first_step._compare_gradient = forward, noted
+    divide = partial(in_pieces, engine, group.world, group, stream, model, initial, training.recipe.optimizer)
+    prove_by_block(training, initial, model, divide, attributed=True)
+    return seen
+
+
+@pytest.mark.parametrize(("ranks", "fails"), [(2, [1]), (3, [0, 1, 2])], ids=["one rank", "all, one has no rows"])
+def test_ranks_prove_in_one_dtype(ranks: int, fails: list[int]) -> None:
+    deep(16, 2)
+    assert on_ranks(ranks, proved_where_float64_fails, fails) == [[torch.float32]] * ranks
+
+
+def weighed(group: Group, parallel: str) -> Load:
+    model, _ = deep(16, 2)
+    setup._free = lambda device: 1 << 30
+    initial = initial_state(Recipe(AdamW(1e-3)), model.params)
+    return setup._load(setup.Differentiated(queries=2, parallel=parallel), (1, 8), model, initial)
+
+
+def test_auto_weighs_double_by_what_it_has_whole_where_parameters_are_divided() -> None:
+    size, held = tree.nbytes(deep(16, 2)[0].params), 5 + 4 * 3  # g, and of two queries ḡ and H ḡ, and λ twice
+    for load in on_ranks(2, weighed, "replicate"):
+        assert load == Load(1, 8, 2, (1 << 30) - held * size)
+    for load in on_ranks(2, weighed, "shard"):
+        assert load == Load(1, 8, 2, (1 << 30) - held * size // 2 - 5 * size, 2 * 6 * size, 1 << 30)
+
+
+def directions(group: Group) -> Params:
+    """Two random directions of every piece here."""
+    lying = Pieces(tensors(0), SHARDS, group)
+    own, draw, found = lying.own({**tensors(0), "few": torch.zeros(2, 5)}), Draws(), {}
+    with tree.lying(lying):
+        for turn in range(2):
+            found |= {f"{name} {turn}": x for name, x in scaled(own, 0.02, draw).items()}
+    return found
+
+
+def test_every_piece_has_a_direction_of_its_own_that_no_number_of_processes_changes() -> None:
+    two, three = ({name: x for found in on_ranks(n, directions) for name, x in found.items()} for n in (2, 3))
+    assert two.keys() == three.keys()
+    for name, x in two.items():
+        assert torch.allclose(x, three[name], rtol=1e-5), name
+    shaped = [x.flatten() / x.norm() for x in two.values() if x.shape == two["matrix@0 0"].shape]
+    assert len(shaped) == 6
+    assert max(float(abs(x @ y)) for place, x in enumerate(shaped) for y in shaped[:place]) < 0.999
 
 
 def asked(group: Group, whole: bool) -> tuple[float, Any]:

@@ -18,7 +18,7 @@ from retrograd.runs.run_folder import open_run
 from retrograd.runs.trajectory import Ready
 from retrograd.trust import forecast as forecasts
 from retrograd.trust import metasmoothness
-from retrograd.trust.forecast import GRID, HELD_OUT, RANKED, expected
+from retrograd.trust.forecast import GRID, HELD_OUT, RANKED, WIDTH, expectation, expected
 from retrograd.trust.left_out import random_subset
 
 
@@ -66,20 +66,45 @@ def test_retrainings_that_diverge_are_the_forecast(
 
 
 def test_expectations_follow_the_grid() -> None:
+    off = []
     for r, lds in GRID:
         one = expected(r)
         assert one.low is not None
         assert one.high is not None
         assert one.expected is not None
         assert one.low <= one.expected <= one.high
-        near = sorted(sorted(GRID, key=lambda pair: abs(pair[0] - r))[:7], key=lambda pair: pair[1])
-        assert (one.low, one.expected, one.high) == (near[0][1], near[3][1], near[6][1])
-        assert one.low <= lds <= one.high
+        off.append(abs(one.expected - lds))
         assert f"{RANKED[0]:.2f} [{RANKED[1]:.2f}, {RANKED[2]:.2f}]" in one.told
+    assert np.mean(off) < 0.15 < np.mean([abs(np.median([lds for _, lds in GRID]) - lds) for _, lds in GRID])
     smooth, rough = expected(0.995), expected(0.5)
     assert smooth.expected is not None
     assert rough.expected is not None
     assert smooth.expected > 0.95 > 0.75 > rough.expected
+
+
+def test_an_expectation_is_a_mean_of_near_recipes() -> None:
+    """Four recipes, of which the far one has next to no weight; by hand, in z."""
+    grid = [(0.9, 0.8), (0.95, 0.9), (0.93, 0.85), (-0.5, -0.3)]
+    middle, low, high = expectation(0.9, grid)
+    by = {r: math.exp(-(((math.atanh(r) - math.atanh(0.9)) / WIDTH) ** 2) / 2) for r, _ in grid}
+    by_hand = math.tanh(sum(by[r] * math.atanh(lds) for r, lds in grid) / sum(by.values()))
+    assert middle == pytest.approx(by_hand, abs=1e-6)
+    assert (low, high) == (0.8, 0.9)
+    assert expectation(-0.9, grid)[1:] == (-0.3, 0.85)  # one recipe alone is no range
+    assert expectation(0.9, [(1.0, 1.0), (0.9, 0.8)])[0] < 0.9  # a correlation of 1 has a finite z
+
+
+def test_expectations_tell_apart_what_correlates_almost_fully() -> None:
+    """r and LDS of docs/validation.md's two recipes, which are not in the grid."""
+    for r, lds in ((0.980, 0.939), (0.997, 0.994)):
+        one = expected(r)
+        assert one.low is not None
+        assert one.high is not None
+        assert one.low <= lds <= one.high
+    adamw, sgd = expected(0.980).expected, expected(0.997).expected
+    assert adamw is not None
+    assert sgd is not None
+    assert sgd - adamw > 0.015
 
 
 def test_the_constants_are_those_of_the_grid() -> None:
