@@ -3,8 +3,9 @@
 A tree is any nesting of dicts, tuples, NamedTuples and lists. Functions act on its tensors; other leaves (a step
 count, a None) pass through unchanged, so that mapping over a state cannot forget a field.
 
-Every number that a step makes of several leaves, such as a norm, goes through `across` or `total`. Where leaves lie
-over several processes, whoever knows how hands that in (`lying`).
+Every number that a step makes of several leaves, such as a norm, goes through `across` or `total`, and what is no
+function of a leaf's entries one by one through `of_whole`. Where leaves lie over several processes, whoever knows how
+hands that in (`lying`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils import _pytree
 
 __all__ = [
     "Frame", "Lying", "across", "bit_sums", "cut", "digest", "digest_of", "dot", "frame", "leaves", "lying", "map",
-    "named", "nbytes", "nonfinite", "norm", "stacked", "total", "unnamed",
+    "named", "nbytes", "nonfinite", "norm", "of_whole", "stacked", "total", "unnamed",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -40,6 +41,14 @@ class Lying(Protocol):
     def total(self, part: Tensor) -> Tensor:
         """As `tree.total`."""
 
+    def of_whole(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        names: Sequence[str],
+        given: Callable[[str], tuple[Tensor, ...]],
+    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """As `tree.of_whole`."""
+
 
 class _Here:
     """All leaves are in this process."""
@@ -49,6 +58,15 @@ class _Here:
 
     def total(self, part: Tensor) -> Tensor:
         return part
+
+    def of_whole(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        names: Sequence[str],
+        given: Callable[[str], tuple[Tensor, ...]],
+    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        for name in names:
+            yield name, function(*given(name))
 
 
 _lying: Lying = _Here()
@@ -73,6 +91,21 @@ def across(parts: Tensor) -> Tensor:
 def total(part: Tensor) -> Tensor:
     """What comes of the leaves that are here, added up over processes."""
     return _lying.total(part)
+
+
+def of_whole(
+    function: Callable[..., tuple[Tensor, ...]], names: Sequence[str], given: Callable[[str], tuple[Tensor, ...]]
+) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """A function of whole leaves, leaf by leaf, wherever their pieces lie. It is asked for a few leaves at a time.
+
+    Args:
+        function: Tensors of a leaf, [*shape] or [K, *shape] each → as many of the same shapes.
+        names: The leaves that are here.
+        given: What the function is given of a leaf.
+    Yields:
+        What it gives, in an order of its own.
+    """
+    return _lying.of_whole(function, names, given)
 
 
 def map(function: Callable[..., Any], tree: T, *rest: Any) -> T:

@@ -11,7 +11,7 @@ does not depend on how many processes there are; and where the pieces are cut fr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,9 @@ from retrograd.core.slots import Ledger, joined_digest
 from retrograd.core.step import Recipe, State
 from retrograd.parallel.group import Group
 from retrograd.parallel.sums import OrderedSum, buckets
+from retrograd.parallel.whole import of_whole
 
-__all__ = ["PieceLedger", "PieceSum", "Pieces", "name_of"]
+__all__ = ["PieceLedger", "PieceSum", "Pieces", "name_of", "parameter_of"]
 
 
 class Pieces:
@@ -63,7 +64,7 @@ class Pieces:
 
     def some(self, own: Params, names: Iterable[str]) -> Params:
         """As `whole`, of some parameters; small ones are sent together."""
-        slabs = {name: self._slab(name, own) for name in names}
+        slabs = {name: self.slab(name, own) for name in names}
         found: Params = {}
         for bucket in buckets(slabs):
             flats = [slabs[name].flatten() for name in bucket]
@@ -71,14 +72,14 @@ class Pieces:
             start = 0
             for name, flat in zip(bucket, flats, strict=True):
                 each = [one[start : start + len(flat)].view_as(slabs[name]) for one in ranks]
-                found[name] = self._joined(name, each, self._wide(name, own))
+                found[name] = self.joined(name, each, self.wide(name, own))
                 start += len(flat)
         return found
 
     def zeros(self, name: str, own: Params) -> Tensor:
         """A whole tensor of zeros like one whose pieces are here."""
         piece = own[self.names(name)[0]]
-        return piece.new_zeros((*piece.shape[:1], *self.shapes[name]) if self._wide(name, own) else self.shapes[name])
+        return piece.new_zeros((*piece.shape[:1], *self.shapes[name]) if self.wide(name, own) else self.shapes[name])
 
     def dealt(self, name: str, whole: Tensor) -> Tensor:
         """[W, K·rows·columns]: for every process its rows, padded to one number."""
@@ -128,19 +129,19 @@ class Pieces:
         """[K or 1, rows, columns]."""
         return x.reshape(len(x) if x.ndim > len(self.shapes[name]) else 1, self._count(name), self._columns(name))
 
-    def _wide(self, name: str, own: Params) -> bool:
+    def wide(self, name: str, own: Params) -> bool:
         """Whether there are K of a parameter."""
         return own[self.names(name)[0]].ndim > max(1, len(self.shapes[name]))
 
-    def _slab(self, name: str, own: Params) -> Tensor:
+    def slab(self, name: str, own: Params) -> Tensor:
         """[K or 1, rows, columns] of this process, padded to what the first has."""
-        wide, height = self._wide(name, own), self._height(name) * self.each
+        wide, height = self.wide(name, own), self._height(name) * self.each
         pieces = [own[label] for label in self.names(name)]
         flat = [x.reshape(len(x) if wide else 1, x.shape[1 if wide else 0], self._columns(name)) for x in pieces]
         mine = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
         return F.pad(mine, (0, 0, 0, height - mine.shape[1])) if mine.shape[1] < height else mine
 
-    def _joined(self, name: str, slabs: list[Tensor], wide: bool) -> Tensor:
+    def joined(self, name: str, slabs: list[Tensor], wide: bool) -> Tensor:
         """The whole tensor of every process's slab, in storage of its own size."""
         bounds = [self._bounds(name, rank) for rank in range(len(slabs))]
         rows = torch.cat([slab[:, : stop - start] for slab, (start, stop) in zip(slabs, bounds, strict=True)], 1)
@@ -158,11 +159,21 @@ class Pieces:
         first, *others = self.group.shared(part)
         return sum(others, start=first)
 
+    def of_whole(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        names: Sequence[str],
+        given: Callable[[str], tuple[Tensor, ...]],
+    ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """As `tree.of_whole`."""
+        return of_whole(self, function, [parameter_of(label) for label in names[:: self.each]], given)
+
     def recipe_of(self, recipe: Recipe) -> Recipe:
-        """The recipe by the names of this process's pieces; its optimizer is elementwise."""
+        """The recipe by the names of this process's pieces."""
         optimizer: Any = recipe.optimizer
-        spared = tuple(label for name in optimizer.spared for label in self.names(name))
-        return replace(recipe, optimizer=replace(optimizer, spared=spared), pieces=1)
+        lists = {kind: getattr(optimizer, kind) for kind in ("spared", "exclude") if hasattr(optimizer, kind)}
+        own = {kind: tuple(label for name in names for label in self.names(name)) for kind, names in lists.items()}
+        return replace(recipe, optimizer=replace(optimizer, **own), pieces=1)
 
 
 class PieceSum(OrderedSum):
@@ -205,3 +216,8 @@ class PieceLedger(Ledger):
 def name_of(name: str, piece: int) -> str:
     """What a piece of a parameter is called."""
     return f"{name}@{piece}"
+
+
+def parameter_of(label: str) -> str:
+    """Whose piece it is."""
+    return label.rpartition("@")[0]

@@ -250,7 +250,7 @@ def set_up(
     refuse_unequal(group, hashes, arithmetic)
     # an unlearning is held against the parameters it starts from, at its end
     given = (engine.engine, shards, group, stream)
-    divide = partial(in_pieces, *given, model, initial, recipe.optimizer, keep=objective is not None)
+    divide = partial(in_pieces, *given, model, initial, keep=objective is not None)
     if how.begun is None and by_block:
         training = prove_by_block(training, initial, model, divide, attributed=attributed)
     else:

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from retrograd.core.engine import Blocks
-from retrograd.core.optim import ELEMENTWISE, Optimizer
 from retrograd.core.step import Engine, State
 from retrograd.data.pairs import PairStream
 from retrograd.data.stream import DataStream
@@ -59,7 +58,6 @@ def in_pieces(
     stream: DataStream | PairStream,
     model: CausalLM,
     initial: State,
-    optimizer: Optimizer,
     *,
     keep: bool = False,
 ) -> Sharded:
@@ -67,14 +65,7 @@ def in_pieces(
 
     Args:
         keep: Do not let go of them.
-    Raises:
-        ValueError: If the optimizer's update is not elementwise.
     """
-    if not isinstance(optimizer, ELEMENTWISE):
-        raise ValueError(
-            f"--parallel shard gives every process a piece of each matrix, and {type(optimizer).__name__} needs whole "
-            "ones: take --parallel replicate, or adamw, adam or sgd"
-        )
     lying = Pieces(initial.params, shards, group)
     kind = ByBlock if isinstance(engine, Blocks) else Sharded
     found = kind(engine, shards, group, _unit(stream), lying=lying, first=lying.own(initial.params))

@@ -34,6 +34,8 @@ RECIPES = {
     "lora": "--model {w}/llama --lora.rank 2 --lora.target_modules q_proj v_proj --train.batch_size 5 "
     "--train.micro_batch_size 3 --engine blocks",
     "muon": "--model {w}/llama --train.optimizer muon --train.batch_size 8",
+    "muon-blocks": "--model {w}/tied --train.optimizer muon --train.batch_size 6 --engine blocks "
+    "--train.weight_decay 0.1 --train.spare_norms --train.max_grad_norm 0.5 --query.reduction none",
 }
 
 SHARD = ["--parallel", "shard"]
@@ -101,8 +103,8 @@ def test_two_ranks_give_the_scores_of_one_and_go_on_with_the_bits_of_two(world: 
 
 def test_two_ranks_in_pieces_give_the_scores_of_one(world: Path) -> None:
     asked = ["--dtype", "float64", "--train.epochs", "1", "--data.dataset", str(world / "query.jsonl")]
-    assert command(2, arguments(world, world / "in-two", "blocks", *asked, *SHARD)) == [0, 0]
-    assert main(arguments(world, world / "of-two", "blocks", *asked, "--shards", "2")) == 0
+    assert command(2, arguments(world, world / "in-two", "muon-blocks", *asked, *SHARD)) == [0, 0]
+    assert main(arguments(world, world / "of-two", "muon-blocks", *asked, "--shards", "2")) == 0
     assert torch.equal(scores(world / "in-two"), scores(world / "of-two"))
 
 
@@ -118,12 +120,11 @@ def test_every_world_gives_the_scores_of_one_process(world: Path, recipe: str) -
             assert command(ranks, arguments(world, run, recipe, "--dtype", dtype)) == [0] * ranks
             found[ranks] = scores(run)
             assert distance(found[ranks], scores(name)) < tolerance, f"{ranks} ranks, {dtype}"
-            if recipe != "muon":
-                pieces = world / f"{recipe}-{dtype}-{ranks}-pieces"
-                assert command(ranks, arguments(world, pieces, recipe, "--dtype", dtype, *SHARD)) == [0] * ranks
-                assert torch.equal(scores(pieces), found[ranks]), f"{ranks} ranks in pieces, {dtype}"
-        run, more = world / f"{recipe}-{dtype}-2of4", [] if recipe == "muon" else SHARD
-        assert command(2, arguments(world, run, recipe, "--dtype", dtype, "--shards", "4", *more)) == [0, 0]
+            pieces = world / f"{recipe}-{dtype}-{ranks}-pieces"
+            assert command(ranks, arguments(world, pieces, recipe, "--dtype", dtype, *SHARD)) == [0] * ranks
+            assert torch.equal(scores(pieces), found[ranks]), f"{ranks} ranks in pieces, {dtype}"
+        run = world / f"{recipe}-{dtype}-2of4"
+        assert command(2, arguments(world, run, recipe, "--dtype", dtype, "--shards", "4", *SHARD)) == [0, 0]
         assert torch.equal(scores(run), found[4])
 
 
@@ -188,9 +189,10 @@ def killed(world: int, rank: int, at: int, asked: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
-    run, whole = world / "moved", world / "unmoved"
-    asked = arguments(world, run, "blocks", "--replay.heartbeat", "0", "--replay.memory", "0", "--shards", "4", *SHARD)
+@pytest.mark.parametrize("recipe", ["blocks", "muon-blocks"])
+def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path, recipe: str) -> None:
+    run, whole = world / f"moved-{recipe}", world / f"unmoved-{recipe}"
+    asked = arguments(world, run, recipe, "--replay.heartbeat", "0", "--replay.memory", "0", "--shards", "4", *SHARD)
     killed(2, 1, 3, asked)
     assert list((run / "checkpoints/of-2/rank-1").glob("state-*.safetensors"))
     killed(4, 0, 4, asked)  # in training still
@@ -199,7 +201,7 @@ def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path) -> None:
     killed(2, 0, 3, asked)
     assert (run / "checkpoints/of-2/rank-1/reverse.safetensors").exists()
     assert command(2, asked) == [0, 0]
-    assert main(arguments(world, whole, "blocks", "--shards", "4")) == 0
+    assert main(arguments(world, whole, recipe, "--shards", "4")) == 0
     assert torch.equal(scores(run), scores(whole))
     found = open_run(run).loaded
     relay(run / "checkpoints", found.initial, found.training.recipe, 2, found.identity)  # as if killed before the end
@@ -271,8 +273,6 @@ def test_what_one_process_does_is_refused_in_a_job(world: Path, capfd: pytest.Ca
     assert "retrograd query is one process, and this is one of 2" in capfd.readouterr().err
     assert command(2, arguments(world, world / "gpu", "blocks", "--device", "cuda:1"))[0] == 2
     assert "would be the device of every rank" in capfd.readouterr().err
-    assert command(2, arguments(world, world / "whole-only", "muon", *SHARD))[0] == 2
-    assert "and Muon needs whole ones" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--shards", "0")) == 2
     assert "--shards is 0" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--patience", "0")) == 2

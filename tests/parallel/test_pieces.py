@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from retrograd.core import tree
 from retrograd.core.engine import Blocks
-from retrograd.core.optim import AdamW, Params, clip, clip_pullback
+from retrograd.core.optim import AdamW, Cotangent, Muon, Params, clip, clip_pullback
 from retrograd.core.slots import digest_of
 from retrograd.core.step import Recipe, State, Training, initial_state, micro_batches
 from retrograd.data.rows import Rows
@@ -25,7 +27,7 @@ from retrograd.lm.chain import decoder_chain
 from retrograd.lm.engines import Load
 from retrograd.lm.model import CausalLM, causal_objective, trainable
 from retrograd.parallel.group import ALONE, Group
-from retrograd.parallel.pieces import PieceLedger, Pieces
+from retrograd.parallel.pieces import PieceLedger, Pieces, parameter_of
 from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.proofs import first_step
@@ -76,6 +78,68 @@ def test_pieces_have_the_bits_of_whole_leaves(ranks: int) -> None:
         assert bad == 0
     moved = {**after.params, "few": after.params["few"].flip(0)}
     assert digest_of(after._replace(params=moved), SHARDS) != digest_of(after, SHARDS)
+
+
+MATRICES = {"wide": (7, 11), "tall": (9, 4), "few": (2, 5), "spared": (3, 3), "left": (6, 6), "long": (25, 30)}
+MUON = Muon(lambda t: 0.1 / (t + 1), weight_decay=0.5, exclude=("left",), spared=("spared", "vector"))
+
+
+def more_tensors(seed: int, dtype: torch.dtype, *lead: int) -> Params:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {**SHAPES, **MATRICES}
+    return {name: torch.randn((*lead, *shape), generator=draw, dtype=dtype) for name, shape in shapes.items()}
+
+
+def orthogonalised(group: Group | None, dtype: torch.dtype, nesterov: bool) -> list[Any]:
+    """Two updates by Muon and the pullback of the second for two queries, whole or in pieces; and what is counted whole."""
+    params, *grads = (more_tensors(seed, dtype) for seed in range(3))
+    bars = [more_tensors(seed, dtype, 2) for seed in (3, 4, 5, 6)]
+    how = None if group is None else Pieces(params, SHARDS, group)
+    recipe = Recipe(replace(MUON, nesterov=nesterov), pieces=SHARDS)
+    if how is not None:
+        recipe = how.recipe_of(recipe)
+        params, grads, bars = how.own(params), [how.own(g) for g in grads], [how.own(bar) for bar in bars]
+    optimizer = recipe.optimizer
+    with nullcontext() if how is None else tree.lying(how):
+        before = optimizer.update(params, optimizer.init(params), grads[0], 0)
+        after = optimizer.update(*before, grads[1], 1)
+        moments = {kind: {name: bar[name] for name in before[1][kind]} for kind, bar in zip(before[1], bars)}
+        pulled = optimizer.pullback(*before, grads[1], 1, Cotangent(bars[3], moments))
+    trees = [after[0], *after[1].values(), pulled.bars, pulled.cotangent.params, *pulled.cotangent.moments.values()]
+    if how is not None:
+        trees = [how.some(one, dict.fromkeys(map(parameter_of, one))) for one in trees]
+    return [tree.named(trees), pulled.recipe]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_muon_in_pieces_has_the_bits_of_whole_matrices(ranks: int) -> None:
+    for dtype, nesterov in ((torch.float32, True), (torch.float64, False)):
+        expected, numbers = orthogonalised(None, dtype, nesterov)
+        for found, own in on_ranks(ranks, orthogonalised, dtype, nesterov):
+            assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+            assert found.keys() == expected.keys()
+            for name, slope in numbers.items():
+                assert own[name].tolist() == pytest.approx(slope.tolist(), rel=1e-5)
+
+
+def most_of_muon(group: Group) -> list[float]:
+    """The most bytes at once of an update by Muon and its pullback, of 12 matrices; in units of one."""
+    params = {f"matrix {place}": torch.randn(240, 240) for place in range(12)}
+    lying, seen = Pieces(params, group.world, group), list[int]()
+    own, bars = lying.own(params), lying.own({name: x[None] for name, x in params.items()})
+    optimizer, size = Muon(0.1), next(iter(params.values())).nbytes
+    moments = optimizer.init(own)
+    with tree.lying(lying), Peak() as counted:
+        watched = partial(counted.during, told=seen.append)
+        watched(optimizer.update)(own, moments, own, 0)
+        watched(optimizer.pullback)(own, moments, own, 0, Cotangent(bars, {**moments, "momentum": bars}))
+    return [most / size for most in seen]
+
+
+def test_muon_in_pieces_has_one_matrix_whole() -> None:
+    for update, pullback in on_ranks(4, most_of_muon):
+        assert update < 12 / 4 * 2 + 8, "a quarter of the next parameters and momenta, and one matrix on its way"
+        assert pullback < 12 / 4 * 3 + 28, "a quarter of three cotangents, and the graph of one matrix"
 
 
 def some_rows(kind: str, rows: int) -> World:
@@ -158,7 +222,7 @@ def proved(group: Group, width: int, layers: int, wrong: str = "") -> tuple[list
     stream = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2)
     training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
     initial, seen, size = initial_state(training.recipe, model.params), list[int](), tree.nbytes(model.params)
-    given = (engine, 2, group, stream, model, initial, training.recipe.optimizer)
+    given = (engine, 2, group, stream, model, initial)
     plain, mutants = GPT2MLP.forward, {
         "detached": lambda self, x: (y := plain(self, x)) / y.detach().norm(dim=-1, keepdim=True),
         "mixed rows": lambda self, x: (y := plain(self, x)) / y.norm(),
@@ -195,7 +259,7 @@ def proofs_peak(group: Group, full: int) -> int:
     stream, seen = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2), list[int]()
     training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
     initial = initial_state(training.recipe, model.params)
-    divide = partial(in_pieces, engine, 2, group, stream, model, initial, training.recipe.optimizer)
+    divide = partial(in_pieces, engine, 2, group, stream, model, initial)
     with Peak() as counted:
         watched = partial(counted.during, told=seen.append)
         if group.world == 1:
@@ -250,7 +314,7 @@ def proved_where_float64_fails(group: Group, fails: list[int]) -> list[torch.dty
         compare(engine, params, *given)
 
     GPT2MLP.forward, first_step._compare_gradient = forward, noted
-    divide = partial(in_pieces, engine, group.world, group, stream, model, initial, training.recipe.optimizer)
+    divide = partial(in_pieces, engine, group.world, group, stream, model, initial)
     prove_by_block(training, initial, model, divide, attributed=True)
     return seen
 

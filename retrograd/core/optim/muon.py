@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
 
+from retrograd.core import tree
 from retrograd.core.optim import spared
 from retrograd.core.optim.adamw import AdamW
-from retrograd.core.optim.foreign import autograd_pullback
 from retrograd.core.optim.protocol import (
     Cotangent,
     LearningRate,
@@ -19,6 +20,7 @@ from retrograd.core.optim.protocol import (
     Updated,
     check_fraction,
     inner,
+    product,
     rate,
     zeros,
 )
@@ -33,8 +35,8 @@ class Muon:
         b' = μb + (1−μ)g     u = NewtonSchulz((1−μ)g + μb')     θ' = θ·(1 − lr·wd) − 0.2·lr·√max(rows, columns)·u
 
     Momentum and scaling are torch.optim.Muon's with `nesterov` and `match_rms_adamw`, so one learning rate serves both
-    halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16), and the decay is differentiated.
-    Parameters named in `spared` do not decay.
+    halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16) and on whole matrices, and is pulled
+    back by autograd; all else is elementwise. The decay is differentiated. Parameters named in `spared` do not decay.
     """
 
     lr: LearningRate
@@ -61,9 +63,15 @@ class Muon:
         if self.spared:
             return spared.update(self, params, moments, grads, step)
         matrices, rest = self._divide(params)
-        lr, new, buffers = rate(self.lr, step), {}, {}
-        for name in matrices:
-            new[name], buffers[name] = self._matrix(lr, params[name], moments["momentum"][name], grads[name])
+        lr, new = rate(self.lr, step), dict[str, Tensor]()
+        buffers = {name: self._buffer(moments, grads, name) for name in matrices}
+        turned = tree.of_whole(
+            lambda direction: (_turned(lr, direction, self.ns_steps),),
+            matrices,
+            lambda name: (self._direction(buffers[name], grads[name]),),
+        )
+        for name, (moved,) in turned:
+            new[name] = params[name] * (1 - lr * self.weight_decay) - moved
         others, other_moments = self._rest().update(_only(params, rest), _adam(moments), grads, step)
         return {name: (new | others)[name] for name in params}, {"momentum": buffers, **other_moments}
 
@@ -74,25 +82,26 @@ class Muon:
             return spared.pullback(self, params, moments, grads, step, cotangent)
         assert grads is not None, "asked for by needs_gradient"
         matrices, rest = self._divide(params)
-        lr, buffers = rate(self.lr, step), {}
+        lr, moved = rate(self.lr, step), torch.zeros((), dtype=torch.float64)
         below = Cotangent(_only(cotangent.params, rest), _adam(cotangent.moments))
         others, gs, recipe, _ = self._rest().pullback(_only(params, rest), _adam(moments), grads, step, below)
-        thetas = dict(others.params)
-        for name in matrices:
-            given = (params[name], moments["momentum"][name], grads[name])
-            bars = (cotangent.params[name], cotangent.moments["momentum"][name])
-            thetas[name], buffers[name], gs[name] = autograd_pullback(
-                lambda theta, b, g: self._matrix(lr, theta, b, g), given, bars
-            )
-        pulled = Cotangent({name: thetas[name] for name in params}, {"momentum": buffers, **others.moments})
+        thetas, buffers, momentum = dict(others.params), dict[str, Tensor](), self.momentum
+        pulled = tree.of_whole(
+            lambda direction, bars: _pulled(direction, bars, self.ns_steps),
+            matrices,
+            lambda name: (self._direction(self._buffer(moments, grads, name), grads[name]), cotangent.params[name]),
+        )
+        for name, (turned, slopes) in pulled:
+            bar, along = cotangent.params[name], slopes * -lr
+            after = cotangent.moments["momentum"][name] + (momentum * along if self.nesterov else along)
+            thetas[name], buffers[name] = bar * (1 - lr * self.weight_decay), momentum * after
+            gs[name] = (1 - momentum) * (after + along if self.nesterov else after)
+            moved = moved - product(bar, turned)
+        found = Cotangent(_in_order(thetas, params), {"momentum": _in_order(buffers, params), **others.moments})
         # θ' is affine in lr and in lr·wd: its slope is the update of rate 1 without θ's own share
-        directions = {
-            name: self._matrix(1.0, params[name], moments["momentum"][name], grads[name])[0] - params[name]
-            for name in matrices
-        }
-        moved, decayed = (inner(_only(cotangent.params, matrices), along) for along in (directions, params))
-        recipe = {"lr": recipe["lr"] + moved, "weight_decay": recipe["weight_decay"] - lr * decayed}
-        return Updated(pulled, {name: gs[name] for name in params}, recipe)
+        moved, decayed = tree.total(moved), inner(_only(cotangent.params, matrices), params)
+        lr_slope, decay = recipe["lr"] + moved - self.weight_decay * decayed, recipe["weight_decay"] - lr * decayed
+        return Updated(found, _in_order(gs, params), {"lr": lr_slope, "weight_decay": decay})
 
     def needs_gradient(self, step: int) -> bool:
         return True
@@ -103,11 +112,11 @@ class Muon:
     def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params | None:
         return None
 
-    def _matrix(self, lr: float, theta: Tensor, buffer: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        buffer = torch.lerp(buffer, g, 1 - self.momentum)
-        direction = torch.lerp(g, buffer, self.momentum) if self.nesterov else buffer
-        scale = 0.2 * lr * math.sqrt(max(theta.shape))
-        return theta * (1 - lr * self.weight_decay) - scale * newton_schulz(direction, self.ns_steps), buffer
+    def _buffer(self, moments: Moments, grads: Params, name: str) -> Tensor:
+        return torch.lerp(moments["momentum"][name], grads[name], 1 - self.momentum)
+
+    def _direction(self, buffer: Tensor, g: Tensor) -> Tensor:
+        return torch.lerp(g, buffer, self.momentum) if self.nesterov else buffer
 
     def _rest(self) -> AdamW:
         return AdamW(self.lr, self.beta1, self.beta2, self.eps, self.eps_root, self.weight_decay)
@@ -115,6 +124,20 @@ class Muon:
     def _divide(self, params: Params) -> tuple[list[str], list[str]]:
         matrices = [name for name, theta in params.items() if theta.ndim == 2 and name not in self.exclude]
         return matrices, [name for name in params if name not in matrices]
+
+
+def _turned(lr: float, direction: Tensor, steps: int) -> Tensor:
+    """What a whole matrix is moved by."""
+    return 0.2 * lr * math.sqrt(max(direction.shape)) * newton_schulz(direction, steps)
+
+
+def _pulled(direction: Tensor, bars: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """What a whole matrix is moved by at rate 1, and the cotangents of its direction [K, R, C] for those of it."""
+    with torch.enable_grad():
+        live = direction.detach().requires_grad_()
+        turned = _turned(1.0, live, steps)
+    slopes = [grad(turned, live, bar, retain_graph=k + 1 < len(bars))[0] for k, bar in enumerate(bars.contiguous())]
+    return turned.detach(), tree.stacked(slopes)
 
 
 def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
@@ -130,6 +153,10 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
 
 def _only(tensors: Params, names: list[str]) -> Params:
     return {name: tensors[name] for name in names}
+
+
+def _in_order(tensors: Params, params: Params) -> Params:
+    return {name: tensors[name] for name in params if name in tensors}
 
 
 def _adam(moments: Moments) -> Moments:

@@ -33,6 +33,7 @@ __all__ = [
     "check_nonnegative",
     "holds_gradient",
     "inner",
+    "product",
     "rate",
     "zeros",
 ]
@@ -102,8 +103,13 @@ def zeros(params: Params) -> Params:
 
 def inner(cotangent: Params, direction: Params) -> Tensor:
     """⟨λ_k, direction⟩ for each query, [K] float64."""
-    parts = (torch.mv(bar.reshape(len(bar), -1), direction[name].flatten()).double() for name, bar in cotangent.items())
+    parts = (product(bar, direction[name]) for name, bar in cotangent.items())
     return tree.total(sum(parts, start=torch.zeros((), dtype=torch.float64)))
+
+
+def product(bar: Tensor, direction: Tensor) -> Tensor:
+    """⟨λ_k, direction⟩ of what is here of a leaf, [K] float64."""
+    return torch.mv(bar.reshape(len(bar), -1), direction.flatten()).double()
 
 
 def holds_gradient(moments: Params, decay: float) -> bool:
