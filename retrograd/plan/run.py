@@ -18,7 +18,7 @@ from retrograd.runs.run_folder import replay_of
 from retrograd.runs.setup import find_device
 from retrograd.runs.states.budget import Layout, Replay, layout_of
 from retrograd.settings.plan import HARDWARE, PlanConfig, Precision
-from retrograd.settings.run import AttributedConfig
+from retrograd.settings.run import AttributedConfig, queries_of
 from retrograd.settings.train import RunConfig
 
 __all__ = ["Planned", "plan_run", "precision_of"]
@@ -42,9 +42,10 @@ def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = t
     Raises:
         ValueError: For what the run itself would refuse.
     """
+    _refuse_further(config)
     start = clock()
     device = torch.device("cpu") if plan.by_arithmetic else find_device(config.device)
-    machine = machine_of(plan, _folder(config), device, precision_of(config), config.parallel)
+    machine = machine_of(plan, _folder(config), device, precision_of(config), config.parallel, config.replicas)
     found = described(config, plan) if plan.by_arithmetic else loaded(config)
     before = clock() - start
     peak = resident("VmHWM") if found.setup is not None and machine.memory is None else 0
@@ -64,6 +65,16 @@ def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = t
         pace = pace_by_rate(found.work, machine, engine, rows)
     first = dataclasses.replace(forecast(found.work, machine, layout, pace, engine, rows), peak=peak)
     return Planned(first, _remedy(first, found, replay) if first.missing else None)
+
+
+def _refuse_further(config: RunConfig) -> None:
+    queries = queries_of(config) if isinstance(config, AttributedConfig) else {}
+    for name, query in queries.items():
+        if query.then:
+            raise ValueError(
+                f"query {name!r} is asked after {', '.join(query.then)}, whose training a plan does not count: leave "
+                "--query.then out, and plan that by itself (`retrograd plan magic` of its settings, a sweep included)"
+            )
 
 
 def precision_of(config: RunConfig) -> Precision | None:
@@ -195,7 +206,8 @@ def _changes(first: Forecast, tried: Forecast, layout: Layout | None) -> tuple[s
         found.append(f"--train.micro_batch_size {tried.rows * tried.machine.ranks}")
     if tried.machine.ranks != first.machine.ranks or tried.machine.shards != first.machine.shards:
         how = "shard" if tried.machine.shards > 1 else "replicate"
-        found.append(f"{tried.machine.ranks} ranks, {how}")
+        several = f", {tried.machine.replicas} replicas" if tried.machine.replicas > 1 else ""
+        found.append(f"{tried.machine.ranks} ranks, {how}{several}")
     old = first.layout
     if layout is not None and (old is None or old.kind != layout.kind or old.cost != layout.cost):
         kept = sum(size for name, size in tried.host.items() if name == "states and gradients kept")

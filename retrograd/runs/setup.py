@@ -34,7 +34,7 @@ from retrograd.parallel.shard import Sharded
 from retrograd.proofs.memory import Sizes, held_whole
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
-from retrograd.query.named import Asked, load_queries
+from retrograd.query.named import Asked
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
 from retrograd.runs.first_step import prove_by_block, prove_first_step
@@ -44,12 +44,11 @@ from retrograd.runs.recipe import recipe_of
 from retrograd.runs.shares import in_pieces, logical_shards, prove_while_whole, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
-from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "Sources", "assemble", "attributed", "find_device", "load_recipe",
-    "owed_bytes", "set_up", "set_up_recipe",
+    "Differentiated", "Loaded", "Setup", "Sources", "attributed", "differentiated", "find_device", "load_recipe",
+    "owed_bytes", "set_up", "set_up_recipe", "visits",
 ]  # fmt: skip
 
 
@@ -122,6 +121,7 @@ class Differentiated(NamedTuple):
         begun: The arithmetic of a run that was begun: its replay takes no other.
         shards: Logical shards; as many as there are processes when None.
         parallel: How several processes share: "shard", or else every one computes with the whole parameters it is sent.
+        replicas: Copies of the pieces.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -131,22 +131,7 @@ class Differentiated(NamedTuple):
     begun: Arithmetic | None = None
     shards: int | None = 1
     parallel: str = "replicate"
-
-
-def assemble(config: MagicConfig) -> Loaded:
-    """Load and check everything an attributed run is made of.
-
-    Raises:
-        ValueError: For whatever cannot work, before anything is computed or written.
-    """
-    model, tokenizer, stream, texts = load_recipe(config, per_token=config.attribute == "tokens")
-    size = config.train.micro_batch_size or config.train.batch_size
-    asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
-    queries = sum(len(one.columns) for one in asked) + config.sharpness
-    how = _how(config, queries)
-    visited = visits(stream, config.attribute, config.dtype)
-    setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
-    return attributed(setup, texts, asked)
+    replicas: int = 1
 
 
 def attributed(setup: Setup, texts: list[str], asked: list[Asked], parts: Sequence[Part] = ()) -> Loaded:
@@ -163,7 +148,7 @@ def set_up_recipe(config: RecipeConfig) -> Setup:
         ValueError: As `assemble`.
     """
     model, tokenizer, stream, _ = load_recipe(config)
-    how = _how(config, 0)
+    how = differentiated(config, 0)
     return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
 
 
@@ -223,7 +208,7 @@ def set_up(
     how = how._replace(begun=group.agreed(how.begun))  # another rank may have looked later
     if how.begun is not None:
         how.begun.apply()
-    shards = logical_shards(how.shards, how.begun, group, how.run)
+    shards = logical_shards(how.shards, how.begun, group, how.run, how.replicas)
     size = train.micro_batch_size or stream.batch_size
     recipe = recipe_of(train, model, len(stream), shards)
     dtype = next(model.module.parameters()).dtype
@@ -250,7 +235,7 @@ def set_up(
     refuse_unequal(group, hashes, arithmetic)
     # an unlearning is held against the parameters it starts from, at its end
     given = (engine.engine, shards, group, stream)
-    divide = partial(in_pieces, *given, model, initial, keep=objective is not None)
+    divide = partial(in_pieces, *given, model, initial, how.replicas, keep=objective is not None)
     if how.begun is None and by_block:
         training = prove_by_block(training, initial, model, divide, attributed=attributed)
     else:
@@ -270,9 +255,10 @@ def _hashes(recipe: Recipe, rows: Rows, initial: State, module: nn.Module) -> di
     }
 
 
-def _how(config: RecipeConfig, queries: int) -> Differentiated:
+def differentiated(config: RecipeConfig, queries: int) -> Differentiated:
+    """How the steps of a run are, by its settings."""
     asked = (config.engine, config.compile, queries, config.run)
-    return Differentiated(*asked, _begun(config), config.shards, config.parallel)
+    return Differentiated(*asked, _begun(config), config.shards, config.parallel, config.replicas)
 
 
 def _begun(config: RecipeConfig) -> Arithmetic | None:
@@ -318,7 +304,7 @@ def _load(how: Differentiated, batch: tuple[int, int], model: CausalLM, initial:
     owed, free = owed_bytes(params, tree.nbytes(initial), k), _free(next(iter(model.params.values())).device)
     if not _divided(how):
         return Load(*batch, k, free - owed)
-    passed = owed // here().world + params * (1 + (2 * k or 1))
+    passed = owed * how.replicas // here().world + params * (1 + (2 * k or 1))
     whole = list(model.module.parameters())
     frozen = sum(x.nbytes for x in whole) - params
     sizes = Sizes(params, frozen, whole[0].element_size(), sum(x.numel() for x in whole))

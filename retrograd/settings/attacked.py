@@ -15,7 +15,7 @@ __all__ = ["LAB", "attack_settings", "lab_settings"]
 LAB = "lab"  # the word that stands for the lab's folder, and the entry with its settings
 
 _OWN = ("out", "model", "base", "filtered", "device", "tokenizer", "heartbeat", "export", "attribute", "subsets",
-        "fraction", "replay", "parallel", "shards", "patience")  # fmt: skip
+        "fraction", "replay", "parallel", "replicas", "shards", "patience")  # fmt: skip
 
 
 def attack_settings(
@@ -36,8 +36,8 @@ def attack_settings(
         raise ValueError(f"{where}: {taken[0]} is set by the experiment itself; leave it out")
     suite = given.get("suite") or ()
     suite = (suite,) if isinstance(suite, (str, dict)) else suite
-    values = {**given, "suite": [one if isinstance(one, str) else dump_yaml([one], default_flow_style=True)
-                                 for one in suite],
+    values = {**given, "suite": [entry if isinstance(entry, str) else dump_yaml([entry], default_flow_style=True)
+                                 for entry in suite],
               "utility": [given.get("utility", CompareConfig.utility)]}  # fmt: skip
     values |= {"out": out, "model": [base], "base": base, "filtered": never}
     values |= {name: common[name] for name in ("device", "tokenizer") if name in common}
