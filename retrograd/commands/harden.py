@@ -201,12 +201,10 @@ def _attack(attack: Finetune, config: HardenConfig, material: Material, loaded: 
         shown |= {asked.name for asked in loaded.asked} - set(material.half)
     columns = [column for asked in loaded.asked if asked.name not in shown for column in asked.columns]
     if not columns:
-        raise ValueError(
-            f"attack {attack.readable} shows the answers to all forget tasks: there is nothing left to ask"
-        )
-    return _Attack(
-        attack, [dataclasses.replace(p.config, evaluate=OnTheWayConfig(), export=False) for p in runs], columns
-    )
+        shows = f"attack {attack.readable} shows the answers to all forget tasks"
+        raise ValueError(f"{shows}: there is nothing left to ask")
+    bare = [dataclasses.replace(phase.config, evaluate=OnTheWayConfig(), export=False) for phase in runs]
+    return _Attack(attack, bare, columns)
 
 
 def _iteration(world: _World, number: int, console: Console) -> dict[str, Any]:
