@@ -193,6 +193,7 @@ class Group:
                 self._store.wait([f"left/{rank}" for rank in range(1, self.world)], timedelta(seconds=5))
             elif error is not None and not self._ended():
                 self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+                self._store.set(f"left/{self.rank}", "")
             else:
                 told = error is not None
                 self._store.set(f"left/{self.rank}", "")
