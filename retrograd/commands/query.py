@@ -7,13 +7,16 @@ import dataclasses
 import yaml
 from rich.console import Console
 
+from retrograd.parallel.group import here
 from retrograd.runs.attribute import Outcome, ask, stored, summarise, write_results
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.identity import fingerprint
-from retrograd.runs.run_folder import Opened, holding, open_run, recorded, replay_of
+from retrograd.runs.run_folder import Opened, finished, holding, open_run, recorded, replay_of
 from retrograd.runs.session import open_session
 from retrograd.settings.commands import QueryRunConfig
 from retrograd.settings.run import QueryConfig, query_file, refuse_code
+from retrograd.settings.train import check_patience
+from retrograd.settings.unlearn import ChainConfig
 
 __all__ = ["query"]
 
@@ -25,15 +28,29 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
 
     Raises:
         ValueError: For anything the user can mend; nothing has been changed then.
+        SystemExit: On ranks of a job other than 0, once that one is done.
     """
     console = console or Console()
+    check_patience(config.patience)
     wanted = _wanted(config)
+    if here().world > 1 and isinstance(finished(config.run)[0], ChainConfig):
+        raise ValueError(
+            f"{config.run} goes through an attack, which is one process's: ask it without torchrun, and not by "
+            f"{here().world} processes"
+        )
+    if here().rank:
+        _opened(config, wanted).loaded.follow()
+        raise SystemExit(0)
     with holding(config.run):
         return _query(config, wanted, console)
 
 
+def _opened(config: QueryRunConfig, wanted: dict[str, QueryConfig]) -> Opened:
+    return open_run(config.run, wanted, trust_code=config.trust_code, parallel=config.parallel)
+
+
 def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Console) -> Outcome:
-    run = open_run(config.run, wanted, trust_code=config.trust_code)
+    run = _opened(config, wanted)
     asked = [one for one in run.loaded.asked if one.name in wanted]
     key = fingerprint(*(one.digest for one in asked))
     label = ",".join(wanted)

@@ -321,11 +321,11 @@ def joined(patience: float) -> Iterator[Group]:
         dist.init_process_group(
             backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=world, timeout=wait
         )
+        _here = Group(rank, world, store, patience)
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"the processes of this job did not come together within {patience:g} s: {error}. Start them with torchrun"
         ) from error
-    _here = Group(rank, world, store, patience)
     try:
         yield _here
     except BaseException as error:

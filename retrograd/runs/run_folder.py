@@ -58,18 +58,23 @@ class Opened(NamedTuple):
 
 
 def open_run(
-    folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None, trust_code: bool = False
-) -> Opened:
+    folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None, trust_code: bool = False,
+    parallel: str = "auto",
+) -> Opened:  # fmt: skip
     """Load a finished run, with the queries added to it and `more` new ones.
 
     Args:
         threads: Thread count to use; the run's own, and so its own bits, when None.
+        parallel: How the processes of a job share its steps; "auto": as it was begun.
         trust_code: Run the functions that the folder's queries name; those of `more` are the caller's own.
     Raises:
         ValueError: If there is no finished run, it names code that is not trusted, a name is taken, or data, model or
             recipe have changed since.
     """
-    run = load_run(*finished(folder), more, threads=threads, trust_code=trust_code)
+    config, manifest = finished(folder)
+    if parallel != "auto":
+        config = dataclasses.replace(config, parallel=parallel)
+    run = load_run(config, manifest, more, threads=threads, trust_code=trust_code)
     refuse_other(folder, run.manifest, run.loaded)
     known, added = recorded(folder, run.manifest), added_queries(folder).keys() - (more or {}).keys()
     for name in added & known.keys():

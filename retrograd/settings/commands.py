@@ -35,6 +35,11 @@ class QueryRunConfig:
     """As in `retrograd magic`."""
     trust_code: bool = False
     """As in `retrograd magic`."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """How the processes of a torchrun job share the steps, as in `retrograd magic`; auto is as the run was begun. The
+    bits are the same. Their number has to divide the run's logical shards."""
+    patience: float = 600.0
+    """As in `retrograd magic`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from retrograd.settings.question import Source
 __all__ = [
     "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
     "TrainConfig", "TrainRunConfig",
-    "at_least_1", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training", "difference",
+    "at_least_1", "check_patience", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training", "difference",
     "finite", "to_dict",
 ]  # fmt: skip
 
@@ -295,8 +295,13 @@ def check_ranks(config: Shared) -> None:
         ValueError: As `check_train`.
     """
     at_least_1({"shards": config.shards})
-    if not 0 < config.patience < math.inf:
-        raise ValueError(f"--patience is {config.patience}; it has to be a number of seconds above 0")
+    check_patience(config.patience)
+
+
+def check_patience(seconds: float) -> None:
+    """As `check_ranks`, where shards are given."""
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--patience is {seconds}; it has to be a number of seconds above 0")
 
 
 def check_training(train: TrainConfig, lora: LoraConfig) -> None:
