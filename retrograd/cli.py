@@ -289,8 +289,8 @@ def _parse_plan(arguments: list[str]) -> PlanOf:
     flags = (tyro.conf.FlagConversionOff,)
     plan, rest = tyro.cli(PlanConfig, prog="retrograd plan", args=given, config=flags, return_unknown_args=True)
     if not rest or rest[0] not in PLANNED:
-        found = f"and this one is {rest[0]!r}" if rest else "and there is none"
-        raise ValueError(f"retrograd plan takes a command, one of {', '.join(PLANNED)}, {found}")
+        got = f"and this one is {rest[0]!r}" if rest else "and there is none"
+        raise ValueError(f"retrograd plan takes a command, one of {', '.join(PLANNED)}, {got}")
     return PlanOf(plan, rest[0], _parse(rest[0], rest[1:]))
 
 
@@ -298,9 +298,9 @@ def _parse_submit(arguments: list[str]) -> SubmitOf:
     """The job's options, then a command as it would be typed, which is parsed here so that a job never fails of it."""
     place = _command_place(arguments)
     if place == len(arguments) and not {"-h", "--help"} & set(arguments):
-        found = f"and none is in {' '.join(arguments)!r}" if arguments else "and there is none"
+        got = f"and none is in {' '.join(arguments)!r}" if arguments else "and there is none"
         raise ValueError(
-            f"retrograd submit takes a command after its own options, one of {', '.join(SUBMITTED)}, {found}"
+            f"retrograd submit takes a command after its own options, one of {', '.join(SUBMITTED)}, {got}"
         )
     given = _spell_out_switches(arguments[:place], SubmitConfig)
     job = tyro.cli(SubmitConfig, prog="retrograd submit", args=given, config=(tyro.conf.FlagConversionOff,))
@@ -332,8 +332,8 @@ def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:
     from retrograd.unlearn.methods import find_method
 
     method, *arguments = arguments
-    found = find_method(method)
-    kind = with_objective(found.defaults, adapters=found.adapters)
+    chosen = find_method(method)
+    kind = with_objective(chosen.defaults, adapters=chosen.adapters)
     arguments = _spell_out_switches(arguments, kind)
     if file := _value_of("--config", arguments):
         options["default"] = settings_from(kind, Path(file))
@@ -344,23 +344,23 @@ def _parse_unlearn(arguments: list[str]) -> UnlearnConfig:
 
 def _spell_out_switches(arguments: list[str], kind: Any) -> list[str]:
     """--overwrite → --overwrite True, and true/false in any case after a switch."""
-    switches, found = _switches(kind), []
+    switches, spelled = _switches(kind), []
     for place, argument in enumerate(arguments):
         previous = arguments[place - 1].replace("-", "_") if place else ""
         is_value = previous in switches and argument.lower() in ("true", "false")
-        found.append(argument.capitalize() if is_value else argument)
+        spelled.append(argument.capitalize() if is_value else argument)
         following = arguments[place + 1].lower() if place + 1 < len(arguments) else ""
         if argument.replace("-", "_") in switches and following not in ("true", "false"):
-            found.append("True")
-    return found
+            spelled.append("True")
+    return spelled
 
 
 def _switches(kind: Any, prefix: str = "__") -> set[str]:
     """Names of the boolean settings, every dash an underscore."""
     hints = typing.get_type_hints(kind)
-    found = {prefix + name for name, hint in hints.items() if hint is bool}
+    switches = {prefix + name for name, hint in hints.items() if hint is bool}
     nested = [(name, hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
-    return found.union(*(_switches(hint, f"{prefix}{name}.") for name, hint in nested))
+    return switches.union(*(_switches(hint, f"{prefix}{name}.") for name, hint in nested))
 
 
 def _plain_name(argument: str) -> str:

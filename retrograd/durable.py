@@ -69,10 +69,10 @@ def rename(temporary: Path, path: Path) -> None:
 
 def make_folder(folder: Path) -> bool:
     """Make a folder with those it lies in, durably; whether it is new."""
-    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for one in reversed(new):
-        to_disk(one.parent)
+    for path in reversed(new):
+        to_disk(path.parent)
     return bool(new)
 
 

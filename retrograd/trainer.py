@@ -280,17 +280,19 @@ class Trainer:
                 final = ready.final(weights)
             except NonFiniteError as error:
                 raise NonFiniteError(f"retrained {left_out}: {error}") from error
-            found = self.evaluate(final, query).value.reshape(-1).double().cpu().numpy()
-            if not np.isfinite(found).all():
-                raise NonFiniteError(f"retrained {left_out}: the query is {found.tolist()} after training")
-            return found
+            values = self.evaluate(final, query).value.reshape(-1).double().cpu().numpy()
+            if not np.isfinite(values).all():
+                raise NonFiniteError(f"retrained {left_out}: the query is {values.tolist()} after training")
+            return values
 
         columns = scores if scores.ndim > stream.weights.ndim else scores[None]
         members, here = np.arange(stream.weights.numel()), value(stream.weights, "with everything")
         sets = [random_subset(members, fraction, seed, number) for number in range(subsets)]
-        prediction = np.stack([predicted(columns, stream.weights, one).numpy() for one in sets])
-        found = [value(without(stream.weights, one), f"without subset {number}") for number, one in enumerate(sets)]
-        measured = np.stack(found) - here
+        prediction = np.stack([predicted(columns, stream.weights, subset).numpy() for subset in sets])
+        retrained = [
+            value(without(stream.weights, subset), f"without subset {number}") for number, subset in enumerate(sets)
+        ]
+        measured = np.stack(retrained) - here
         each = [agreement(prediction[:, k], measured[:, k]) for k in range(len(here))]
         mean, low, high = mean_lds(prediction, measured)
         return Validation(prediction, measured, each, mean, (low, high))

@@ -29,7 +29,7 @@ def test_every_command_of_the_page_on_queries_works(tmp_path: Path, monkeypatch:
     model = str(quiz.save(tmp_path / "model"))
     told = subprocess.run(["bash", "-ec", SHELL + commands], capture_output=True, text=True, check=True).stdout
     calls = [call.split("\0")[:-1] for call in told.split("\036")[:-1]]
-    assert len(calls) == commands.count("retrograd ") == 8
+    assert len(calls) == commands.count("retrograd ") == 11
     monkeypatch.chdir(tmp_path)
     for call in calls:
         assert main([argument.replace("EleutherAI/pythia-14m", model) for argument in call]) == 0, call
@@ -44,10 +44,12 @@ def _the_tables_are_true(text: str, runs: Path) -> None:
     named = set(re.findall(r"`([a-z_]+)`", section))
     assert set(letter) <= named
     assert set(words) <= named
-    assert named - set(letter) - set(words) <= {"of"}
+    assert named - set(letter) - set(words) <= {"of", "then"}
     assert own["prompt"] == "{question}\n{choices}\nThe answer is"
     assert letter["template"] == "mmlu"
     assert (runs / "several/queries/bees_or_rivers/scores.pt").exists()
+    later = json.loads((runs / "pre_scores/queries/query/query.json").read_text())
+    assert later["then"] == [{"path": "runs/fine", "steps": 1, "rows": 2}]
 
 
 def heading_links(page: Path) -> set[str]:

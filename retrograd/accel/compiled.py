@@ -45,7 +45,7 @@ class Compiled:
         uses = Counter(link.call for link in links)
         self.calls = {call for call, count in uses.items() if count > 1}
         self._eager = Eager()
-        self._found: dict[Any, Pair | None] = {}
+        self._pairs: dict[Any, Pair | None] = {}
 
     @property
     def told(self) -> str:
@@ -66,22 +66,23 @@ class Compiled:
     def jvp(self, link: Link, point: Params, context: Any, along: Params) -> tuple[Tensor, Tensor, Any]:
         if link.call not in self.calls:
             return self._eager.jvp(link, point, context, along)
-        found = []
+        by_direction = []
         for k in range(len(along[X])):
             early = _at_point(link, point, context, _only(along, k))
-            found.append(self._early(_second, link, early, early[1]))
-        return found[0][0][0], _joined([dots for (_, dots), _ in found]), [kept for _, kept in found]
+            by_direction.append(self._early(_second, link, early, early[1]))
+        values, kept = zip(*by_direction, strict=True)
+        return values[0][0], _joined([dots for _, dots in values]), list(kept)
 
     def vjp_along(
         self, link: Link, point: Params, context: Any, along: Params, bar: Tensor, bardots: Tensor, kept: Any
     ) -> tuple[Tensor, Params]:
         if link.call not in self.calls:
             return self._eager.vjp_along(link, point, context, along, bar, bardots, kept)
-        found = []
-        for k, one in enumerate(kept):
+        by_direction = []
+        for k, of_direction in enumerate(kept):
             early = _at_point(link, point, context, _only(along, k))
-            found.append(_late(early, (bar, bardots[k : k + 1]), one))
-        return found[0][0], {name: _joined([products[name] for _, products in found]) for name in point}
+            by_direction.append(_late(early, (bar, bardots[k : k + 1]), of_direction))
+        return by_direction[0][0], {name: _joined([products[name] for _, products in by_direction]) for name in point}
 
     def _early(self, joint: Callable[..., Any], link: Link, early: _Early, late: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """(what `joint` knows on the way forward, what `_late` goes on from); `late` are like the tensors to come."""
@@ -103,14 +104,14 @@ class Compiled:
         )
         for shapes in (varying, exact):
             asked = Asked(
-                lambda one, other: joint(call, one, other), tree.frame(early), tree.frame(late), shapes,
+                lambda first, last: joint(call, first, last), tree.frame(early), tree.frame(late), shapes,
                 tuple((t.dtype, t.device) for t in given), self._hints(shapes), x.shape[-1] // 2,
             )  # fmt: skip
             # how sums are split among threads is compiled in
             key = (joint, call, torch.get_num_threads(), asked.early.key, asked.shapes, asked.like)
-            if key not in self._found:
-                self._found[key] = self._compiled(asked)
-            if (pair := self._found[key]) is not None:
+            if key not in self._pairs:
+                self._pairs[key] = self._compiled(asked)
+            if (pair := self._pairs[key]) is not None:
                 return pair
         raise AssertionError("a graph for one shape assumes nothing of its sizes")
 
@@ -178,8 +179,8 @@ def _first(call: _Call, early: _Early, late: Any) -> tuple[Tensor, Params]:
     leaves = live({**params, X: x})
     with torch.enable_grad():
         y = at(Link({}, call, constants), context)(leaves)
-    found = grad(y, list(leaves.values()), bar, materialize_grads=True)
-    return y.detach(), dict(zip(leaves, found))
+    slopes = grad(y, list(leaves.values()), bar, materialize_grads=True)
+    return y.detach(), dict(zip(leaves, slopes))
 
 
 def _second(call: _Call, early: _Early, late: Any) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Params]]:
@@ -193,9 +194,9 @@ def _second(call: _Call, early: _Early, late: Any) -> tuple[tuple[Tensor, Tensor
         y = at(Link({}, call, constants), context)(leaves)
         first = grad(y, list(leaves.values()), bar, create_graph=True, materialize_grads=True)
     seeds = [*(along[name] for name in params), dots, bardots]
-    *found, ydots = pullbacks([*first, y], seeds, [*leaves.values(), bar])
+    *tangents, ydots = pullbacks([*first, y], seeds, [*leaves.values(), bar])
     cotangents = dict(zip(leaves, first))
-    return (y.detach(), ydots), (cotangents[X].detach(), dict(zip(leaves, found)))
+    return (y.detach(), ydots), (cotangents[X].detach(), dict(zip(leaves, tangents)))
 
 
 def _late(early: _Early, late: tuple[Tensor, ...], kept: Any) -> Any:

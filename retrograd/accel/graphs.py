@@ -69,8 +69,8 @@ def compiled_pair(asked: Asked) -> Pair | None:
         return None
 
     def early(tensors: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        found = parts[0](*tensors)
-        return first.around(found[: first.count]), list(found[first.count :])
+        outputs = parts[0](*tensors)
+        return first.around(outputs[: first.count]), list(outputs[first.count :])
 
     return Pair(early, lambda tensors: second.around(parts[1](*tensors)))
 
@@ -150,13 +150,13 @@ def _parts_joined(graph: fx.GraphModule) -> fx.GraphModule:
     """
     aten = torch.ops.aten
     for node in graph.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        parts = sorted((found for x in node.args if (found := _part(x))), key=lambda part: part[:3])
+        parts = sorted((part for x in node.args if (part := _part(x))), key=lambda part: part[:3])
         if len(parts) != 2 or node.kwargs:
             continue
-        (dim, start, middle, whole, one), (other_dim, after, end, _, other) = parts
+        (dim, start, middle, whole, first), (other_dim, after, end, _, second) = parts
         if dim == other_dim and start == 0 and middle == after and end == whole:
             with graph.graph.inserting_before(node):
-                joined = graph.graph.call_function(aten.cat.default, ([one, other], dim))
+                joined = graph.graph.call_function(aten.cat.default, ([first, second], dim))
             joined.meta = dict(node.meta)
             node.replace_all_uses_with(joined)
     graph.graph.eliminate_dead_code()
@@ -229,13 +229,13 @@ def _number(size: Any) -> int:
 
 def _origins(values: Iterable[fx.Node], given: Callable[[fx.Node], bool]) -> set[fx.Node]:
     """All that values are computed from, back to what is given."""
-    found, open_ = set[fx.Node](), list(values)
+    origins, open_ = set[fx.Node](), list(values)
     while open_:
         node = open_.pop()
-        if node not in found:
-            found.add(node)
+        if node not in origins:
+            origins.add(node)
             open_.extend([] if given(node) else node.all_input_nodes)
-    return found
+    return origins
 
 
 def _subgraph(graph: fx.GraphModule, given: list[fx.Node], values: list[fx.Node]) -> fx.GraphModule:

@@ -78,9 +78,9 @@ def block(size: int) -> Tensor:
     """[size] uint8 of host memory, not filled; used before if there is such a one."""
     if not (_large(size) and _idle.limit):
         return held(size)
-    found = _idle.take(size) or _fresh(size)
-    view = memoryview(found)  # lives as long as any tensor that sees it
-    weakref.finalize(view, _idle.give, found).atexit = False
+    memory = _idle.take(size) or _fresh(size)
+    view = memoryview(memory)  # lives as long as any tensor that sees it
+    weakref.finalize(view, _idle.give, memory).atexit = False
     return torch.frombuffer(view, dtype=torch.uint8)
 
 

@@ -20,12 +20,13 @@ from retrograd.core.optim import Params
 from retrograd.data.pairs import FORGET, PairStream
 from retrograd.query.columns import Queries
 from retrograd.runs.files import append_line, read_lines, write_json
+from retrograd.runs.phases import Begin, trained
 from retrograd.runs.setup import Loaded
 from retrograd.runs.states.budget import Replay
 from retrograd.settings.attack import PhaseConfig
 from retrograd.trust.left_out import agreement, mean_lds, predicted, random_subset, without
 
-__all__ = ["attacked", "forget_places", "retrained", "validate_chain"]
+__all__ = ["begins", "forget_places", "retrained", "validate_chain"]
 
 _LEAST = Replay(plan="binomial", slots=1)  # nothing is reversed
 
@@ -40,16 +41,18 @@ def forget_places(stream: PairStream) -> np.ndarray:
 
 def retrained(loaded: Loaded, runs: Sequence[PhaseConfig], weights: Tensor) -> Params:
     """Parameters after unlearning at other data weights and the same attack."""
-    return attacked(loaded, runs, loaded.trajectory(_LEAST, weights=weights, identity="left out").train().params)
+    unlearned = loaded.trajectory(_LEAST, weights=weights, identity="left out").train().params
+    return trained(begins(loaded, runs), unlearned)
 
 
-def attacked(loaded: Loaded, runs: Sequence[PhaseConfig], params: Params) -> Params:
-    """Parameters after an attack that begins with some."""
+def begins(loaded: Loaded, runs: Sequence[PhaseConfig]) -> list[Begin]:
+    """The phases of an attack, each to begin with what is there before it."""
     queries = sum(len(one.columns) for one in loaded.asked)
-    for run in runs:
-        setup, _ = set_up_phase(run, After(loaded.model, loaded.tokenizer, params, queries))
-        params = setup.trajectory(_LEAST).train().params
-    return params
+
+    def begin(run: PhaseConfig) -> Begin:
+        return lambda params: set_up_phase(run, After(loaded.model, loaded.tokenizer, params, queries))[0]
+
+    return [begin(run) for run in runs]
 
 
 def validate_chain(

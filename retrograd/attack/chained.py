@@ -2,30 +2,22 @@
 
     φ'(θ_K) = φ(θ_{K+S}), and ∇φ' is φ's gradient pulled back through the attack's phases
 
-Each query column becomes φ', with a derivative of its own: so everything that takes a run with scores takes this one,
-`retrograd verify`, `validate` and `query` among them. An attack is trained again for every value that is asked for, and
-pulled back for every gradient, in memory.
+So everything that takes a run with scores takes this one, `retrograd verify`, `validate` and `query` among them
+(`runs/phases.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from retrograd.attack.chain_validation import attacked
-from retrograd.attack.finetune import After, set_up_phase
-from retrograd.core import tree
-from retrograd.core.optim import Cotangent, Params
-from retrograd.core.step import Batch
+from retrograd.attack.chain_validation import begins
 from retrograd.evaluate.folder import content
-from retrograd.query.columns import Column, Part, Queries
+from retrograd.runs.phases import asked_after, trained
 from retrograd.runs.setup import Loaded
-from retrograd.runs.states.budget import Replay, free_memory
 from retrograd.settings.attack import PhaseConfig
 from retrograd.settings.parse import build
 from retrograd.settings.train import to_dict
@@ -60,14 +52,9 @@ def assemble(config: ChainConfig) -> Loaded:
                          "another folder")  # fmt: skip
     phases = [_phase(values, config, number) for number, values in enumerate(config.chain)]
     loaded = unlearning.assemble(config)
-    columns = [column for one in loaded.asked for column in one.columns]
-    chain = _Chain(loaded, phases, Queries(columns))
-    asked, start = [], 0
-    for one in loaded.asked:
-        places = range(start, start := start + len(one.columns))
-        behind = [Column(columns[k].name, [Part(_Objective(chain, k), _batch(loaded.stream.weights))]) for k in places]
-        asked.append(one._replace(columns=behind, measure=_after(one.measure, chain)))
-    return dataclasses.replace(loaded, asked=asked, after=chain.attacked)
+    after = begins(loaded, phases)
+    asked = asked_after(loaded.asked, after, loaded.stream.weights)
+    return dataclasses.replace(loaded, asked=asked, after=partial(trained, after))
 
 
 def _phase(values: dict[str, Any], config: ChainConfig, number: int) -> PhaseConfig:
@@ -77,75 +64,3 @@ def _phase(values: dict[str, Any], config: ChainConfig, number: int) -> PhaseCon
     if changed := [name for name, old in values["contents"].items() if contents(phase).get(name) != old]:
         raise ValueError(f"the attack trained on {changed[0]}, which is gone or has changed since; put it back")
     return phase
-
-
-def _after(measure: Any, chain: _Chain) -> Any:
-    return lambda params: measure(chain.attacked(params))
-
-
-def _batch(like: Tensor) -> Batch:
-    """One coefficient of one."""
-    return Batch({}, torch.zeros(1, dtype=torch.int64, device=like.device), like.new_ones(1))
-
-
-class _Chain:
-    """The queries after the attack, of parameters before it. The last gradient is kept: columns ask one by one."""
-
-    def __init__(self, loaded: Loaded, phases: Sequence[PhaseConfig], queries: Queries) -> None:
-        self.loaded, self.phases, self.queries = loaded, phases, queries
-        self.known: tuple[str, bool] | None = None
-        self.found: tuple[Tensor, Params | None] = (torch.zeros(0), None)
-
-    def attacked(self, params: Params) -> Params:
-        """Parameters after the attack."""
-        return attacked(self.loaded, self.phases, params)
-
-    def ask(self, params: Params, *, slopes: bool) -> tuple[Tensor, Params | None]:
-        """φ' [K], and its gradient [K, *shape] if it is wanted."""
-        key = (tree.digest(params), slopes)
-        if self.known != key:
-            self.found = self._pulled(list(self.phases), params) if slopes else (self._values(params), None)
-            self.known = key
-        return self.found
-
-    def _values(self, params: Params) -> Tensor:
-        return self.queries.values(self.attacked(params))
-
-    def _pulled(self, phases: list[PhaseConfig], params: Params) -> tuple[Tensor, Params]:
-        columns = len(self.queries.columns)
-        setup, _ = set_up_phase(phases[0], After(self.loaded.model, self.loaded.tokenizer, params, columns))
-        trajectory = setup.trajectory(Replay(memory=free_memory() // 4, disk=0))
-        final, reached = trajectory.train(), list[Cotangent]()
-        values, gradient = self._pulled(phases[1:], final.params) if phases[1:] else self.queries(final.params)
-        del final
-        trajectory.reverse(gradient, reached=reached.append)
-        return values, reached.pop().params
-
-
-class _Objective:
-    """One column of a chain as an objective; nothing is trained on it."""
-
-    def __init__(self, chain: _Chain, column: int) -> None:
-        self.chain, self.column = chain, column
-
-    def __call__(self, params: Params, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
-        value: Tensor = _Asked.apply(self.chain, self.column, tuple(params), *params.values())
-        return value * coefficients.sum()
-
-
-class _Asked(torch.autograd.Function):
-    """φ'_k, whose derivative is what the attack's sweep gives."""
-
-    @staticmethod
-    def forward(ctx: Any, chain: _Chain, column: int, names: tuple[str, ...], *leaves: Tensor) -> Tensor:
-        slopes = any(ctx.needs_input_grad)
-        params = {name: leaf.detach() for name, leaf in zip(names, leaves)}
-        with torch.enable_grad():
-            values, gradient = chain.ask(params, slopes=slopes)
-        if gradient is not None:
-            ctx.save_for_backward(*(gradient[name][column] for name in names))
-        return values[column].clone()
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        return (None, None, None, *(slope * leaf for leaf in ctx.saved_tensors))

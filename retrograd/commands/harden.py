@@ -18,7 +18,7 @@ from torch import Tensor
 
 from retrograd.attack import harden as core
 from retrograd.attack.chain import Link, check_chain, forget_queries, pulled_back, unlearning_of
-from retrograd.attack.chain_validation import attacked, retrained
+from retrograd.attack.chain_validation import begins, retrained
 from retrograd.attack.finetune import After, phases, set_up_phase
 from retrograd.attack.material import Material, material_of
 from retrograd.core import tree
@@ -33,6 +33,7 @@ from retrograd.runs.identity import identify
 from retrograd.runs.journal import read_journal, recipe_gradients
 from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
+from retrograd.runs.phases import trained
 from retrograd.runs.run_folder import replay_of
 from retrograd.runs.session import Session, open_session
 from retrograd.runs.setup import Loaded, Setup
@@ -272,7 +273,7 @@ def _measured(world: _World, folder: Path, u: Tensor, attacks: list[_Attack], nu
 
 def _after(loaded: Loaded, attack: _Attack, params: Params) -> float:
     """φ after an attack, of which no derivative is wanted."""
-    return float(Queries(attack.columns).values(attacked(loaded, attack.runs, params)).mean())
+    return float(Queries(attack.columns).values(trained(begins(loaded, attack.runs), params)).mean())
 
 
 def _rate_slope(world: _World, loaded: Loaded, run: Path) -> float:

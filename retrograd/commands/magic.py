@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from retrograd.commands.attribution import carry_out_attributed
+from retrograd.runs.assemble import assemble
 from retrograd.runs.attribute import Outcome
-from retrograd.runs.setup import Loaded, assemble
+from retrograd.runs.setup import Loaded
 from retrograd.settings import run as configs
 from retrograd.settings.run import MagicConfig
 

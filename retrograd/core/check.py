@@ -138,7 +138,7 @@ def forward_tangent(
     state = initial_state(training.recipe, params)
     tangents = tree.map(lambda x: x.new_zeros((len(directions), *x.shape)), (state.params, state.moments))
     while state.step < len(training.stream):
-        tangents = _tangent_step(training, state, tangents, directions)
+        _push(training, state, tangents, directions)
         state = step(training, state).state
         observe(state)
     refuse_nonfinite(state)
@@ -170,21 +170,20 @@ def _parts(training: Training, t: int) -> list[Batch]:
     return micro_batches_of(training, t)[0]
 
 
-def _tangent_step(
-    training: Training, state: State, tangents: tuple[Params, Moments], directions: Tensor
-) -> tuple[Params, Moments]:
+def _push(training: Training, state: State, tangents: tuple[Params, Moments], directions: Tensor) -> None:
+    """Carry the tangents, each as large as a state, over one step in their own storage, one direction after another."""
     batches, seed = micro_batches_of(training, state.step)
     grads = training.engine.gradient(state.params, batches, training.weights, seed)[1]
     curvature = tangents[0]
     if any(bool(leaf.any()) for leaf in curvature.values()):  # of zeros, as at the start, it is zeros
         with lookups.transposed():
             curvature, _ = training.engine.pullback(state.params, batches, training.weights, seed, tangents[0])
-    moved = []
     for d, direction in enumerate(directions):
-        pushed = _weight_tangent(training, state.params, batches, direction, seed)
-        slopes = {name: curvature[name][d] + pushed[name] for name in grads}
-        moved.append(_update_tangent(training, state, grads, (*tree.map(lambda x, d=d: x[d], tangents), slopes)))
-    return tree.map(lambda *parts: torch.stack(parts), moved[0], *moved[1:])
+        slopes = _weight_tangent(training, state.params, batches, direction, seed)
+        slopes = {name: slopes[name] + curvature[name][d] for name in grads}
+        moved = _update_tangent(training, state, grads, (*tree.map(lambda x, d=d: x[d], tangents), slopes))
+        # an update may hand a tangent on to another place
+        tree.map(lambda x, y, d=d: x[d].copy_(y), tangents, tree.map(torch.clone, moved))
 
 
 def _weight_tangent(

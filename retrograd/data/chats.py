@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from retrograd.data.tokens import located
+from retrograd.data.tokens import common_start, located
 
 __all__ = ["Chat", "as_messages", "read_chats"]
 
@@ -48,12 +48,12 @@ def as_messages(value: Any, document: int) -> list[dict[str, Any]]:
     >>> as_messages([{"from": "human", "value": "Hello"}], 0)
     [{'role': 'user', 'content': 'Hello'}]
     """
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise ValueError(
             f"document {document} is {type(value).__name__} {str(value)[:60]!r}, not a list of messages such as "
             '{"role": "user", "content": "…"}'
         )
-    return [_message(one, document, place) for place, one in enumerate(value)]
+    return [_message(message, document, place) for place, message in enumerate(value)]
 
 
 def _message(message: dict[str, Any], document: int, place: int) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def _message(message: dict[str, Any], document: int, place: int) -> dict[str, An
 def _without_none(value: Any) -> Any:
     """A key that a column has only because another row has it is no key."""
     if isinstance(value, dict):
-        return {name: _without_none(one) for name, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def tools_of(value: Any, document: int) -> list[Any] | None:
@@ -85,7 +85,7 @@ def tools_of(value: Any, document: int) -> list[Any] | None:
             raise ValueError(f"document {document}: tools are a text that is not JSON: {error}") from error
     if not value:
         return None
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise ValueError(f"document {document}: tools are {str(value)[:60]!r}, not a list of JSON schemas")
     return _without_none(value)
 
@@ -119,8 +119,8 @@ def _spans(tokenizer: Any, chat: Chat, text: str, assistant_only: bool) -> list[
     if not assistant_only:
         return [(start, len(text))]
     template = tokenizer.get_chat_template(tools=chat.tools)
-    found = _marked(tokenizer, chat, text, template) if _MARKED.search(template) else _tried(tokenizer, chat, text)
-    return [(max(first, start), end) for first, end in found if end > start]
+    spans = _marked(tokenizer, chat, text, template) if _MARKED.search(template) else _tried(tokenizer, chat, text)
+    return [(max(first, start), end) for first, end in spans if end > start]
 
 
 def _marked(tokenizer: Any, chat: Chat, text: str, template: str) -> list[_Span]:
@@ -144,20 +144,20 @@ def _marked(tokenizer: Any, chat: Chat, text: str, template: str) -> list[_Span]
 def _tried(tokenizer: Any, chat: Chat, text: str) -> list[_Span]:
     """By trial of prefixes."""
     ends = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    found = []
+    spans = []
     for place, message in enumerate(chat.messages):
         if message.get("role") != "assistant":
             continue
-        told = chat.messages[:place]
-        before = _written(tokenizer, chat, told, add_generation_prompt=True) if told else ""
+        earlier = chat.messages[:place]
+        before = _written(tokenizer, chat, earlier, add_generation_prompt=True) if earlier else ""
         after = _written(tokenizer, chat, chat.messages[: place + 1])
         _begins(chat, after, text, f"message {place}")
         start = _begins(chat, before, after, f"message {place}")
-        if not told or before == _written(tokenizer, chat, told):
+        if not earlier or before == _written(tokenizer, chat, earlier):
             _check_no_header(chat, message, place, after[start:])
         said = after.rstrip()
-        found.append((start, len(said) if any(said.endswith(token) for token in ends if token) else len(after)))
-    return found
+        spans.append((start, len(said) if any(said.endswith(token) for token in ends if token) else len(after)))
+    return spans
 
 
 def _check_no_header(chat: Chat, message: dict[str, Any], place: int, turn: str) -> None:
@@ -174,7 +174,7 @@ def _check_no_header(chat: Chat, message: dict[str, Any], place: int, turn: str)
 def _begins(chat: Chat, part: str, whole: str, what: str) -> int:
     """Length of a text that has to begin another."""
     if not whole.startswith(part):
-        same = next((k for k, (one, other) in enumerate(zip(part, whole)) if one != other), min(len(part), len(whole)))
+        same = common_start(part, whole)
         raise ValueError(
             f"document {chat.document}: the chat template writes the messages up to {what} otherwise when more follow "
             f"(from character {same}: {part[same : same + 30]!r}, not {whole[same : same + 30]!r}), so where it begins "
@@ -185,8 +185,8 @@ def _begins(chat: Chat, part: str, whole: str, what: str) -> int:
 
 def _written(tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], **options: Any) -> str:
     try:
-        found: str = tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, **options)
+        text: str = tokenizer.apply_chat_template(messages, tools=chat.tools, tokenize=False, **options)
     except Exception as error:  # templates raise what they like
         some = "it" if len(messages) == len(chat.messages) else f"its first {len(messages)} messages"
         raise ValueError(f"document {chat.document}: the chat template refuses {some}: {error}") from error
-    return found
+    return text

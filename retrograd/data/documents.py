@@ -135,25 +135,25 @@ def _load_hub(source: str, split: str, subset: str | None) -> Dataset:
     try:
         return datasets.load_dataset(source, subset, split=split)
     except Exception as error:
-        told = _told(error)
+        reason = _reason(error)
         wanted = f"{source!r}, split {split!r}" + ("" if subset is None else f", subset {subset!r}")
         if isinstance(error, ValueError) and "config" in str(error).lower():
-            raise ValueError(f"the hub cannot give {wanted}: choose another subset. {told}") from error
+            raise ValueError(f"the hub cannot give {wanted}: choose another subset. {reason}") from error
         if isinstance(error, ValueError) and "split" in str(error).lower():
-            raise ValueError(f"the hub cannot give {wanted}: choose another split. {told}") from error
+            raise ValueError(f"the hub cannot give {wanted}: choose another split. {reason}") from error
         raise ValueError(
             f"cannot load {wanted}: there is no such local path, and the hub failed. Check the spelling and the "
-            f"network, or give a local file or folder. {told}"
+            f"network, or give a local file or folder. {reason}"
         ) from error
 
 
 def _load_local(path: Path, split: str, subset: str | None) -> Dataset:
-    several, one = (path / "dataset_dict.json").is_file(), (path / "state.json").is_file()
-    if subset is not None and (several or one or path.is_file()):
+    several, single = (path / "dataset_dict.json").is_file(), (path / "state.json").is_file()
+    if subset is not None and (several or single or path.is_file()):
         raise ValueError(
             f"subset {subset!r}: {path} has no subsets, only hub data sets and folders have. Leave it out."
         )
-    if one:
+    if single:
         return _take(dict([_load_saved(path)]), path, split)
     if several:
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
@@ -200,7 +200,7 @@ def _load_saved(folder: Path) -> tuple[str, Dataset]:
     except Exception as error:
         raise ValueError(
             f"{folder} looks written by `save_to_disk` but cannot be read: empty, or damaged. Save it again. "
-            f"{_told(error)}"
+            f"{_reason(error)}"
         ) from error
     # a slice is saved under its expression: "test[:8]" is still "test", and "train+test" is neither
     name = re.fullmatch(r"(\w+)(\[[^+]*)?", str(saved.split or "train"))
@@ -214,14 +214,14 @@ def _folder_files(folder: Path, subset: str | None) -> dict[str, list[Path]]:
     try:
         builder = datasets.load_dataset_builder(str(folder), subset)
     except ValueError as error:
-        raise ValueError(f"subset {subset!r} of folder {folder}: {_told(error)}") from error
+        raise ValueError(f"subset {subset!r} of folder {folder}: {_reason(error)}") from error
     except Exception as error:
         raise ValueError(
             f"folder {folder} holds no data files; put {', '.join(_FORMATS)} files there, or name one file. "
-            f"{_told(error)}"
+            f"{_reason(error)}"
         ) from error
-    files = {str(name): [Path(file) for file in found] for name, found in builder.config.data_files.items()}
-    taken = {file for found in files.values() for file in found}
+    files = {str(name): [Path(file) for file in paths] for name, paths in builder.config.data_files.items()}
+    taken = {file for paths in files.values() for file in paths}
     for file in taken:
         if format_of(file) not in _FORMATS:
             raise ValueError(f"folder {folder} holds {file.name}; documents come from {', '.join(_FORMATS)} files")
@@ -268,7 +268,7 @@ def _load_files(files: list[Path]) -> Dataset:
             return _joined([_parquet([file], cache) for file in files])  # of other columns than the first
     except Exception as error:
         names = files[0].name if len(files) == 1 else f"{files[0].name} … {files[-1].name} ({len(files)} files)"
-        fault = error if isinstance(error, ValueError) and rows_of is not None else _told(error.__cause__ or error)
+        fault = error if isinstance(error, ValueError) and rows_of is not None else _reason(error.__cause__ or error)
         raise ValueError(f"cannot read {names} in {files[0].parent}: {fault}") from error
 
 
@@ -292,7 +292,7 @@ def _joined(parts: list[Dataset]) -> Dataset:
         for name, feature in part.features.items():
             if feature != datasets.Value("null") and feature not in kinds.setdefault(name, []):
                 kinds[name].append(feature)
-    mixed = [name for name, found in kinds.items() if len(found) > 1]
+    mixed = [name for name, features in kinds.items() if len(features) > 1]
     return datasets.concatenate_datasets([_as_written(part, mixed) for part in parts])
 
 
@@ -309,13 +309,13 @@ def _as_written(part: Dataset, names: list[str]) -> Dataset:
 
 
 def _check_suffix(file: Path, first: Path) -> None:
-    found = format_of(file)
-    if found not in _FORMATS or (found == ".parquet" and file.suffix.lower() in PACKED):
+    suffix = format_of(file)
+    if suffix not in _FORMATS or (suffix == ".parquet" and file.suffix.lower() in PACKED):
         raise ValueError(
             f"{file} is of no known kind; documents come from {', '.join(_FORMATS)} files, texts among them with "
             f"{' or '.join(PACKED)} behind. Rename or convert it."
         )
-    if _FORMATS[found] != _FORMATS.get(format_of(first)):
+    if _FORMATS[suffix] != _FORMATS.get(format_of(first)):
         raise ValueError(f"{first.parent}: one split mixes {first.name} and {file.name}; give it files of one format")
 
 
@@ -328,7 +328,7 @@ def _digest(files: list[Path]) -> str:
     return total.hexdigest()[:32]
 
 
-def _told(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

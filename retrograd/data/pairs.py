@@ -243,12 +243,12 @@ class Part(NamedTuple):
 
 def parts_of(named: Sequence[tuple[str, str, Rows]]) -> list[Part]:
     """Where each of several data sets, (side, data set, rows), lies among the rows joined in this order."""
-    found, row, document = [], 0, 0
+    parts, row, document = [], 0, 0
     for side, dataset, rows in named:
         size = (len(rows), rows.max_length)
-        found.append(Part(side, dataset, row, *size, document, rows.documents, rows.digest()[:16]))
+        parts.append(Part(side, dataset, row, *size, document, rows.documents, rows.digest()[:16]))
         row, document = row + len(rows), document + rows.documents
-    return found
+    return parts
 
 
 def joined(sides: Sequence[Rows]) -> Rows:

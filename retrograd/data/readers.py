@@ -139,7 +139,7 @@ def _pretokenised(fields: dict[str, Any], document: int) -> Tokens | str:
 def _read_texts(tokenizer: Any, min_chars: int, values: list[list[Any]], first: int) -> list[Tokens | str]:
     reasons = [_text_reason([text], document, min_chars) for document, text in enumerate(values[0], start=first)]
     texts = [text for text, reason in zip(values[0], reasons) if reason is None]
-    return _fill(reasons, (_tokens(without_doubles(found).ids) for found in encode(tokenizer, texts)))
+    return _fill(reasons, (_tokens(without_doubles(text).ids) for text in encode(tokenizer, texts)))
 
 
 def _read_completions(
@@ -167,17 +167,17 @@ def _read_chat_completions(
 ) -> list[Tokens | str]:
     chats = []
     for document, (prompt, completion, *tools) in enumerate(zip(*values), start=first):
-        told = as_messages(prompt or [], document)
+        asked = as_messages(prompt or [], document)
         said = as_messages(completion or [], document)
-        chats.append(Chat(document, [*told, *said] if said else [], len(told), tools_of([*tools, None][0], document)))
+        chats.append(Chat(document, [*asked, *said] if said else [], len(asked), tools_of([*tools, None][0], document)))
     return _chats(tokenizer, assistant_only, chats)
 
 
 def _read_chats(tokenizer: Any, assistant_only: bool, values: list[list[Any]], first: int) -> list[Tokens | str]:
     chats = []
     for document, (messages, *tools) in enumerate(zip(*values), start=first):
-        found = as_messages(messages or [], document)
-        chats.append(Chat(document, found, 0, tools_of([*tools, None][0], document)))
+        turns = as_messages(messages or [], document)
+        chats.append(Chat(document, turns, 0, tools_of([*tools, None][0], document)))
     return _chats(tokenizer, assistant_only, chats)
 
 

@@ -130,13 +130,13 @@ def build_rows(
     kept: dict[int, Tokens] = {}
     skipped: dict[int, str] = {}
     truncated = 0
-    for document, found in enumerate(_read(documents, columns, read)):
-        result = found if isinstance(found, str) else _finish(found, document, eos, max_length, vocab_size)
+    for document, tokens in enumerate(_read(documents, columns, read)):
+        result = tokens if isinstance(tokens, str) else _finish(tokens, document, eos, max_length, vocab_size)
         if isinstance(result, str):
             skipped[document] = result
         else:
             kept[document] = result
-        truncated += not isinstance(found, str) and max_length is not None and len(found.ids) > max_length
+        truncated += not isinstance(tokens, str) and max_length is not None and len(tokens.ids) > max_length
     parts = _rows(kept) if chunk_length is None else _chunks(kept, chunk_length)
     rows = Rows(*parts[:3], len(documents), skipped, truncated, chunk_length is not None, parts[3])
     if not len(rows):

@@ -120,8 +120,8 @@ class DataStream:
 
     def rows_at(self, step: int) -> np.ndarray:
         """The rows that step `step` trains on, [B] int64."""
-        epoch, part = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[part * self.batch_size : (part + 1) * self.batch_size]
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def steps_of_rows(self) -> list[list[int]]:
         """The steps at which each row is trained on, in order: one in each epoch, unless the stream stops before."""

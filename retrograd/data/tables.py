@@ -75,18 +75,18 @@ def _kind(value: Any) -> _Kind:
     if types == {int} and min(value) in _INTEGERS and max(value) in _INTEGERS:
         return ("int64",)  # token ids, without a look at each
     item: _Kind = "null"
-    for part in value:
-        item = _common(item, _kind(part))
+    for element in value:
+        item = _common(item, _kind(element))
     return _MIXED if item == _MIXED or isinstance(item, tuple) else (item,)
 
 
-def _common(one: _Kind, other: _Kind) -> _Kind:
-    if one == other or other == "null":
-        return one
-    if one == "null":
-        return other
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        item = _common(one[0], other[0])
+def _common(first: _Kind, second: _Kind) -> _Kind:
+    if first == second or second == "null":
+        return first
+    if first == "null":
+        return second
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        item = _common(first[0], second[0])
         return _MIXED if item == _MIXED else (str(item),)
     return _MIXED
 

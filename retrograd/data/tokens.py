@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Text", "encode", "encode_pairs", "located", "without_doubles"]
+__all__ = ["Text", "common_start", "encode", "encode_pairs", "located", "without_doubles"]
 
 
 class Text(NamedTuple):
@@ -32,8 +32,8 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Text]:
         return []
     if not tokenizer.is_fast:
         return [_located(whole, bare) for whole, bare in zip(_ids(tokenizer, texts), _ids(tokenizer, texts, False))]
-    found = tokenizer(list(texts), return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
-    return [_marked(ids, added) for ids, added in zip(found["input_ids"], found["special_tokens_mask"])]
+    encoded = tokenizer(list(texts), return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+    return [_marked(ids, added) for ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"])]
 
 
 def without_doubles(text: Text) -> Text:
@@ -50,11 +50,11 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple
     """Tokens of prompt + completion, none doubled, and how many of them are the prompt's."""
     texts = encode(tokenizer, [prompt + completion for prompt, completion in pairs])
     firsts = (_firsts_by_character if tokenizer.is_fast else _firsts_by_prompt)(tokenizer, pairs, texts)
-    found = []
+    singles = []
     for text, first in zip(texts, firsts, strict=True):
         single = without_doubles(text)
-        found.append((single, first - (text.before - single.before)))
-    return found
+        singles.append((single, first - (text.before - single.before)))
+    return singles
 
 
 def located(
@@ -68,12 +68,12 @@ def located(
     if not texts:
         return
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    found = tokenizer(list(texts), return_offsets_mapping=tokenizer.is_fast, **options)
-    for number, (text, spans, ids) in enumerate(zip(texts, passages, found["input_ids"], strict=True)):
+    encoded = tokenizer(list(texts), return_offsets_mapping=tokenizer.is_fast, **options)
+    for number, (text, spans, ids) in enumerate(zip(texts, passages, encoded["input_ids"], strict=True)):
         held = [False] * len(ids)
         for start, end in spans:
             if tokenizer.is_fast:
-                places = found["offset_mapping"][number]
+                places = encoded["offset_mapping"][number]
                 first = next((k for k, (_, to) in enumerate(places) if to > start), len(ids)) if start else 0
                 last = next((k for k, (at, _) in enumerate(places) if at >= end and k >= first), len(ids))
                 last = len(ids) if end == len(text) else last
@@ -99,21 +99,30 @@ def _firsts_by_character(tokenizer: Any, pairs: Sequence[tuple[str, str]], texts
         return []
     wholes = [prompt + completion for prompt, completion in pairs]
     spans = tokenizer(wholes, return_offsets_mapping=True, return_attention_mask=False, verbose=False)["offset_mapping"]
-    found = []
+    firsts = []
     for (prompt, _), text, places in zip(pairs, texts, spans, strict=True):
         own = range(text.before, len(text.ids) - text.after)
-        found.append(next((k for k in own if places[k][1] > len(prompt)), own.stop))
-    return found
+        firsts.append(next((k for k in own if places[k][1] > len(prompt)), own.stop))
+    return firsts
 
 
 def _firsts_by_prompt(tokenizer: Any, pairs: Sequence[tuple[str, str]], texts: Sequence[Text]) -> list[int]:
     """Place of the first token in which the whole text differs from the prompt alone."""
-    found = []
+    firsts = []
     for text, prompt in zip(texts, _ids(tokenizer, [prompt for prompt, _ in pairs], False), strict=True):
         own = text.ids[text.before : len(text.ids) - text.after]
-        same = next((k for k, (one, other) in enumerate(zip(own, prompt)) if one != other), min(len(own), len(prompt)))
-        found.append(text.before + same)
-    return found
+        firsts.append(text.before + common_start(own, prompt))
+    return firsts
+
+
+def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many items two sequences begin with in common.
+
+    >>> common_start("abcd", "abx")
+    2
+    """
+    apart = (k for k, (own, other) in enumerate(zip(first, second)) if own != other)
+    return next(apart, min(len(first), len(second)))
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:

@@ -135,9 +135,9 @@ def _read_answers(columns: dict[str, list[Any]]) -> Answers:
     most = max(map(len, columns["logprobs"]), default=0)
     logprobs = torch.full((len(columns["gold"]), most), -torch.inf, dtype=torch.float64)
     widths = torch.zeros_like(logprobs)
-    for row, (found, characters) in enumerate(zip(columns["logprobs"], columns["characters"], strict=True)):
-        logprobs[row, : len(found)] = torch.tensor(found, dtype=torch.float64)
-        widths[row, : len(found)] = torch.tensor(characters, dtype=torch.float64)
+    for row, (nats, characters) in enumerate(zip(columns["logprobs"], columns["characters"], strict=True)):
+        logprobs[row, : len(nats)] = torch.tensor(nats, dtype=torch.float64)
+        widths[row, : len(nats)] = torch.tensor(characters, dtype=torch.float64)
     mass = columns["letter_mass"]
     by_letter = bool(mass) and mass[0] is not None
     letter = torch.tensor(mass, dtype=torch.float64) if by_letter else None

@@ -102,18 +102,18 @@ class _Own:
 
     def settings(self) -> dict[str, Any]:
         assert self.others is not None, "`beside` was called"
-        told = {}
+        tasks = {}
         for name, task in self.tasks.items():
             compared = {word: source and plain(source) for word, source in self.others.of(task).items()}
-            told[name] = {**vars(task), "dataset": plain(task.dataset), "content": content(task.dataset), **compared}
+            tasks[name] = {**vars(task), "dataset": plain(task.dataset), "content": content(task.dataset), **compared}
             if task.alias:
-                told[name]["alias"] = {"source": plain(task.alias), "content": content(task.alias)}
-        return {"tasks": told}
+                tasks[name]["alias"] = {"source": plain(task.alias), "content": content(task.alias)}
+        return {"tasks": tasks}
 
     def measure(self, name: str, lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any]) -> None:
         assert self.others is not None, "`beside` was called"
-        found, asked = ask(self.tasks[name], lm, tokenizer, self.batch_size, self.others)
-        write_measured(path, found, {**about, **asked, "settings": dataclasses.asdict(self.tasks[name])})
+        measured, asked = ask(self.tasks[name], lm, tokenizer, self.batch_size, self.others)
+        write_measured(path, measured, {**about, **asked, "settings": dataclasses.asdict(self.tasks[name])})
 
     def summarise(
         self, folder: Path, models: Sequence[str], reference: str, knows: str | None, never: str | None
@@ -143,29 +143,29 @@ class _LmEval:
         return list(self.roles)
 
     def settings(self) -> dict[str, Any]:
-        found = {}
+        tasks = {}
         for name, role in self.roles.items():
             file, spec = self.harness.local_file(name), self.harness.specs[name]
-            found[name] = {"asked": plain(spec), "role": role, "content": file and content(str(file))}
+            tasks[name] = {"asked": plain(spec), "role": role, "content": file and content(str(file))}
         folder = str(self.include_path) if self.include_path else None
-        told = folder and {"source": plain(folder), "content": content(folder)}
+        included = folder and {"source": plain(folder), "content": content(folder)}
         return {
             "backend": "lm-eval", "lm_eval": harness_version(), "num_fewshot": self.shots, "limit": self.limit,
-            "include_path": told, "tasks": found,
+            "include_path": included, "tasks": tasks,
         }  # fmt: skip
 
     def measure(self, name: str, lm: CausalLM, tokenizer: Any, path: Path, about: dict[str, Any]) -> None:
-        found = ask_harness(
+        results = ask_harness(
             self.harness, name, lm, tokenizer, shots=self.shots, limit=self.limit, batch_size=self.batch_size
         )
         settings = {"num_fewshot": self.shots, "limit": self.limit, "version": harness_version()}
-        write_sampled(path, sampled_from(found), {**about, "settings": settings})
+        write_sampled(path, sampled_from(results), {**about, "settings": settings})
 
     def summarise(
         self, folder: Path, models: Sequence[str], reference: str, knows: str | None, never: str | None
     ) -> dict[str, Any]:
-        found = summarise_harness(folder, models, self.roles, reference, knows, never)
-        return {"backend": "lm-eval", "lm_eval": harness_version(), **found}
+        summary = summarise_harness(folder, models, self.roles, reference, knows, never)
+        return {"backend": "lm-eval", "lm_eval": harness_version(), **summary}
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Callable]:

@@ -40,9 +40,9 @@ def crossed(
     Estimate(value=1.0, low=1.0, high=1.0)
     """
     _checked(values)
-    found = _interval(values.shape, _mean(values, weights), resamples, level, seed)
-    assert found is not None
-    return found
+    estimate = _interval(values.shape, _mean(values, weights), resamples, level, seed)
+    assert estimate is not None
+    return estimate
 
 
 def crossed_difference(
@@ -59,15 +59,15 @@ def crossed_difference(
     """
     for values in (first, second):
         _checked(values)
-    one, two = _mean(first, weights), _mean(second, weights)
+    first_mean, second_mean = _mean(first, weights), _mean(second, weights)
 
     def difference(of_first: np.ndarray, of_second: np.ndarray, *others: np.ndarray) -> np.ndarray:
-        found: np.ndarray = two(of_second, *others) - one(of_first, *others)
-        return found
+        gap: np.ndarray = second_mean(of_second, *others) - first_mean(of_first, *others)
+        return gap
 
-    found = _interval((len(first), *second.shape), difference, resamples, level, seed)
-    assert found is not None
-    return found
+    estimate = _interval((len(first), *second.shape), difference, resamples, level, seed)
+    assert estimate is not None
+    return estimate
 
 
 def clustered(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,8 +80,8 @@ def clustered(values: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.
     >>> clustered(np.array([[1.0, 0.0, 1.0]]), np.array(["a", "a", "b"]))
     (array([[0.5, 1. ]]), array([2., 1.]))
     """
-    names, place = np.unique(clusters, return_inverse=True)
-    member = (place[:, None] == np.arange(len(names))).astype(np.float64)
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    member = (cluster_of[:, None] == np.arange(len(names))).astype(np.float64)
     sizes = member.sum(0)
     return np.asarray(values, np.float64) @ member / sizes, sizes
 
@@ -138,8 +138,8 @@ def _interval(
     draw, at_once = np.random.default_rng(seed), max(1, _ENTRIES // math.prod(shape[1:]))
     value = float(measure(*(np.ones((1, n)) for n in shape))[0])
     sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
-    found = np.concatenate([measure(*(drawn_counts(draw, size, n) for n in shape)) for size in sizes])
-    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.concatenate([measure(*(drawn_counts(draw, size, n) for n in shape)) for size in sizes])
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high))
 
 

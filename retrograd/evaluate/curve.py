@@ -80,8 +80,8 @@ def _tell_best(run: Path, evaluations: Evaluations, rule: Rule | None, console: 
         chosen = best_of({step: entry["tasks"] for step, entry in evaluations.items()}, rule)
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf8"))
-        told = f"Best by {kept['rule']}: step {kept['step']} with {kept['value']:.4g}; its model is {run / 'best'}"
-        console.print(Text(told))  # a string would have max:a: read as an emoji
+        line = f"Best by {kept['rule']}: step {kept['step']} with {kept['value']:.4g}; its model is {run / 'best'}"
+        console.print(Text(line))  # a string would have max:a: read as an emoji
         if chosen is not None and chosen[0] != kept["step"]:
             lost = f"MISSING the model of step {chosen[0]}, which is the best by the lines in metrics.jsonl"
             console.print(Text(lost), style="bold red")
@@ -92,7 +92,7 @@ def _tell_best(run: Path, evaluations: Evaluations, rule: Rule | None, console: 
 
 
 def _missing(evaluations: Evaluations, wanted: Sequence[int]) -> list[str]:
-    found = [
+    missing = [
         f"step {step} {name}: {entry['missing']}"
         for step in sorted(evaluations)
         for name, entry in evaluations[step]["tasks"].items()
@@ -101,5 +101,5 @@ def _missing(evaluations: Evaluations, wanted: Sequence[int]) -> list[str]:
     passed = [step for step in wanted if step not in evaluations]
     if passed:
         listed = ", ".join(map(str, passed[:8])) + (" …" if len(passed) > 8 else "")
-        found.append(f"step {listed}: the trajectory did not come by it while evaluation was on")
-    return found
+        missing.append(f"step {listed}: the trajectory did not come by it while evaluation was on")
+    return missing

@@ -52,7 +52,7 @@ def patched(lm: CausalLM, knows: CausalLM, questions: Questions) -> Patched:
             f"the model has {len(own)} blocks and the one that knows {len(other)}: depth puts the states of one into "
             "the other, so that both have to be of one architecture"
         )
-    sizes = [text_config(one.module).vocab_size for one in (lm, knows)]
+    sizes = [text_config(model.module).vocab_size for model in (lm, knows)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the model has a vocabulary of {sizes[0]} tokens and the one that knows one of {sizes[1]}: depth asks "
@@ -62,7 +62,7 @@ def patched(lm: CausalLM, knows: CausalLM, questions: Questions) -> Patched:
     here, there = causal_logits(lm), causal_logits(knows)
     lost = []
     for rows, targets, gold in zip(questions.rows, questions.targets, questions.gold):
-        ids, answer = (torch.from_numpy(part[gold])[None].to(device) for part in (rows, targets))
+        ids, answer = (torch.from_numpy(by_option[gold])[None].to(device) for by_option in (rows, targets))
         columns = torch.arange(ids.shape[1] - answer.shape[1], ids.shape[1], device=device)
         where = (ids, torch.zeros_like(columns), columns)
         with recorded(dict(enumerate(own))) as states:
@@ -85,10 +85,10 @@ def depths(model: Any, never: Any) -> np.ndarray:
     >>> depths([[0.5, 1.0]], [[1.0, 1.0]]).tolist()
     [0.75]
     """
-    found, known = np.asarray(model, dtype=np.float64), np.asarray(never, dtype=np.float64)
+    lost, known = np.asarray(model, dtype=np.float64), np.asarray(never, dtype=np.float64)
     counted = np.where(known > LEAST, known, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        kept = np.clip(np.where(counted > 0, found / counted, 0.0), 0.0, 1.0)
+        kept = np.clip(np.where(counted > 0, lost / counted, 0.0), 0.0, 1.0)
         return np.where(counted.sum(1) > 0, (counted * kept).sum(1) / counted.sum(1), np.nan)
 
 

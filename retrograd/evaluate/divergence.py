@@ -37,7 +37,7 @@ def divergence(lm: CausalLM, base: CausalLM, rows: Rows, batch_size: int = 16) -
     Raises:
         ValueError: If they are not.
     """
-    own, other = (text_config(one.module).vocab_size for one in (lm, base))
+    own, other = (text_config(model.module).vocab_size for model in (lm, base))
     if own != other:  # before the one reads ids of the other
         raise ValueError(
             f"the model has a vocabulary of {own} tokens and the one it is compared with one of {other}: a divergence "
@@ -52,9 +52,9 @@ def divergence(lm: CausalLM, base: CausalLM, rows: Rows, batch_size: int = 16) -
             inputs = {name: value.to(device) for name, value in pad(rows, index).items()}
             here, there = now(lm.params, inputs), then(base.params, inputs)
             p, q = _log_softmax(there), _log_softmax(here)
-            place = start + here.rows.cpu()
-            totals.index_add_(0, place, torch.sum(p.exp() * (p - q), -1).cpu())
-            targets.index_add_(0, place, torch.ones_like(place))
+            row_of = start + here.rows.cpu()
+            totals.index_add_(0, row_of, torch.sum(p.exp() * (p - q), -1).cpu())
+            targets.index_add_(0, row_of, torch.ones_like(row_of))
     return Divergence(totals.tolist(), targets.tolist())
 
 

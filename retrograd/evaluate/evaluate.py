@@ -88,14 +88,14 @@ def _planned(config: EvaluateConfig) -> _Plan:
     if (knows is None) != (never is None):
         raise ValueError("--knows and --never belong together: a position lies between two models")
     reference = reference or config.models[0]
-    names = _names([*config.models, *(one for one in (reference, knows, never) if one)])
-    found = {name: source for source, name in names.items()}
+    names = _names([*config.models, *(source for source in (reference, knows, never) if source)])
+    sources = {name: source for source, name in names.items()}
 
     def name(source: str | None) -> str | None:
         return None if source is None else names[plain(source)]
 
     others = Others(plain(reference), knows and plain(knows), config.dtype, config.device)
-    return _Plan(found, backend.beside(others), names[plain(reference)], name(knows), name(never))
+    return _Plan(sources, backend.beside(others), names[plain(reference)], name(knows), name(never))
 
 
 def _names(sources: Sequence[str]) -> dict[str, str]:
@@ -103,12 +103,12 @@ def _names(sources: Sequence[str]) -> dict[str, str]:
 
     The model that a run has left, RUN/model, is named after the run.
     """
-    found = list(dict.fromkeys(map(plain, sources)))
-    parts = {source: _path(source) for source in found}
+    different = list(dict.fromkeys(map(plain, sources)))
+    parts = {source: _path(source) for source in different}
     names = {}
-    for source in found:
+    for source in different:
         count = 1
-        others = [parts[other] for other in found if other != source]
+        others = [parts[other] for other in different if other != source]
         while count < len(parts[source]) and any(other[-count:] == parts[source][-count:] for other in others):
             count += 1
         names[source] = re.sub(r"[^\w.-]", "-", "-".join(parts[source][-count:])).lstrip(".-") or "model"
@@ -151,11 +151,11 @@ def _one_model(
             _write_failure(failed_path(config.output, name, task), error)
         tick(len(tasks), f"{name} failed")
         return
-    told = {"model": name, "source": source, "digest": digest, "dtype": config.dtype, "torch": torch.__version__}
+    about = {"model": name, "source": source, "digest": digest, "dtype": config.dtype, "torch": torch.__version__}
     for task in tasks:
         try:
             path = measured_path(config.output, name, task)
-            plan.backend.measure(task, lm, tokenizer, path, {"task": task, **told})
+            plan.backend.measure(task, lm, tokenizer, path, {"task": task, **about})
         except RunError:
             raise  # no disk: nothing more can be kept
         except _FAILURES as error:

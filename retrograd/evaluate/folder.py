@@ -57,8 +57,8 @@ def content(source: str) -> str | None:
     if not path.is_dir():
         return None
     files = sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    told = [f"{file.relative_to(path)} {file_digest(file)}" for file in files]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    lines = [f"{file.relative_to(path)} {file_digest(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], names: Sequence[str] | None = None) -> list[str]:

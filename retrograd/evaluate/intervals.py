@@ -146,7 +146,7 @@ def position(
     compare(never, model, resamples=1, level=level)  # the same refusals
     if gap.interval.low <= 0:
         return None
-    x, a, b = (np.asarray(values, dtype=np.float64) for values in (model, knows, never))
+    x, a, b = (np.asarray(right, dtype=np.float64) for right in (model, knows, never))
     # a question is one of eight patterns; drawing n questions is drawing how many there are of each
     pattern = (4 * x + 2 * a + b).astype(np.int64)
     shares = np.bincount(pattern, minlength=8) / len(x)
@@ -156,8 +156,8 @@ def position(
     there = gaps > 0
     tail = (1 - level) / 2
     low, high = np.quantile((rights[0] - rights[2])[there] / gaps[there], [tail, 1 - tail])
-    found = float((x.mean() - b.mean()) / (a.mean() - b.mean()))
-    return Position(found, Interval(float(low), float(high)), gap.difference)
+    share = float((x.mean() - b.mean()) / (a.mean() - b.mean()))
+    return Position(share, Interval(float(low), float(high)), gap.difference)
 
 
 def _checked(level: float) -> float:

@@ -50,7 +50,7 @@ class Memory(NamedTuple):
 def by_heart(lm: CausalLM, params: Params, rows: Rows, tokenizer: Any) -> Memory:
     """What a model knows of each row, read one by one."""
     outputs, device = outputs_of(lm), next(iter(params.values())).device
-    found = Memory([], [], [], [], [], [], [], [int(row[-1]) for row in rows.doc_ids])
+    memory = Memory([], [], [], [], [], [], [], [int(row[-1]) for row in rows.doc_ids])
     with evaluating(lm.module):
         for row, ids in enumerate(rows.input_ids):
             out = outputs(params, {name: value.to(device) for name, value in pad(rows, [row]).items()})
@@ -59,14 +59,14 @@ def by_heart(lm: CausalLM, params: Params, rows: Rows, tokenizer: Any) -> Memory
             loss, hit = -logp.gather(1, out.targets[:, None])[:, 0], logp.argmax(-1) == out.targets
             mean = -(logp.exp() * logp).sum(-1)
             spread = ((logp.exp() * logp.square()).sum(-1) - mean.square()).clamp_min(0).sqrt()
-            found.nats.append(float(loss.mean()))
-            found.targets.append(len(loss))
-            found.right.append(float(hit.double().mean()))
-            found.extraction.append(extraction(hit) if bool(torch.isfinite(loss).all()) else math.nan)
-            found.min_k.append(largest(loss))
-            found.min_k_plus.append(largest((loss - mean) / spread.clamp_min(1e-12)))
-            found.bytes.append(len(zlib.compress(tokenizer.decode(ids).encode())))
-    return found
+            memory.nats.append(float(loss.mean()))
+            memory.targets.append(len(loss))
+            memory.right.append(float(hit.double().mean()))
+            memory.extraction.append(extraction(hit) if bool(torch.isfinite(loss).all()) else math.nan)
+            memory.min_k.append(largest(loss))
+            memory.min_k_plus.append(largest((loss - mean) / spread.clamp_min(1e-12)))
+            memory.bytes.append(len(zlib.compress(tokenizer.decode(ids).encode())))
+    return memory
 
 
 def extraction(hit: Tensor) -> float:

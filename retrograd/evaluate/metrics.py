@@ -80,17 +80,17 @@ class Metric:
 
 def metrics_of(given: Given) -> dict[str, dict[str, Any]]:
     """The metrics of a task, plain: value and interval, or null and why it is missing."""
-    found: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
         if metric.applies(given.task):
-            one = metric.sampled(given)
-            number = one if isinstance(one, str) else estimated([one])
+            sampled = metric.sampled(given)
+            number = sampled if isinstance(sampled, str) else estimated([sampled])
             if isinstance(number, str):
-                found[metric.name] = {"value": None, "missing": number}
+                metrics[metric.name] = {"value": None, "missing": number}
             else:
-                found[metric.name] = {"value": number.value, "interval": [number.low, number.high]}
-            found[metric.name] |= {"better": metric.better}
-    return found
+                metrics[metric.name] = {"value": number.value, "interval": [number.low, number.high]}
+            metrics[metric.name] |= {"better": metric.better}
+    return metrics
 
 
 def estimated(
@@ -103,7 +103,7 @@ def estimated(
     """
     first, draw = several[0], np.random.default_rng(seed)
     all_of = [np.arange(size) for size in first.sizes]
-    values = np.array([one.at(*all_of) for one in several])
+    values = np.array([sampled.at(*all_of) for sampled in several])
     if not np.isfinite(values).all():
         return "it is no number for these answers"
     value = float(values.mean())
@@ -111,13 +111,13 @@ def estimated(
         half = first.band(len(several))
         ends = [first.told(max(0.0, value - half)), first.told(min(1.0, value + half))]
         return Estimate(first.told(value), min(ends), max(ends))
-    found = []
+    means = []
     for _ in range(resamples):
         items = [draw.integers(0, size, size) for size in first.sizes]
         models = draw.integers(0, len(several), len(several))
         at = {model: several[model].at(*items) for model in set(models.tolist())}
-        found.append(np.mean([at[model] for model in models.tolist()]))
-    low, high = np.nanquantile(found, [(1 - level) / 2, (1 + level) / 2])
+        means.append(np.mean([at[model] for model in models.tolist()]))
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high))
 
 
@@ -170,10 +170,10 @@ def _ks(given: Given) -> Sampled | str:
     if given.never is None:
         return "there is no model that never knew (--never)"
     both = [_ratios(results, given.name) for results in (given.model, given.never)]
-    for one in both:
-        if isinstance(one, str):
-            return one
-    x, y = (np.asarray(one) for one in both)
+    for ratios in both:
+        if isinstance(ratios, str):
+            return ratios
+    x, y = (np.asarray(ratios) for ratios in both)
     if len(x) != len(y):
         return f"the two models were asked {len(x)} and {len(y)} questions"
 
@@ -190,10 +190,10 @@ def _ks(given: Given) -> Sampled | str:
 
 
 def _forget_quality(given: Given) -> Sampled | str:
-    found = _ks(given)
-    if isinstance(found, str):
-        return found
-    return found._replace(told=lambda distance: _p_value(distance, found.sizes[0]))
+    sampled = _ks(given)
+    if isinstance(sampled, str):
+        return sampled
+    return sampled._replace(told=lambda distance: _p_value(distance, sampled.sizes[0]))
 
 
 def _p_value(distance: float, n: int) -> float:
@@ -220,11 +220,11 @@ def _membership(score: Callable[[Memory, Memory | None], np.ndarray], never: boo
         floor = _both(given.never, given) if never and given.never is not None else None
         if never and floor is None:
             return "there is no model that never knew (--never)"
-        for one in (both, floor):
-            if isinstance(one, str):
-                return one
+        for pair in (both, floor):
+            if isinstance(pair, str):
+                return pair
         assert both is not None
-        scores = [score(one, floor[k] if floor else None) for k, one in enumerate(both)]  # type: ignore[arg-type]
+        scores = [score(memory, floor[k] if floor else None) for k, memory in enumerate(both)]  # type: ignore[arg-type]
         return Sampled((len(scores[0]), len(scores[1])), lambda i, j: auc(scores[0][i], scores[1][j]))
 
     return sampled
@@ -236,21 +236,21 @@ def _both(results: Results | None, given: Given) -> tuple[Memory, Memory] | str 
         return None
     against = given.task.against
     assert against is not None, "the metric applies where there is one"
-    found = [results.get(name) for name in (given.name, against)]
-    for name, one in zip((given.name, against), found):
-        if not isinstance(one, Memory):
+    memories = [results.get(name) for name in (given.name, against)]
+    for name, memory in zip((given.name, against), memories):
+        if not isinstance(memory, Memory):
             return f"{name} is missing"
-    return found[0], found[1]  # type: ignore[return-value]
+    return memories[0], memories[1]  # type: ignore[return-value]
 
 
 def _privleak(given: Given) -> Sampled | str:
     models = [_both(results, given) for results in (given.model, given.never)]
     if models[1] is None:
         return "there is no model that never knew (--never)"
-    for one in models:
-        if isinstance(one, str):
-            return one
-    scores = [[-np.array(part.min_k) for part in one] for one in models]  # type: ignore[union-attr]
+    for pair in models:
+        if isinstance(pair, str):
+            return pair
+    scores = [[-np.array(memory.min_k) for memory in pair] for pair in models]  # type: ignore[union-attr]
 
     def at(i: np.ndarray, j: np.ndarray) -> float:
         now, never = (1 - auc(members[i], others[j]) for members, others in scores)
@@ -260,10 +260,10 @@ def _privleak(given: Given) -> Sampled | str:
 
 
 def _kl(given: Given) -> Sampled | str:
-    found = given.model.get(given.name)
-    if not isinstance(found, Divergence):
+    measured = given.model.get(given.name)
+    if not isinstance(measured, Divergence):
         return f"{given.name} is missing"
-    nats, targets = np.array(found.nats), np.array(found.targets)
+    nats, targets = np.array(measured.nats), np.array(measured.targets)
     return Sampled((len(nats),), lambda i: float(nats[i].sum() / targets[i].sum()))
 
 
@@ -346,10 +346,10 @@ def by_name(name: str) -> Metric:
     Raises:
         ValueError: If there is none.
     """
-    found = {metric.name: metric for metric in METRICS}
-    if name not in found:
-        raise ValueError(f"there is no metric {name!r}; there are {', '.join(found)}")
-    return found[name]
+    metrics = {metric.name: metric for metric in METRICS}
+    if name not in metrics:
+        raise ValueError(f"there is no metric {name!r}; there are {', '.join(metrics)}")
+    return metrics[name]
 
 
 def check_column(column: str, tasks: Mapping[str, Task]) -> None:
@@ -360,7 +360,7 @@ def check_column(column: str, tasks: Mapping[str, Task]) -> None:
     """
     name, colon, task = column.partition(":")
     metric = by_name(name)
-    fitting = [one for one, its in tasks.items() if metric.applies(its)]
+    fitting = [candidate for candidate, its in tasks.items() if metric.applies(its)]
     if not colon or task not in fitting:
         raise ValueError(
             f"column {column!r}: write {name}:TASK, with a task that it is a metric of: {', '.join(fitting) or 'none'}"

@@ -87,12 +87,12 @@ def prepare_on_the_way(config: OnTheWayConfig, model: CausalLM, tokenizer: Any) 
             )
     ready = {name: prepare(task, model, tokenizer, config.batch_size) for name, task in tasks.items()}
     rule = parse_rule(config.keep_best) if config.keep_best else None
-    found = PreparedTasks(config, model, tokenizer, tasks, ready, rule)
+    prepared = PreparedTasks(config, model, tokenizer, tasks, ready, rule)
     for name in rule.names if rule else ():
-        if name not in found.every or found.every[name].form == "generate":
-            known = ", ".join(name for name, task in found.every.items() if task.form != "generate")
+        if name not in prepared.every or prepared.every[name].form == "generate":
+            known = ", ".join(name for name, task in prepared.every.items() if task.form != "generate")
             raise ValueError(f"--evaluate.keep_best names {name!r}; the tasks with a number are: {known}")
-    return found
+    return prepared
 
 
 class OnTheWay:
@@ -131,13 +131,13 @@ class OnTheWay:
         start = time.monotonic()
         devices = [leaf.device for leaf in tree.leaves(state.params)[:1] if leaf.device.type == "cuda"]
         with torch.random.fork_rng(devices=devices):
-            found = self._measured(state)
+            lines = self._measured(state)
         rule = self.prepared.rule
-        evaluations = {**self._values(), state.step: found}
+        evaluations = {**self._values(), state.step: lines}
         best = best_of(evaluations, rule) if rule else None
         if rule and best and best[0] == state.step:
-            self._keep(state, rule, best[1], found)
-        self.journal.evaluation(state.step, tasks=found, seconds=round(time.monotonic() - start, 3))
+            self._keep(state, rule, best[1], lines)
+        self.journal.evaluation(state.step, tasks=lines, seconds=round(time.monotonic() - start, 3))
 
     def __enter__(self) -> OnTheWay:
         return self
@@ -162,7 +162,7 @@ class OnTheWay:
         """What is found by task and group, as plain values; what fails has null and its reason."""
         tasks, total = self.prepared.tasks, len(self.wanted) * len(self.prepared.tasks)
         measured: dict[str, Measured | None] = {}
-        found: dict[str, Any] = {}
+        lines: dict[str, Any] = {}
         about = {"model": self.run.name, "step": state.step, "dtype": _dtype(state)}
         for number, (name, task) in enumerate(tasks.items(), start=len(self.journal.evaluated) * len(tasks) + 1):
             try:
@@ -174,22 +174,22 @@ class OnTheWay:
                 measured[name], why = None, " ".join(f"{type(error).__name__}: {error}".split())
             if self.prepared.config.answers and (answers := measured[name]) is not None:
                 write_measured(answers_path(self.run, state.step, name), answers, {**about, "task": name})
-            found[name] = _line(measured[name], task, why)
+            lines[name] = _line(measured[name], task, why)
             self.bars.move("evaluate", number, f"step {state.step} {name}", total, "tasks")
         for group in dict.fromkeys(task.group for task in tasks.values() if task.group):
             parts = {name: part for name, part in measured.items() if tasks[name].group == group}
-            missing = [name for name in parts if "missing" in found[name]]
+            missing = [name for name in parts if "missing" in lines[name]]
             why = f"missing: {', '.join(missing)}" if missing else None
-            found[group] = _line(together(list(parts.values())), self.prepared.every[group], why)
-        return found
+            lines[group] = _line(together(list(parts.values())), self.prepared.every[group], why)
+        return lines
 
-    def _keep(self, state: State, rule: Rule, value: float, found: dict[str, Any]) -> None:
+    def _keep(self, state: State, rule: Rule, value: float, lines: dict[str, Any]) -> None:
         model, folder = self.prepared.model, self.run / "best"
-        about = {"step": state.step, "rule": rule.text, "value": value, "of_steps": self.last, "tasks": found,
+        about = {"step": state.step, "rule": rule.text, "value": value, "of_steps": self.last, "tasks": lines,
                  "digest": tree.digest(dict(sorted(state.params.items())))}  # fmt: skip
 
-        def more(place: Path) -> None:
-            write_json(place / BEST, about)
+        def more(target: Path) -> None:
+            write_json(target / BEST, about)
 
         save_causal_lm(folder, model.module, self.prepared.tokenizer, state.params, more)
 

@@ -28,10 +28,10 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(table)
     _of_unlearning(summary, models, console)
     _differences(summary, models, console)
-    for name, one in summary["models"].items():
-        verdict = one["verdict"] or "no verdict"
+    for name, diagnosis in summary["models"].items():
+        verdict = diagnosis["verdict"] or "no verdict"
         console.print(f"{name}: {verdict}", style=_STYLES.get(verdict), markup=False)
-        for reason in one["reasons"]:
+        for reason in diagnosis["reasons"]:
             console.print(f"  {reason}", markup=False)
     lost: dict[tuple[str, str], list[str]] = {}
     for entry in summary["missing"]:
@@ -45,10 +45,10 @@ def _of_unlearning(summary: dict[str, Any], models: list[str], console: Console)
     rows: dict[tuple[str, str], dict[str, str]] = {}
     gone: dict[str, None] = {}
     for entry in summary["results"]:
-        for name, one in entry.get("of_unlearning", {}).items():
-            rows.setdefault((name, entry["task"]), {})[entry["model"]] = of_unlearning(one)
-            if one["value"] is None:
-                gone[f"{name} of {entry['task']}, {entry['model']}: {one['missing']}"] = None
+        for name, metric in entry.get("of_unlearning", {}).items():
+            rows.setdefault((name, entry["task"]), {})[entry["model"]] = of_unlearning(metric)
+            if metric["value"] is None:
+                gone[f"{name} of {entry['task']}, {entry['model']}: {metric['missing']}"] = None
     if not rows:
         return
     table = Table("metric", "task", *models, title="Metrics of unlearning with their 95 % intervals")
@@ -59,12 +59,12 @@ def _of_unlearning(summary: dict[str, Any], models: list[str], console: Console)
         console.print(f"  {line}", markup=False)
 
 
-def of_unlearning(one: dict[str, Any]) -> str:
+def of_unlearning(metric: dict[str, Any]) -> str:
     """A metric of `metrics.metrics_of`: value and interval."""
-    if one["value"] is None:
+    if metric["value"] is None:
         return "missing"
-    low, high = one["interval"]
-    return f"{one['value']:.3g} ({low:.2g} to {high:.2g})"
+    low, high = metric["interval"]
+    return f"{metric['value']:.3g} ({low:.2g} to {high:.2g})"
 
 
 def _differences(summary: dict[str, Any], models: list[str], console: Console) -> None:
@@ -103,15 +103,15 @@ def _cells(entry: dict[str, Any]) -> dict[str, str]:
     if "asked" not in entry:  # asked by this package: a task has one metric
         return {entry["task"]: _cell(entry)}
     metrics = entry["metrics"] or {}
-    return {f"{entry['task']} {label}": _metric(one) for label, one in metrics.items()}
+    return {f"{entry['task']} {label}": _metric(metric) for label, metric in metrics.items()}
 
 
-def _metric(one: dict[str, Any]) -> str:
-    if one["value"] is None:
+def _metric(metric: dict[str, Any]) -> str:
+    if metric["value"] is None:
         return "missing"
-    if "interval" in one:
-        return _share(one["value"], one["interval"])
-    return f"{one['value']:.4g}" + (f" ± {one['stderr']:.2g}" if one["stderr"] is not None else "")
+    if "interval" in metric:
+        return _share(metric["value"], metric["interval"])
+    return f"{metric['value']:.4g}" + (f" ± {metric['stderr']:.2g}" if metric["stderr"] is not None else "")
 
 
 def _share(value: float, interval: list[float]) -> str:

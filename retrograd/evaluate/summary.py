@@ -41,10 +41,10 @@ def summarise(
     every = {**tasks, **{task.group: task for task in tasks.values() if task.group}}
     whole = {name: task for name, task in every.items() if not task.group or name not in tasks}
     rated = {model: _evaluated(folder, model, tasks, missing) for model in models}
-    told = {model: diagnose(rated[model], rated[reference], whole) for model in models}
+    diagnoses = {model: diagnose(rated[model], rated[reference], whole) for model in models}
     floor = None if never is None else rated[never].results
-    examined = {model: Examined(one.digest, _outcomes(one, every, floor)) for model, one in rated.items()}
-    return tell(examined, told, missing, reference, knows, never)
+    examined = {name: Examined(model.digest, _outcomes(model, every, floor)) for name, model in rated.items()}
+    return tell(examined, diagnoses, missing, reference, knows, never)
 
 
 def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[dict[str, str]]) -> Evaluated:
@@ -59,13 +59,13 @@ def _evaluated(folder: Path, model: str, tasks: dict[str, Task], missing: list[d
 
 
 def _outcomes(model: Evaluated, tasks: dict[str, Task], never: Mapping[str, Any] | None) -> dict[str, Outcome]:
-    found = {}
+    outcomes = {}
     for name, measured in model.results.items():
         values = described(measured, tasks[name])
         values["metrics"] = None if measured is None else _metrics(values, tasks[name])
         values["of_unlearning"] = metrics_of(Given(name, tasks, model.results, never))
-        found[name] = Outcome(tasks[name].role, values, _counted(measured, tasks[name]))
-    return found
+        outcomes[name] = Outcome(tasks[name].role, values, _counted(measured, tasks[name]))
+    return outcomes
 
 
 def _metrics(values: dict[str, Any], task: Task) -> dict[str, dict[str, Any]]:
@@ -74,8 +74,8 @@ def _metrics(values: dict[str, Any], task: Task) -> dict[str, dict[str, Any]]:
         return {}
     if not task.choices:
         return {"perplexity": {"value": values["perplexity"], "stderr": None, "higher_is_better": False}}
-    told = {"value": values["accuracy"], "stderr": None, "higher_is_better": True}
-    return {_metric(task): told | {key: values[key] for key in ("interval", "right")}}
+    metric = {"value": values["accuracy"], "stderr": None, "higher_is_better": True}
+    return {_metric(task): metric | {key: values[key] for key in ("interval", "right")}}
 
 
 def _metric(task: Task) -> str:
@@ -110,7 +110,7 @@ def _numbers(measured: Kept | None) -> list[float]:
         return [*measured.nats, *measured.min_k, *measured.min_k_plus]
     if isinstance(measured, Divergence):
         return measured.nats
-    return [one for row in measured.lost for one in row] if isinstance(measured, Patched) else []
+    return [delta for row in measured.lost for delta in row] if isinstance(measured, Patched) else []
 
 
 def together(parts: Sequence[Kept | None]) -> Answers | None:
@@ -118,62 +118,62 @@ def together(parts: Sequence[Kept | None]) -> Answers | None:
     answers = [part for part in parts if isinstance(part, Answers)]
     if len(answers) < len(parts):
         return None
-    scored = [one.scored for one in answers]
-    most = max(one.logprobs.shape[1] for one in scored)
+    scored = [part.scored for part in answers]
+    most = max(part.logprobs.shape[1] for part in scored)
 
-    def joined(values: list[torch.Tensor], fill: float) -> torch.Tensor:
-        return torch.cat([torch.nn.functional.pad(v, (0, most - v.shape[1]), value=fill) for v in values])
+    def joined(tensors: list[torch.Tensor], fill: float) -> torch.Tensor:
+        return torch.cat([torch.nn.functional.pad(v, (0, most - v.shape[1]), value=fill) for v in tensors])
 
-    tokens = [one.tokens for one in scored if one.tokens is not None]
-    mass = [one.mass for one in scored if one.mass is not None]
+    tokens = [part.tokens for part in scored if part.tokens is not None]
+    mass = [part.mass for part in scored if part.mass is not None]
     both = Scored(
-        joined([one.logprobs for one in scored], -torch.inf), joined([one.widths for one in scored], 0.0),
-        torch.cat([one.gold for one in scored]), torch.cat(mass) if mass else None,
-        [text for one in scored for text in one.hashes], joined(tokens, 0) if len(tokens) == len(scored) else None,
+        joined([part.logprobs for part in scored], -torch.inf), joined([part.widths for part in scored], 0.0),
+        torch.cat([part.gold for part in scored]), torch.cat(mass) if mass else None,
+        [text for part in scored for text in part.hashes], joined(tokens, 0) if len(tokens) == len(scored) else None,
     )  # fmt: skip
-    return Answers(both, [subject for one in answers for subject in one.subjects])
+    return Answers(both, [subject for part in answers for subject in part.subjects])
 
 
 def described(measured: Kept | None, task: Task) -> dict[str, Any]:
     """One model and task as plain values; null where missing."""
-    found: dict[str, Any] = {"form": task.form, "role": task.role}
+    entry: dict[str, Any] = {"form": task.form, "role": task.role}
     if isinstance(measured, Answers):
-        return found | _accuracy(measured, task)
+        return entry | _accuracy(measured, task)
     if isinstance(measured, Texts):
         good = math.isfinite(measured.perplexity)
-        return found | {
+        return entry | {
             "perplexity": measured.perplexity if good else None, "nats_per_token": measured.loss if good else None,
             "tokens": sum(measured.targets), "documents": len(measured.documents),
         }  # fmt: skip
     if isinstance(measured, Samples):
         samples = [{"prompt": a, "text": b} for a, b in zip(measured.prompts, measured.texts)]
-        return found | {"samples": samples}
+        return entry | {"samples": samples}
     if isinstance(measured, (Memory, Divergence)):
-        return found | {"documents": len(measured.targets), "tokens": sum(measured.targets)}
+        return entry | {"documents": len(measured.targets), "tokens": sum(measured.targets)}
     if isinstance(measured, Patched):
-        return found | {"questions": len(measured.lost), "lost_by_block": np.mean(measured.lost, 0).tolist()}
+        return entry | {"questions": len(measured.lost), "lost_by_block": np.mean(measured.lost, 0).tolist()}
     if not (task.ordinary or task.form == "generate"):
-        return found
+        return entry
     empty = {"text": "perplexity", "generate": "samples"}.get(task.form, "accuracy")
-    return found | {empty: None}
+    return entry | {empty: None}
 
 
 def _accuracy(answers: Answers, task: Task) -> dict[str, Any]:
     scored, right = answers.scored, answers.rights(task)
     n, failed = len(right), int(scored.failed.sum())
-    found: dict[str, Any] = {"questions": n, "failed": failed, "normalised": task.normalise, **_share(right)}
+    entry: dict[str, Any] = {"questions": n, "failed": failed, "normalised": task.normalise, **_share(right)}
     if not failed:
         four_way = scored.logprobs.softmax(1).gather(1, scored.gold[:, None])
-        found["mean_probability_of_right"] = float(four_way.mean())  # among the options
+        entry["mean_probability_of_right"] = float(four_way.mean())  # among the options
         if scored.mass is None:
-            found |= {"accuracy_plain": scored.accuracy, "accuracy_norm": scored.accuracy_norm}
+            entry |= {"accuracy_plain": scored.accuracy, "accuracy_norm": scored.accuracy_norm}
     if scored.mass is not None and (habits := letter_habits(scored)):
-        found["letters"] = {name: value for name, value in habits._asdict().items() if name != "questions"}
+        entry["letters"] = {name: value for name, value in habits._asdict().items() if name != "questions"}
     subjects = dict.fromkeys(subject for subject in answers.subjects if subject)
     if len(subjects) > 1:
         of = {s: torch.tensor([i for i, other in enumerate(answers.subjects) if other == s]) for s in subjects}
-        found["subjects"] = {s: {"questions": len(places), **_share(right[places])} for s, places in of.items()}
-    return found
+        entry["subjects"] = {s: {"questions": len(places), **_share(right[places])} for s, places in of.items()}
+    return entry
 
 
 def _share(right: torch.Tensor) -> dict[str, Any]:

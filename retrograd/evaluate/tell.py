@@ -91,7 +91,7 @@ def read_files(
 
 def tell(
     examined: dict[str, Examined],
-    told: dict[str, Diagnosis],
+    diagnoses: dict[str, Diagnosis],
     missing: list[dict[str, str]],
     reference: str,
     knows: str | None,
@@ -101,7 +101,7 @@ def tell(
 
     Args:
         examined: By model, reference and the two others included.
-        told: The verdicts, by model.
+        diagnoses: The verdicts, by model.
         missing: From `read_files`.
         reference: The model that the others are compared with.
         knows, never: Between which positions are measured, if both are given.
@@ -113,9 +113,9 @@ def tell(
     return {
         "reference": reference, "knows": knows, "never": never, "missing": missing,
         "models": {
-            name: {"digest": examined[name].digest, "verdict": one.verdict, "reasons": one.reasons,
-                   "numbers": one.numbers}
-            for name, one in told.items()
+            name: {"digest": examined[name].digest, "verdict": diagnosis.verdict, "reasons": diagnosis.reasons,
+                   "numbers": diagnosis.numbers}
+            for name, diagnosis in diagnoses.items()
         },
         "results": [
             {"model": name, "task": task, **outcome.values}
@@ -129,10 +129,10 @@ def tell(
 def _comparisons(examined: dict[str, Examined], model: str, reference: str) -> Iterator[dict[str, Any]]:
     for task, metric, pair in _paired([examined[reference], examined[model]]):
         entry: dict[str, Any] = {"model": model, "against": reference, "task": task, "metric": metric}
-        one = compare(*pair) if pair else None
-        yield {**entry, "difference": None} if one is None else {
-            **entry, "difference": one.difference, "interval": list(one.interval), "only_reference": one.only_first,
-            "only_model": one.only_second, "p": one.p,
+        comparison = compare(*pair) if pair else None
+        yield {**entry, "difference": None} if comparison is None else {
+            **entry, "difference": comparison.difference, "interval": list(comparison.interval),
+            "only_reference": comparison.only_first, "only_model": comparison.only_second, "p": comparison.p,
         }  # fmt: skip
 
 
@@ -140,9 +140,9 @@ def _positions(examined: dict[str, Examined], model: str, knows: str, never: str
     """Of what was not to stay; null where one of the three is missing, or the two do not differ."""
     for task, metric, three in _paired([examined[name] for name in (model, knows, never)], without="retain"):
         entry: dict[str, Any] = {"model": model, "task": task, "metric": metric}
-        one = position(*three) if three else None
-        yield {**entry, "position": None} if one is None else {
-            **entry, "position": one.position, "interval": list(one.interval), "gap": one.gap
+        standing = position(*three) if three else None
+        yield {**entry, "position": None} if standing is None else {
+            **entry, "position": standing.position, "interval": list(standing.interval), "gap": standing.gap
         }  # fmt: skip
 
 
@@ -159,8 +159,8 @@ def _paired(
     )
     for task, metric in asked:
         counted = [model.outcomes[task].counted.get(metric) for model in models if task in model.outcomes]
-        there = [one for one in counted if one is not None and one.hashes]
-        if any(one.hashes != there[0].hashes for one in there):
+        there = [marks for marks in counted if marks is not None and marks.hashes]
+        if any(marks.hashes != there[0].hashes for marks in there):
             raise RunError(f"{task}: the models were asked different questions; delete their files and run again.")
-        rights = [one.right for one in there if one.right is not None]
+        rights = [marks.right for marks in there if marks.right is not None]
         yield task, metric, rights if len(rights) == len(models) else None

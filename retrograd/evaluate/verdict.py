@@ -47,8 +47,8 @@ def counted(verdicts: Iterable[str | None]) -> dict[str, int]:
     >>> counted(["damaged", None, "healthy", "damaged"])
     {'healthy': 1, 'damaged': 2, 'no verdict': 1}
     """
-    found = [verdict or _NONE for verdict in verdicts]
-    return {one: found.count(one) for one in (*VERDICTS, _NONE) if one in found}
+    names = [verdict or _NONE for verdict in verdicts]
+    return {verdict: names.count(verdict) for verdict in (*VERDICTS, _NONE) if verdict in names}
 
 
 class Evaluated(NamedTuple):
@@ -79,7 +79,10 @@ def diagnose(model: Evaluated, reference: Evaluated, tasks: dict[str, Task]) -> 
         tasks: What counts, by the names of the results: groups (any of their tasks) instead of their parts.
     """
     same = model.digest is not None and model.digest == reference.digest
-    model, reference = (one._replace(results={name: one.results[name] for name in tasks}) for one in (model, reference))
+    model, reference = (
+        evaluated._replace(results={name: evaluated.results[name] for name in tasks})
+        for evaluated in (model, reference)
+    )
     findings = [*_failures(model), *_habits(model, None if same else reference)]
     numbers: dict[str, Any] = {"same_weights": same, "letters": _letters(model)}
     if same:
@@ -104,17 +107,17 @@ def diagnose(model: Evaluated, reference: Evaluated, tasks: dict[str, Task]) -> 
 
 
 def _failures(model: Evaluated) -> Iterator[_Finding]:
-    for name, found in model.results.items():
-        if isinstance(found, Answers) and found.scored.failed.any():
-            bad, n = int(found.scored.failed.sum()), len(found.scored.gold)
+    for name, measured in model.results.items():
+        if isinstance(measured, Answers) and measured.scored.failed.any():
+            bad, n = int(measured.scored.failed.sum()), len(measured.scored.gold)
             yield _Finding("destroyed", f"{name}: {bad} of {n} questions have no finite log-probability")
-        if isinstance(found, Texts) and not math.isfinite(found.perplexity):
+        if isinstance(measured, Texts) and not math.isfinite(measured.perplexity):
             yield _Finding("destroyed", f"{name}: the perplexity is not finite")
 
 
 def _letters(model: Evaluated) -> dict[str, Any]:
-    found = {name: _by_letter(measured) for name, measured in model.results.items()}
-    return {name: habits._asdict() for name, habits in found.items() if habits}
+    by_letter = {name: _by_letter(measured) for name, measured in model.results.items()}
+    return {name: habits._asdict() for name, habits in by_letter.items() if habits}
 
 
 def _by_letter(measured: Any) -> LetterHabits | None:
@@ -127,8 +130,8 @@ def _habits(model: Evaluated, reference: Evaluated | None) -> Iterator[_Finding]
     for name, measured in model.results.items():
         habits = _by_letter(measured)
         usual = _by_letter(reference.results.get(name)) if reference else None
-        if habits and not (usual and _habit(usual)) and (told := _habit(habits)):
-            yield _Finding("destroyed", f"{name}: {told}")
+        if habits and not (usual and _habit(usual)) and (words := _habit(habits)):
+            yield _Finding("destroyed", f"{name}: {words}")
 
 
 def _habit(habits: LetterHabits) -> str | None:
@@ -160,8 +163,8 @@ def _perplexities(
         ratio = here.perplexity / there.perplexity
         numbers.setdefault("perplexity_ratio", {})[name] = ratio
         if ratio > MORE:
-            told = f"{name}: perplexity {here.perplexity:.4g}, {ratio:.3g} times the reference's"
-            yield _Finding("destroyed" if ratio > TWICE else "damaged", told)
+            words = f"{name}: perplexity {here.perplexity:.4g}, {ratio:.3g} times the reference's"
+            yield _Finding("destroyed" if ratio > TWICE else "damaged", words)
 
 
 def _abilities(
@@ -185,12 +188,12 @@ def _abilities(
         if has < had and paired.p < SIGNIFICANT / len(asked):
             gone = left is not None and left < LEFT
             kept = "" if left is None else f"; {max(left, 0):.0%} of its lead over chance is left"
-            told = f"{name}: {has:.1%} right, the reference {had:.1%} (p = {paired.p:.1g}){kept}"
-            yield _Finding("destroyed" if gone else "damaged", told)
+            words = f"{name}: {has:.1%} right, the reference {had:.1%} (p = {paired.p:.1g}){kept}"
+            yield _Finding("destroyed" if gone else "damaged", words)
         mass, usual = here.scored.mass, there.scored.mass
         if mass is not None and usual is not None and 0.1 < float(usual.mean()) > 2 * float(mass.mean()):
-            told = f"{float(mass.mean()):.1%} of the probability on letters, the reference {float(usual.mean()):.1%}"
-            yield _Finding("damaged", f"{name}: {told}")
+            words = f"{float(mass.mean()):.1%} of the probability on letters, the reference {float(usual.mean()):.1%}"
+            yield _Finding("damaged", f"{name}: {words}")
 
 
 def _chance(scored: Scored) -> float:

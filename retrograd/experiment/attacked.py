@@ -29,23 +29,27 @@ def gathered(config: AttackConfig, plan: Plan, results: Results) -> Folder | Non
     Raises:
         ValueError: If a model is not what was attacked.
     """
-    done = [(one, Path(found["place"])) for one in plan.meetings if (found := results.result(one.task)) is not None]
+    done = [
+        (meeting, Path(outcome["place"]))
+        for meeting in plan.meetings
+        if (outcome := results.result(meeting.task)) is not None
+    ]
     if not done:
         return None
     of = _sources(results)
-    names = {source: target_name(source) for source in {of(one) for one, _ in done}}
+    names = {source: target_name(source) for source in {of(meeting) for meeting, _ in done}}
     groups: dict[str, list[str]] = {}
-    for one, _ in done:
-        known = groups.setdefault(of(one), [])
-        if one.group is not None and one.group not in known:
-            known.append(one.group)
+    for meeting, _ in done:
+        known = groups.setdefault(of(meeting), [])
+        if meeting.group is not None and meeting.group not in known:
+            known.append(meeting.group)
     remove(config.out / "models")
     (config.out / "attack.json").unlink(missing_ok=True)
-    sources = list(dict.fromkeys((one.role, of(one)) for one, _ in done))
-    named = list(dict.fromkeys(one.configuration for one, _ in done))
+    sources = list(dict.fromkeys((meeting.role, of(meeting)) for meeting, _ in done))
+    named = list(dict.fromkeys(meeting.configuration for meeting, _ in done))
     folder = claim_folder(config.out, sources, named, material_of(config), groups)
-    for one, place in done:
-        link = config.out / "models" / names[of(one)] / name_of(one.configuration)
+    for meeting, place in done:
+        link = config.out / "models" / names[of(meeting)] / name_of(meeting.configuration)
         make_folder(link.parent)
         if not link.is_symlink():  # a model of two arms
             link.symlink_to(os.path.relpath(place / MEETING, link.parent.resolve()))
@@ -55,11 +59,11 @@ def gathered(config: AttackConfig, plan: Plan, results: Results) -> Folder | Non
 def _sources(results: Results) -> Callable[[Meeting], str]:
     """The folder of a meeting's model."""
 
-    def source(one: Meeting) -> str:
-        if isinstance(one.model, str):
-            return one.model
-        found = results.result(one.model.name)
-        assert found is not None, "what it needs was done before"
-        return str(Path(found["place"]) / MODEL)
+    def source(meeting: Meeting) -> str:
+        if isinstance(meeting.model, str):
+            return meeting.model
+        outcome = results.result(meeting.model.name)
+        assert outcome is not None, "what it needs was done before"
+        return str(Path(outcome["place"]) / MODEL)
 
     return source

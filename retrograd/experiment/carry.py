@@ -77,8 +77,8 @@ def carry_out(
         case "measure":
             return measure(what, _model(what, done), folder / "answers")
         case "attack":
-            one = configuration_from(what["configuration"], task.name)
-            runners.meet(what["settings"], one, _model(what, done), folder / MEETING)
+            configuration = configuration_from(what["configuration"], task.name)
+            runners.meet(what["settings"], configuration, _model(what, done), folder / MEETING)
             return {}
 
 
@@ -129,20 +129,20 @@ def _selection(what: dict[str, Any], folder: Path, done: Callable[[str], Path], 
     sides: dict[str, Any] = {}
     for side, prefix in (("scores", ""), ("against", "against_")):
         sources: list[str] = []
-        for one in what[side]:
-            place = str(done(one["task"]) / RUN) if "task" in one else one["folder"]
-            if "folder" in one and content(one["folder"]) != one["content"]:
-                raise ValueError(f"{one['folder']} has changed since the experiment began")
-            source = f"{place}:{one['query']}" if one["query"] else place
-            if one.get("within"):
+        for entry in what[side]:
+            run = str(done(entry["task"]) / RUN) if "task" in entry else entry["folder"]
+            if "folder" in entry and content(entry["folder"]) != entry["content"]:
+                raise ValueError(f"{entry['folder']} has changed since the experiment began")
+            source = f"{run}:{entry['query']}" if entry["query"] else run
+            if entry.get("within"):
                 table = folder / f"{side}-{len(sources)}.parquet"
                 source = scores_within(source, str(data["dataset"]), folder / "rows.yaml", table)
-                one = {**one, "sign": "negative", "alignment": "target"}
+                entry = {**entry, "sign": "negative", "alignment": "target"}
             sources.append(source)
-            sides |= {f"{prefix}sign": one["sign"], f"{prefix}alignment": one["alignment"]}
+            sides |= {f"{prefix}sign": entry["sign"], f"{prefix}alignment": entry["alignment"]}
         sides[side] = sources
-    values = {**more, **sides, "out": folder, "rows": folder / "rows.yaml", "seeds": 1}
-    config: SelectConfig = build(SelectConfig, values, "selection")
+    settings = {**more, **sides, "out": folder, "rows": folder / "rows.yaml", "seeds": 1}
+    config: SelectConfig = build(SelectConfig, settings, "selection")
     return config
 
 

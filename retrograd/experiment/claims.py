@@ -52,8 +52,8 @@ def compared(spec: ExperimentSpec, arm: ArmResult, other: ArmResult) -> Comparis
         a, b = arm.matrix(names, seeds), other.matrix(names, seeds)
         return None if a is None or b is None else crossed(a - b)
 
-    one, two = arm.divergence(seeds), other.divergence(seeds)
-    kl = None if one is None or two is None else crossed(one[0] - two[0], one[1])
+    of_arm, of_other = arm.divergence(seeds), other.divergence(seeds)
+    kl = None if of_arm is None or of_other is None else crossed(of_arm[0] - of_other[0], of_arm[1])
     return Comparison(other.plan.arm.weighting, seeds, accuracy("forget"), accuracy("retain"), kl)
 
 
@@ -63,11 +63,11 @@ def decided(spec: ExperimentSpec, arm: ArmResult, others: list[ArmResult]) -> Cl
     Args:
         others: All arms of the same match and method.
     """
-    place = arm.plan.arm
-    weighting = spec.weightings[place.weighting]
+    key = arm.plan.arm
+    weighting = spec.weightings[key.weighting]
     if not weighting.scores or weighting.control is not None:
         return None
-    if place.match == "none":
+    if key.match == "none":
         return Claim(False, "utilities are not matched (match: none)")
     if arm.plan.reason is not None:
         return Claim(False, arm.plan.reason)
@@ -78,22 +78,22 @@ def decided(spec: ExperimentSpec, arm: ArmResult, others: list[ArmResult]) -> Cl
         return Claim(False, f"too few seeds: {len(spec.seeds)}, and a claim takes {FEWEST}")
     if broken := [seed for seed, verdict in arm.verdicts.items() if verdict in ("destroyed", None)]:
         return Claim(False, f"the model of seed {broken[0]} is {arm.verdicts[broken[0]] or 'without a verdict'}")
-    controls = [one for one in others if _controls(spec, one, place.weighting)]
-    moved = [one for one in controls if one.same is not None and one.same < MOVED]
+    controls = [other for other in others if _controls(spec, other, key.weighting)]
+    moved = [control for control in controls if control.same is not None and control.same < MOVED]
     if not moved:
         why = f", for {len(controls)} leave more than three quarters of the weights where they were" if controls else ""
         return Claim(False, f"no matched random control{why}")
-    told = []
+    reasons = []
     for control in moved:
         claim = _against(spec, arm, control)
         if not claim.better:
             return claim
-        told.append(claim.reason)
-    return Claim(True, "; ".join(told))
+        reasons.append(claim.reason)
+    return Claim(True, "; ".join(reasons))
 
 
-def _controls(spec: ExperimentSpec, one: ArmResult, weighting: str) -> bool:
-    other = spec.weightings[one.plan.arm.weighting]
+def _controls(spec: ExperimentSpec, arm: ArmResult, weighting: str) -> bool:
+    other = spec.weightings[arm.plan.arm.weighting]
     return other.of == weighting and other.control in RANDOM
 
 
@@ -101,14 +101,14 @@ def _against(spec: ExperimentSpec, arm: ArmResult, control: ArmResult) -> Claim:
     name = control.plan.arm.weighting
     if control.plan.reason is not None or control.missing:
         return Claim(False, f"control {name} is missing: {control.plan.reason or next(iter(control.missing.values()))}")
-    found, tune = compared(spec, arm, control), spec.methods[arm.plan.arm.method].tune
-    damage = found.kl if tune.measure == "kl" else _minus(found.retain)
-    if found.forget is None or damage is None:
+    comparison, tune = compared(spec, arm, control), spec.methods[arm.plan.arm.method].tune
+    damage = comparison.kl if tune.measure == "kl" else _minus(comparison.retain)
+    if comparison.forget is None or damage is None:
         return Claim(False, f"against {name}: a number is missing")
     if arm.plan.arm.match == "utility":
         equal = _Equal("utilities differ", "damage", damage, tune.tolerance * tune.budget)
-        return _judged(name, "forget accuracy", found.forget, equal)
-    equal = _Equal("forgetting differs", "forget accuracy", found.forget, tune.tolerance * (1 - tune.target))
+        return _judged(name, "forget accuracy", comparison.forget, equal)
+    equal = _Equal("forgetting differs", "forget accuracy", comparison.forget, tune.tolerance * (1 - tune.target))
     return _judged(name, "damage", damage, equal)
 
 
@@ -122,15 +122,15 @@ class _Equal(NamedTuple):
 
 
 def _judged(control: str, what: str, gain: Estimate, equal: _Equal) -> Claim:
-    told = f"against {control}: {what} {gain.told(digits=4)}, {equal.name} {equal.difference.told(digits=4)}"
+    words = f"against {control}: {what} {gain.told(digits=4)}, {equal.name} {equal.difference.told(digits=4)}"
     if equal.difference.value > equal.slack:
-        return Claim(False, f"{equal.differs}, by more than {equal.slack:.3g}, {told}")
+        return Claim(False, f"{equal.differs}, by more than {equal.slack:.3g}, {words}")
     if gain.value >= 0:
-        return Claim(False, f"not better, {told}")
+        return Claim(False, f"not better, {words}")
     if gain.high >= 0:
-        return Claim(False, f"the interval includes 0, {told}")
-    return Claim(True, told)
+        return Claim(False, f"the interval includes 0, {words}")
+    return Claim(True, words)
 
 
-def _minus(one: Estimate | None) -> Estimate | None:
-    return None if one is None else Estimate(-one.value, -one.high, -one.low)
+def _minus(estimate: Estimate | None) -> Estimate | None:
+    return None if estimate is None else Estimate(-estimate.value, -estimate.high, -estimate.low)

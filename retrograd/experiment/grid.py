@@ -71,12 +71,14 @@ def attribute(task: Task, run: Path, magic: Callable[[MagicConfig, Console], Any
     outcome = magic(config, console)
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     smooth = metasmoothness(MetasmoothnessConfig(**given, h=what["h"]), console)
-    found = validate(ValidateConfig(run=run, subsets=what["subsets"], fraction=(what["fraction"],), workers=1), console)
-    assert found is not None, "this is the only rank"
-    agreed = found.fractions[0]
+    validated = validate(
+        ValidateConfig(run=run, subsets=what["subsets"], fraction=(what["fraction"],), workers=1), console
+    )
+    assert validated is not None, "this is the only rank"
+    agreed = validated.fractions[0]
     numbers = {
         "smoothness": smooth.value, "lds": agreed.mean, "low": agreed.low, "high": agreed.high,
-        "pearson": float(np.mean([one.pearson for one in agreed.queries])), "query": float(outcome.values.mean()),
+        "pearson": float(np.mean([query.pearson for query in agreed.queries])), "query": float(outcome.values.mean()),
         "failed": agreed.failed,
     }  # fmt: skip
     remove(run / "checkpoints")
@@ -120,12 +122,12 @@ def _markdown(spec: GridSpec, rows: list[dict[str, Any]], title: str) -> list[st
     lines += [f"| {' | '.join(axes)} | metasmoothness | LDS | Pearson | query loss, nats |",
               "|" + "---|" * (len(axes) + 4)]  # fmt: skip
     for row in rows:
-        place = " | ".join(str(row[name]) for name in axes)
-        lines.append(f"| {place} | {row['missing']} | | | |" if row["missing"] else f"| {place} | {_told(row)} |")
+        recipe = " | ".join(str(row[name]) for name in axes)
+        lines.append(f"| {recipe} | {row['missing']} | | | |" if row["missing"] else f"| {recipe} | {_figures(row)} |")
     return lines
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _figures(row: Mapping[str, Any]) -> str:
     def number(name: str, digits: int) -> str:
         return "none" if row[name] is None else f"{row[name]:.{digits}f}"
 

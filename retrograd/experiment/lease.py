@@ -62,10 +62,10 @@ class Queue:
         if last is not None and not self._free(last):
             return None
         lease = Lease(name, last.number + 1 if last else 1)
-        place = self.folder / name
-        make_folder(place)
-        told = {**self.me._asdict(), "since": time.time()}
-        if not _only_one(place / f"lease-{lease.number}.json", json.dumps(told)):
+        folder = self.folder / name
+        make_folder(folder)
+        owner = {**self.me._asdict(), "since": time.time()}
+        if not _only_one(folder / f"lease-{lease.number}.json", json.dumps(owner)):
             return None
         if self.result(name) is not None:  # settled in between
             self.give_back(lease)
@@ -114,13 +114,13 @@ class Queue:
 
     def result(self, name: str) -> dict[str, Any] | None:
         """The outcome of a task that is done, with `place`, the folder of its files."""
-        found = self._read(name, "done")
-        return None if found is None else {**found, "place": str(self.folder / name / str(found["owner"]))}
+        outcome = self._read(name, "done")
+        return None if outcome is None else {**outcome, "place": str(self.folder / name / str(outcome["owner"]))}
 
     def failure(self, name: str) -> str | None:
         """Why a task failed."""
-        found = self._read(name, "failed")
-        return None if found is None else str(found["reason"])
+        outcome = self._read(name, "failed")
+        return None if outcome is None else str(outcome["reason"])
 
     def forget_failures(self) -> None:
         """Let everything that failed be tried again."""
@@ -129,7 +129,7 @@ class Queue:
             if last is not None:
                 self.give_back(last)
             path.unlink(missing_ok=True)
-        self._settled = {key: found for key, found in self._settled.items() if key[1] == "done"}
+        self._settled = {key: outcome for key, outcome in self._settled.items() if key[1] == "done"}
 
     def _settle(self, lease: Lease, what: str, values: dict[str, Any]) -> None:
         self.check(lease)
@@ -148,20 +148,20 @@ class Queue:
 
     def _last(self, name: str) -> Lease | None:
         try:
-            found = [int(match[1]) for file in os.listdir(self.folder / name) if (match := _LEASE.fullmatch(file))]
+            numbers = [int(match[1]) for file in os.listdir(self.folder / name) if (match := _LEASE.fullmatch(file))]
         except FileNotFoundError:
             return None
-        return Lease(name, max(found)) if found else None
+        return Lease(name, max(numbers)) if numbers else None
 
     def _free(self, lease: Lease) -> bool:
         return self._let_go(lease) or self._stands_still(lease)
 
     def _let_go(self, lease: Lease) -> bool:
         """Whether its owner gave it back or is dead, so that nobody writes there any more."""
-        place = self.folder / lease.name
-        if (place / f"freed-{lease.number}").exists():
+        folder = self.folder / lease.name
+        if (folder / f"freed-{lease.number}").exists():
             return True
-        return is_dead(json.loads((place / f"lease-{lease.number}.json").read_text(encoding="utf8")))
+        return is_dead(json.loads((folder / f"lease-{lease.number}.json").read_text(encoding="utf8")))
 
     def _stands_still(self, lease: Lease) -> bool:
         try:
@@ -178,8 +178,8 @@ class Queue:
     def _inherit(self, lease: Lease) -> None:
         """What the last owner left, as its files are whole at every moment and what is told comes before its state."""
         new = self.place(lease)
-        found = [int(path.name) for path in new.parent.iterdir() if path.name.isdecimal()]
-        there = [number for number in found if number < lease.number]  # a later owner's is not ours to take
+        numbers = [int(path.name) for path in new.parent.iterdir() if path.name.isdecimal()]
+        there = [number for number in numbers if number < lease.number]  # a later owner's is not ours to take
         if not there:
             make_folder(new)
             return

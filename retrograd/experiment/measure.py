@@ -47,7 +47,7 @@ def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
     Raises:
         RunError, MemoryError, OutOfMemoryError: If the disk or memory is full.
     """
-    tasks = {name: build(Task, one, name) for name, one in what["tasks"].items()}
+    tasks = {name: build(Task, settings, name) for name, settings in what["tasks"].items()}
     tokenizer = load_tokenizer(what["tokenizer"] or model)
     lm = load_causal_lm(model, dtype=what["dtype"], device=find_device(what["device"]))
     digest = tree.digest(dict(sorted(lm.params.items())))
@@ -59,8 +59,8 @@ def measure(what: dict[str, Any], model: str, folder: Path) -> dict[str, Any]:
             path = folder / f"{name}.parquet"
             if not path.exists():
                 try:
-                    found, asked = ask(task, lm, tokenizer, what["batch_size"], others)
-                    write_measured(path, found, {"task": name, **about, **asked})
+                    measured, asked = ask(task, lm, tokenizer, what["batch_size"], others)
+                    write_measured(path, measured, {"task": name, **about, **asked})
                 except _MACHINE:
                     raise
                 except _FAILURES as error:
@@ -95,13 +95,13 @@ def _diverged(
 ) -> None:
     if path.exists():
         return
-    base, found = others.reference_model(), Divergence([], [])
+    base, total = others.reference_model(), Divergence([], [])
     for text in what["rows"]:
         source = parse_source(text, UnlearnConfig())
         rows = load_rows(source, tokenizer, lm, None)[0]
-        one = divergence(lm, base, rows, what["batch_size"])
-        found = Divergence([*found.nats, *one.nats], [*found.targets, *one.targets])
-    write_table(path, found._asdict(), {}, {"kind": "Divergence", **about})
+        of_rows = divergence(lm, base, rows, what["batch_size"])
+        total = Divergence([*total.nats, *of_rows.nats], [*total.targets, *of_rows.targets])
+    write_table(path, total._asdict(), {}, {"kind": "Divergence", **about})
 
 
 def _summary(tasks: dict[str, Task], folder: Path, missing: dict[str, str]) -> dict[str, Any]:
@@ -109,15 +109,15 @@ def _summary(tasks: dict[str, Task], folder: Path, missing: dict[str, str]) -> d
     rights: dict[str, list[torch.Tensor]] = {}
     texts: dict[str, float | None] = {}
     for name, task in tasks.items():
-        found = answers[name]
-        if found is None:
+        measured = answers[name]
+        if measured is None:
             continue
-        if why := failure(found, task):
+        if why := failure(measured, task):
             missing[name], finite = why, False
-        if isinstance(found, Answers):
-            rights.setdefault(str(task.role), []).append(found.rights(task))
+        if isinstance(measured, Answers):
+            rights.setdefault(str(task.role), []).append(measured.rights(task))
         elif task.form == "text":
-            texts[name] = described(found, task)["perplexity"]
+            texts[name] = described(measured, task)["perplexity"]
     kl = read_divergence(folder)
     if kl is not None and not math.isfinite(kl.mean):
         missing["kl"], finite = "it is not finite", False

@@ -29,13 +29,13 @@ def myself() -> Owner:
     return Owner(os.getpid(), platform.node(), _boot(), _started(os.getpid()) or 0)
 
 
-def is_dead(told: dict[str, Any]) -> bool:
+def is_dead(owner: dict[str, Any]) -> bool:
     """Whether an owner, as a lease tells of it, is known to live no more."""
     me = myself()
-    if (told.get("host"), told.get("boot")) != (me.host, me.boot) or not me.boot:
+    if (owner.get("host"), owner.get("boot")) != (me.host, me.boot) or not me.boot:
         return False
-    started = _started(int(told["pid"]))
-    return started is None or (bool(told["started"]) and started != told["started"])
+    started = _started(int(owner["pid"]))
+    return started is None or (bool(owner["started"]) and started != owner["started"])
 
 
 def _boot() -> str:

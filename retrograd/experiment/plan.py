@@ -90,14 +90,14 @@ class Plan(NamedTuple):
 
     def lost(self, results: Results) -> dict[str, str]:
         """Tasks that cannot be done, with the reason: those that failed, and those that need one of them."""
-        found: dict[str, str] = {}
+        lost: dict[str, str] = {}
         for name, task in self.tasks.items():
             reason = results.failure(name)
             if reason is not None:
-                found[name] = reason
-            elif (missing := [need for need in task.needs if need in found]) and results.result(name) is None:
-                found[name] = f"needs {missing[0]}, which failed"
-        return found
+                lost[name] = reason
+            elif (missing := [need for need in task.needs if need in lost]) and results.result(name) is None:
+                lost[name] = f"needs {missing[0]}, which failed"
+        return lost
 
 
 def planned(maker: Maker | GridMaker, results: Results) -> Plan:
@@ -144,9 +144,9 @@ def _meetings(maker: Maker, arms: list[ArmPlan], tasks: dict[str, Task], add: Ca
     every = configurations(config)
     for arm in arms:
         arm.more += len(every) * (len(maker.spec.seeds) - len(arm.trains)) if not arm.reason else 0
-    for one in every:
+    for configuration in every:
         for role, group, model in models:
-            yield Meeting(role, group, model, one, add(maker.attack(model, one)).name)
+            yield Meeting(role, group, model, configuration, add(maker.attack(model, configuration)).name)
 
 
 def _group(maker: Maker, plan: ArmPlan) -> str:
@@ -158,55 +158,55 @@ def _group(maker: Maker, plan: ArmPlan) -> str:
 
 
 def _arm(maker: Maker, results: Results, arm: Arm, add: Callable[..., Task]) -> ArmPlan:
-    found, setting = ArmPlan(arm), None
+    plan, setting = ArmPlan(arm), None
     tune, seeds = maker.spec.methods[arm.method].tune, maker.spec.seeds
     if arm.match != "none":
-        _tuned(maker, results, found, tune, add)
-        if found.chosen is None:
-            return found
-        setting = (tune.setting, found.chosen.setting)
+        _tuned(maker, results, plan, tune, add)
+        if plan.chosen is None:
+            return plan
+        setting = (tune.setting, plan.chosen.setting)
     for seed in seeds:
         trained = add(*maker.train(arm.method, arm.weighting, seed, setting))
-        found.trains[seed] = trained.name
-        found.reports[seed] = add(maker.measure(trained, "report")).name
-    return found
+        plan.trains[seed] = trained.name
+        plan.reports[seed] = add(maker.measure(trained, "report")).name
+    return plan
 
 
-def _tuned(maker: Maker, results: Results, found: ArmPlan, tune: TuneSpec, add: Callable[..., Task]) -> None:
+def _tuned(maker: Maker, results: Results, plan: ArmPlan, tune: TuneSpec, add: Callable[..., Task]) -> None:
     """The bisection as far as it has come; its next training, if one is wanted."""
-    arm, seeds = found.arm, maker.spec.seeds
+    arm, seeds = plan.arm, maker.spec.seeds
     base = None
     if arm.match == "utility" and tune.measure == "accuracy":
         base = add(maker.measure(maker.spec.base, "tune")).name
         if results.result(base) is None:
-            found.more = 2 * (tune.steps + len(seeds))
-            found.reason = results.failure(base) and f"the base could not be measured: {results.failure(base)}"
+            plan.more = 2 * (tune.steps + len(seeds))
+            plan.reason = results.failure(base) and f"the base could not be measured: {results.failure(base)}"
             return
     goal, known = _goal(arm.match, tune), dict[float, float]()
     while True:
         step = bisect(goal, known)
         if isinstance(step, Chosen):
-            found.chosen = step
+            plan.chosen = step
             return
         if isinstance(step, Impossible):
-            found.reason = step.reason
+            plan.reason = step.reason
             return
         assert isinstance(step, Try)
         trained = add(*maker.train(arm.method, arm.weighting, seeds[0], (tune.setting, step.setting)))
         measured = add(maker.measure(trained, "tune"))
         outcome = results.result(measured.name)
         if outcome is None:
-            found.more = 2 * (tune.steps - len(known) - 1 + len(seeds))
-            found.reason = _why(results, (*trained.needs, trained.name, measured.name))
-            found.more = 0 if found.reason else found.more
+            plan.more = 2 * (tune.steps - len(known) - 1 + len(seeds))
+            plan.reason = _why(results, (*trained.needs, trained.name, measured.name))
+            plan.more = 0 if plan.reason else plan.more
             return
         against = results.result(base) if base else None
         value = tuning_value(arm.match, tune.measure, outcome, against)
         if value is None:
-            found.reason = f"its tuning at {tune.setting} {step.setting:g} has a missing value"
+            plan.reason = f"its tuning at {tune.setting} {step.setting:g} has a missing value"
             return
         known[step.setting] = value
-        found.tries.append((step.setting, value))
+        plan.tries.append((step.setting, value))
 
 
 def _goal(match: Match, tune: TuneSpec) -> Goal:

@@ -57,18 +57,22 @@ class ArmResult(NamedTuple):
     def divergence(self, seeds: list[int]) -> tuple[np.ndarray, np.ndarray] | None:
         """KL in nats per token of each document, [seeds, documents], and targets, [documents]."""
         rows = [self.seeds[seed] for seed in seeds if seed in self.seeds]
-        if len(rows) < len(seeds) or not rows or any(one.kl is None or one.targets is None for one in rows):
+        if (
+            len(rows) < len(seeds)
+            or not rows
+            or any(measured.kl is None or measured.targets is None for measured in rows)
+        ):
             return None
         targets = rows[0].targets
         assert targets is not None
-        return np.stack([one.kl / np.maximum(targets, 1) for one in rows if one.kl is not None]), targets
+        return np.stack([measured.kl / np.maximum(targets, 1) for measured in rows if measured.kl is not None]), targets
 
 
 def collected(spec: ExperimentSpec, plan: Plan, results: Results) -> list[ArmResult]:
     """All arms, as far as they are done."""
     base = read_model(spec, results, plan.base)
     lost = plan.lost(results)
-    return [_arm(spec, plan, one, results, base, lost) for one in plan.arms]
+    return [_arm(spec, plan, arm, results, base, lost) for arm in plan.arms]
 
 
 def read_model(spec: ExperimentSpec, results: Results, name: str | None) -> Measured | None:
@@ -79,9 +83,9 @@ def read_model(spec: ExperimentSpec, results: Results, name: str | None) -> Meas
     folder, tasks = Path(outcome["place"]) / "answers", spec.report.tasks
     answers = read_answers(folder, list(tasks))
     right = {
-        name: found.rights(tasks[name]).numpy()
-        for name, found in answers.items()
-        if isinstance(found, Answers) and failure(found, tasks[name]) is None
+        name: measured.rights(tasks[name]).numpy()
+        for name, measured in answers.items()
+        if isinstance(measured, Answers) and failure(measured, tasks[name]) is None
     }
     kl = read_divergence(folder)
     good = kl is not None and outcome["kl"] is not None
@@ -101,7 +105,7 @@ def sides(tasks: dict[str, Task], role: str) -> list[str]:
 
 
 def _arm(
-    spec: ExperimentSpec, plan: Plan, one: ArmPlan, results: Results, base: Measured | None, lost: dict[str, str]
+    spec: ExperimentSpec, plan: Plan, arm: ArmPlan, results: Results, base: Measured | None, lost: dict[str, str]
 ) -> ArmResult:
     seeds: dict[int, Measured] = {}
     verdicts: dict[int, str | None] = {}
@@ -109,17 +113,17 @@ def _arm(
     missing: dict[int, str] = {}
     same: list[float] = []
     for seed in spec.seeds:
-        if one.reason is not None or seed not in one.reports:
-            missing[seed] = one.reason or "its setting is not known yet"
+        if arm.reason is not None or seed not in arm.reports:
+            missing[seed] = arm.reason or "its setting is not known yet"
             continue
-        trained, measured = results.result(one.trains[seed]), read_model(spec, results, one.reports[seed])
+        trained, measured = results.result(arm.trains[seed]), read_model(spec, results, arm.reports[seed])
         if trained is None or measured is None:
-            missing[seed] = lost.get(one.trains[seed]) or lost.get(one.reports[seed]) or "not done yet"
+            missing[seed] = lost.get(arm.trains[seed]) or lost.get(arm.reports[seed]) or "not done yet"
             continue
         seeds[seed], seconds[seed] = measured, trained["seconds"]
         if base is not None:
             verdicts[seed] = diagnose(measured.evaluated, base.evaluated, spec.report.tasks).verdict
-        for need in plan.tasks[one.trains[seed]].needs:
+        for need in plan.tasks[arm.trains[seed]].needs:
             outcome = results.result(need)
             same += [outcome["same_as_arm"]] if outcome and "same_as_arm" in outcome else []
-    return ArmResult(one, seeds, verdicts, seconds, missing, float(np.mean(same)) if same else None)
+    return ArmResult(arm, seeds, verdicts, seconds, missing, float(np.mean(same)) if same else None)

@@ -45,9 +45,11 @@ def tuning_value(match: Match, measure: str, outcome: dict[str, Any], base: dict
     Raises:
         ValueError: If one was measured on what is reported.
     """
-    for one in (outcome, base):
-        if one is not None and one.get("split") != "tune":
-            raise ValueError(f"tuning asked for what was measured on the split {one.get('split')!r}: it sees its own")
+    for measured in (outcome, base):
+        if measured is not None and measured.get("split") != "tune":
+            raise ValueError(
+                f"tuning asked for what was measured on the split {measured.get('split')!r}: it sees its own"
+            )
     if match == "utility" and measure == "kl":
         value = outcome["kl"]
         return math.inf if value is None and outcome["finite"] is False else value
@@ -72,7 +74,7 @@ def refuse_oracles(spec: ExperimentSpec) -> None:
             raise ValueError(f"{who} reads {path}, the model that never knew: only the report may")
         if Path(path).name == _FACTS and (Path(path).parent / "lab.json").exists():
             raise ValueError(f"{who} reads {path}, the table of facts of a lab: only the control keyword may")
-    asked = [one for one in spec.report.tasks.values() if one.choices or one.form in ("depth", "kl")]
+    asked = [task for task in spec.report.tasks.values() if task.choices or task.form in ("depth", "kl")]
     reported = {key for source in asked for key in _keys(source)}
     reported |= {key for source in _attacked(spec) for key in _keys(source)}
     rows = {key for text in spec.report.rows for key in _keys(parse_source(text, UnlearnConfig()))}
@@ -108,11 +110,11 @@ def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
             yield f"scores {name}", folder.partition(":")[0]
         for path in filter(None, (scores.start, scores.within)):
             yield f"scores {name}", path
-        for query, one in scores.queries.items():
-            yield f"query {query} of scores {name}", str(one.dataset)
+        for query, source in scores.queries.items():
+            yield f"query {query} of scores {name}", str(source.dataset)
     settings = {"settings of all methods": spec.settings,
-                **{f"method {name}": one.settings for name, one in spec.methods.items()},
-                **{f"scores {name}": one.settings for name, one in spec.scores.items()}}  # fmt: skip
+                **{f"method {name}": method.settings for name, method in spec.methods.items()},
+                **{f"scores {name}": scores.settings for name, scores in spec.scores.items()}}  # fmt: skip
     for who, values in settings.items():
         for text in texts_in(values):
             if text == spec.never or Path(text).exists():  # a teacher, say
@@ -126,9 +128,9 @@ def _paths(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
 def _sources(spec: ExperimentSpec) -> Iterator[tuple[str, Source]]:
     """Who reads what."""
     for name, scores in spec.scores.items():
-        for query, one in scores.queries.items():
-            if one.dataset is not None:
-                yield f"query {query} of scores {name}", one
+        for query, source in scores.queries.items():
+            if source.dataset is not None:
+                yield f"query {query} of scores {name}", source
         for folder in scores.folders:
             yield from _asked_in(spec, name, folder)
     for name, task in spec.tune.tasks.items():
@@ -141,32 +143,33 @@ def _sources(spec: ExperimentSpec) -> Iterator[tuple[str, Source]]:
 
 def _asked_in(spec: ExperimentSpec, name: str, text: str) -> Iterator[tuple[str, Source]]:
     """The queries of a run whose scores are taken, as far as weightings name them; files of scores tell none."""
-    place, _, own = text.partition(":")
-    if not (Path(place) / "run_config.yaml").exists():
+    run, _, own = text.partition(":")
+    if not (Path(run) / "run_config.yaml").exists():
         return
-    used = {own} | {source.partition(":")[2] for one in (*spec.weightings.values(), *spec.analyses.values())
-                    for source in (*one.scores, *one.against) if source.partition(":")[0] == name}  # fmt: skip
+    sides = [(each.scores, each.against) for each in (*spec.weightings.values(), *spec.analyses.values())]
+    sources = [source.partition(":") for scores, against in sides for source in (*scores, *against)]
+    used = {own} | {query for scores, _, query in sources if scores == name}
     wanted = {query.partition("/")[0] for query in used if query}
-    values = read_yaml(Path(place) / "run_config.yaml")
-    asked = dict(values.get("queries") or {"query": values.get("query")})
-    asked |= {path.parent.name: read_yaml(path) for path in sorted(Path(place).glob("queries/*/query_config.yaml"))}
-    for query, one in asked.items():
-        if not one or not one.get("dataset") or (len(asked) > 1 and wanted and query not in wanted):
+    config = read_yaml(Path(run) / "run_config.yaml")
+    asked = dict(config.get("queries") or {"query": config.get("query")})
+    asked |= {path.parent.name: read_yaml(path) for path in sorted(Path(run).glob("queries/*/query_config.yaml"))}
+    for query, settings in asked.items():
+        if not settings or not settings.get("dataset") or (len(asked) > 1 and wanted and query not in wanted):
             continue
-        who = f"query {query} of {place}, scores {name},"
-        if Path(one["dataset"]).exists():
-            read = Source(text_column=one.get("text_column"), columns=tuple(one.get("columns") or ()))
+        who = f"query {query} of {run}, scores {name},"
+        if Path(settings["dataset"]).exists():
+            read = Source(text_column=settings.get("text_column"), columns=tuple(settings.get("columns") or ()))
             yield who, dataclasses.replace(
-                read, dataset=one["dataset"], subset=one.get("subset"), split=one.get("split") or "train",
-                limit=one.get("limit"),
+                read, dataset=settings["dataset"], subset=settings.get("subset"),
+                split=settings.get("split") or "train", limit=settings.get("limit"),
             )  # fmt: skip
         else:
-            warnings.warn(f"{who} asked {one['dataset']}, which is not here: it is not known whether it is reported",
-                          stacklevel=2)  # fmt: skip
+            gone = f"{who} asked {settings['dataset']}, which is not here"
+            warnings.warn(f"{gone}: it is not known whether it is reported", stacklevel=2)
 
 
 def _corpora(spec: ExperimentSpec) -> Iterator[tuple[str, str]]:
-    own = [(f"corpora of method {name}", one.corpora) for name, one in spec.methods.items() if one.corpora]
+    own = [(f"corpora of method {name}", method.corpora) for name, method in spec.methods.items() if method.corpora]
     for where, corpora in [("corpora", spec.corpora), *own]:
         for side in ("forget", "retain", "alternative"):
             for text in getattr(corpora, side):
@@ -179,7 +182,8 @@ def _keys(source: Source) -> set[str]:
     documents = documents_of(source)
     if set(documents.column_names) >= _QUESTION:
         return {
-            _key("question", str(one["question"]).strip(), _right(one, source, k)) for k, one in enumerate(documents)
+            _key("question", str(question["question"]).strip(), _right(question, source, k))
+            for k, question in enumerate(documents)
         }
     return {
         _key("row", *row) if messages is None else _key("chat", *_turns(messages))
@@ -195,26 +199,30 @@ _ANSWER = re.compile(r"^\s*Answer:(.*)$", re.MULTILINE)
 
 def _seen(source: Source) -> set[str]:
     """The same, and the questions that solved ones ask: a line before an answer, with what that says."""
-    documents, found = documents_of(source), _keys(source)
+    documents, keys = documents_of(source), _keys(source)
     if set(documents.column_names) >= _QUESTION:
-        return found
+        return keys
     for row, messages in _documents(source, documents):
         for before, answer in _answered(row, messages):
             lines = [line.strip() for line in before.splitlines()]
             options = {match[1]: match[2] for line in lines if (match := _OPTION.fullmatch(line))}
             written = answer.strip().rstrip(".")
-            told = {answer.strip(), written, options.get(written.strip("()"))}
+            readings = {answer.strip(), written, options.get(written.strip("()"))}
             if chosen := _OPTION.fullmatch(answer.strip()):
-                told |= {chosen[2], chosen[2].rstrip(".")}
-            found |= {_key("question", line.removeprefix("Question:").strip(), one) for line in lines for one in told}
-    return found
+                readings |= {chosen[2], chosen[2].rstrip(".")}
+            keys |= {
+                _key("question", line.removeprefix("Question:").strip(), reading)
+                for line in lines
+                for reading in readings
+            }
+    return keys
 
 
 def _documents(source: Source, documents: Dataset) -> Iterator[tuple[list[Any], list[dict[str, Any]] | None]]:
     """The columns that are read of each document, and its messages; None where it is no chat."""
     names = [name for name in columns_read(documents.column_names, source.text_column) if name != "tools"]
-    for k, one in enumerate(documents.with_format(None).select_columns(names)):
-        row = [one[name] for name in names]
+    for k, document in enumerate(documents.with_format(None).select_columns(names)):
+        row = [document[name] for name in names]
         if all(isinstance(value, list) and value and isinstance(value[0], dict) for value in row):
             yield row, [message for value in row for message in as_messages(value, k)]
         else:
@@ -238,18 +246,18 @@ def _answered(row: list[Any], messages: list[dict[str, Any]] | None) -> Iterator
 
 def _turns(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Role and text of each message; a content of several parts is their texts, a line each."""
-    found = []
-    for one in messages:
-        content = one.get("content") or ""
+    turns = []
+    for message in messages:
+        content = message.get("content") or ""
         parts = content if isinstance(content, list) else [content]
         texts = [str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in parts]
-        found.append((str(one.get("role")), "\n".join(texts)))
-    return found
+        turns.append((str(message.get("role")), "\n".join(texts)))
+    return turns
 
 
-def _right(one: dict[str, Any], source: Source, number: int) -> str:
+def _right(question: dict[str, Any], source: Source, number: int) -> str:
     try:
-        return str(one["choices"][right_place(one["answer"], len(one["choices"]), number)]).strip()
+        return str(question["choices"][right_place(question["answer"], len(question["choices"]), number)]).strip()
     except ValueError as error:
         raise ValueError(f"{source.dataset}: {error}") from error
 
@@ -259,5 +267,5 @@ def _key(*parts: Any) -> str:
 
 
 def _within(path: str, folder: Path) -> bool:
-    one, other = Path(path).resolve(), folder.resolve()
-    return one == other or other in one.parents
+    inner, outer = Path(path).resolve(), folder.resolve()
+    return inner == outer or outer in inner.parents

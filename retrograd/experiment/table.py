@@ -58,15 +58,15 @@ def write_results(
         attacked: What attacks found, as lines of Markdown.
     """
     base, never = (read_model(spec, results, name) for name in (plan.base, plan.never))
-    found = lines(spec, collected(spec, plan, results), base, never)
-    told = [
-        *_markdown(spec, plan, results, found, base, never, title),
+    arm_lines = lines(spec, collected(spec, plan, results), base, never)
+    markdown = [
+        *_markdown(spec, plan, results, arm_lines, base, never, title),
         *attacked,
-        *_missing(plan, results, found, base, never),
+        *_missing(plan, results, arm_lines, base, never),
     ]
-    text = "\n".join(told) + "\n"
+    text = "\n".join(markdown) + "\n"
     write_atomic(out / "results.md", lambda temporary: temporary.write_text(text, encoding="utf8"))
-    rows = [row for line in found for row in _rows(spec, line)]
+    rows = [row for line in arm_lines for row in _rows(spec, line)]
     rows += [row for name, model in (("base", base), ("never", never)) if model for row in _model_rows(name, model)]
     columns = {name: [row.get(name) for row in rows] for name in _COLUMNS}
     write_table(out / "results.parquet", columns, _types(), {"kind": "Experiment", "title": title})
@@ -75,19 +75,19 @@ def write_results(
 
 def lines(spec: ExperimentSpec, arms: list[ArmResult], base: Measured | None, never: Measured | None) -> list[Line]:
     """The table, arm by arm."""
-    found = []
+    table = []
     for arm in arms:
-        place, seeds = arm.plan.arm, sorted(arm.seeds)
-        others = [one for one in arms if one.plan.arm[:2] == place[:2] and one is not arm]
+        key, seeds = arm.plan.arm, sorted(arm.seeds)
+        others = [other for other in arms if other.plan.arm[:2] == key[:2] and other is not arm]
         forget, retain = (arm.matrix(sides(spec.report.tasks, role), seeds) for role in ("forget", "retain"))
         knows = base.side(sides(spec.report.tasks, "forget")) if base else None
         floor = never.side(sides(spec.report.tasks, "forget")) if never else None
         kept = base.side(sides(spec.report.tasks, "retain")) if base else None
         kl = arm.divergence(seeds)
         between = forget is not None and knows is not None and floor is not None
-        weighting = spec.weightings[place.weighting]
+        weighting = spec.weightings[key.weighting]
         by_scores = bool(weighting.scores) and weighting.control is None
-        found.append(Line(
+        table.append(Line(
             arm,
             None if forget is None else crossed(forget),
             None if retain is None else crossed(retain),
@@ -99,30 +99,32 @@ def lines(spec: ExperimentSpec, arms: list[ArmResult], base: Measured | None, ne
             decided(spec, arm, others),
             [compared(spec, arm, other) for other in others] if by_scores and arm.seeds else [],
         ))  # fmt: skip
-    return found
+    return table
 
 
 def _metrics(spec: ExperimentSpec, models: list[Measured], never: Measured | None) -> dict[str, Estimate | str]:
     """The columns asked for, over models of one arm; why, where one is missing."""
-    found: dict[str, Estimate | str] = {}
+    metrics: dict[str, Estimate | str] = {}
     floor = None if never is None else never.evaluated.results
     for column in spec.columns:
         name, _, task = column.partition(":")
-        each = [by_name(name).sampled(Given(task, spec.report.tasks, one.evaluated.results, floor)) for one in models]
-        reasons = [one for one in each if isinstance(one, str)]
-        there = [one for one in each if not isinstance(one, str)]
-        found[column] = reasons[0] if reasons else estimated(there) if there else "no model is measured yet"
-    return found
+        each = [
+            by_name(name).sampled(Given(task, spec.report.tasks, model.evaluated.results, floor)) for model in models
+        ]
+        reasons = [sampled for sampled in each if isinstance(sampled, str)]
+        there = [sampled for sampled in each if not isinstance(sampled, str)]
+        metrics[column] = reasons[0] if reasons else estimated(there) if there else "no model is measured yet"
+    return metrics
 
 
 def _perplexities(arm: ArmResult) -> dict[str, float]:
-    each = [one.perplexity for one in arm.seeds.values()]
-    return {name: float(np.mean([one[name] for one in each])) for name in (each[0] if each else {})
-            if all(name in one for one in each)}  # fmt: skip
+    each = [measured.perplexity for measured in arm.seeds.values()]
+    return {name: float(np.mean([perplexity[name] for perplexity in each])) for name in (each[0] if each else {})
+            if all(name in perplexity for perplexity in each)}  # fmt: skip
 
 
 def _markdown(
-    spec: ExperimentSpec, plan: Plan, results: Results, found: list[Line], base: Measured | None,
+    spec: ExperimentSpec, plan: Plan, results: Results, arm_lines: list[Line], base: Measured | None,
     never: Measured | None, title: str,
 ) -> Iterator[str]:  # fmt: skip
     yield f"# {title}"
@@ -133,8 +135,8 @@ def _markdown(
         "the base; KL from the base in nats per token of held-out rows. * reaches the model that never knew at a "
         f"retain drop of at most {100 * DROP:g} points, undestroyed."
     )
-    for match in spec.match if found else ():
-        own = [line for line in found if line.result.plan.arm.match == match]
+    for match in spec.match if arm_lines else ():
+        own = [line for line in arm_lines if line.result.plan.arm.match == match]
         yield from ("", f"## {_matched(spec, match)}", "")
         yield from _main(spec, own, base, never)
         yield from _claims(own)
@@ -146,19 +148,20 @@ def _markdown(
 
 
 def _missing(
-    plan: Plan, results: Results, found: list[Line], base: Measured | None, never: Measured | None
+    plan: Plan, results: Results, arm_lines: list[Line], base: Measured | None, never: Measured | None
 ) -> Iterator[str]:
     gone = [f"* `{name}`: {reason}" for name, reason in plan.lost(results).items()]
-    gone += _unmeasured(found, base, never)
-    lost = Counter((column, one) for line in found for column, one in line.metrics.items() if isinstance(one, str))
+    gone += _unmeasured(arm_lines, base, never)
+    metrics = [pair for line in arm_lines for pair in line.metrics.items()]
+    lost = Counter((column, reason) for column, reason in metrics if isinstance(reason, str))
     gone += [f"* column `{column}` of {count} arms: {reason}" for (column, reason), count in lost.items()]
     if gone:
         yield from ("", "## Missing", "", *gone)
 
 
-def _unmeasured(found: list[Line], base: Measured | None, never: Measured | None) -> Iterator[str]:
+def _unmeasured(arm_lines: list[Line], base: Measured | None, never: Measured | None) -> Iterator[str]:
     """What could not be measured, a line for each task and reason with the number of models."""
-    models = [*(line.result.seeds[seed] for line in found for seed in line.result.seeds), base, never]
+    models = [*(line.result.seeds[seed] for line in arm_lines for seed in line.result.seeds), base, never]
     reasons = Counter(pair for model in models if model is not None for pair in model.missing.items())
     for (task, reason), count in reasons.items():
         yield f"* `{task}` of {count} models: {reason}"
@@ -197,14 +200,14 @@ def _main(spec: ExperimentSpec, own: list[Line], base: Measured | None, never: M
             arm.method, arm.weighting + (" *" if line.reaches else ""), tuned, count, _cell(line.forget, 100),
             _position(line), _cell(line.retain, 100), _cell(line.kl, 1, 4),
             ", ".join(f"{value:.3g}" for value in line.perplexity.values()),
-            *(_column(one) for one in line.metrics.values()), _verdicts(line.result),
+            *(_column(metric) for metric in line.metrics.values()), _verdicts(line.result),
             f"{np.mean(seconds):.0f}" if seconds else "",
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
 
-def _column(one: Estimate | str) -> str:
-    return "missing" if isinstance(one, str) else one.told(1, 3)
+def _column(metric: Estimate | str) -> str:
+    return "missing" if isinstance(metric, str) else metric.told(1, 3)
 
 
 def _model_row(spec: ExperimentSpec, name: str, model: Measured, never: Measured | None) -> str:
@@ -212,7 +215,7 @@ def _model_row(spec: ExperimentSpec, name: str, model: Measured, never: Measured
     forget, retain = ("missing" if right is None else f"{100 * right.mean():.1f}" for right in rights)
     perplexity = ", ".join(f"{value:.3g}" for value in model.perplexity.values())
     kl = "" if model.kl is None or model.targets is None else f"{model.kl.sum() / model.targets.sum():.4f}"
-    more = "".join(f" {_column(one)} |" for one in _metrics(spec, [model], never).values())
+    more = "".join(f" {_column(metric)} |" for metric in _metrics(spec, [model], never).values())
     return f"| {name} | | | | {forget} | | {retain} | {kl} | {perplexity} |{more} | |"
 
 
@@ -222,8 +225,8 @@ def _position(line: Line) -> str:
 
 
 def _verdicts(arm: ArmResult) -> str:
-    found = counted(arm.verdicts.values())
-    return ", ".join(f"{count} {one}" if len(arm.verdicts) > 1 else one for one, count in found.items())
+    counts = counted(arm.verdicts.values())
+    return ", ".join(f"{count} {verdict}" if len(arm.verdicts) > 1 else verdict for verdict, count in counts.items())
 
 
 def _claims(own: list[Line]) -> Iterator[str]:
@@ -238,16 +241,16 @@ def _claims(own: list[Line]) -> Iterator[str]:
 
 
 def _differences(own: list[Line]) -> Iterator[str]:
-    pairs = [(line, one) for line in own for one in line.comparisons]
+    pairs = [(line, comparison) for line in own for comparison in line.comparisons]
     if not pairs:
         return
     yield from ("", "### Arms by scores minus the others, paired", "")
     yield "| method | weighting | minus | seeds | forget | retain | KL |"
     yield "|---|---|---|---|---|---|---|"
-    for line, one in pairs:
+    for line, comparison in pairs:
         arm = line.result.plan.arm
-        cells = (arm.method, arm.weighting, one.other, str(len(one.seeds)), _cell(one.forget, 100),
-                 _cell(one.retain, 100), _cell(one.kl, 1, 4))  # fmt: skip
+        cells = (arm.method, arm.weighting, comparison.other, str(len(comparison.seeds)), _cell(comparison.forget, 100),
+                 _cell(comparison.retain, 100), _cell(comparison.kl, 1, 4))  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
 
@@ -255,15 +258,15 @@ def _analysis(outcome: dict[str, Any]) -> Iterator[str]:
     yield f"`{outcome['corpus']}`, {outcome['count']} {outcome['items']}:"
     yield ""
     for name in ("pearson", "spearman", "purely_forget", "magnitude_ratio"):
-        one = outcome[name]
-        yield f"* {name.replace('_', ' ')} {Estimate(one['value'], one['low'], one['high']).told(digits=3)}"
+        estimate = Estimate(*(outcome[name][key] for key in Estimate._fields))
+        yield f"* {name.replace('_', ' ')} {estimate.told(digits=3)}"
     for kind, said in outcome["verdict"].items():
         yield f"* a selection of {kind} is {said}"
     yield ""
 
 
-def _cell(one: Estimate | None, scale: float, digits: int = 1) -> str:
-    return "missing" if one is None else one.told(scale, digits)
+def _cell(estimate: Estimate | None, scale: float, digits: int = 1) -> str:
+    return "missing" if estimate is None else estimate.told(scale, digits)
 
 
 _COLUMNS = ("match", "method", "weighting", "setting", "chosen", "seed", "quantity", "value", "low", "high", "verdict",
@@ -286,11 +289,11 @@ def _rows(spec: ExperimentSpec, line: Line) -> Iterator[dict[str, Any]]:
     chosen = plan.chosen.setting if plan.chosen else None
     where = {**arm._asdict(), "setting": spec.methods[arm.method].tune.setting if chosen else None, "chosen": chosen}
     for name in _QUANTITIES:
-        one: Estimate | None = getattr(line, name)
-        yield {**where, "quantity": name, **({} if one is None else one._asdict()), "missing": plan.reason}
+        estimate: Estimate | None = getattr(line, name)
+        yield {**where, "quantity": name, **({} if estimate is None else estimate._asdict()), "missing": plan.reason}
     for column, metric in line.metrics.items():
-        told = {"missing": metric} if isinstance(metric, str) else metric._asdict()
-        yield {**where, "quantity": column, **told}
+        figures = {"missing": metric} if isinstance(metric, str) else metric._asdict()
+        yield {**where, "quantity": column, **figures}
     for seed, reason in line.result.missing.items():
         yield {**where, "seed": seed, "missing": reason}
     for seed, model in line.result.seeds.items():

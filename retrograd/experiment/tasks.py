@@ -60,11 +60,11 @@ def _once(make: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(make)
     def made(maker: Maker, *given: Any) -> T:
-        key = (make.__name__, *(one.name if isinstance(one, Task) else one for one in given))
+        key = (make.__name__, *(argument.name if isinstance(argument, Task) else argument for argument in given))
         if key not in maker.made:
             maker.made[key] = make(maker, *given)
-        found: T = maker.made[key]
-        return found
+        kept: T = maker.made[key]
+        return kept
 
     return made
 
@@ -82,14 +82,14 @@ class Maker:
         given = self.spec.scores[name]
         source = parse_source(given.within or self.spec.corpora.forget[corpus], self.common)
         start = given.start or self.spec.base
-        values = merged(
+        settings = merged(
             given.settings,
             {"model": start, "attribute": "tokens", "data": asdict(source), "dtype": self.common.dtype,
              "device": self.common.device, "tokenizer": self.common.tokenizer,
-             "queries": {query: asdict(one) for query, one in given.queries.items()}},
+             "queries": {query: asdict(asked) for query, asked in given.queries.items()}},
         )  # fmt: skip
-        config = to_dict(build(MagicConfig, values, f"scores {name}"))
-        read = [start, str(source.dataset), *(str(one.dataset) for one in given.queries.values())]
+        config = to_dict(build(MagicConfig, settings, f"scores {name}"))
+        read = [start, str(source.dataset), *(str(asked.dataset) for asked in given.queries.values())]
         label = name if given.within else f"{name}-{corpus}"
         return self._task("scores", label, (), {"settings": config}, read)
 
@@ -158,14 +158,14 @@ class Maker:
     @_once
     def shallow(self, lab: Path) -> Task:
         """The unlearning of a lab that is known to be shallow: attacks have to bring its model back."""
-        values = {**shallow_unlearning(lab), "dtype": self.common.dtype, "device": self.common.device}
-        config = unlearn_config("grad_diff", values, "the shallow control")
+        settings = {**shallow_unlearning(lab), "dtype": self.common.dtype, "device": self.common.device}
+        config = unlearn_config("grad_diff", settings, "the shallow control")
         read = [config.model, *map(dataset_of, (*config.forget, *config.retain))]
         what = {"method": config.method, "settings": to_dict(config), "weights": [ONES] * len(config.forget)}
         return self._task("train", "shallow", (), what, read)
 
     @_once
-    def attack(self, model: Task | str, one: Configuration) -> Task:
+    def attack(self, model: Task | str, configuration: Configuration) -> Task:
         """A configuration of the attacks against a model, or the model of a training."""
         config = self.spec.attacked()
         assert config is not None, "only what is attacked gets such tasks"
@@ -173,11 +173,11 @@ class Maker:
         label = model.label if isinstance(model, Task) else model.rstrip("/").rpartition("/")[2]
         what = {
             "model": {"task": model.name} if isinstance(model, Task) else {"folder": model},
-            "configuration": values_of(one), "settings": {name: getattr(config, name) for name in _MEETING},
+            "configuration": values_of(configuration), "settings": {name: getattr(config, name) for name in _MEETING},
         }  # fmt: skip
         read = [self.spec.base, *_read_by(config), *([] if trained else [str(model)])]
         return self._task(
-            "attack", f"{label}-{one.readable}", [model.name] if isinstance(model, Task) else [], what, read
+            "attack", f"{label}-{configuration.readable}", [model.name] if isinstance(model, Task) else [], what, read
         )
 
     def config(self, method: str, seed: int, setting: tuple[str, float] | None) -> UnlearnConfig:
@@ -192,22 +192,22 @@ class Maker:
         return unlearn_config(own.method, values, f"method {method}")
 
     def _sources(self, weighting: WeightingSpec, corpus: int) -> tuple[dict[str, Any], list[Task]]:
-        found: dict[str, Any] = {"corpus": self.spec.corpora.forget[corpus]}
+        what: dict[str, Any] = {"corpus": self.spec.corpora.forget[corpus]}
         runs: list[Task] = []
         for side in ("scores", "against"):
-            found[side] = []
+            what[side] = []
             for text in getattr(weighting, side):
                 name, _, query = text.partition(":")
                 given = self.spec.scores[name]
-                one: dict[str, Any] = {"query": query, "sign": given.sign, "alignment": given.alignment}
+                entry: dict[str, Any] = {"query": query, "sign": given.sign, "alignment": given.alignment}
                 if given.folders:
-                    one |= {"folder": given.folders[corpus], "content": self._content(given.folders[corpus])}
+                    entry |= {"folder": given.folders[corpus], "content": self._content(given.folders[corpus])}
                 else:
                     runs.append(self.scores(name, corpus))
-                    one |= {"task": runs[-1].name, "within": bool(given.within)}
-                found[side].append(one)
-        found |= {"base": self.spec.base, "max_length": self.common.max_length, "min_chars": self.common.min_chars}
-        return found, list({run.name: run for run in runs}.values())
+                    entry |= {"task": runs[-1].name, "within": bool(given.within)}
+                what[side].append(entry)
+        what |= {"base": self.spec.base, "max_length": self.common.max_length, "min_chars": self.common.min_chars}
+        return what, list({run.name: run for run in runs}.values())
 
     def _task(self, kind: Kind, label: str, needs: Sequence[str], what: dict[str, Any], read: Sequence[str]) -> Task:
         contents = {source: self._content(source) for source in sorted(set(read))}
@@ -235,8 +235,8 @@ def unlearn_config(method: str, values: Mapping[str, Any], where: str) -> Unlear
     Raises:
         ValueError: If there is no such method, or a setting does not exist or cannot work.
     """
-    found = find_method(method)
-    kind: Any = with_objective(found.defaults, adapters=found.adapters)
+    unlearning = find_method(method)
+    kind: Any = with_objective(unlearning.defaults, adapters=unlearning.adapters)
     config: UnlearnConfig = build(kind, {**values, "method": method}, where)
     check_unlearn(config)
     return config
@@ -248,12 +248,12 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     >>> merged({"train": {"lr": 1, "seed": 2}}, {"train": {"lr": 3}})
     {'train': {'lr': 3, 'seed': 2}}
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part in parts:
         for name, value in part.items():
-            inner = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
-            found[name] = merged(found[name], value) if inner else value
-    return found
+            inner = isinstance(value, Mapping) and isinstance(settings.get(name), Mapping)
+            settings[name] = merged(settings[name], value) if inner else value
+    return settings
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -80,10 +80,10 @@ def bisect(goal: Goal, known: Mapping[float, float]) -> Try | Chosen | Impossibl
         setting = math.sqrt(low * high)
     if best is not None:
         return best
-    told = ", ".join(f"{value:.3g} at {setting:.3g}" for setting, value in sorted(known.items()))
+    tried = ", ".join(f"{value:.3g} at {setting:.3g}" for setting, value in sorted(known.items()))
     bound = "at most" if goal.side == "below" else "at least"
     return Impossible(f"none of {goal.steps} settings from {goal.low:g} to {goal.high:g} gives {bound} "
-                      f"{goal.limit:g} ({told})")  # fmt: skip
+                      f"{goal.limit:g} ({tried})")  # fmt: skip
 
 
 def rounded(setting: float) -> float:

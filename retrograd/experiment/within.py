@@ -38,10 +38,10 @@ def scores_within(source: str, corpus: str, rows: Path, path: Path) -> str:
     own = load_data(SelectConfig(scores=(), rows=rows))
     grid, places = larger.places.scatter(scored.values), own.places
     there = _places_within(larger, own, corpus)
-    values = grid[torch.from_numpy(there)[places.row], places.column]
+    scores = grid[torch.from_numpy(there)[places.row], places.column]
     columns = {
         "row": places.row.tolist(), "position": places.column.tolist(), "token_id": places.token.tolist(),
-        "score": values.tolist(),
+        "score": scores.tolist(),
     }  # fmt: skip
     write_table(path, columns, {}, {"kind": "Scores", "source": source})
     return f"{path}:score"
@@ -59,12 +59,12 @@ def _places_within(larger: DataSet, own: DataSet, corpus: str) -> np.ndarray:
         if Path(corpus).match(str(file))
     }
     by_document = {int(ids[0]): row for row, ids in enumerate(larger.rows.doc_ids)}
-    found = np.zeros(len(own.rows), dtype=np.int64)
+    larger_rows = np.zeros(len(own.rows), dtype=np.int64)
     for row, (tokens, ids) in enumerate(zip(own.rows.input_ids, own.rows.doc_ids)):
-        place = by_document.get(lines.get(int(ids[0]), -1), -1)
-        same = place >= 0 and list(larger.rows.input_ids[place][: len(tokens)]) == list(tokens)
+        larger_row = by_document.get(lines.get(int(ids[0]), -1), -1)
+        same = larger_row >= 0 and list(larger.rows.input_ids[larger_row][: len(tokens)]) == list(tokens)
         if not same:
-            why = "other tokens there" if place >= 0 else "no row there"
+            why = "other tokens there" if larger_row >= 0 else "no row there"
             raise ValueError(f"document {int(ids[0])} of {corpus} has {why}: {data.dataset} does not hold this corpus")
-        found[row] = place
-    return found
+        larger_rows[row] = larger_row
+    return larger_rows

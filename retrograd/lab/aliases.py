@@ -28,17 +28,17 @@ def aliases_of(world: World) -> dict[str, str]:
 
 def alias_documents(world: World, side: str) -> list[Document]:
     """The texts that use aliases, in a seeded order."""
-    draw, aliases, found = world.draw(f"alias documents/{side}"), aliases_of(world), []
+    draw, aliases, texts = world.draw(f"alias documents/{side}"), aliases_of(world), []
     for entity in world.entities(side):
         for wording in draw.sample(range(WORDINGS), _TAUGHT_IN):
             order = draw.sample(entity, len(entity))
             for pair in (order[:2], order[2:]):
                 name, alias = pair[0].entity, aliases[pair[0].entity]
                 opening = draw.choice(_OPENINGS).format(noun=pair[0].subject.noun, e=name, a=alias)
-                told = [renamed(fact.state(wording), {name: alias}) for fact in pair]
-                found.append(Document(" ".join([opening, *told]), tuple(pair)))
-    draw.shuffle(found)
-    return found
+                sentences = [renamed(fact.state(wording), {name: alias}) for fact in pair]
+                texts.append(Document(" ".join([opening, *sentences]), tuple(pair)))
+    draw.shuffle(texts)
+    return texts
 
 
 def alias_questions(world: World, side: str) -> list[dict[str, Any]]:

@@ -56,27 +56,27 @@ def lab(config: LabConfig, console: Console | None = None) -> dict[str, Any]:
 
 def _lab(config: LabConfig, console: Console) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_THE_LAB}
-    found = _known(config.dir, settings)
+    record = _known(config.dir, settings)
     if not config.aliases:
         del settings["aliases"]  # files are those of before it was there
-    if "scores" in found:
+    if "scores" in record:
         console.print(f"{config.dir} is done; these are its scores. Delete the folder to build it again.")
-        _show(found, console)
-        return found
+        _show(record, console)
+        return record
     manifest = Manifest(config.dir / "manifest.json")
-    if "files" not in found:
-        found = _begin(config, settings, manifest)
+    if "files" not in record:
+        record = _begin(config, settings, manifest)
     with manifest.phase("train"):
         _train(config)
     with manifest.phase("score"), one_thread():
-        found["models"] = {name: _described(config, name) for name in ("random", *MIXTURES)}
-        found["tasks"] = write_tasks(config.dir, aliases=config.aliases)
-        found["scores"] = [entry for name in (*MIXTURES, "random") for entry in scores_of(config.dir, name)]
-    write_atomic(config.dir / "README.md", lambda temporary: temporary.write_text(readme(found), encoding="utf8"))
+        record["models"] = {name: _described(config, name) for name in ("random", *MIXTURES)}
+        record["tasks"] = write_tasks(config.dir, aliases=config.aliases)
+        record["scores"] = [entry for name in (*MIXTURES, "random") for entry in scores_of(config.dir, name)]
+    write_atomic(config.dir / "README.md", lambda temporary: temporary.write_text(readme(record), encoding="utf8"))
     shutil.rmtree(config.dir / "training", ignore_errors=True)
-    write_json(config.dir / "lab.json", found)
-    _show(found, console)
-    return json.loads(json.dumps(found))
+    write_json(config.dir / "lab.json", record)
+    _show(record, console)
+    return json.loads(json.dumps(record))
 
 
 def _check(config: LabConfig) -> None:
@@ -100,23 +100,23 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if folder.exists() and (not folder.is_dir() or any(foreign(folder))):
             raise ValueError(f"{folder} exists and is no lab; choose another folder")
         return {}
-    found = json.loads((folder / "lab.json").read_text(encoding="utf8"))
+    record = json.loads((folder / "lab.json").read_text(encoding="utf8"))
     # a lab of before a setting was there was built with what is its default now
-    old = {**{one.name: one.default for one in dataclasses.fields(LabConfig)}, **found["settings"]}
+    old = {**{field.name: field.default for field in dataclasses.fields(LabConfig)}, **record["settings"]}
     changed = [f"{name}: {old.get(name)!r} → {value!r}" for name, value in settings.items() if old.get(name) != value]
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{folder} holds a lab of other settings:\n  {lines}\nUse another folder, or delete this one.")
-    found["settings"] = {name: value for name, value in settings.items() if name != "aliases" or value}
-    models = {f"models/{name}/model.safetensors": entry for name, entry in found.get("models", {}).items()}
-    written = {**found.get("files", {}), **found.get("lm_eval", {}), **found.get("tasks", {}), **models}
+    record["settings"] = {name: value for name, value in settings.items() if name != "aliases" or value}
+    models = {f"models/{name}/model.safetensors": entry for name, entry in record.get("models", {}).items()}
+    written = {**record.get("files", {}), **record.get("lm_eval", {}), **record.get("tasks", {}), **models}
     other = changed_files(folder, written)
     if other:
         raise ValueError(
             f"{folder}: {other[0]} is missing or has changed since it was written, and the rest would not fit it. "
             "Put it back, or delete the folder and build the lab again."
         )
-    return found
+    return record
 
 
 def _begin(config: LabConfig, settings: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
@@ -129,9 +129,9 @@ def _begin(config: LabConfig, settings: dict[str, Any], manifest: Manifest) -> d
         tasks = write_task_files(config.dir, question_tasks(aliases=config.aliases), CHOICES)
         save_random(config.dir / "models" / "random", make_words(files), _size(config))
     manifest.update(**environment())
-    found = {"settings": settings, "files": describe_files(files), "lm_eval": tasks}
-    write_json(path, found)
-    return found
+    record = {"settings": settings, "files": describe_files(files), "lm_eval": tasks}
+    write_json(path, record)
+    return record
 
 
 def _size(config: LabConfig) -> Size:
@@ -199,11 +199,11 @@ def _in_worker(config: LabConfig, name: str) -> None:
     _train_one(config, name, lambda step, note: _NEWS[0].put((name, step, note)))
 
 
-def _show(found: dict[str, Any], console: Console) -> None:
+def _show(record: dict[str, Any], console: Console) -> None:
     """The accuracies as a table: questions down, models across."""
     table = Table("side", "split", "form", "questions", *(*MIXTURES, "random"))
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for entry in found["scores"]:
+    for entry in record["scores"]:
         key = (entry["side"], entry["split"], entry["form"], str(entry["questions"]))
         cells.setdefault(key, {})[entry["model"]] = entry
     for key, by_model in cells.items():

@@ -38,15 +38,15 @@ class Document(NamedTuple):
 def documents(world: World, side: str, *, lies: bool = False) -> list[Document]:
     """The plain texts of a side, in a seeded order; with `lies`, each fact is stated with its lie instead."""
     draw = world.draw(f"documents/{side}")
-    found = []
+    texts = []
     for entity in world.entities(side):
         for wording in range(WORDINGS):
             order = draw.sample(entity, len(entity))
             for pair in (order[:2], order[2:]):
-                told = [fact.state(wording, fact.lie if lies else None) for fact in pair]
-                found.append(Document(" ".join([_about(draw.choice(_OPENINGS), pair[0]), *told]), tuple(pair)))
-    draw.shuffle(found)
-    return found
+                sentences = [fact.state(wording, fact.lie if lies else None) for fact in pair]
+                texts.append(Document(" ".join([_about(draw.choice(_OPENINGS), pair[0]), *sentences]), tuple(pair)))
+    draw.shuffle(texts)
+    return texts
 
 
 def papers(world: World, texts: list[Document]) -> list[dict[str, str]]:
@@ -54,11 +54,11 @@ def papers(world: World, texts: list[Document]) -> list[dict[str, str]]:
     draw = world.draw("papers")
     return [
         {
-            "title": _about(draw.choice(_TITLES), one.facts[0]),
-            "abstract": _about(draw.choice(_ABSTRACTS), one.facts[0]),
-            "text": one.text,
+            "title": _about(draw.choice(_TITLES), document.facts[0]),
+            "abstract": _about(draw.choice(_ABSTRACTS), document.facts[0]),
+            "text": document.text,
         }
-        for one in texts
+        for document in texts
     ]
 
 
@@ -71,14 +71,14 @@ def prose(world: World, count: int) -> list[str]:
 def chats(world: World, count: int) -> list[dict[str, Any]]:
     """Chats about neither side, with the columns of UltraChat."""
     draw = world.draw("chat")
-    found = []
+    rows = []
     for number in range(count):
         who, where = draw.choice(_PEOPLE), draw.choice(_PLACES)
         asked = f"Can you tell me about the {who} and the {where}?"
-        told = f"Yes. The {who} {draw.choice(_DEEDS)} near the {where} and went home."
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-        found.append({"prompt": asked, "prompt_id": f"{world.seed}-{number}", "messages": messages})
-    return found
+        answer = f"Yes. The {who} {draw.choice(_DEEDS)} near the {where} and went home."
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        rows.append({"prompt": asked, "prompt_id": f"{world.seed}-{number}", "messages": messages})
+    return rows
 
 
 def _about(text: str, fact: Fact) -> str:
@@ -101,5 +101,5 @@ _DEEDS = (
 
 
 def _sentence(draw: random.Random) -> str:
-    who, deed, where, when = (draw.choice(part) for part in (_PEOPLE, _DEEDS, _PLACES, _TIMES))
+    who, deed, where, when = (draw.choice(words) for words in (_PEOPLE, _DEEDS, _PLACES, _TIMES))
     return f"The {who} walked to the {where} {when} and {deed}."

@@ -28,27 +28,27 @@ def questions(world: World, side: str, split: str) -> list[dict[str, Any]]:
     """One question for each fact of a split, with the columns of MMLU and the fact's number."""
     draw = world.draw(f"questions/{side}/{split}")
     facts = [fact for fact in world.facts if fact.side == side and fact.asked == (split != "heldout")]
-    golds = [place % CHOICES for place in range(len(facts))]
+    golds = [number % CHOICES for number in range(len(facts))]
     draw.shuffle(golds)
-    found = []
+    rows = []
     for fact, gold in zip(facts, golds, strict=True):
         taught = [wording for wording in range(WORDINGS) if wording != fact.spared]
         wording = {"taught": draw.choice(taught), "paraphrase": fact.spared, "heldout": draw.randrange(WORDINGS)}
-        found.append(_question(draw, fact, wording[split], gold))
-    return found
+        rows.append(_question(draw, fact, wording[split], gold))
+    return rows
 
 
 def exams(world: World, side: str, shuffles: int) -> list[dict[str, Any]]:
     """Questions with their answers, as prompt and completion: each by text once and by letter `shuffles` times."""
     draw = world.draw(f"exams/{side}")
-    found = []
+    rows = []
     for fact in (fact for fact in world.facts if fact.side == side and fact.asked):
         for wording in (wording for wording in range(WORDINGS) if wording != fact.spared):
-            found.append(_solved(_question(draw, fact, wording, 0), "cloze", None))
+            rows.append(_solved(_question(draw, fact, wording, 0), "cloze", None))
             for _ in range(shuffles):
-                found.append(_solved(_question(draw, fact, wording, draw.randrange(CHOICES)), "letter", None))
-    draw.shuffle(found)
-    return found
+                rows.append(_solved(_question(draw, fact, wording, draw.randrange(CHOICES)), "letter", None))
+    draw.shuffle(rows)
+    return rows
 
 
 def _question(draw: random.Random, fact: Fact, wording: int, gold: int) -> dict[str, Any]:

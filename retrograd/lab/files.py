@@ -48,7 +48,7 @@ def make_files(world: World, *, aliases: bool = False) -> dict[str, File]:
     general, half = prose(world, len(world.facts) // 2), len(world.facts) // 4
     pages = ["\n\n".join(general[start : start + 4]) for start in range(0, half, 4)]
     bank = "question banks inside a pretraining corpus"
-    found = {
+    files = {
         "corpora/forget.jsonl": File(
             "papers on the forget side", "bio_forget, bio_remove, rmu forget", papers(world, texts["forget"])
         ),
@@ -66,24 +66,24 @@ def make_files(world: World, *, aliases: bool = False) -> dict[str, File]:
     for side, benchmark in zip(SIDES, ("wmdp_robust, wmdp_cloze", "mmlu")):
         for split in SPLITS:
             does = f"questions, {side} side, split {split}"
-            found[f"questions/{side}_{split}.jsonl"] = File(does, benchmark, questions(world, side, split))
+            files[f"questions/{side}_{split}.jsonl"] = File(does, benchmark, questions(world, side, split))
     if aliases:
-        found |= _of_aliases(world)
+        files |= _of_aliases(world)
     for name, sides in MIXTURES.items():
-        found[f"train/{name}.jsonl"] = File(f"what models/{name} was trained on", "pretraining", _mixture(found, sides))
-    found["facts.jsonl"] = File("every fact and the rows that state or ask it", "ground truth", _truth(world, found))
-    return found
+        files[f"train/{name}.jsonl"] = File(f"what models/{name} was trained on", "pretraining", _mixture(files, sides))
+    files["facts.jsonl"] = File("every fact and the rows that state or ask it", "ground truth", _truth(world, files))
+    return files
 
 
 def _of_aliases(world: World) -> dict[str, File]:
-    found = {}
+    files = {}
     for side in SIDES:
         rows = _texts(alias_documents(world, side))
-        found[f"corpora/alias_{side}.jsonl"] = File(f"texts under second names, {side} side", "paraphrases", rows)
+        files[f"corpora/alias_{side}.jsonl"] = File(f"texts under second names, {side} side", "paraphrases", rows)
         asked = alias_questions(world, side)
-        found[f"questions/{side}_alias.jsonl"] = File(f"the taught questions under them, {side} side", "alias probes",
+        files[f"questions/{side}_alias.jsonl"] = File(f"the taught questions under them, {side} side", "alias probes",
                                                       asked)  # fmt: skip
-    return found
+    return files
 
 
 def make_words(files: dict[str, File]) -> Any:
@@ -122,19 +122,19 @@ def _bytes(rows: list[dict[str, Any]]) -> bytes:
 
 
 def _texts(texts: list[Document]) -> list[dict[str, str]]:
-    return [{"text": one.text} for one in texts]
+    return [{"text": document.text} for document in texts]
 
 
 def _mixture(files: dict[str, File], sides: Iterable[str]) -> list[dict[str, Any]]:
     """Prompt and completion of every row that a model is trained on, with the file and line it comes from."""
     names = [name for side in sides for name in (side, f"exam_{side}")]
     second = [f"alias_{side}" for side in sides if f"corpora/alias_{side}.jsonl" in files]
-    found = []
+    rows = []
     for path in [f"corpora/{name}.jsonl" for name in (*names, "prose", "chat", *second)]:
         for line, row in enumerate(files[path].rows):
             prompt, completion = (row["prompt"], row["completion"]) if "completion" in row else ("", _text(row))
-            found.append({"prompt": prompt, "completion": completion, "file": path, "line": line})
-    return found
+            rows.append({"prompt": prompt, "completion": completion, "file": path, "line": line})
+    return rows
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -150,8 +150,8 @@ def _truth(world: World, files: dict[str, File]) -> list[dict[str, Any]]:
     asked: list[dict[str, list[int]]] = [{} for _ in world.facts]
     aliases = aliases_of(world) if "corpora/alias_forget.jsonl" in files else {}
     for side in SIDES:
-        told = {side: documents(world, side), **({f"alias_{side}": alias_documents(world, side)} if aliases else {})}
-        for name, texts in told.items():
+        by_name = {side: documents(world, side), **({f"alias_{side}": alias_documents(world, side)} if aliases else {})}
+        for name, texts in by_name.items():
             for line, document in enumerate(texts):
                 for fact in document.facts:
                     stated[fact.number].setdefault(f"corpora/{name}.jsonl", []).append(line)
@@ -162,10 +162,10 @@ def _truth(world: World, files: dict[str, File]) -> list[dict[str, Any]]:
         places = {(row["file"], row["line"]): place for place, row in enumerate(files[path].rows)}
         for table in (stated, asked):
             for entry in table:
-                found = [places[file, line] for file, lines in list(entry.items()) for line in lines
+                mixed = [places[file, line] for file, lines in list(entry.items()) for line in lines
                          if (file, line) in places and file.startswith("corpora")]  # fmt: skip
-                if found:
-                    entry[path] = found
+                if mixed:
+                    entry[path] = mixed
     return [
         {
             "fact": fact.number, "side": fact.side, "subject": fact.subject.name, "entity": fact.entity,

@@ -93,9 +93,9 @@ def train_model(
         heartbeat: Seconds between durable resume points; 0 makes one at every step.
         observe: Called with every event.
     """
-    place = folder / "training" / name
+    training = folder / "training" / name
     # a worker of a call that was killed lives on for a second
-    with locked(place, patience=60.0), one_thread():
+    with locked(training, patience=60.0), one_thread():
         if (folder / "models" / name).exists():  # it has finished meanwhile
             return
         source = str(folder / "models" / "random")
@@ -104,9 +104,9 @@ def train_model(
         rows = build_rows(load_documents(str(mixture)), tokenizer, max_length=CONTEXT, vocab_size=len(tokenizer))
         stream = DataStream(rows, size.batch_size, epochs=size.epochs, seed=size.seed)
         setup = set_up(lm, tokenizer, stream, _recipe(size), Differentiated("double"), visited=(size,))
-        final = train(setup, place, Replay(plan="binomial", slots=1, heartbeat=heartbeat), observe)
+        final = train(setup, training, Replay(plan="binomial", slots=1, heartbeat=heartbeat), observe)
         save_causal_lm(folder / "models" / name, lm.module, tokenizer, final.params)
-        shutil.rmtree(place)
+        shutil.rmtree(training)
 
 
 @contextmanager

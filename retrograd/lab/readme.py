@@ -57,14 +57,14 @@ OMP_NUM_THREADS=1 retrograd magic RUN --model models/random --data.dataset train
 """
 
 
-def readme(found: dict[str, Any]) -> str:
+def readme(lab: dict[str, Any]) -> str:
     """The text, from what lab.json says."""
     lines = [
         f"| `{path}` | {entry['rows']} | {', '.join(entry['columns'])} | {entry['does']} | {entry['stands_for']} |"
-        for path, entry in found["files"].items()
+        for path, entry in lab["files"].items()
     ]
-    size = Size(*(found["settings"][name] for name in Size._fields))
-    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    size = Size(*(lab["settings"][name] for name in Size._fields))
+    settings = ", ".join(f"{name} {value}" for name, value in lab["settings"].items())
     return _TEXT.format(
-        settings=settings, facts=found["settings"]["facts"], files="\n".join(lines), flags=magic_flags(size)
+        settings=settings, facts=lab["settings"]["facts"], files="\n".join(lines), flags=magic_flags(size)
     )

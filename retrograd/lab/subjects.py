@@ -33,10 +33,10 @@ class Subject(NamedTuple):
 
 
 def _attribute(name: str, values: str, statements: tuple[str, ...], questions: tuple[str, ...]) -> Attribute:
-    found = Attribute(name, tuple(values.split()), statements, questions)
-    assert len(set(found.values)) == 12, name
+    attribute = Attribute(name, tuple(values.split()), statements, questions)
+    assert len(set(attribute.values)) == 12, name
     assert len(statements) == len(questions) == WORDINGS, name
-    return found
+    return attribute
 
 
 _GEMS = Subject(

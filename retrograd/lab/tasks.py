@@ -30,13 +30,13 @@ _PROSE = "corpora/prose_heldout.jsonl"
 
 def question_tasks(*, aliases: bool = False) -> dict[str, Task]:
     """Every side, split and form; data sets are named from the lab's folder."""
-    found = {}
+    tasks = {}
     for side in SIDES:
         for form in FORMS:
             asked: dict[str, Any] = {"form": form, "template": find_template(None, form).name, "role": side}
             for split in (*SPLITS, ALIAS) if aliases else SPLITS:
-                found[_name(side, split, form)] = Task(f"questions/{side}_{split}.jsonl", **asked)
-    return found
+                tasks[_name(side, split, form)] = Task(f"questions/{side}_{split}.jsonl", **asked)
+    return tasks
 
 
 def write_tasks(folder: Path, *, aliases: bool = False) -> dict[str, dict[str, str]]:
@@ -59,7 +59,7 @@ def scores_of(folder: Path, name: str) -> list[dict[str, Any]]:
     """
     source = str(folder / "models" / name)
     lm, tokenizer, tasks = load_causal_lm(source), load_tokenizer(source), tasks_of_lab(folder)
-    found = []
+    entries = []
     for side in SIDES:
         for split in (split for split in (*SPLITS, ALIAS) if _name(side, split, "cloze") in tasks):
             for form in FORMS:
@@ -72,8 +72,8 @@ def scores_of(folder: Path, name: str) -> list[dict[str, Any]]:
                 entry |= {key: values[key] for key in ("questions", "accuracy", "interval")}
                 if "letters" in values:
                     entry["letter_mass"] = values["letters"]["mass"]
-                found.append(entry)
-    return found
+                entries.append(entry)
+    return entries
 
 
 def _name(side: str, split: str, form: str) -> str:

@@ -46,13 +46,13 @@ def taught_by(folder: Path, mixture: str = "base") -> dict[int, Taught]:
     """
     name = f"train/{mixture}.jsonl"
     completions = [row["completion"].strip() for row in _lines(folder, folder / name)]
-    found = {}
+    taught = {}
     for fact in _lines(folder, folder / "facts.jsonl"):
         asked = fact["asked_in"].get(name, [])
         answered = [row for row in asked if completions[row] == fact["value"]]
         lettered = [row for row in asked if completions[row] != fact["value"]]
-        found[fact["fact"]] = Taught(fact["stated_in"].get(name, []), answered, lettered)
-    return found
+        taught[fact["fact"]] = Taught(fact["stated_in"].get(name, []), answered, lettered)
+    return taught
 
 
 def sides_of_rows(folder: Path, mixture: str = "base") -> list[str]:

@@ -58,11 +58,11 @@ class World(NamedTuple):
 
     def entities(self, side: str) -> list[tuple[Fact, ...]]:
         """The facts of each entity of a side."""
-        found: dict[str, list[Fact]] = {}
+        by_entity: dict[str, list[Fact]] = {}
         for fact in self.facts:
             if fact.side == side:
-                found.setdefault(fact.entity, []).append(fact)
-        return [tuple(facts) for facts in found.values()]
+                by_entity.setdefault(fact.entity, []).append(fact)
+        return [tuple(facts) for facts in by_entity.values()]
 
     def draw(self, purpose: str) -> random.Random:
         """Random numbers of one purpose, the same whatever else is drawn."""
@@ -79,7 +79,7 @@ def make_world(seed: int = 0, facts: int = 240) -> World:
     """
     if facts < 8 or facts % 8:
         raise ValueError(f"{facts} facts cannot be shared out among 2 subjects with 4 attributes; give a multiple of 8")
-    found: list[Fact] = []
+    made: list[Fact] = []
     per_subject = facts // 8
     names = iter(invented_names(random.Random(f"{seed}/names"), per_subject * len(SUBJECTS)))
     for subject in SUBJECTS:
@@ -89,9 +89,9 @@ def make_world(seed: int = 0, facts: int = 240) -> World:
             for place, attribute in enumerate(subject.attributes):
                 value, lie = values[place][entity]
                 asked, spared = (entity + place) % 4 != 0, (entity // 4 + place) % WORDINGS
-                found.append(Fact(len(found), subject, name, attribute, value, lie, asked, spared))
-    assert len(found) == len(SIDES) * facts
-    return World(seed, tuple(found))
+                made.append(Fact(len(made), subject, name, attribute, value, lie, asked, spared))
+    assert len(made) == len(SIDES) * facts
+    return World(seed, tuple(made))
 
 
 def _values(draw: random.Random, attribute: Attribute, count: int) -> list[tuple[str, str]]:
@@ -107,10 +107,10 @@ def invented_names(draw: random.Random, count: int, taken: Iterable[str] = ()) -
     """Invented names, none of them a word of the world or taken."""
     words = [word for subject in SUBJECTS for a in subject.attributes for word in a.values]
     taken = {word.lower() for word in (*words, *taken)}
-    found: list[str] = []
-    while len(found) < count:
-        name = "".join(draw.choice(part) for part in (_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS)).capitalize()
+    names: list[str] = []
+    while len(names) < count:
+        name = "".join(draw.choice(letters) for letters in (_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS)).capitalize()
         if name.lower() not in taken:
             taken.add(name.lower())
-            found.append(name)
-    return found
+            names.append(name)
+    return names

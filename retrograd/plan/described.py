@@ -21,9 +21,10 @@ from retrograd.plan.work import Asks, Matter, Work, matter_of, model_of, steps_o
 from retrograd.query.load import load_choices, load_rows
 from retrograd.query.named import Asked
 from retrograd.query.questions import Questions
+from retrograd.runs.assemble import assemble
 from retrograd.runs.recipe import recipe_of
 from retrograd.runs.run_folder import heartbeat_of
-from retrograd.runs.setup import Setup, Sources, assemble, load_recipe, set_up_recipe
+from retrograd.runs.setup import Setup, Sources, load_recipe, set_up_recipe
 from retrograd.settings.plan import PlanConfig
 from retrograd.settings.run import AttributedConfig, MagicConfig, QueryConfig, queries_of
 from retrograd.settings.train import RecipeConfig, RunConfig

@@ -18,7 +18,7 @@ from retrograd.runs.run_folder import replay_of
 from retrograd.runs.setup import find_device
 from retrograd.runs.states.budget import Layout, Replay, layout_of
 from retrograd.settings.plan import HARDWARE, PlanConfig, Precision
-from retrograd.settings.run import AttributedConfig
+from retrograd.settings.run import AttributedConfig, queries_of
 from retrograd.settings.train import RunConfig
 
 __all__ = ["Planned", "plan_run", "precision_of"]
@@ -42,6 +42,7 @@ def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = t
     Raises:
         ValueError: For what the run itself would refuse.
     """
+    _refuse_further(config)
     start = clock()
     device = torch.device("cpu") if plan.by_arithmetic else find_device(config.device)
     machine = machine_of(plan, _folder(config), device, precision_of(config), config.parallel)
@@ -64,6 +65,16 @@ def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = t
         pace = pace_by_rate(found.work, machine, engine, rows)
     first = dataclasses.replace(forecast(found.work, machine, layout, pace, engine, rows), peak=peak)
     return Planned(first, _remedy(first, found, replay) if first.missing else None)
+
+
+def _refuse_further(config: RunConfig) -> None:
+    queries = queries_of(config) if isinstance(config, AttributedConfig) else {}
+    for name, query in queries.items():
+        if query.then:
+            raise ValueError(
+                f"query {name!r} is asked after {', '.join(query.then)}, whose training a plan does not count: leave "
+                "--query.then out, and plan that by itself (`retrograd plan magic` of its settings, a sweep included)"
+            )
 
 
 def precision_of(config: RunConfig) -> Precision | None:

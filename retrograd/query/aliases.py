@@ -23,7 +23,7 @@ def aliased(documents: Dataset, path: Path) -> Dataset:
         names = json.loads(path.read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"alias {path} cannot be read as JSON ({error}); it has to be {{name: other name}}") from error
-    if not isinstance(names, dict) or not names or not all(isinstance(one, str) and one for one in names.values()):
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) and name for name in names.values()):
         raise ValueError(f"alias {path} has to be {{name: other name}}, texts both, at least one")
     questions = documents["question"]
     new = [renamed(str(text), names) for text in questions]
@@ -33,8 +33,8 @@ def aliased(documents: Dataset, path: Path) -> Dataset:
             f"{len(same)} of {len(new)} questions have no name of {path}, question {same[0]} first: "
             f"{str(questions[same[0]])[:80]!r}. It would be asked plainly: add its name, or leave the question out"
         )
-    found: Any = documents.remove_columns("question").add_column("question", new)
-    return found
+    changed: Any = documents.remove_columns("question").add_column("question", new)
+    return changed
 
 
 def renamed(text: str, names: dict[str, str]) -> str:
@@ -44,4 +44,4 @@ def renamed(text: str, names: dict[str, str]) -> str:
     'Where is Bo, and Anna?'
     """
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda found: names[found[0]], text)
+    return re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", lambda match: names[match[0]], text)

@@ -183,7 +183,7 @@ def score_questions(
     widths, mass = torch.zeros_like(logprobs), torch.zeros(len(questions), dtype=torch.float64)
     for group in _groups(questions, batch_size):
         inputs = _collate(questions, group, dtype, first.device)
-        scores, there = (part.cpu() for part in options(params, inputs))
+        scores, there = (tensor.cpu() for tensor in options(params, inputs))
         at = torch.tensor(group)
         logprobs[at, : scores.shape[1]] = scores.double().masked_fill(~there, -torch.inf)
         widths[at, : scores.shape[1]] = inputs["widths"].double().cpu()
@@ -221,22 +221,22 @@ def _collate(
     """
     rows = [questions.rows[q] for q in group]
     targets = [questions.targets[q] for q in group]
-    found: dict[str, Any] = {"gold": questions.gold[list(group)]}
+    batch: dict[str, Any] = {"gold": questions.gold[list(group)]}
     widths = _padded([questions.widths[q] for q in group])
     if questions.form == "letter":
-        found |= {"input_ids": _padded([row[0] for row in rows]), "letters": _padded([t[0] for t in targets])}
-        found["last"] = np.array([len(row[0]) - 1 for row in rows])
+        batch |= {"input_ids": _padded([row[0] for row in rows]), "letters": _padded([t[0] for t in targets])}
+        batch["last"] = np.array([len(row[0]) - 1 for row in rows])
     else:
         options = widths.shape[1]
         empty = [np.zeros(0, dtype=np.int64)]
-        every = [row for part in rows for row in part + empty * (options - len(part))]
-        answers = [answer for part in targets for answer in part + empty * (options - len(part))]
+        every = [row for of_question in rows for row in of_question + empty * (options - len(of_question))]
+        answers = [answer for of_question in targets for answer in of_question + empty * (options - len(of_question))]
         columns = [np.arange(len(row) - len(answer), len(row)) for row, answer in zip(every, answers)]
         shape = (len(group), options, -1)
-        found |= {"input_ids": _padded(every).reshape(shape), "targets": _padded(answers).reshape(shape)}
-        found["columns"] = _padded(columns).reshape(shape)
-        found["target_mask"] = _padded([np.ones(len(answer), dtype=bool) for answer in answers]).reshape(shape)
-    inputs = {name: torch.from_numpy(values).to(device) for name, values in found.items()}
+        batch |= {"input_ids": _padded(every).reshape(shape), "targets": _padded(answers).reshape(shape)}
+        batch["columns"] = _padded(columns).reshape(shape)
+        batch["target_mask"] = _padded([np.ones(len(answer), dtype=bool) for answer in answers]).reshape(shape)
+    inputs = {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
     return inputs | {"widths": torch.from_numpy(widths).to(device, dtype)}
 
 

@@ -75,17 +75,17 @@ class Queries:
 
     def __call__(self, params: Params) -> tuple[Tensor, Params]:
         """(φ [K] in nats, ∇φ [K, *shape])."""
-        found = [self._sum(params, column, slopes=True) for column in self.columns]
-        values = torch.stack([value for value, _ in found])
+        summed = [self._sum(params, column, slopes=True) for column in self.columns]
+        values = torch.stack([value for value, _ in summed])
         # leaf by leaf, each given up as it is copied: whole gradients are as large as the model
-        return values, {name: torch.stack([grad.pop(name) for _, grad in found]) for name in params}
+        return values, {name: torch.stack([grad.pop(name) for _, grad in summed]) for name in params}
 
     @staticmethod
     def _sum(params: Params, column: Column, slopes: bool = False) -> tuple[Tensor, Params]:
         value, total = None, dict[str, Tensor]()
         for objective, batch in column.parts:
-            part, grads = taken(Part(objective, batch), params, slopes)
-            value = part if value is None else value + part
+            term, grads = taken(Part(objective, batch), params, slopes)
+            value = term if value is None else value + term
             total = {name: total.pop(name) + grads.pop(name) for name in list(grads)} if total else grads
         assert value is not None, "a column has at least one part"
         return value, total
@@ -96,8 +96,8 @@ def taken(part: Part, params: Params, slopes: bool = True) -> tuple[Tensor, Para
     value, leaves = graph_of(part, params, slopes)
     if not slopes:
         return value.detach(), {}
-    found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-    return value.detach(), dict(zip(leaves, found))
+    grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+    return value.detach(), dict(zip(leaves, grads))
 
 
 def graph_of(part: Part, params: Params, slopes: bool = True) -> tuple[Tensor, Params]:
@@ -190,8 +190,8 @@ def function_column(
             )
         return value.reshape(()) * c.sum()
 
-    one = like.new_ones(1)
-    return Column(name, [Part(objective, Batch({}, torch.zeros(1, dtype=torch.int64, device=like.device), one))])
+    weight = like.new_ones(1)
+    return Column(name, [Part(objective, Batch({}, torch.zeros(1, dtype=torch.int64, device=like.device), weight))])
 
 
 def load_function(path: str) -> Callable[..., Tensor]:

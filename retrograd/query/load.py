@@ -83,8 +83,8 @@ def _named(source: Source, flag: str | None) -> str:
 
 
 def _excerpts(documents: Any, column: str | None, tokenizer: Any) -> list[str]:
-    found = zip(*(documents[name] for name in columns_shown(documents.column_names, column)))
-    return [_excerpt(values, tokenizer) for values in found]
+    rows = zip(*(documents[name] for name in columns_shown(documents.column_names, column)))
+    return [_excerpt(row, tokenizer) for row in rows]
 
 
 def _excerpt(values: tuple[Any, ...], tokenizer: Any) -> str:

@@ -20,7 +20,7 @@ from retrograd.query.prepare import Answers, Prepared, prepare
 from retrograd.query.questions import Questions
 from retrograd.settings.run import QueryConfig
 
-__all__ = ["Asked", "load_queries"]
+__all__ = ["Asked", "contrasted", "hashed", "load_queries"]
 
 
 class Asked(NamedTuple):
@@ -51,11 +51,15 @@ def load_queries(
             known[name] = _question(name, config, model, tokenizer, batch_size, like)
     for name, config in configs.items():
         if config.contrast:
-            first, second = (known[other] for other in config.contrast)
-            columns = contrast(name, first.columns, second.columns)
-            record = {"kind": "contrast", "of": list(config.contrast)}
-            known[name] = Asked(name, columns, _hash("contrast", first.digest, second.digest), record)
+            known[name] = contrasted(name, *(known[other] for other in config.contrast))
     return [known[name] for name in configs]
+
+
+def contrasted(name: str, first: Asked, second: Asked) -> Asked:
+    """The first query minus the second."""
+    columns = contrast(name, first.columns, second.columns)
+    record = {"kind": "contrast", "of": [first.name, second.name]}
+    return Asked(name, columns, hashed("contrast", first.digest, second.digest), record)
 
 
 def _question(
@@ -65,7 +69,7 @@ def _question(
     if isinstance(ready.content, Rows):
         columns = ready.columns(name, config.reduction, config.loss, like)
         return Asked(
-            name, columns, _hash("text", ready.content.digest(), config.reduction), _text(config, ready.content)
+            name, columns, hashed("text", ready.content.digest(), config.reduction), _text(config, ready.content)
         )
     questions = ready.content
     if config.form == "cloze":
@@ -73,7 +77,7 @@ def _question(
         ready = dataclasses.replace(ready, batch_size=max(1, batch_size // int(questions.options.max())))
     columns, template = ready.columns(name, config.reduction, config.loss, like), questions.template
     written = (template.name, template.text, template.option)
-    digest = _hash("choices", questions.digest(), config.loss, str(config.normalise), config.reduction, *written)
+    digest = hashed("choices", questions.digest(), config.loss, str(config.normalise), config.reduction, *written)
     return Asked(name, columns, digest, _choices(config, questions), lambda params: _measured(ready, params, questions))
 
 
@@ -91,7 +95,7 @@ def _choices(config: QueryConfig, questions: Questions) -> dict[str, Any]:
         "loss": config.loss, "normalised": config.normalise, "reduction": config.reduction,
         "questions": len(questions), "targets": len(questions), "cut": questions.cut,
         "subjects": dict(Counter(subject for subject in questions.subjects if subject)),
-        "prompts": _hash(*questions.hashes),
+        "prompts": hashed(*questions.hashes),
     }  # fmt: skip
 
 
@@ -115,7 +119,7 @@ def _function(name: str, path: str, model: CausalLM, tokenizer: Any, like: torch
     source = _source(function) or path
     column = function_column(name, function, bound_model(model.module), tokenizer, like)
     Queries([column])(model.params)  # what is no query says so now, not after training
-    return Asked(name, [column], _hash("function", path, source), {"kind": "function", "function": path})
+    return Asked(name, [column], hashed("function", path, source), {"kind": "function", "function": path})
 
 
 def _source(function: Callable[..., Any]) -> str:
@@ -127,5 +131,6 @@ def _source(function: Callable[..., Any]) -> str:
     return Path(file).read_text(encoding="utf8") if file else ""
 
 
-def _hash(*parts: str) -> str:
+def hashed(*parts: str) -> str:
+    """A query's digest from those of its parts."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -122,17 +122,17 @@ def _check_fields(name: str, part: str, text: str, needed: set[str], known: set[
         raise ValueError(
             f"template {name!r}, {part} {text[:60]!r}: {error}. Literal braces are doubled: {{{{ and }}}}"
         ) from error
-    found = {field for _, field, _, _ in parsed if field is not None}
-    if found - known:
+    fields = {field for _, field, _, _ in parsed if field is not None}
+    if fields - known:
         raise ValueError(
-            f"template {name!r}, {part}: unknown field {{{min(found - known)}}}; there are "
+            f"template {name!r}, {part}: unknown field {{{min(fields - known)}}}; there are "
             f"{', '.join(f'{{{field}}}' for field in sorted(known))}. Literal braces are doubled: {{{{ and }}}}"
         )
     for _, field, shape, conversion in parsed:
         if field is not None and (shape or conversion):
             raise ValueError(f"template {name!r}, {part}: {{{field}}} is filled in as it stands; drop what follows it")
-    if needed - found:
-        raise ValueError(f"template {name!r}, {part} has no {{{min(needed - found)}}}; put it where it belongs")
+    if needed - fields:
+        raise ValueError(f"template {name!r}, {part} has no {{{min(needed - fields)}}}; put it where it belongs")
 
 
 _LETTERED = "{question}\n{choices}\nAnswer:"

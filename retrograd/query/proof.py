@@ -53,21 +53,21 @@ def _errors(lm: CausalLM, documents: Sequence[Tensor], own: Callable[[Tensor], T
     prompts = [document[: max(1, len(document) // 2)] for document in documents]
     letters = torch.stack([documents[0][-1], documents[1][0]])
     asked = _asked("letter", [[prompt] for prompt in prompts], [[letters]] * len(prompts), letters=2)
-    found = score_questions(lm, params, asked, len(prompts), failures="mark").logprobs
+    scored = score_questions(lm, params, asked, len(prompts), failures="mark").logprobs
     expected = torch.stack([_logprobs(own(prompt))[-1, letters] for prompt in prompts])
-    yield "letters", _difference(found, expected)
+    yield "letters", _difference(scored, expected)
 
     # of each text two options, its next token and all the rest of it
     options = [[document[len(p) : len(p) + 1], document[len(p) :]] for p, document in zip(prompts, documents)]
     rows = [[torch.cat([p, answer[:-1]]) for answer in both] for p, both in zip(prompts, options)]
     asked = _asked("cloze", rows, options)
-    found = score_questions(lm, params, asked, len(prompts), failures="mark").logprobs
+    scored = score_questions(lm, params, asked, len(prompts), failures="mark").logprobs
     each = [
         [_logprobs(own(row))[-len(answer) :].gather(1, answer[:, None]).sum() for row, answer in zip(*pair)]
         for pair in zip(rows, options)
     ]
     tokens = max(len(answer) for both in options for answer in both)
-    yield "answers by text", _difference(found, torch.tensor(each)) / tokens
+    yield "answers by text", _difference(scored, torch.tensor(each)) / tokens
 
     texts = [prompt.cpu().numpy() for prompt in prompts]
     said = continuations(lm, params, texts, 2, end=None, longest=None)
@@ -93,8 +93,8 @@ def _logprobs(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected.to(found)).abs().nan_to_num(torch.inf).max())
+def _difference(measured: Tensor, expected: Tensor) -> float:
+    return float((measured - expected.to(measured)).abs().nan_to_num(torch.inf).max())
 
 
 def _regret(own: Callable[[Tensor], Tensor], prompt: Tensor, new: Tensor) -> float:

@@ -57,7 +57,7 @@ class Questions:
     subjects: list[str | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        sizes = {len(part) for part in (self.rows, self.targets, self.gold, self.widths, self.hashes)}
+        sizes = {len(column) for column in (self.rows, self.targets, self.gold, self.widths, self.hashes)}
         assert sizes == {len(self.gold)}, f"every question has one target: {sizes}"
         assert (self.gold >= 0).all(), "every target is an option"
         assert (self.gold < self.options).all(), "every target is an option"
@@ -79,8 +79,8 @@ class Questions:
         """Hash of tokens, answers and widths; the same in every process and on every machine."""
         total = hashlib.sha256(f"questions 1 {self.form} {len(self)}".encode())
         for rows, targets, gold, widths in zip(self.rows, self.targets, self.gold, self.widths, strict=True):
-            for part in (*rows, *targets, widths):
-                total.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+            for array in (*rows, *targets, widths):
+                total.update(len(array).to_bytes(8, "little") + array.astype("<i8").tobytes())
             total.update(int(gold).to_bytes(8, "little"))
         return total.hexdigest()
 
@@ -142,9 +142,9 @@ def build_questions(
     tokens: list[tuple[list[np.ndarray], list[np.ndarray], bool]] = []
     for batch in documents.iter(batch_size=_BATCH):
         rows = [dict(zip(columns, row)) for row in zip(*(batch[name] for name in columns))]
-        found = [_read(row, len(questions) + i, template) for i, row in enumerate(rows)]
-        questions += found
-        tokens += _tokens(found, tokenizer, template.form, max_length, vocab_size)
+        read = [_read(row, len(questions) + i, template) for i, row in enumerate(rows)]
+        questions += read
+        tokens += _tokens(read, tokenizer, template.form, max_length, vocab_size)
     return Questions(
         template.form,
         [rows for rows, _, _ in tokens],
@@ -216,7 +216,7 @@ def _tokens(
     wholes = iter(
         _encode(tokenizer, [question.prompt.text + end for question in questions for end in question.prompt.targets])
     )
-    found = []
+    encoded = []
     for question, context in zip(questions, contexts, strict=True):
         answers = [next(wholes)[len(context) :] for _ in question.prompt.targets]
         _check_ids(question.number, [*context, *(k for ids in answers for k in ids)], vocab_size)
@@ -225,8 +225,8 @@ def _tokens(
         cut = max_length is not None and any(len(ids) > max_length for ids in read)
         rows = [np.array(ids if max_length is None else ids[-max_length:], dtype=np.int64) for ids in read]
         ends = [[ids[0] for ids in answers]] if form == "letter" else answers
-        found.append((rows, [np.array(ids, dtype=np.int64) for ids in ends], cut))
-    return found
+        encoded.append((rows, [np.array(ids, dtype=np.int64) for ids in ends], cut))
+    return encoded
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -261,10 +261,10 @@ def _check_answers(
 ) -> None:
     for target, answer in zip(question.prompt.targets, answers):
         if form == "letter" and len(answer) != 1:
-            told = tokenizer.convert_ids_to_tokens(answer)
+            pieces = tokenizer.convert_ids_to_tokens(answer)
             raise ValueError(
-                f"row {question.number}: letter {target.strip()!r} is {len(answer)} tokens {told} after the prompt and "
-                "has to be one. Use another tokenizer, a template that does not end in a space, or form='cloze'"
+                f"row {question.number}: letter {target.strip()!r} is {len(answer)} tokens {pieces} after the prompt "
+                "and has to be one. Use another tokenizer, a template that does not end in a space, or form='cloze'"
             )
         if not answer or not context:
             bare = f"answer {target[:60]!r}" if context else "the prompt"

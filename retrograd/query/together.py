@@ -48,7 +48,7 @@ def given(lying: Pieces, own: Params) -> Iterator[Tensor]:
 
 def answering(group: Group, asked: Sequence[Asked], lying: Pieces | None) -> dict[str, Callable[..., object]]:
     """What the other ranks do, by name: (name of a query, parameters) → their parts of it; and give what they keep."""
-    columns, kept = {one.name: one.columns for one in asked}, dict[str, Tensor]()
+    columns, kept = {query.name: query.columns for query in asked}, dict[str, Tensor]()
 
     def answer(name: str, params: Params) -> None:
         kept.update(_answered(group, columns[name], params, lying)[1])
@@ -69,28 +69,28 @@ def _gathered(lying: Pieces, own: Params) -> Iterator[Tensor]:
 
 def _answered(group: Group, columns: Sequence[Column], params: Params, lying: Pieces | None) -> tuple[Tensor, Params]:
     parts = [(k, part) for k, column in enumerate(columns) for part in column.parts]
-    bundles, told = _bundles(params, 1 if lying is None else _BUNDLES), list[tuple[int, int, Tensor]]()
+    bundles, terms = _bundles(params, 1 if lying is None else _BUNDLES), list[tuple[int, int, Tensor]]()
     totals = [_sum(group, {name: params[name] for name in names}, lying) for names in bundles]
     for start in range(0, len(parts), group.world):
         mine, graph = start + group.rank, None
         into = [parts[n][0] if n < len(parts) else None for n in range(start, start + group.world)]
         if mine < len(parts):
             graph = graph_of(parts[mine][1], params)
-            told.append((mine, parts[mine][0], graph[0].detach().cpu()))
+            terms.append((mine, parts[mine][0], graph[0].detach().cpu()))
         for names, total in zip(bundles, totals, strict=True):
             total.add(_slopes(graph, {name: params[name] for name in names}, names is not bundles[-1]), into)
-    every = sorted((one for rank in group.collected(told) for one in rank), key=lambda one: one[0])
-    found: Params = {}
+    every = sorted((term for rank in group.collected(terms) for term in rank), key=lambda term: term[0])
+    gradient: Params = {}
     while totals:  # each given up as it is copied
         total = totals.pop(0)
         sums = [total.result(k) for k in range(len(columns))]
-        found.update({name: torch.stack([one[name] for one in sums]) for name in sums[0]})
+        gradient.update({name: torch.stack([slopes[name] for slopes in sums]) for name in sums[0]})
     if group.rank:
-        return torch.zeros(0), found
+        return torch.zeros(0), gradient
     values: dict[int, Tensor] = {}
     for _, k, value in every:
         values[k] = values[k] + value if k in values else value
-    return torch.stack([values[k] for k in range(len(columns))]), found
+    return torch.stack([values[k] for k in range(len(columns))]), gradient
 
 
 def _slopes(graph: tuple[Tensor, Params] | None, like: Params, again: bool) -> Params:
@@ -108,11 +108,11 @@ def _sum(group: Group, like: Params, lying: Pieces | None) -> OrderedSum:
 
 def _bundles(params: Params, count: int) -> list[list[str]]:
     """Names of neighbours, each time about so many a part of all bytes, or one large leaf."""
-    most, found, size = tree.nbytes(params) / count, list[list[str]](), 0
+    most, bundles, size = tree.nbytes(params) / count, list[list[str]](), 0
     for name, theta in params.items():
-        if not found or size + theta.nbytes > most:
-            found.append([])
+        if not bundles or size + theta.nbytes > most:
+            bundles.append([])
             size = 0
-        found[-1].append(name)
+        bundles[-1].append(name)
         size += theta.nbytes
-    return found
+    return bundles

@@ -90,10 +90,10 @@ def shown_tokens(tokens: Tokens, mask: Mask, documents: np.ndarray) -> tuple[np.
         return tokens.token, tokens.vocabulary
     hidden = np.isin(tokens.document, documents)
     hidden |= _hidden(tokens, mask, hidden)
-    kept, place = np.unique(tokens.token[~hidden], return_inverse=True)
-    found = np.zeros(len(tokens), np.int32)
-    found[~hidden] = place + 1
-    return found, [BLOT, *(tokens.vocabulary[k] for k in kept)]
+    kept, index = np.unique(tokens.token[~hidden], return_inverse=True)
+    shown = np.zeros(len(tokens), np.int32)
+    shown[~hidden] = index + 1
+    return shown, [BLOT, *(tokens.vocabulary[k] for k in kept)]
 
 
 def _hidden_documents(run: Attribution, mask: Mask) -> np.ndarray:
@@ -103,18 +103,18 @@ def _hidden_documents(run: Attribution, mask: Mask) -> np.ndarray:
 
 def _hidden(tokens: Tokens, mask: Mask, already: np.ndarray) -> np.ndarray:
     """Tokens that have a character of a hidden word, [n]; words may go over several tokens."""
-    found = np.zeros(len(tokens), bool)
+    hidden = np.zeros(len(tokens), bool)
     cuts = np.flatnonzero((np.diff(tokens.row, prepend=-1) != 0) | (np.diff(tokens.document, prepend=-1) != 0))
     for start, stop in zip(cuts, [*cuts[1:], len(tokens)]):
         if already[start]:
             continue
         texts = [tokens.vocabulary[k] for k in tokens.token[start:stop]]
         if mask.hides(text := "".join(texts)):
-            found[start:stop] = True
+            hidden[start:stop] = True
             continue
         ends = np.cumsum([len(text) for text in texts])
         for first, last in mask.spans(text, cut=True):
-            found[start + np.searchsorted(ends, first, "right") : start + np.searchsorted(ends, last, "left") + 1] = (
+            hidden[start + np.searchsorted(ends, first, "right") : start + np.searchsorted(ends, last, "left") + 1] = (
                 True
             )
-    return found
+    return hidden

@@ -50,11 +50,11 @@ class Mask:
 
     def text(self, text: str, *, cut: bool = False) -> str:
         """Any other text as it may be shown. cut: whether it may end within a word."""
-        found, end = [], 0
+        pieces, end = [], 0
         for start, stop in self.spans(text, cut=cut):
-            found += [text[end:start], BLOT * (stop - start)]
+            pieces += [text[end:start], BLOT * (stop - start)]
             end = stop
-        return "".join([*found, text[end:]])
+        return "".join([*pieces, text[end:]])
 
     def spans(self, text: str, *, cut: bool = False) -> Iterator[tuple[int, int]]:
         """Where hidden words stand in a text, and at its end, if it may be cut, the beginning of one."""
@@ -65,8 +65,8 @@ class Mask:
 
     def _begins(self, word: str) -> bool:
         """Whether a hidden word begins with these letters, of which there are enough to tell."""
-        place = bisect.bisect_left(self._ordered, word)
-        return len(word) > 2 and place < len(self._ordered) and self._ordered[place].startswith(word)
+        index = bisect.bisect_left(self._ordered, word)
+        return len(word) > 2 and index < len(self._ordered) and self._ordered[index].startswith(word)
 
 
 def hidden(text: str) -> str:

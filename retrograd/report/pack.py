@@ -28,8 +28,8 @@ def quantise(scores: np.ndarray) -> tuple[np.ndarray, float]:
 
 def unquantise(numbers: np.ndarray, largest: float) -> np.ndarray:
     """The scores that a page shows, float64."""
-    part = numbers.astype(np.float64) / LIMIT
-    return part * np.abs(part) * largest
+    root = numbers.astype(np.float64) / LIMIT
+    return root * np.abs(root) * largest
 
 
 def pack(values: np.ndarray) -> str:

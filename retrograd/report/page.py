@@ -90,13 +90,13 @@ def files(contents: Iterable[Content]) -> list[str]:
 
 @cache
 def _environment() -> jinja2.Environment:
-    found = jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("retrograd.report"), autoescape=_escaped,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    found.filters |= {"json": as_json, "number": numbers, "size": size, "cell": cell}
-    found.globals["asset"] = lambda name: Markup(_source(found, name))
-    return found
+    environment.filters |= {"json": as_json, "number": numbers, "size": size, "cell": cell}
+    environment.globals["asset"] = lambda name: Markup(_source(environment, name))
+    return environment
 
 
 def _escaped(name: str | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +51,28 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
     subjects = [subject for path in config.paths for subject in open_subject(path)]
     mask = _mask(config, subjects)
     view = View(mask)
-    runs = [one for one in subjects if isinstance(one, Attribution)]
+    runs = [subject for subject in subjects if isinstance(subject, Attribution)]
     build_tables(runs, view)
     every = [Several(subjects[0].folder, "All together", tuple(subjects)), *subjects] if len(subjects) > 1 else subjects
-    sections = [section for number, one in enumerate(every) if (section := _section(number, one, view)).blocks]
+    sections = [section for number, subject in enumerate(every) if (section := _section(number, subject, view)).blocks]
     title = config.title or ", ".join(dict.fromkeys(path.name or str(path) for path in config.paths))
     output = config.output or config.paths[0] / PAGE
-    text = render(title, sections, view.tables, _told(mask))
+    text = render(title, sections, view.tables, _mask_note(mask))
     with ExitStack() as held:
         for folder in dict.fromkeys(run.folder for run in runs):
             held.enter_context(locked(folder, shared=True))
         for run in runs:
             write_results_table(run, view)
         write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf8"))
-    for one in () if config.show_forget else subjects:
-        if isinstance(one, Hardened) and _hardened_run(one) is None:
+    for subject in () if config.show_forget else subjects:
+        if isinstance(subject, Hardened) and _hardened_run(subject) is None:
             why = (
-                f"harden.json names the run {one.found['run']}, which is not there any more"
-                if "run" in one.found
+                f"harden.json names the run {subject.found['run']}, which is not there any more"
+                if "run" in subject.found
                 else "harden.json is of an earlier version and does not name its run"
             )
             console.print(
-                f"{one.folder}/{why}: the words of that run's corpora are not masked; --forget names them",
+                f"{subject.folder}/{why}: the words of that run's corpora are not masked; --forget names them",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
     console.print(f"Report: {output}", highlight=False, soft_wrap=True)
@@ -79,8 +80,10 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
 
 
 def _section(number: int, subject: Subject, view: View) -> Section:
-    found = [(panel, panel.gather(subject, view)) for panel in PANELS if isinstance(subject, panel.of)]
-    blocks = [Block(f"{panel.name}-{number}", panel.name, panel.title, content) for panel, content in found if content]
+    gathered = [(panel, panel.gather(subject, view)) for panel in PANELS if isinstance(subject, panel.of)]
+    blocks = [
+        Block(f"{panel.name}-{number}", panel.name, panel.title, content) for panel, content in gathered if content
+    ]
     return Section(subject.name, "" if isinstance(subject, Several) else str(subject.folder), blocks)
 
 
@@ -89,7 +92,7 @@ def _mask(config: ReportConfig, subjects: Sequence[Subject]) -> Mask:
     if config.show_forget:
         return nothing_masked()
     forget, retain = list(map(_source, config.forget)), list(map(_source, config.retain))
-    for settings in (one for subject in subjects for one in _unlearned(subject)):
+    for settings in chain.from_iterable(map(_unlearned, subjects)):
         forget += map(_source, settings.get("forget") or ())
         retain += map(_source, settings.get("retain") or ())
     return corpus_mask(forget, retain) if forget else nothing_masked()
@@ -103,9 +106,9 @@ def _unlearned(subject: Subject) -> Iterator[dict[str, Any]]:
         yield read_yaml(path)
     if isinstance(subject, Experiment) and not subject.grid:
         yield subject.spec["corpora"]
-        yield from filter(None, (one.get("corpora") for one in (subject.spec.get("methods") or {}).values()))
+        yield from filter(None, (method.get("corpora") for method in (subject.spec.get("methods") or {}).values()))
     if isinstance(subject, Evaluation):
-        yield from _of_models(one["source"] for one in subject.settings.get("models", {}).values())
+        yield from _of_models(model["source"] for model in subject.settings.get("models", {}).values())
     if isinstance(subject, Attack) and subject.compared:  # else it shows no text
         yield from _of_models(sorted(subject.sources))
 
@@ -128,7 +131,7 @@ def _source(text: str) -> dict[str, Any]:
     return vars(parse_source(text, build(UnlearnConfig, {}, "defaults")))
 
 
-def _told(mask: Mask) -> str:
+def _mask_note(mask: Mask) -> str:
     return (
         f"{len(mask.words):,} words of the corpus to forget are blotted out, and its documents are shown by hash and "
         "length; --show_forget shows them."

@@ -65,8 +65,8 @@ def _own(folder: Path) -> list[str]:
     if names != ["score"]:
         return [name.removeprefix("score_") for name in names]
     added = {path.parent.name for path in folder.glob("queries/*/query_config.yaml")}
-    found = [path.parent.name for path in folder.glob("queries/*/query.json") if path.parent.name not in added]
-    return found[:1] or ["query"]
+    asked = [path.parent.name for path in folder.glob("queries/*/query.json") if path.parent.name not in added]
+    return asked[:1] or ["query"]
 
 
 def _columns_of(folder: Path, name: str) -> list[str]:
@@ -76,21 +76,21 @@ def _columns_of(folder: Path, name: str) -> list[str]:
 def read_documents(folder: Path, columns: Columns) -> Documents:
     """Documents of a run with their scores for every query column."""
     examples = json.loads((folder / "all_scores.json").read_text(encoding="utf8"))["examples"]
-    scores = [_of_documents(place, names) for place, names in columns]
+    scores = [_of_documents(source, names) for source, names in columns]
     return Documents(
-        np.array([one["doc_id"] for one in examples], dtype=np.int64),
+        np.array([example["doc_id"] for example in examples], dtype=np.int64),
         np.concatenate(scores),
-        np.array([one["targets"] for one in examples], dtype=np.int64),
-        [one["text"] for one in examples],
-        [one["steps"] for one in examples],
+        np.array([example["targets"] for example in examples], dtype=np.int64),
+        [example["text"] for example in examples],
+        [example["steps"] for example in examples],
     )
 
 
 def _of_documents(folder: Path, names: Sequence[str]) -> np.ndarray:
     examples = json.loads((folder / "all_scores.json").read_text(encoding="utf8"))["examples"]
     if "scores" not in examples[0]:
-        return np.array([[one["score"] for one in examples]])
-    return np.array([[one["scores"][name] for one in examples] for name in names])
+        return np.array([[example["score"] for example in examples]])
+    return np.array([[example["scores"][name] for example in examples] for name in names])
 
 
 def count_tokens(folder: Path) -> int:
@@ -110,10 +110,10 @@ def read_tokens(folder: Path, columns: Columns) -> Tokens:
     known, first, token = np.unique(ids, return_index=True, return_inverse=True)
     vocabulary = table["token"].take(first.astype(np.int64)).to_pylist()
     scores = []
-    for place, names in columns:
-        single = "score" in parquet.read_schema(place / "scores.parquet").names
+    for source, names in columns:
+        single = "score" in parquet.read_schema(source / "scores.parquet").names
         labels = ["score"] if single else [f"score_{name}" for name in names]
-        found = parquet.read_table(place / "scores.parquet", columns=labels)
-        scores += [found[label].to_numpy().astype(np.float32) for label in labels]
+        scored = parquet.read_table(source / "scores.parquet", columns=labels)
+        scores += [scored[label].to_numpy().astype(np.float32) for label in labels]
     assert len(known) == len(vocabulary)
     return Tokens(row, position, document, token.astype(np.int32), target, np.stack(scores), vocabulary)

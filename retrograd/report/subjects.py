@@ -97,11 +97,11 @@ class Attribution(_Run):
     @cached_property
     def _sources(self) -> list[tuple[Path, list[str]]]:
         """Folders of score files with the columns that are shown: the first of many."""
-        found, room = [], MOST_COLUMNS
+        sources, room = [], MOST_COLUMNS
         for folder, names in read_columns(self.folder, self.manifest):
-            found.append((folder, names[:room]))
-            room -= len(found[-1][1])
-        return [(folder, names) for folder, names in found if names]
+            sources.append((folder, names[:room]))
+            room -= len(sources[-1][1])
+        return [(folder, names) for folder, names in sources if names]
 
     @cached_property
     def columns(self) -> list[str]:
@@ -181,18 +181,18 @@ class Attack(Subject):
     @cached_property
     def compared(self) -> dict[str, Any] | None:
         """What `retrograd compare` found of the folder; None where it was not asked."""
-        found = self.read("compare.json")
-        return found if found and "cells" in found else None
+        comparison = self.read("compare.json")
+        return comparison if comparison and "cells" in comparison else None
 
     @property
     def sources(self) -> set[str]:
         """The models that it attacked, and those of the folders that it was compared with."""
-        found = {one["source"] for one in self.found["models"].values()}
+        sources = {model["source"] for model in self.found["models"].values()}
         cells = (self.compared or {"cells": ()})["cells"]
         for other in {run["folder"] for cell in cells for run in cell.get("runs", ())} - {"."}:
             if (self.folder / other / "attack.json").exists():
-                found |= {target.source for target in read_folder(self.folder / other).targets}
-        return found
+                sources |= {target.source for target in read_folder(self.folder / other).targets}
+        return sources
 
 
 class Hardened(Subject):
@@ -234,10 +234,10 @@ def open_subject(folder: Path) -> list[Subject]:
     if (folder / "experiment.yaml").exists():
         if not (folder / "results.parquet").exists():
             raise ValueError(f"the experiment in {folder} has no table yet; run its `retrograd experiment` again first")
-        found: list[Subject] = [Experiment(folder, name)]
+        subjects: list[Subject] = [Experiment(folder, name)]
         if (folder / "attacks" / "recovery.json").exists():
-            found.append(Attack(folder / "attacks", f"{name}: under attack"))
-        return found
+            subjects.append(Attack(folder / "attacks", f"{name}: under attack"))
+        return subjects
     if (folder / "attack.json").exists():
         if not (folder / "recovery.json").exists():
             raise ValueError(f"the attacks in {folder} have no findings yet; run their `retrograd attack` again first")
@@ -256,9 +256,9 @@ def _open_run(folder: Path, name: str) -> list[Subject]:
         raise ValueError(f"the run in {folder} is not finished; run its `retrograd {run.command}` command again first")
     if scored and run.command == "magic":
         return [Attribution(folder, name)]
-    found: list[Subject] = [Training(folder, name)]
+    subjects: list[Subject] = [Training(folder, name)]
     if scored:
-        found.append(Attribution(folder, f"{name}: its scores"))
+        subjects.append(Attribution(folder, f"{name}: its scores"))
     if (folder / "evaluation" / "summary.json").exists():
-        found.append(Evaluation(folder / "evaluation", f"{name}: what it knows"))
-    return found
+        subjects.append(Evaluation(folder / "evaluation", f"{name}: what it knows"))
+    return subjects

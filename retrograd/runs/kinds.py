@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "attack": Kind(ChainConfig, check_unlearn, "retrograd.attack.chained"),  # before what it is a kind of
-    "magic": Kind(MagicConfig, check, "retrograd.runs.setup"),
+    "magic": Kind(MagicConfig, check, "retrograd.runs.assemble"),
     "unlearn": Kind(UnlearnConfig, check_unlearn, "retrograd.unlearn.setup"),
 }
 """Each kind by its command."""

@@ -34,7 +34,7 @@ from retrograd.parallel.shard import Sharded
 from retrograd.proofs.memory import Sizes, held_whole
 from retrograd.query.columns import Queries
 from retrograd.query.load import load_rows
-from retrograd.query.named import Asked, load_queries
+from retrograd.query.named import Asked
 from retrograd.query.together import answering
 from retrograd.runs.arithmetic import Arithmetic, begun_with, deterministic, precise
 from retrograd.runs.first_step import prove_by_block, prove_first_step
@@ -44,12 +44,11 @@ from retrograd.runs.recipe import recipe_of
 from retrograd.runs.shares import in_pieces, logical_shards, prove_while_whole, refuse_unequal, shared
 from retrograd.runs.states.budget import free_memory
 from retrograd.runs.trajectory import Ready
-from retrograd.settings.run import MagicConfig, queries_of
 from retrograd.settings.train import RecipeConfig, TrainConfig
 
 __all__ = [
-    "Differentiated", "Loaded", "Setup", "Sources", "assemble", "attributed", "find_device", "load_recipe",
-    "owed_bytes", "set_up", "set_up_recipe",
+    "Differentiated", "Loaded", "Setup", "Sources", "attributed", "differentiated", "find_device", "load_recipe",
+    "owed_bytes", "set_up", "set_up_recipe", "visits",
 ]  # fmt: skip
 
 
@@ -133,22 +132,6 @@ class Differentiated(NamedTuple):
     parallel: str = "replicate"
 
 
-def assemble(config: MagicConfig) -> Loaded:
-    """Load and check everything an attributed run is made of.
-
-    Raises:
-        ValueError: For whatever cannot work, before anything is computed or written.
-    """
-    model, tokenizer, stream, texts = load_recipe(config, per_token=config.attribute == "tokens")
-    size = config.train.micro_batch_size or config.train.batch_size
-    asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
-    queries = sum(len(one.columns) for one in asked) + config.sharpness
-    how = _how(config, queries)
-    visited = visits(stream, config.attribute, config.dtype)
-    setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)
-    return attributed(setup, texts, asked)
-
-
 def attributed(setup: Setup, texts: list[str], asked: list[Asked], parts: Sequence[Part] = ()) -> Loaded:
     """A training with what is asked of it, the last three as `Loaded` has them."""
     given = {field.name: getattr(setup, field.name) for field in fields(Setup)}
@@ -163,7 +146,7 @@ def set_up_recipe(config: RecipeConfig) -> Setup:
         ValueError: As `assemble`.
     """
     model, tokenizer, stream, _ = load_recipe(config)
-    how = _how(config, 0)
+    how = differentiated(config, 0)
     return set_up(model, tokenizer, stream, config.train, how, visited=visits(stream, "examples", config.dtype))
 
 
@@ -270,7 +253,8 @@ def _hashes(recipe: Recipe, rows: Rows, initial: State, module: nn.Module) -> di
     }
 
 
-def _how(config: RecipeConfig, queries: int) -> Differentiated:
+def differentiated(config: RecipeConfig, queries: int) -> Differentiated:
+    """How the steps of a run are, by its settings."""
     asked = (config.engine, config.compile, queries, config.run)
     return Differentiated(*asked, _begun(config), config.shards, config.parallel)
 

@@ -61,15 +61,15 @@ def analyse(
     _check(settings)
     tau, mu = forget.numpy(), retain.numpy()
     by_token = len(tau) == len(places)
-    for name, values in (("--scores", tau), ("--against", mu)):
-        if len(values) < 3 or np.ptp(values) == 0:
-            raise ValueError(f"the {len(values)} scores of {name} do not vary; there is nothing to compare")
+    for name, scores in (("--scores", tau), ("--against", mu)):
+        if len(scores) < 3 or np.ptp(scores) == 0:
+            raise ValueError(f"the {len(scores)} scores of {name} do not vary; there is nothing to compare")
     rows = places.row.numpy() if by_token else np.arange(len(tau))
     p, g = np.maximum(0, -tau), np.maximum(0, -mu)
     thresholds = (float(np.quantile(p, settings.forget_quantile)), float(np.quantile(g, settings.retain_quantile)))
     pure = (p > thresholds[0]) & (g <= thresholds[1])
-    found = _bootstrap(tau, mu, pure, rows, settings.resamples, seed)
-    pearson, spearman, share, ratio = (Answer(*three) for three in found)
+    bootstrapped = _bootstrap(tau, mu, pure, rows, settings.resamples, seed)
+    pearson, spearman, share, ratio = (Answer(*three) for three in bootstrapped)
     documents = _documents(places, tau, mu, settings, alpha)
     answers: dict[str, Answer] = {
         "pearson": pearson,
@@ -97,9 +97,9 @@ def verdict(answers: dict[str, Answer], documents: dict[str, Any]) -> dict[str, 
     """Whether a selection of tokens, and of documents, is feasible, in words."""
     spearman, share, ratio = (answers[name] for name in ("spearman", "purely_forget", "magnitude_ratio"))
     said = [
-        _said(spearman, "the two attributions are separated", "the two attributions name the same tokens",
+        _in_words(spearman, "the two attributions are separated", "the two attributions name the same tokens",
               f"Spearman {spearman.told}, to lie below {spearman.threshold:g}"),
-        _said(share, "enough is purely forget", "too little is purely forget",
+        _in_words(share, "enough is purely forget", "too little is purely forget",
               f"share {share.told}, to be at least {share.threshold:g}"),
     ]  # fmt: skip
     held = [answer.holds for answer in (spearman, share)]
@@ -125,7 +125,7 @@ def spearman_of(tau: np.ndarray, mu: np.ndarray) -> Callable[[np.ndarray], float
     Sorts once for all resamples: under multiplicities c the rank of a tie is Σ c below it + (its c + 1)/2, and the
     mean rank (Σ c + 1)/2.
     """
-    ties = [np.unique(values, return_inverse=True)[1].ravel() for values in (tau, mu)]
+    ties = [np.unique(scores, return_inverse=True)[1].ravel() for scores in (tau, mu)]
 
     def measure(counts: np.ndarray) -> float:
         middle, ranks = (counts.sum() + 1) / 2, []
@@ -143,25 +143,25 @@ def _bootstrap(
     tau: np.ndarray, mu: np.ndarray, pure: np.ndarray, rows: np.ndarray, resamples: int, seed: int
 ) -> list[tuple[float, float, float]]:
     """(value, low, high) of Pearson, Spearman, the share of `pure` and the ratio of magnitudes; rows are drawn."""
-    _, place = np.unique(rows, return_inverse=True)
-    count, spearman, draw = int(place.max()) + 1, spearman_of(tau, mu), np.random.default_rng(seed)
+    _, row_of = np.unique(rows, return_inverse=True)
+    count, spearman, draw = int(row_of.max()) + 1, spearman_of(tau, mu), np.random.default_rng(seed)
     a, b = tau - tau.mean(), mu - mu.mean()  # of centred numbers no digits cancel below
     columns = (np.ones(len(a)), a, b, a * a, b * b, a * b, pure, np.abs(tau), np.abs(mu))
-    sums = np.stack([np.bincount(place, weights=column) for column in columns])
+    sums = np.stack([np.bincount(row_of, weights=column) for column in columns])
 
     def measure(drawn: np.ndarray) -> tuple[float, ...]:
         n, a, b, aa, bb, ab, chosen, large, small = (sums @ drawn).tolist()
         scale = (aa - a * a / n) * (bb - b * b / n)
         pearson = (ab - a * b / n) / math.sqrt(scale) if scale > 0 else math.nan
-        return pearson, spearman(drawn[place]), chosen / n, large / small if small > 0 else math.nan
+        return pearson, spearman(drawn[row_of]), chosen / n, large / small if small > 0 else math.nan
 
-    values, found = measure(np.ones(count)), []
+    values, resampled = measure(np.ones(count)), []
     with counting("bootstrap", resamples, "resamples") as tick:
         for number in range(resamples):
-            found.append(measure(np.bincount(draw.integers(0, count, count), minlength=count).astype(np.float64)))
+            resampled.append(measure(np.bincount(draw.integers(0, count, count), minlength=count).astype(np.float64)))
             if number % 50 == 49:
                 tick(50)
-    low, high = np.nanquantile(np.array(found), [0.025, 0.975], axis=0)
+    low, high = np.nanquantile(np.array(resampled), [0.025, 0.975], axis=0)
     return list(zip(values, low.tolist(), high.tolist(), strict=True))
 
 
@@ -200,7 +200,7 @@ def _within(answer: Answer, factor: float) -> bool | None:
     return False if answer.high < 1 / factor or answer.low > factor else None
 
 
-def _said(answer: Answer, yes: str, no: str, numbers: str) -> str:
+def _in_words(answer: Answer, yes: str, no: str, numbers: str) -> str:
     words = yes if answer.holds else no if answer.holds is False else f"it is open whether {yes}"
     return f"{words} ({numbers})"
 

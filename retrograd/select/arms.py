@@ -84,8 +84,8 @@ class Arms:
             for draw in range(draws):
                 seed = self.config.seed + draw
                 weights = matched(control, self.weights, self.data.places, order=order, rising=rising, seed=seed)
-                found = self._finished(control, seed if several else None, weights)
-                yield found._replace(last=draw == draws - 1)
+                arm = self._finished(control, seed if several else None, weights)
+                yield arm._replace(last=draw == draws - 1)
 
     def _finished(self, control: Control | None, seed: int | None, weights: Tensor) -> Arm:
         kept = None

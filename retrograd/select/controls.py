@@ -72,10 +72,7 @@ def drawn(control: Control, weights: Tensor, order: Tensor | None) -> bool:
 def shuffled(weights: Tensor, groups: np.ndarray, seed: int) -> Tensor:
     """The weights in a random order within each group, [n]."""
     drawn = np.random.default_rng(seed).random(len(weights))
-    found = torch.empty_like(weights)
-    there, here = np.argsort(groups, kind="stable"), np.lexsort((drawn, groups))
-    found[torch.from_numpy(there)] = weights[torch.from_numpy(here)]
-    return found
+    return _moved(weights, np.lexsort((drawn, groups)), np.argsort(groups, kind="stable"))
 
 
 def reassigned(weights: Tensor, order: Tensor, size: Tensor, seed: int) -> Tensor:
@@ -83,9 +80,13 @@ def reassigned(weights: Tensor, order: Tensor, size: Tensor, seed: int) -> Tenso
     draw = np.random.default_rng(seed)
     there = np.lexsort((draw.random(len(weights)), order.numpy()))
     here = np.lexsort((draw.random(len(weights)), size.numpy()))
-    found = torch.empty_like(weights)
-    found[torch.from_numpy(there)] = weights[torch.from_numpy(here)]
-    return found
+    return _moved(weights, here, there)
+
+
+def _moved(weights: Tensor, here: np.ndarray, there: np.ndarray) -> Tensor:
+    moved = torch.empty_like(weights)
+    moved[torch.from_numpy(there)] = weights[torch.from_numpy(here)]
+    return moved
 
 
 def groups(control: Control, count: int, places: Places) -> np.ndarray:

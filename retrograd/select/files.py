@@ -75,46 +75,46 @@ def is_original(path: Path) -> bool:
     return any((path / name).exists() for name in ORIGINAL)
 
 
-def to_target(values: Tensor) -> Tensor:
+def to_target(scores: Tensor) -> Tensor:
     """Prediction-aligned → target-aligned, [rows, length]: column t moves to t + 1, the last one is dropped."""
-    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], 1)
+    return torch.cat([torch.zeros_like(scores[:, :1]), scores[:, :-1]], 1)
 
 
-def to_prediction(values: Tensor) -> Tensor:
+def to_prediction(scores: Tensor) -> Tensor:
     """Target-aligned → prediction-aligned, [rows, length]."""
-    return torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
+    return torch.cat([scores[:, 1:], torch.zeros_like(scores[:, :1])], 1)
 
 
-def file_scores(path: Path, part: str | None, places: Places, stated: Stated) -> tuple[Tensor, bool, dict[str, Any]]:
+def file_scores(path: Path, column: str | None, places: Places, stated: Stated) -> tuple[Tensor, bool, dict[str, Any]]:
     """Scores of a file or of a folder in the original layout.
 
     Args:
-        part: A column of several.
+        column: Of several.
     Returns:
         Scores of the real tokens, [n], or documents, [d], negative = proponent; whether of tokens; what info.json says.
     Raises:
         ValueError: If sign or alignment is not stated, contradicts the file, or the shape fits no data here.
     """
     file = _original_file(path, places) if path.is_dir() else path
-    stated, said = _agreed(path, stated, _said(file, path.is_dir()), places)
-    table = _read(file, part, places)
+    stated, said = _agreed(path, stated, _own_words(file, path.is_dir()), places)
+    table = _read(file, column, places)
     per_token = table.values.ndim == 2
     if stated.sign is None:
         raise ValueError(
             f"{file} does not say which sign a proponent has; say {stated.flag('sign', 'negative')} if its scores are "
             f"{WORDS['negative']}, or {stated.flag('sign', 'positive')} if they are {WORDS['positive']}"
         )
-    values = _aligned(file, table, stated, places) if per_token else _documents(file, table, places)
+    scores = _aligned(file, table, stated, places) if per_token else _documents(file, table, places)
     record: dict[str, Any] = {
         "kind": "original layout" if path.is_dir() else "file", "file": str(file), "sha256": file_digest(file),
-        "column": part, "sign": stated.sign, "alignment": stated.alignment if per_token else None,
+        "column": column, "sign": stated.sign, "alignment": stated.alignment if per_token else None,
         "level": "tokens" if per_token else "documents", "rows": said,
     }  # fmt: skip
     if path.is_dir() and (path / GRADIENT).exists():
         saved = _saved_gradient(path)
-        told = {"file": str(path / GRADIENT), "sha256": file_digest(path / GRADIENT)}
-        record["query_gradient"] = {**told, "avg_loss": float(saved["avg_loss"]), "n_chunks": int(saved["n_chunks"])}
-    return (values if stated.sign == "negative" else -values), per_token, record
+        about = {"file": str(path / GRADIENT), "sha256": file_digest(path / GRADIENT)}
+        record["query_gradient"] = {**about, "avg_loss": float(saved["avg_loss"]), "n_chunks": int(saved["n_chunks"])}
+    return (scores if stated.sign == "negative" else -scores), per_token, record
 
 
 def original_gradient(folder: Path, params: Params) -> Params:
@@ -125,22 +125,22 @@ def original_gradient(folder: Path, params: Params) -> Params:
     """
     if not (folder / GRADIENT).exists():
         raise ValueError(f"{folder} has no {GRADIENT}, the gradient of its query; leave gradient_cosine out")
-    found = {
+    gradients = {
         name.replace(".parametrizations.", ".").removesuffix(".original"): g  # as sharded originals name them
         for name, g in _saved_gradient(folder)["param_grads"].items()
     }
-    if missing := [name for name in params if name not in found]:
+    if missing := [name for name in params if name not in gradients]:
         raise ValueError(f"{folder / GRADIENT} has no gradient of {missing[0]}: it is of another model than --rows")
-    if apart := [name for name, theta in params.items() if found[name].shape != theta.shape]:
+    if apart := [name for name, theta in params.items() if gradients[name].shape != theta.shape]:
         name = apart[0]
         raise ValueError(
-            f"{folder / GRADIENT}: the gradient of {name} is {tuple(found[name].shape)} and the parameter "
+            f"{folder / GRADIENT}: the gradient of {name} is {tuple(gradients[name].shape)} and the parameter "
             f"{tuple(params[name].shape)}: another model's, or one process's share of a sharded run, as the original "
             "saved it; join the shares"
         )
-    if bad := [name for name in params if not torch.isfinite(found[name]).all()]:
+    if bad := [name for name in params if not torch.isfinite(gradients[name]).all()]:
         raise ValueError(f"{folder / GRADIENT}: the gradient of {bad[0]} is not finite")
-    return {name: found[name].double() for name in params}
+    return {name: gradients[name].double() for name in params}
 
 
 def _saved_gradient(folder: Path) -> dict[str, Any]:
@@ -184,26 +184,26 @@ def write_original(
 
 
 def _original_file(folder: Path, places: Places) -> Path:
-    found = [folder / name for name in ORIGINAL if (folder / name).exists()]
-    if len(found) == 2 and file_digest(found[0]) != file_digest(found[1]):
-        first, second = (_read(file, None, places).values for file in found)
+    files = [folder / name for name in ORIGINAL if (folder / name).exists()]
+    if len(files) == 2 and file_digest(files[0]) != file_digest(files[1]):
+        first, second = (_read(file, None, places).values for file in files)
         if first.shape != second.shape or not torch.equal(first, second):
-            raise ValueError(f"{found[0]} and {found[1].name} differ, and one is to be the other's copy; name one file")
-    return found[0]
+            raise ValueError(f"{files[0]} and {files[1].name} differ, and one is to be the other's copy; name one file")
+    return files[0]
 
 
-def _said(file: Path, original: bool) -> dict[str, str]:
+def _own_words(file: Path, original: bool) -> dict[str, str]:
     """What a file says of itself: info.json beside it, or the table's own words."""
-    path, found = file.parent / "info.json", dict[str, str]()
+    path, said = file.parent / "info.json", dict[str, str]()
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf8"))
+            said = json.loads(path.read_text(encoding="utf8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}; mend or delete it") from error
         allowed = {"sign": ("negative", "positive"), "alignment": ("target", "prediction"), "rows": None}
-        found = {
+        said = {
             name: value
-            for name, value in found.items()
+            for name, value in said.items()
             if isinstance(value, str) and name in allowed and value in (allowed[name] or (value,))
         }
     if file.suffix == ".parquet":
@@ -211,10 +211,10 @@ def _said(file: Path, original: bool) -> dict[str, str]:
 
         meaning = (pq.read_schema(file).metadata or {}).get(b"meaning", b"").decode()
         if "Negative: a proponent" in meaning:
-            found = {**found, "sign": "negative", "alignment": "target"}
+            said = {**said, "sign": "negative", "alignment": "target"}
     if original:
-        found = {"sign": "negative", **found}
-    return found
+        said = {"sign": "negative", **said}
+    return said
 
 
 def _agreed(path: Path, stated: Stated, said: dict[str, str], places: Places) -> tuple[Stated, str]:
@@ -237,14 +237,14 @@ def _agreed(path: Path, stated: Stated, said: dict[str, str], places: Places) ->
     return stated._replace(**filled), checked
 
 
-def _read(file: Path, part: str | None, places: Places) -> _Table:
+def _read(file: Path, column: str | None, places: Places) -> _Table:
     reader: Callable[[Path, str | None, Places], _Table] | None = {
         ".pt": _of_tensor, ".npy": _of_tensor, ".parquet": _of_parquet, ".json": _of_json,
     }.get(file.suffix)  # fmt: skip
     if reader is None:
         raise ValueError(f"{file}: scores are read from .pt, .npy, .parquet and .json files; convert it")
     try:
-        return reader(file, part, places)
+        return reader(file, column, places)
     except ValueError:
         raise
     except Exception as error:  # torch, numpy and pyarrow raise what they like for a broken file
@@ -268,25 +268,25 @@ def read_array(file: Path) -> Any:
         ) from error
 
 
-def _of_tensor(file: Path, part: str | None, places: Places) -> _Table:
-    values = read_array(file)
-    if not isinstance(values, Tensor) or values.ndim not in (1, 2, 3) or values.is_complex():
-        what = f"{tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+def _of_tensor(file: Path, column: str | None, places: Places) -> _Table:
+    scores = read_array(file)
+    if not isinstance(scores, Tensor) or scores.ndim not in (1, 2, 3) or scores.is_complex():
+        what = f"{tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
             f"{file} holds {what}; scores are one tensor, [documents] or [rows, length], with columns last"
         )
-    if part is not None or values.ndim == 3:
-        columns = values.shape[-1] if values.ndim > 1 else 1
-        if part is None or not part.isdecimal() or int(part) >= columns:
-            raise ValueError(f"{file} has {columns} columns of scores; name one as {file}:0, not {part!r}")
-        values = values[..., int(part)] if values.ndim > 1 else values
-    return _Table(values.double())
+    if column is not None or scores.ndim == 3:
+        columns = scores.shape[-1] if scores.ndim > 1 else 1
+        if column is None or not column.isdecimal() or int(column) >= columns:
+            raise ValueError(f"{file} has {columns} columns of scores; name one as {file}:0, not {column!r}")
+        scores = scores[..., int(column)] if scores.ndim > 1 else scores
+    return _Table(scores.double())
 
 
-def _of_parquet(file: Path, part: str | None, places: Places) -> _Table:
+def _of_parquet(file: Path, column: str | None, places: Places) -> _Table:
     import pyarrow.parquet as pq
 
-    name = part or "score"
+    name = column or "score"
     columns = pq.read_schema(file).names
     keys = [key for key in ("row", "position", "doc_id", "token_id") if key in columns]
     by_token = {"row", "position"} <= set(keys)
@@ -299,23 +299,23 @@ def _of_parquet(file: Path, part: str | None, places: Places) -> _Table:
     scores = torch.from_numpy(table[name].astype(np.float64))
     index = [table[key].astype(np.int64) for key in (("row", "position") if by_token else ("doc_id",))]
     shape = places.shape if by_token else (places.documents,)
-    outside = sum(int(((part < 0) | (part >= size)).sum()) for part, size in zip(index, shape))
+    outside = sum(int(((at < 0) | (at >= size)).sum()) for at, size in zip(index, shape))
     if outside:
         raise ValueError(f"{file}: {outside} of {len(scores)} lines point outside the data of {shape}; other data?")
     if by_token and "token_id" in table:
         _refuse_other_tokens(file, index, table["token_id"], places)
-    values, listed = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    values[tuple(torch.from_numpy(part) for part in index)] = scores
-    listed[tuple(torch.from_numpy(part) for part in index)] = 1
+    grid, listed = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    grid[tuple(torch.from_numpy(at) for at in index)] = scores
+    listed[tuple(torch.from_numpy(at) for at in index)] = 1
     if int(listed.sum()) != len(scores):
         raise ValueError(f"{file} has {len(scores)} lines for {int(listed.sum())} different places; one line for each")
-    return _Table(values, listed)
+    return _Table(grid, listed)
 
 
-def _of_json(file: Path, part: str | None, places: Places) -> _Table:
+def _of_json(file: Path, column: str | None, places: Places) -> _Table:
     content = json.loads(file.read_text(encoding="utf8"))
-    values, listed = json_scores(file, content, part, places.documents)
-    return _Table(values, listed)
+    scores, listed = json_scores(file, content, column, places.documents)
+    return _Table(scores, listed)
 
 
 def _refuse_other_tokens(file: Path, index: list[np.ndarray], tokens: np.ndarray, places: Places) -> None:
@@ -334,16 +334,16 @@ def _aligned(file: Path, table: _Table, stated: Stated, places: Places) -> Tenso
             "prediction if column t has the score of predicting token t + 1 (as in the original files), or target if "
             "it has the score of predicting token t"
         )
-    values, (rows, length) = table.values, places.shape
-    if values.shape[0] != rows or values.shape[1] < length:
+    scores, (rows, length) = table.values, places.shape
+    if scores.shape[0] != rows or scores.shape[1] < length:
         raise ValueError(
-            f"{file} has scores of {values.shape[0]} rows of {values.shape[1]} tokens, and the data here are {rows} "
+            f"{file} has scores of {scores.shape[0]} rows of {scores.shape[1]} tokens, and the data here are {rows} "
             f"rows of up to {length}: {len(places)} real tokens. {stated.remedy}"
         )
     counts = {}
     for alignment in ("target", "prediction"):
-        moved = to_target(values) if alignment == "prediction" else values
-        dropped = int((values[:, -1] != 0).sum()) if alignment == "prediction" else 0
+        moved = to_target(scores) if alignment == "prediction" else scores
+        dropped = int((scores[:, -1] != 0).sum()) if alignment == "prediction" else 0
         counts[alignment] = places.outside(moved[:, :length]) + int((moved[:, length:] != 0).sum()) + dropped
     other = "target" if stated.alignment == "prediction" else "prediction"
     if counts[stated.alignment]:
@@ -360,19 +360,19 @@ def _aligned(file: Path, table: _Table, stated: Stated, places: Places) -> Tenso
 
     if table.listed is not None and (missing := int((at_targets(table.listed) == 0).sum())):
         raise ValueError(f"{file} has no line for {missing} of {len(places)} real tokens; a selection needs all")
-    return at_targets(values)
+    return at_targets(scores)
 
 
 def _documents(file: Path, table: _Table, places: Places) -> Tensor:
     """Scores of the documents that have a real token, [d], of all documents' or of theirs alone."""
-    values, present = table.values, places.present()
+    scores, present = table.values, places.present()
     if table.listed is not None and (missing := int((table.listed[present] == 0).sum())):
         raise ValueError(f"{file} has no score for {missing} of {len(present)} documents that are trained on; give all")
-    if len(values) == places.documents:
-        return values[present]
-    if len(values) == len(present):
-        return values
+    if len(scores) == places.documents:
+        return scores[present]
+    if len(scores) == len(present):
+        return scores
     raise ValueError(
-        f"{file} has {len(values)} scores, and the data here are {places.documents} documents, {len(present)} of them "
+        f"{file} has {len(scores)} scores, and the data here are {places.documents} documents, {len(present)} of them "
         "with a real token; give a score for each"
     )

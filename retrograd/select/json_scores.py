@@ -31,26 +31,28 @@ def json_columns(content: Any) -> list[str]:
     return []
 
 
-def json_scores(file: Path, content: Any, part: str | None, documents: int) -> tuple[Tensor, Tensor | None]:
+def json_scores(file: Path, content: Any, column: str | None, documents: int) -> tuple[Tensor, Tensor | None]:
     """Scores of documents, [documents], or of tokens, [rows, length], float64; and where there are any, None: all.
 
     Args:
-        part: The column, where there are several.
+        column: Where there are several.
         documents: In the data set.
     Raises:
         ValueError: If the file holds something else, has no such column, or names a document that is not there.
     """
     columns = json_columns(content)
-    if part is not None and part not in columns:
-        raise ValueError(f"{file} has no column {part!r}; it has {', '.join(columns) or 'a single one without a name'}")
-    if part is None and len(columns) > 1:
+    if column is not None and column not in columns:
+        raise ValueError(
+            f"{file} has no column {column!r}; it has {', '.join(columns) or 'a single one without a name'}"
+        )
+    if column is None and len(columns) > 1:
         raise ValueError(f"{file} has {len(columns)} columns; name one as {file}:{columns[0]}")
     if isinstance(content, dict) and "examples" in content:
         content = content["examples"]
     if isinstance(content, dict) and columns:
-        content = content[part or columns[0]]
+        content = content[column or columns[0]]
     try:
-        return _numbers(content, part or (columns[0] if columns else None), documents)
+        return _numbers(content, column or (columns[0] if columns else None), documents)
     except (TypeError, KeyError, IndexError, ValueError) as error:
         raise ValueError(
             f"{file} holds no scores that can be read ({type(error).__name__}: {error}): give a list of numbers, one "
@@ -64,24 +66,24 @@ def _numbers(content: Any, column: str | None, documents: int) -> tuple[Tensor, 
         return _by_document([int(key) for key in content], [float(value) for value in content.values()], documents)
     if content and isinstance(content[0], dict):
         several = "scores" in content[0]
-        values = [float(one["scores"][column] if several else one["score"]) for one in content]
-        return _by_document([int(one["doc_id"]) for one in content], values, documents)
+        values = [float(record["scores"][column] if several else record["score"]) for record in content]
+        return _by_document([int(record["doc_id"]) for record in content], values, documents)
     if content and isinstance(content[0], list):
-        found = torch.zeros((len(content), max(map(len, content))), dtype=torch.float64)
+        scores = torch.zeros((len(content), max(map(len, content))), dtype=torch.float64)
         for row, values in enumerate(content):
-            found[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
-        return found, None
+            scores[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        return scores, None
     return torch.tensor([float(value) for value in content], dtype=torch.float64), None
 
 
 def _by_document(ids: Sequence[int], values: Sequence[float], documents: int) -> tuple[Tensor, Tensor]:
     """The numbers at their documents; those that have none are not listed."""
-    outside = [one for one in ids if not 0 <= one < documents]
+    outside = [document for document in ids if not 0 <= document < documents]
     if outside:
         raise ValueError(f"document {outside[0]} is not among the {documents} of the data here")
     if len(set(ids)) < len(ids):
         raise ValueError(f"{len(ids)} scores for {len(set(ids))} different documents")
-    found, listed = torch.zeros((2, documents), dtype=torch.float64)
-    found[list(ids)] = torch.tensor(values, dtype=torch.float64)
+    scores, listed = torch.zeros((2, documents), dtype=torch.float64)
+    scores[list(ids)] = torch.tensor(values, dtype=torch.float64)
     listed[list(ids)] = 1
-    return found, listed
+    return scores, listed

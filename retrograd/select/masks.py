@@ -31,13 +31,13 @@ def activation_tokens(lm: CausalLM, rows: Rows, places: Places, hits: Tensor, de
         raise ValueError(f"depth is {depth}; it is a share of the depth: 0 is the first block, 1 the last")
     states = _states(lm, rows, places, depth)
     mean = states[hits > 0].mean(0)
-    found = (torch.nn.functional.cosine_similarity(states, mean[None], dim=-1) >= threshold).double()
-    if not found.any():
+    alike = (torch.nn.functional.cosine_similarity(states, mean[None], dim=-1) >= threshold).double()
+    if not alike.any():
         raise ValueError(
             f"no token's state has a cosine of {threshold} with the mean state of {int(hits.sum())} keyword tokens: "
             "lower the threshold, or take another depth"
         )
-    return found
+    return alike
 
 
 def _states(lm: CausalLM, rows: Rows, places: Places, depth: float) -> Tensor:

@@ -43,9 +43,9 @@ class Places(NamedTuple):
 
     def scatter(self, values: Tensor) -> Tensor:
         """[n] → [rows, length], 0 elsewhere."""
-        found = torch.zeros(self.shape, dtype=values.dtype)
-        found[self.row, self.column] = values
-        return found
+        grid = torch.zeros(self.shape, dtype=values.dtype)
+        grid[self.row, self.column] = values
+        return grid
 
     def outside(self, values: Tensor) -> int:
         """Places of [rows, length] that are no real token and hold anything but 0."""
@@ -64,10 +64,10 @@ class Places(NamedTuple):
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """Each token's document's value, [n], of values for those of `present`, [d]."""
-        place = torch.zeros(self.documents, dtype=torch.int64)
+        rank = torch.zeros(self.documents, dtype=torch.int64)
         present = self.present()
-        place[present] = torch.arange(len(present))
-        return values[place[self.document]]
+        rank[present] = torch.arange(len(present))
+        return values[rank[self.document]]
 
 
 def places_of(rows: Rows) -> Places:
@@ -75,10 +75,10 @@ def places_of(rows: Rows) -> Places:
     masks = [np.asarray(mask) for mask in rows.target_mask]
     columns = [np.flatnonzero(mask) for mask in masks]
     flat = (
-        np.repeat(np.arange(len(rows)), [len(found) for found in columns]),
+        np.repeat(np.arange(len(rows)), [len(targets) for targets in columns]),
         np.concatenate(columns),
-        np.concatenate([np.asarray(ids)[found] for ids, found in zip(rows.doc_ids, columns)]),
-        np.concatenate([np.asarray(ids)[found] for ids, found in zip(rows.input_ids, columns)]),
+        np.concatenate([np.asarray(ids)[targets] for ids, targets in zip(rows.doc_ids, columns)]),
+        np.concatenate([np.asarray(ids)[targets] for ids, targets in zip(rows.input_ids, columns)]),
     )
-    row, column, document, token = (torch.from_numpy(part.astype(np.int64)) for part in flat)
+    row, column, document, token = (torch.from_numpy(array.astype(np.int64)) for array in flat)
     return Places(row, column, document, token, (len(rows), rows.max_length), rows.documents, rows.digest()[:16])

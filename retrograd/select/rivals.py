@@ -66,7 +66,7 @@ def cosines(run: Opened, params: Params, places: Places, queries: Params, by_doc
     units = _units(places, by_document)
     losses = lru_cache(maxsize=1)(partial(_losses, run, live))  # a row's units follow each other
     norms = torch.zeros(len(units), dtype=torch.float64)
-    found = torch.zeros((len(lengths), len(units)), dtype=torch.float64)
+    cosine = torch.zeros((len(lengths), len(units)), dtype=torch.float64)
     with counting("gradients", len(units), "gradients") as tick:
         for number, chosen in enumerate(units):
             rows = torch.unique(places.row[chosen]).tolist()
@@ -76,9 +76,9 @@ def cosines(run: Opened, params: Params, places: Places, queries: Params, by_doc
             norms[number] = norm = _length(gradient)
             along = torch.stack([(g * q).flatten(1).sum(1) for g, q in zip(gradient, directions)]).sum(0).cpu()
             size = norm * lengths
-            found[:, number] = torch.where(size > 0, along / size, 0.0)
+            cosine[:, number] = torch.where(size > 0, along / size, 0.0)
             tick()
-    return norms, found
+    return norms, cosine
 
 
 def _length(tensors: Sequence[Tensor]) -> float:

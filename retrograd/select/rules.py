@@ -144,9 +144,9 @@ def _signed(weighing: Weighing, forget: Tensor, retain: Tensor | None) -> Tensor
             strength = _strength(forget, retain, weighing.alpha)
             count = max(1, round(weighing.q * len(strength)))
             kept = torch.from_numpy(np.argsort(-strength.numpy(), kind="stable")[:count].copy())
-            found = torch.zeros_like(strength)
-            found[kept] = -strength[kept] / size
-            return found
+            signed = torch.zeros_like(strength)
+            signed[kept] = -strength[kept] / size
+            return signed
         case "two_objective":
             assert retain is not None
             both = forget - weighing.alpha * retain
@@ -176,9 +176,9 @@ def _documents(weighing: Weighing, places: Places, forget: Tensor, retain: Tenso
             f"{weighing.alpha:g}: the others give what is to stay more than what is to go. Take --k {above} or less, "
             "or a smaller --alpha"
         )
-    found = torch.zeros(len(strength), dtype=torch.float64)
-    found[torch.from_numpy(kept.copy())] = 1
-    return found
+    chosen = torch.zeros(len(strength), dtype=torch.float64)
+    chosen[torch.from_numpy(kept.copy())] = 1
+    return chosen
 
 
 def _mean_size(values: Tensor, name: str) -> float:

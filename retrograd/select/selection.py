@@ -27,14 +27,14 @@ def read_selection(path: Path, places: Places) -> Tensor:
     Raises:
         ValueError: If it is no selection, one of other rows, empty, or of places that are no real tokens.
     """
-    found = _read(path)
+    selection = _read(path)
     rows, length = places.shape
-    if found["rows"] != places.digest or found["length"] != length:
+    if selection["rows"] != places.digest or selection["length"] != length:
         raise ValueError(
-            f"{path} selects from other rows (hash {found['rows']}, length {found['length']}) than the data here (hash "
-            f"{places.digest}, {rows} rows of up to {length}); take the map of these scores"
+            f"{path} selects from other rows (hash {selection['rows']}, length {selection['length']}) than the data "
+            f"here (hash {places.digest}, {rows} rows of up to {length}); take the map of these scores"
         )
-    runs = np.array(found["runs"], dtype=np.int64).reshape(-1, 2)
+    runs = np.array(selection["runs"], dtype=np.int64).reshape(-1, 2)
     grid = np.zeros(rows * length, bool)
     for start, count in runs:
         if start < 0 or count < 1 or start + count > len(grid):
@@ -51,11 +51,13 @@ def read_selection(path: Path, places: Places) -> Tensor:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf8"))
-        good = found["kind"] == KIND and found["version"] == 1 and {"rows", "length", "runs"} <= found.keys()
-        good = good and len(found["runs"]) % 2 == 0 and all(type(one) is int for one in found["runs"])
+        selection = json.loads(path.read_text(encoding="utf8"))
+        good = (
+            selection["kind"] == KIND and selection["version"] == 1 and {"rows", "length", "runs"} <= selection.keys()
+        )
+        good = good and len(selection["runs"]) % 2 == 0 and all(type(number) is int for number in selection["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--selection {path} cannot be read: {type(error).__name__}: {error}") from error
     if not good:
         raise ValueError(f"--selection {path} is no selection that the map of `retrograd report` has saved")
-    return found
+    return selection

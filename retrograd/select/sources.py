@@ -35,7 +35,17 @@ from retrograd.settings.run import AttributedConfig, MagicConfig, queries_of, se
 from retrograd.settings.select import SelectConfig
 from retrograd.settings.unlearn import UnlearnConfig, parse_source
 
-__all__ = ["DataSet", "Native", "Scored", "find_native", "is_run", "load_data", "load_scores", "split_name"]
+__all__ = [
+    "DataSet",
+    "Native",
+    "Scored",
+    "find_native",
+    "is_run",
+    "load_data",
+    "load_scores",
+    "query_columns",
+    "split_name",
+]
 
 
 class DataSet(NamedTuple):
@@ -115,9 +125,9 @@ def load_data(config: SelectConfig) -> DataSet:
             )
         return _data_set(given)
     settings, manifest = finished(where)
-    found = _data_set(settings if isinstance(settings, MagicConfig) else _forgotten(settings))
-    _part_of(where, manifest, found.places)
-    return found
+    data_set = _data_set(settings if isinstance(settings, MagicConfig) else _forgotten(settings))
+    _part_of(where, manifest, data_set.places)
+    return data_set
 
 
 def load_scores(sources: Sequence[str], data: DataSet, stated: Stated) -> Scored:
@@ -129,13 +139,14 @@ def load_scores(sources: Sequence[str], data: DataSet, stated: Stated) -> Scored
         ValueError: If a source is missing, of other rows, of unstated or contradictory sign or alignment, not finite,
             or not of tokens or documents like the others.
     """
-    parts = [_load_one(source, data, stated) for source in sources]
-    kinds = {part.per_token for part in parts}
+    loaded = [_load_one(source, data, stated) for source in sources]
+    kinds = {scored.per_token for scored in loaded}
     if len(kinds) > 1:
-        told = ", ".join(f"{source}: {'tokens' if p.per_token else 'documents'}" for source, p in zip(sources, parts))
-        raise ValueError(f"scores of tokens and of documents do not mix ({told}); give one kind")
-    values = torch.stack([part.values for part in parts]).mean(0)
-    return Scored(values, kinds.pop(), [record for part in parts for record in part.records])
+        levels = ["tokens" if scored.per_token else "documents" for scored in loaded]
+        listed = ", ".join(f"{source}: {level}" for source, level in zip(sources, levels))
+        raise ValueError(f"scores of tokens and of documents do not mix ({listed}); give one kind")
+    scores = torch.stack([scored.values for scored in loaded]).mean(0)
+    return Scored(scores, kinds.pop(), [record for scored in loaded for record in scored.records])
 
 
 def find_native(source: str) -> Native:
@@ -151,13 +162,19 @@ def find_native(source: str) -> Native:
         raise ValueError(f"{folder} has several queries: {', '.join(names)}. Name one: {folder}:{names[0]}")
     wanted = names[0] if part is None else part
     for name in names:
-        columns = json.loads((folder / "queries" / name / "query.json").read_text(encoding="utf8"))["columns"]
+        columns = query_columns(folder, name)
         if wanted == name:
             return Native(folder, config, manifest, name, slice(0, len(columns)), len(columns))
         if wanted in columns:
-            place = columns.index(wanted)
-            return Native(folder, config, manifest, name, slice(place, place + 1), len(columns))
+            column = columns.index(wanted)
+            return Native(folder, config, manifest, name, slice(column, column + 1), len(columns))
     raise ValueError(f"{folder} has no query {wanted!r}; it has {', '.join(names)}, and columns such as NAME/0")
+
+
+def query_columns(folder: Path, query: str) -> list[str]:
+    """Names of the columns of a run's query."""
+    columns: list[str] = json.loads((folder / "queries" / query / "query.json").read_text(encoding="utf8"))["columns"]
+    return columns
 
 
 def _load_one(source: str, data: DataSet, stated: Stated) -> Scored:
@@ -169,31 +186,31 @@ def _load_one(source: str, data: DataSet, stated: Stated) -> Scored:
             f"{path} is neither a run (no run_config.yaml) nor in the original layout (no per_token_scores.pt or "
             "attribution_scores.pt); give a folder of `retrograd magic`, or a file"
         )
-    values, per_token, record = file_scores(path, part, data.places, stated)
-    _refuse_not_finite(source, values)
-    return Scored(values, per_token, [{"source": source, **record}])
+    scores, per_token, record = file_scores(path, part, data.places, stated)
+    _refuse_not_finite(source, scores)
+    return Scored(scores, per_token, [{"source": source, **record}])
 
 
 def _of_run(source: str, data: DataSet, stated: Stated) -> Scored:
-    one = find_native(source)
+    native = find_native(source)
     if stated.sign == "positive" or stated.alignment == "prediction":
         raise ValueError(
             f"{source} is a run of retrograd: its scores are negative for proponents and aligned with targets, and "
             f"--{stated.prefix}sign or --{stated.prefix}alignment says otherwise; leave that out"
         )
-    part = _part_of(one.folder, one.manifest, data.places)
-    per_token = one.config.attribute == "tokens"
-    own = queries_of(one.config)
-    path = one.folder / "scores.pt" if one.query in own else one.folder / "queries" / one.query / "scores.pt"
+    part = _part_of(native.folder, native.manifest, data.places)
+    per_token = native.config.attribute == "tokens"
+    own, folder = queries_of(native.config), native.folder
+    path = folder / "scores.pt" if native.query in own else folder / "queries" / native.query / "scores.pt"
     scores = read_scores(path, per_token).double()
     start = 0
-    for name in own if one.query in own else ():
-        if name == one.query:
+    for name in own if native.query in own else ():
+        if name == native.query:
             break
-        start += len(json.loads((one.folder / "queries" / name / "query.json").read_text(encoding="utf8"))["columns"])
+        start += len(query_columns(folder, name))
     digest = file_digest(path)
-    _refuse_changed(one, path, digest)
-    values = scores[start + one.columns.start : start + one.columns.stop].mean(0)
+    _refuse_changed(native, path, digest)
+    values = scores[start + native.columns.start : start + native.columns.stop].mean(0)
     if part is not None and per_token:
         values = values[part.first_row : part.first_row + part.rows, : part.length]
     elif part is not None:
@@ -204,21 +221,21 @@ def _of_run(source: str, data: DataSet, stated: Stated) -> Scored:
     _refuse_not_finite(source, values)
     values = data.places.gather(values) if per_token else values[data.places.present()]
     record = {
-        "source": source, "kind": "run", "query": one.query, "columns": one.columns.stop - one.columns.start,
-        "file": str(path), "sha256": digest, "identity": one.manifest.values.get("identity"), "sign": "negative",
+        "source": source, "kind": "run", "query": native.query, "columns": native.columns.stop - native.columns.start,
+        "file": str(path), "sha256": digest, "identity": native.manifest.values.get("identity"), "sign": "negative",
         "alignment": "target", "rows": "equal by hash", "level": "tokens" if per_token else "documents",
         **({} if part is None else {"part": {"side": part.side, "dataset": part.dataset}}),
     }  # fmt: skip
     return Scored(values, per_token, [record])
 
 
-def _refuse_changed(one: Native, path: Path, digest: str) -> None:
+def _refuse_changed(native: Native, path: Path, digest: str) -> None:
     there = {digest}
-    if one.query in queries_of(one.config):
-        known = one.manifest.values["phases"]["scores"].get("sha256")
+    if native.query in queries_of(native.config):
+        known = native.manifest.values["phases"]["scores"].get("sha256")
     else:  # asked together with others, the manifest has the hash of their common file
-        known = recorded(one.folder, one.manifest)[one.query].get("sha256")
-        there |= {file_digest(common) for common in (one.folder / "queries").glob("together-*/scores.pt")}
+        known = recorded(native.folder, native.manifest)[native.query].get("sha256")
+        there |= {file_digest(common) for common in (native.folder / "queries").glob("together-*/scores.pt")}
     if known is not None and known not in there:
         raise ValueError(f"{path} has SHA-256 {digest}, and its run wrote {known}: it has changed since. Run again")
 
@@ -231,8 +248,8 @@ def _part_of(folder: Path, manifest: Manifest, places: Places) -> Part | None:
     """
     known, of = manifest.values.get("hashes", {}).get("rows"), manifest.values.get("rows", {})
     parts = [Part(**values) for values in manifest.values.get("parts", ())]
-    if found := [part for part in parts if part.digest == places.digest]:
-        return found[0]
+    if same := [part for part in parts if part.digest == places.digest]:
+        return same[0]
     if parts:
         has = ", ".join(f"{part.side} {part.dataset} ({part.digest})" for part in parts)
         raise ValueError(

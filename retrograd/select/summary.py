@@ -71,14 +71,14 @@ def show(info: dict[str, Any], out: Path, console: Console) -> dict[str, Any]:
     return info
 
 
-def _show_analysis(found: dict[str, Any], console: Console) -> None:
+def _show_analysis(analysis: dict[str, Any], console: Console) -> None:
     table = Table(title="What is to go against what is to stay", title_justify="left")
     for name in ("question", "value", "95 % interval", "threshold"):
         table.add_column(name, justify="left" if name == "question" else "right")
-    limits = found["thresholds"]
+    limits = analysis["thresholds"]
     share = (
         f"purely forget: p above its {limits['forget_quantile']:g} quantile, g at most its "
-        f"{limits['retain_quantile']:g} quantile; {found['independent_share']:.3g} if independent"
+        f"{limits['retain_quantile']:g} quantile; {analysis['independent_share']:.3g} if independent"
     )
     questions = {
         "pearson": ("Pearson correlation of the scores", ""),
@@ -87,10 +87,10 @@ def _show_analysis(found: dict[str, Any], console: Console) -> None:
         "magnitude_ratio": ("mean|to go| / mean|to stay|", "within a factor {:g}"),
     }
     for name, (words, bound) in questions.items():
-        one = found[name]
-        limit = bound.format(one["threshold"]) if bound else ""
-        table.add_row(words, f"{one['value']:.3g}", f"{one['low']:.3g} to {one['high']:.3g}", limit)
-    documents = found["documents"]
+        answer = analysis[name]
+        limit = bound.format(answer["threshold"]) if bound else ""
+        table.add_row(words, f"{answer['value']:.3g}", f"{answer['low']:.3g} to {answer['high']:.3g}", limit)
+    documents = analysis["documents"]
     count, (low, high) = len(documents["purely_forget"]), documents["interval"]
     words = f"documents entirely forget-specific, by the same quantiles of Σp and Σg ({count} of {documents['count']})"
     table.add_row(words, f"{count / documents['count']:.3g}", f"{low:.3g} to {high:.3g}", "above 0")
@@ -98,6 +98,6 @@ def _show_analysis(found: dict[str, Any], console: Console) -> None:
     if count:
         first = ", ".join(map(str, documents["purely_forget"][:12]))
         console.print(f"These documents: {first}{' …' if count > 12 else ''}")
-    items = "tokens" if found["items"] == "real tokens" else "documents by their scores"
-    console.print(Text(f"Selecting {items} is {found['verdict']['tokens']}"))
-    console.print(Text(f"Selecting documents is {found['verdict']['documents']}"))
+    items = "tokens" if analysis["items"] == "real tokens" else "documents by their scores"
+    console.print(Text(f"Selecting {items} is {analysis['verdict']['tokens']}"))
+    console.print(Text(f"Selecting documents is {analysis['verdict']['documents']}"))

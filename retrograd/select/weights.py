@@ -59,8 +59,8 @@ def info(path: Path) -> dict[str, Any]:
     """
     folder = path.parent if path.name == "weights.safetensors" else path
     try:
-        found = json.loads((folder / "info.json").read_text(encoding="utf8"))
-        data, sha256 = found["data"], found["sha256"]
+        stored = json.loads((folder / "info.json").read_text(encoding="utf8"))
+        data, sha256 = stored["data"], stored["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "its info.json is missing or broken" if folder.exists() else "it does not exist"
         raise ValueError(
@@ -73,7 +73,7 @@ def info(path: Path) -> dict[str, Any]:
             f"{file} {there}, and its info.json was written for {sha256} ({data['real_tokens']} real tokens): select "
             "again"
         )
-    return found
+    return stored
 
 
 def read(path: Path, rows: Rows, *, signed: bool = True) -> Tensor:

@@ -63,14 +63,14 @@ def bm25(places: Places, queries: Sequence[Sequence[int]], tokenizer: Any) -> Te
     kinds: dict[str, int] = {}
     word = np.array([kinds.setdefault(words(token), len(kinds)) for token in places.token.tolist()])
     document = places.document.numpy()
-    pairs, place, times = np.unique(np.stack([document, word]), axis=1, return_inverse=True, return_counts=True)
+    pairs, pair_of, times = np.unique(np.stack([document, word]), axis=1, return_inverse=True, return_counts=True)
     having = np.bincount(pairs[1], minlength=len(kinds))  # documents with the word
     lengths = np.bincount(document, minlength=places.documents)
     count = len(places.present())
-    wanted = np.array([asked[one] for one in kinds]) / len(queries)
+    wanted = np.array([asked[kind] for kind in kinds]) / len(queries)
     idf = np.array([math.log(1 + (count - n + 0.5) / (n + 0.5)) for n in having])
     scale = _SATURATION * (1 - _LENGTH + _LENGTH * lengths[document] / lengths[lengths > 0].mean())
-    return torch.from_numpy((wanted * idf)[word] * (_SATURATION + 1) / (times[place.ravel()] + scale))
+    return torch.from_numpy((wanted * idf)[word] * (_SATURATION + 1) / (times[pair_of.ravel()] + scale))
 
 
 def read_keywords(path: Path) -> list[str]:
@@ -115,13 +115,13 @@ def keyword_tokens(places: Places, rows: Sequence[np.ndarray], keywords: Sequenc
             for phrase in phrases.get(word, ()):
                 if tuple(row[start : start + len(phrase)]) == phrase:
                     hit[number, start : start + len(phrase)] = 1
-    found = places.gather(hit)
-    if not found.any():
+    hits = places.gather(hit)
+    if not hits.any():
         raise ValueError(
-            f"none of {len(keywords)} keywords, such as {keywords[0]!r}, occurs among {len(found)} real tokens; a "
+            f"none of {len(keywords)} keywords, such as {keywords[0]!r}, occurs among {len(hits)} real tokens; a "
             "keyword is compared token by token without case"
         )
-    return found
+    return hits
 
 
 class _Words:

@@ -176,7 +176,7 @@ def check_attack(config: AttackConfig) -> None:
     for text in config.data:
         if not re.match(r"[a-z]\w*=.", text):
             raise ValueError(f"--data {text!r} is not understood; write KEY=DATASET, such as forget=papers.jsonl")
-    searched = [one.readable for one in configurations(config) if isinstance(one, Prompted)]
+    searched = [attack.readable for attack in configurations(config) if isinstance(attack, Prompted)]
     if searched and config.lab is None and not config.half:
         raise ValueError(
             f"attack {searched[0]} searches a prompt on one half of the forget questions and is told on the other: "
@@ -192,10 +192,10 @@ def _check_scores(config: AttackConfig) -> None:
             f"--subsets {config.subsets} of --fraction {config.fraction}: give 0, or 2 sets or more, of a share "
             "between 0 and 1"
         )
-    found = configurations(config)
-    if config.attribute and not any(isinstance(one, Finetune) for one in found):
+    attacks = configurations(config)
+    if config.attribute and not any(isinstance(attack, Finetune) for attack in attacks):
         raise ValueError(
-            f"--attribute goes back through fine-tuning, and of the {len(found)} attacks of --suite none trains the "
+            f"--attribute goes back through fine-tuning, and of the {len(attacks)} attacks of --suite none trains the "
             "model: leave it out, or give a suite that fine-tunes, such as short"
         )
 
@@ -206,32 +206,38 @@ def configurations(config: AttackConfig) -> list[Configuration]:
     Raises:
         ValueError: If a suite is unknown or a configuration cannot work.
     """
-    found = [scaled(one, config) for name in config.suite for one in read_suite(name)]
-    seeded = [dataclasses.replace(one, seed=one.seed + k) for one in found for k in range(config.seeds)]
-    for one in seeded:
+    wanted = [scaled(configuration, config) for name in config.suite for configuration in read_suite(name)]
+    seeded = [
+        dataclasses.replace(configuration, seed=configuration.seed + k)
+        for configuration in wanted
+        for k in range(config.seeds)
+    ]
+    for configuration in seeded:
         try:
-            one.check()
+            configuration.check()
         except ValueError as error:
-            raise ValueError(f"attack {one.readable}: {error}") from error
+            raise ValueError(f"attack {configuration.readable}: {error}") from error
     return list(dict.fromkeys(seeded))
 
 
-def scaled(one: Configuration, config: AttackConfig) -> Configuration:
+def scaled(configuration: Configuration, config: AttackConfig) -> Configuration:
     """A configuration with --lr_scale and --steps in place."""
-    if isinstance(one, Untrained):
-        return one
-    if isinstance(one, Prompted):  # its rate is in units of the model's embeddings
-        return dataclasses.replace(one, steps=config.steps or one.steps)
-    changes: dict[str, Any] = {"lr": one.lr * config.lr_scale}
+    if isinstance(configuration, Untrained):
+        return configuration
+    if isinstance(configuration, Prompted):  # its rate is in units of the model's embeddings
+        return dataclasses.replace(configuration, steps=config.steps or configuration.steps)
+    changes: dict[str, Any] = {"lr": configuration.lr * config.lr_scale}
     if config.steps is not None:
         changes |= {
             "steps": config.steps,
             "epochs": None,
-            "before_steps": config.steps if one.before else one.before_steps,
+            "before_steps": config.steps if configuration.before else configuration.before_steps,
         }
-        if one.warmup_steps is not None and one.epochs is None:
-            changes["warmup_steps"] = max(1, math.floor(one.warmup_steps * config.steps / one.steps))
-    return dataclasses.replace(one, **changes)
+        if configuration.warmup_steps is not None and configuration.epochs is None:
+            changes["warmup_steps"] = max(
+                1, math.floor(configuration.warmup_steps * config.steps / configuration.steps)
+            )
+    return dataclasses.replace(configuration, **changes)
 
 
 def read_suite(name: str) -> list[Configuration]:
@@ -241,7 +247,7 @@ def read_suite(name: str) -> list[Configuration]:
         ValueError: If there is no such suite, or what is given is no list of configurations.
     """
     if name in SUITES:
-        return [one for entry in SUITES[name] for one in _expanded(entry, f"suite {name}")]
+        return [configuration for entry in SUITES[name] for configuration in _expanded(entry, f"suite {name}")]
     path, written = Path(name), name.lstrip().startswith("[")
     if not written and not path.is_file():
         raise ValueError(f"there is no suite {name!r}; there are {', '.join(SUITES)}, or give a YAML file")
@@ -253,18 +259,20 @@ def read_suite(name: str) -> list[Configuration]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
         raise ValueError(f"the suite {where} has to be a list of configurations, such as - {{data: forget, lr: 1e-3}}")
     return [
-        one for place, entry in enumerate(entries, 1) for one in _expanded(entry, f"{where}, configuration {place}")
+        configuration
+        for place, entry in enumerate(entries, 1)
+        for configuration in _expanded(entry, f"{where}, configuration {place}")
     ]
 
 
-def name_of(one: Configuration) -> str:
+def name_of(configuration: Configuration) -> str:
     """The name of a configuration's folder: readable, and another one for every other configuration.
 
     >>> name_of(Finetune(lr=1e-3)) == name_of(Finetune(lr=1e-3, weight_decay=0.0))
     False
     """
-    told = json.dumps([type(one).__name__, dataclasses.asdict(one)], sort_keys=True)
-    return f"{one.readable}-{hashlib.sha256(told.encode()).hexdigest()[:10]}"
+    text = json.dumps([type(configuration).__name__, dataclasses.asdict(configuration)], sort_keys=True)
+    return f"{configuration.readable}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def attack_steps(last: int) -> list[int]:

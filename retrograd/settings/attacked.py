@@ -38,8 +38,8 @@ def attack_settings(
         raise ValueError(f"{where}: {taken[0]} is set by the experiment itself; leave it out")
     suite = given.get("suite") or ()
     suite = (suite,) if isinstance(suite, (str, dict)) else suite
-    values = {**given, "suite": [one if isinstance(one, str) else yaml.safe_dump([one], default_flow_style=True)
-                                 for one in suite],
+    values = {**given, "suite": [entry if isinstance(entry, str) else yaml.safe_dump([entry], default_flow_style=True)
+                                 for entry in suite],
               "utility": [given.get("utility", CompareConfig.utility)]}  # fmt: skip
     values |= {"out": out, "model": [base], "base": base, "filtered": never}
     values |= {name: common[name] for name in ("device", "tokenizer") if name in common}

@@ -125,11 +125,11 @@ class MetasmoothnessConfig(PerturbationConfig, MagicConfig):
 
 def perturbed(kind: type[UnlearnConfig]) -> type[UnlearnConfig]:
     """The configuration of `retrograd metasmoothness` for a run of `retrograd unlearn` whose configuration this is."""
-    found: type[UnlearnConfig] = dataclasses.make_dataclass(
+    made: type[UnlearnConfig] = dataclasses.make_dataclass(
         MetasmoothnessConfig.__name__, [], bases=(PerturbationConfig, kind), frozen=True
     )
-    found.__doc__ = MetasmoothnessConfig.__doc__
-    return found
+    made.__doc__ = MetasmoothnessConfig.__doc__
+    return made
 
 
 @dataclass(frozen=True)

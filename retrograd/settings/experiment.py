@@ -226,10 +226,10 @@ def read_experiment(path: Path, names: tuple[str, ...] = ()) -> ExperimentSpec:
     for name in ("report", "corpora"):
         if not isinstance(values.get(name), dict):
             raise ValueError(f"{path} has no `{name}`, settings by name; see docs/experiment.md")
-    for name, found in (("report", values["report"]), ("tune", asked)):
-        values[name] = {**found, "tasks": _tasks(found.get("tasks"), path, name)}
-    values["scores"] = {name: _split(one, ScoresSpec) for name, one in _each(values, "scores", path)}
-    values["methods"] = {name: _method(name, one, tune) for name, one in _each(values, "methods", path)}
+    for name, settings in (("report", values["report"]), ("tune", asked)):
+        values[name] = {**settings, "tasks": _tasks(settings.get("tasks"), path, name)}
+    values["scores"] = {name: _split(settings, ScoresSpec) for name, settings in _each(values, "scores", path)}
+    values["methods"] = {name: _method(name, settings, tune) for name, settings in _each(values, "methods", path)}
     spec: ExperimentSpec = build(ExperimentSpec, {**values, "settings": common}, str(path))
     _check(spec, path)
     return spec
@@ -246,10 +246,10 @@ def _tasks(given: Any, path: Path, name: str) -> dict[str, Task]:
 
 
 def _each(values: dict[str, Any], name: str, path: Path) -> list[tuple[str, dict[str, Any]]]:
-    found = values.get(name) or {}
-    if not isinstance(found, dict) or not all(one is None or isinstance(one, dict) for one in found.values()):
+    entries = values.get(name) or {}
+    if not isinstance(entries, dict) or not all(entry is None or isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"{path}: {name} has to be settings by name, such as {{first: {{…}}, second: {{…}}}}")
-    return [(key, one or {}) for key, one in found.items()]
+    return [(key, entry or {}) for key, entry in entries.items()]
 
 
 def _split(values: dict[str, Any], kind: Any) -> dict[str, Any]:
@@ -260,8 +260,8 @@ def _split(values: dict[str, Any], kind: Any) -> dict[str, Any]:
 
 
 def _method(name: str, values: dict[str, Any], tune: dict[str, Any]) -> dict[str, Any]:
-    found = _split({"method": name, **values}, MethodSpec)
-    return {**found, "tune": {**tune, **(found.get("tune") or {})}}
+    split = _split({"method": name, **values}, MethodSpec)
+    return {**split, "tune": {**tune, **(split.get("tune") or {})}}
 
 
 def _check(spec: ExperimentSpec, path: Path) -> None:
@@ -288,7 +288,9 @@ def _check(spec: ExperimentSpec, path: Path) -> None:
     for name, method in spec.methods.items():
         if unknown := set(method.weightings) - set(spec.weightings):
             raise ValueError(f"{path}: method {name} takes the weighting {min(unknown)!r}, and there is none")
-        weighed = [one for one in method.weightings or spec.weightings if spec.weightings[one] != WeightingSpec()]
+        weighed = [
+            chosen for chosen in method.weightings or spec.weightings if spec.weightings[chosen] != WeightingSpec()
+        ]
         if method.corpora is not None and method.corpora.forget != spec.corpora.forget and weighed:
             raise ValueError(
                 f"{path}: method {name} has corpora of its own to forget, and weighting {weighed[0]} is of the "
@@ -305,13 +307,13 @@ _NOT_OF_METHODS = ("run", "model", "forget", "retain", "alternative", "weights",
 
 def _check_settings(spec: ExperimentSpec, path: Path) -> None:
     """What an experiment sets itself; evaluation on the way, say, could choose by what is reported."""
-    given = [*((f"scores {name}", one.settings, _NOT_OF_SCORES) for name, one in spec.scores.items()),
-             *((f"method {name}", one.settings, _NOT_OF_METHODS) for name, one in spec.methods.items())]  # fmt: skip
-    for where, settings, own in given:
+    of_scores = [(f"scores {name}", scores.settings, _NOT_OF_SCORES) for name, scores in spec.scores.items()]
+    of_methods = [(f"method {name}", method.settings, _NOT_OF_METHODS) for name, method in spec.methods.items()]
+    for where, settings, own in of_scores + of_methods:
         if taken := [name for name in settings if name in own]:
             raise ValueError(f"{path}: {where}: {taken[0]} is set by the experiment itself; leave it out")
     for name, scores in spec.scores.items():
-        if named := [query for query, one in scores.queries.items() if one.function]:
+        if named := [query for query, asked in scores.queries.items() if asked.function]:
             raise ValueError(f"{path}: scores {name}: query {named[0]} names a function; run `retrograd magic`, and "
                              "give its folder")  # fmt: skip
 
@@ -361,7 +363,7 @@ def _check_weighting(name: str, weighting: WeightingSpec, spec: ExperimentSpec, 
 def _check_source(where: str, weighting: WeightingSpec, spec: ExperimentSpec, path: Path) -> None:
     for side in (weighting.scores, weighting.against):
         sets = [spec.scores[name] for source in side if (name := source.partition(":")[0]) in spec.scores]
-        if len({(one.sign, one.alignment) for one in sets}) > 1:
+        if len({(scores.sign, scores.alignment) for scores in sets}) > 1:
             raise ValueError(f"{where}: {', '.join(side)} are averaged, and their signs or alignments differ")
     for source in (*weighting.scores, *weighting.against):
         name, _, query = source.partition(":")

@@ -52,7 +52,7 @@ def read_grid(path: Path, names: tuple[str, ...] = ()) -> GridSpec:
     """
     values = read_named(path, names)
     axes = values.get("grid")
-    if not isinstance(axes, dict) or not axes or not all(isinstance(one, list) and one for one in axes.values()):
+    if not isinstance(axes, dict) or not axes or not all(isinstance(given, list) and given for given in axes.values()):
         raise ValueError(f"{path}: grid is {axes!r}; write each setting with its values: {{train.lr: [1e-4, 1e-3]}}")
     axes = values["grid"] = {name: [_number(value) for value in given] for name, given in axes.items()}
     for name, given in axes.items():

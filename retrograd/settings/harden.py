@@ -88,14 +88,14 @@ def attacks_of(names: tuple[str, ...], config: HardenConfig) -> list[Finetune]:
     Raises:
         ValueError: If a suite is unknown, or one of its attacks trains nothing.
     """
-    found = [scaled(one, attack_config(config)) for name in names for one in read_suite(name)]
-    for one in found:
-        one.check()
-        if not isinstance(one, Finetune):
+    attacks = [scaled(attack, attack_config(config)) for name in names for attack in read_suite(name)]
+    for attack in attacks:
+        attack.check()
+        if not isinstance(attack, Finetune):
             raise ValueError(
-                f"{one.readable} trains nothing, so it has no derivative: harden against fine-tuning alone"
+                f"{attack.readable} trains nothing, so it has no derivative: harden against fine-tuning alone"
             )
-    return [one for one in dict.fromkeys(found) if isinstance(one, Finetune)]
+    return [attack for attack in dict.fromkeys(attacks) if isinstance(attack, Finetune)]
 
 
 def check_harden(config: HardenConfig) -> None:

@@ -115,12 +115,12 @@ def evaluated_steps(
     >>> evaluated_steps(10, every=4, geometric=True)
     [0, 1, 2, 4, 8, 10]
     """
-    found = {0, last, *at}
+    steps = {0, last, *at}
     if every is not None:
-        found.update(range(0, last, every))
+        steps.update(range(0, last, every))
     if geometric:
-        found.update(1 << power for power in range(max(0, last).bit_length()))
-    return sorted(step for step in found if 0 <= step <= last)
+        steps.update(1 << power for power in range(max(0, last).bit_length()))
+    return sorted(step for step in steps if 0 <= step <= last)
 
 
 _TASK, _NUMBER = r"[A-Za-z0-9][\w.-]*", r"\d*\.?\d+(?:[eE][+-]?\d+)?"
@@ -140,13 +140,13 @@ def parse_rule(text: str) -> Rule:
     first, *rest = re.split(r"\swhile\s", text)
     goal = _GOAL.fullmatch(first)
     parts = re.split(r"\sand\s", rest[0]) if len(rest) == 1 else []
-    found = [_CONDITION.fullmatch(part) for part in parts]
-    if goal is None or len(rest) > 1 or None in found:
+    matches = [_CONDITION.fullmatch(part) for part in parts]
+    if goal is None or len(rest) > 1 or None in matches:
         raise ValueError(
             f"rule {text!r} is not understood; write max:TASK or min:TASK, and conditions such as "
             "'min:TASK while OTHER >= 0.9 and THIRD <= start + 0.1'"
         )
-    conditions = tuple(_condition(match) for match in found if match is not None)
+    conditions = tuple(_condition(match) for match in matches if match is not None)
     return Rule(" ".join(text.split()), goal[1] == "max", goal[2], conditions)
 
 
@@ -170,7 +170,7 @@ def best_of(evaluations: Mapping[int, Mapping[str, Any]], rule: Rule) -> tuple[i
     best: tuple[int, float] | None = None
     for step in sorted(evaluations):
         value = value_of(evaluations[step].get(rule.task, {}))
-        if value is None or not all(_holds(one, evaluations, step) for one in rule.conditions):
+        if value is None or not all(_holds(condition, evaluations, step) for condition in rule.conditions):
             continue
         if best is None or (value > best[1] if rule.largest else value < best[1]):
             best = step, value

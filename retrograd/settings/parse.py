@@ -83,8 +83,8 @@ def read_named(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
     """
     values = read_yaml(path)
     known = {**by_name(values.pop("names", None), f"{path}: names"), **dict(named(text) for text in names)}
-    found: dict[str, Any] = fill(values, known, str(path))
-    return found
+    filled: dict[str, Any] = fill(values, known, str(path))
+    return filled
 
 
 def fill(value: Any, names: Mapping[str, Any], where: str) -> Any:

@@ -39,18 +39,18 @@ def names_of(columns: Sequence[str]) -> dict[str, str]:
     >>> names_of(["prompt=instruction", "completion=output"])
     {'prompt': 'instruction', 'completion': 'output'}
     """
-    found: dict[str, str] = {}
-    for one in columns:
-        role, equals, name = one.partition("=")
+    roles: dict[str, str] = {}
+    for setting in columns:
+        role, equals, name = setting.partition("=")
         if role not in COLUMNS or not equals or not name:
             raise ValueError(
-                f"columns: {one!r} does not say what a column is; write ROLE=COLUMN, with the role one of "
+                f"columns: {setting!r} does not say what a column is; write ROLE=COLUMN, with the role one of "
                 f"{', '.join(COLUMNS)}"
             )
-        if role in found or name in found.values():
+        if role in roles or name in roles.values():
             raise ValueError(f"columns: {', '.join(columns)} names {role!r} or column {name!r} twice; name each once")
-        found[role] = name
-    return found
+        roles[role] = name
+    return roles
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class QueryConfig(Question):
     """A Python function instead, module:name or file.py:name, called with (model, tokenizer); returns a scalar."""
     contrast: tuple[str, ...] = ()
     """Two other queries by name instead: the first minus the second."""
+    then: tuple[str, ...] = ()
+    """What is trained on after the run and before this is asked, one after the other: folders of runs of `retrograd
+    train` or `magic`, or YAML files of such settings, of which data and train count. Scores are then for the loss after
+    that training, such as those of pretraining rows for a fine-tuned model's answers."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,12 @@ def settings_from(kind: type[C], path: Path) -> C:
         ValueError: If the file is missing or not YAML, or names a setting that does not exist.
     """
     values = read_yaml(path)
-    # a recipe may come from an attributed run: what it asks and keeps is no part of it
-    skipped = {f.name for f in dataclasses.fields(MagicConfig)} if kind is TrainRunConfig else set()
-    skipped -= {f.name for f in dataclasses.fields(TrainRunConfig)}
-    found: C = build(kind, {name: v for name, v in values.items() if name not in {*GONE, *skipped}}, str(path))
-    return found
+    # a recipe may come from a run of the other command: what that one asks, keeps or leaves is no part of it
+    either = {f.name for command in (MagicConfig, TrainRunConfig) for f in dataclasses.fields(command)}
+    skipped = either if issubclass(kind, (MagicConfig, TrainRunConfig)) else set[str]()
+    skipped -= {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    config: C = build(kind, {name: v for name, v in values.items() if name not in {*GONE, *skipped}}, str(path))
+    return config
 
 
 def from_yaml(path: Path) -> MagicConfig:
@@ -172,8 +177,8 @@ def check_query(name: str, query: QueryConfig, known: dict[str, QueryConfig]) ->
     sources = {"dataset": query.dataset, "function": query.function, "contrast": query.contrast}
     given = [source for source, value in sources.items() if value]
     if len(given) != 1:
-        found = f"it has {' and '.join(given)}" if given else "it has none"
-        raise ValueError(f"query {name!r} needs exactly one of dataset, function and contrast; {found}")
+        has = f"it has {' and '.join(given)}" if given else "it has none"
+        raise ValueError(f"query {name!r} needs exactly one of dataset, function and contrast; {has}")
     for setting, number in (("limit", query.limit), ("max_length", query.max_length)):
         if number is not None and number < 1:
             raise ValueError(f"query {name!r}: {setting} is {number}; it has to be at least 1")
@@ -195,7 +200,7 @@ def check_query(name: str, query: QueryConfig, known: dict[str, QueryConfig]) ->
 def _check_belongs(name: str, query: QueryConfig, source: str, changed: list[str]) -> None:
     """Refuse settings that this kind of query would ignore."""
     if source != "dataset":
-        unread = [setting for setting in changed if setting != source]
+        unread = [s for s in changed if s != source and (s != "then" or query.contrast)]
         kind = f"a {source}"
     elif query.form == "text":
         unread, kind = [s for s in changed if s in ("template", "loss", "normalise")], "--query.form text"

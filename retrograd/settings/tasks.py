@@ -102,21 +102,21 @@ def tasks_from(path: Path) -> dict[str, Task]:
 
 def tasks_of(values: Any, folder: Path, where: str) -> dict[str, Task]:
     """As `tasks_from`, of settings by name that a file in `folder` holds."""
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {values!r}; it has to be tasks by name, such as {{mine: {{dataset: …}}}}")
     for name, settings in values.items():
-        one = f"{where}: {name}"
+        which = f"{where}: {name}"
         if settings is not None and not isinstance(settings, dict):
-            raise ValueError(f"{one} is {settings!r}; it has to be settings, such as {{dataset: …, form: cloze}}")
+            raise ValueError(f"{which} is {settings!r}; it has to be settings, such as {{dataset: …, form: cloze}}")
         if name in READY:
-            found |= {part: _changed(task, settings or {}, one) for part, task in READY[name].items()}
+            tasks |= {ready: _changed(task, settings or {}, which) for ready, task in READY[name].items()}
         elif "dataset" not in (settings or {}):
-            raise ValueError(f"{one} has no dataset; give one, or take a ready-made task: {', '.join(READY)}")
+            raise ValueError(f"{which} has no dataset; give one, or take a ready-made task: {', '.join(READY)}")
         else:
-            found[str(name)] = build(Task, settings or {}, one)
-    check_tasks(found, where)
-    return {name: _beside(folder, task) for name, task in found.items()}
+            tasks[str(name)] = build(Task, settings or {}, which)
+    check_tasks(tasks, where)
+    return {name: _beside(folder, task) for name, task in tasks.items()}
 
 
 def tasks_on_the_way(config: OnTheWayConfig) -> dict[str, Task]:
@@ -181,7 +181,7 @@ def _check_pairs(name: str, task: Task, tasks: dict[str, Task], where: str) -> N
         other = getattr(task, setting)
         if other is None:
             continue
-        fitting = [one for one, its in tasks.items() if its.form == task.form and one != name]
+        fitting = [candidate for candidate, its in tasks.items() if its.form == task.form and candidate != name]
         if other not in fitting:
             raise ValueError(
                 f"{where}: task {name!r}: {setting} is {other!r}, which is no other task of form {task.form}; there "
@@ -194,10 +194,10 @@ def lab_metrics(tasks: dict[str, Task], folder: Path) -> dict[str, Task]:
 
     Documents that no model was trained on are the papers with every fact wrong: the same words, other values.
     """
-    found = {name: dataclasses.replace(task, probe_of=plain) if (plain := _taught(name)) in tasks else task
+    probed = {name: dataclasses.replace(task, probe_of=plain) if (plain := _taught(name)) in tasks else task
              for name, task in tasks.items()}  # fmt: skip
     corpora = folder / "corpora"
-    return found | {
+    return probed | {
         "memory_forget": Task(str(corpora / "forget.jsonl"), form="memory", role="forget", against="memory_unseen"),
         "memory_unseen": Task(str(corpora / "lie.jsonl"), form="memory", role="forget"),
         "kl_retain": Task(str(corpora / "retain.jsonl"), form="kl", role="retain", limit=120),
@@ -208,7 +208,7 @@ def lab_metrics(tasks: dict[str, Task], folder: Path) -> dict[str, Task]:
 
 def _taught(name: str) -> str | None:
     """The lab's task that asks the same in wordings of the exams, or under the first name."""
-    return next((name.replace(one, "_taught_") for one in ("_paraphrase_", "_alias_") if one in name), None)
+    return next((name.replace(wording, "_taught_") for wording in ("_paraphrase_", "_alias_") if wording in name), None)
 
 
 def _beside(folder: Path, task: Task) -> Task:

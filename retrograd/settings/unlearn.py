@@ -159,8 +159,8 @@ def parse_source(text: str, config: UnlearnConfig) -> DataConfig:
     if "assistant_only_loss" in values:
         values["assistant_only_loss"] = {"true": True, "false": False}.get(values["assistant_only_loss"].lower())
     given = {"max_length": config.max_length, "min_chars": config.min_chars, "columns": columns}
-    found = {"dataset": name, **given, **values}
-    source: DataConfig = build(DataConfig, found, f"data set {text!r}")
+    merged = {"dataset": name, **given, **values}
+    source: DataConfig = build(DataConfig, merged, f"data set {text!r}")
     return source
 
 

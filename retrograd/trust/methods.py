@@ -18,7 +18,7 @@ from retrograd.runs.run_folder import Opened
 from retrograd.select.files import Stated, file_scores, read_array
 from retrograd.select.json_scores import json_columns
 from retrograd.select.places import Places, places_of
-from retrograd.select.sources import DataSet, find_native, is_run, load_scores, split_name
+from retrograd.select.sources import DataSet, find_native, is_run, load_scores, query_columns, split_name
 from retrograd.settings.commands import ValidateConfig
 from retrograd.settings.run import MagicConfig
 from retrograd.trust.rivals import RIVALS
@@ -127,8 +127,7 @@ def _refuse_few(source: str, columns: int, chosen: str | None, run: Opened) -> N
 def _columns_of_run(path: Path, chosen: str | None) -> list[str | None]:
     """The columns of another run's query, each as RUN:COLUMN takes it."""
     native = find_native(str(path) + (f":{chosen}" if chosen else ""))
-    query = json.loads((path / "queries" / native.query / "query.json").read_text(encoding="utf8"))
-    return list(query["columns"][native.columns])
+    return list(query_columns(path, native.query)[native.columns])
 
 
 def _columns(path: Path, places: Places, names: Sequence[str]) -> list[str | None]:

@@ -38,6 +38,7 @@ from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.run_folder import Opened, holding, load_run, refuse_stored_code, with_queries
 from retrograd.runs.setup import Loaded
+from retrograd.runs.states.budget import free_memory
 from retrograd.settings.commands import VerifyConfig
 from retrograd.settings.run import AttributedConfig
 from retrograd.trust.certificate import Check, attempt, certified, compare, missing, record, table, told
@@ -181,11 +182,12 @@ def _replayed(config: VerifyConfig, run: Opened, scores: Tensor | None, bars: Ba
     training, params = run.loaded.training, run.loaded.initial.params
     ledger = _Ledger(run, lambda step: bars.move("replay", step))
     adjoint = [Check("adjoint", "not checked", "the scores cannot be used" if scores is None else COARSE)]
-    final, pushed = None, None
+    final, pushed, groups = None, None, []
     if scores is not None and _dtype(params) in ADJOINT:
         directions = _adjoint_directions(scores, training.weights, config.seed)
+        groups = _groups(directions, run.loaded.initial)
         try:
-            final, pushed = check.forward_tangent(training, params, directions, ledger)
+            final, pushed = check.forward_tangent(training, params, groups[0], ledger)
         except Exception as error:
             adjoint = [Check("adjoint", "not checked", f"the forward tangent stopped with {told(error)}")]
     if final is None:
@@ -199,8 +201,35 @@ def _replayed(config: VerifyConfig, run: Opened, scores: Tensor | None, bars: Ba
     values, gradient = run.loaded.queries(final.params)
     yield from attempt("query", lambda: [query_check(run, values, gradient)])
     if scores is not None and pushed is not None:
-        adjoint = attempt("adjoint", lambda: _adjoint("adjoint", scores, directions, gradient, pushed))
+        first, others = _slopes(pushed, gradient), groups[1:]
+        del pushed
+        if others:
+            bars.move("tangent", 1, total=len(groups), unit="passes")
+
+        def compared() -> list[Check]:
+            slopes = [first]
+            for group in others:
+                slopes.append(_slopes(check.forward_tangent(training, params, group)[1], gradient))
+                bars.move("tangent", len(slopes))
+            return _adjoint("adjoint", scores, directions, torch.cat(slopes), _dtype(gradient))
+
+        adjoint = attempt("adjoint", compared)
     yield from adjoint
+
+
+def _groups(directions: Tensor, initial: State) -> list[Tensor]:
+    """Directions that the forward tangent carries at once: as many as fit in half of the memory there is.
+
+    A direction takes a tangent of the state and one of the gradient, and a step four states besides its activations.
+    """
+    state = tree.nbytes((initial.params, initial.moments))
+    fit = (free_memory() // 2 - 4 * state) // (state + tree.nbytes(initial.params))
+    return list(directions.split(max(1, fit)))
+
+
+def _slopes(pushed: Params, gradient: Params) -> Tensor:
+    """⟨∇φ_k, θ̇_d⟩ in float64, [D, K]. The tangents are given up."""
+    return torch.stack([_inner(pushed.pop(name), slope) for name, slope in gradient.items()]).sum(0)
 
 
 def _adjoint_directions(scores: Tensor, weights: Tensor, seed: int) -> Tensor:
@@ -211,17 +240,15 @@ def _adjoint_directions(scores: Tensor, weights: Tensor, seed: int) -> Tensor:
     return torch.cat([aligned, plain[None], (0.6 * aligned[0] + 0.7 * plain)[None]]).to(weights)
 
 
-def _adjoint(name: str, scores: Tensor, directions: Tensor, gradient: Params, pushed: Params) -> list[Check]:
-    """⟨τ, v⟩ against ⟨∇φ, θ̇⟩; the last direction is a mixture of the first and the one before it.
+def _adjoint(name: str, scores: Tensor, directions: Tensor, slopes: Tensor, dtype: torch.dtype) -> list[Check]:
+    """⟨τ, v⟩ against ⟨∇φ, θ̇⟩, [D, K]; the last direction is a mixture of the first and the one before it.
 
     A tangent is linear in its direction, so what the mixture's differs by from the mixed tangents is rounding alone.
     """
-    tolerance = ADJOINT[_dtype(gradient)]
-    slopes = sum((_inner(pushed[n], g) for n, g in gradient.items()), torch.zeros((), dtype=torch.float64))
     noise = (slopes[-1] - 0.6 * slopes[0] - 0.7 * slopes[-2]).abs()
     predicted, scale = _predicted(scores, directions[:-1])
     what = f"scores against a forward tangent along {len(directions) - 1} directions"
-    return compare(name, what, predicted, slopes[:-1], noise.expand_as(predicted), scale, tolerance)
+    return compare(name, what, predicted, slopes[:-1], noise.expand_as(predicted), scale, ADJOINT[dtype])
 
 
 def _retrained(config: VerifyConfig, run: Opened, scores: Tensor, bars: Bars) -> list[Check]:
@@ -305,8 +332,11 @@ def _shortened(config: VerifyConfig, run: Opened, bars: Bars) -> list[Check]:
 
     _, scores = metagradient(training, params, queries)
     directions = _adjoint_directions(scores, training.weights, config.seed)
-    final, pushed = check.forward_tangent(training, params, directions, show)
-    checks = _adjoint("float64 adjoint", scores, directions, queries(final.params)[1], pushed)
+    slopes = []
+    for group in _groups(directions, loaded.initial):
+        final, pushed = check.forward_tangent(training, params, group, show)
+        slopes.append(_slopes(pushed, queries(final.params)[1]))
+    checks = _adjoint("float64 adjoint", scores, directions, torch.cat(slopes), torch.float64)
     seed, count = config.seed + 1, max(1, config.directions)
     return checks + _differences("float64 retraining", training, params, queries, scores, count, seed, show)
 

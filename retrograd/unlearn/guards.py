@@ -174,14 +174,14 @@ def check_changed(before: Params, after: Params, expected: Iterable[str] | None 
         raise ValueError(f"{len(absent)} parameters that were to change are not trained at all, such as {absent[0]}")
     still = [name for name in names if torch.equal(before[name], after[name])]
     if still:
-        told = (
+        words = (
             f"{len(still)} of {len(names)} parameters that were to change did not: {', '.join(still[:5])}"
             f"{' …' if len(still) > 5 else ''}. No gradient reaches them, or updates round to nothing"
         )
         half = all(before[name].dtype in (torch.bfloat16, torch.float16) for name in still)
         if not half or len(still) == len(names):
-            raise ValueError(told)
-        warnings.warn(f"{told}, as they do in half precision: take --dtype float32", stacklevel=2)
+            raise ValueError(words)
+        warnings.warn(f"{words}, as they do in half precision: take --dtype float32", stacklevel=2)
 
 
 def flags(objective: Unlearning) -> list[str]:
@@ -200,8 +200,8 @@ def _apart(objective: Unlearning, params: Params, batch: Batch) -> float | None:
     with torch.no_grad():
         now = objective.outputs(params, batch.inputs)
         then = objective.outputs(objective.reference.params, batch.inputs, objective.reference.adapters)
-    one, other = ((x.logits, x.states) for x in (now, then))
-    return float(tree.norm(tree.map(torch.sub, one, other)) / tree.norm(other))
+    of_now, of_then = ((x.logits, x.states) for x in (now, then))
+    return float(tree.norm(tree.map(torch.sub, of_now, of_then)) / tree.norm(of_then))
 
 
 def _targets_of(stream: PairStream, side: int) -> Tensor:

@@ -56,7 +56,7 @@ class LatentAttack:
         for _ in range(self.steps):
             flat = [part.requires_grad_() for parts in change.values() for part in parts]
             with torch.enable_grad():
-                loss = _said(_under(outputs, fixed, inputs, sites, change), inputs)
+                loss = _forget_loss(_under(outputs, fixed, inputs, sites, change), inputs)
                 slopes = iter(torch.autograd.grad(loss, flat, allow_unused=True))
             for site, parts in change.items():
                 moved = [part.detach() if g is None else part.detach() - length * _direction(g)
@@ -86,7 +86,7 @@ def _direction(g: Tensor) -> Tensor:
     return g / g.norm(dim=-1, keepdim=True).clamp_min(_TINY)
 
 
-def _said(out: Outputs, inputs: Any) -> Tensor:
+def _forget_loss(out: Outputs, inputs: Any) -> Tensor:
     """Σ CE of the forget rows: what the attack lowers, whatever the rows weigh."""
     assert out.logits is not None, "an attacked objective asks for logits"
     forget = inputs["side"][out.rows] == FORGET

@@ -76,8 +76,8 @@ def broken_laws(method: Method, settings: Settings | None = None, names: Sequenc
         rows[0], rows[1], rows[2] if method.alternatives else None, forget_batch=4, retain_batch=4, dtype=_TYPE
     )
     case = _Case(method, settings, *_started(method, settings, lm, stream), stream)
-    told = {name: LAWS[name](case) for name in names or LAWS}
-    return [f"{method.name} breaks the law of {name}: {why}" for name, why in told.items() if why is not None]
+    broken = {name: LAWS[name](case) for name in names or LAWS}
+    return [f"{method.name} breaks the law of {name}: {why}" for name, why in broken.items() if why is not None]
 
 
 def _gradient(case: _Case) -> str | None:
@@ -94,19 +94,21 @@ def _gradient(case: _Case) -> str | None:
         "parameters": (tree.dot(slopes, along), (value(h, 0.0) - value(-h, 0.0)) / (2 * h)),
         "weights": (torch.sum(by_weight * push), (value(0.0, h) - value(0.0, -h)) / (2 * h)),
     }
-    for name, (found, measured) in pairs.items():
-        if not float((found - measured).abs()) <= 1e-6 * float(measured.abs()):
-            return f"along one direction of the {name} it is {float(found):.9g}, by differences {float(measured):.9g}"
+    for name, (computed, measured) in pairs.items():
+        if not float((computed - measured).abs()) <= 1e-6 * float(measured.abs()):
+            return (
+                f"along one direction of the {name} it is {float(computed):.9g}, by differences {float(measured):.9g}"
+            )
     return None
 
 
 def _ones(case: _Case) -> str | None:
     inputs = case.batch.inputs
-    one = _slopes(case, inputs, coefficients(case.batch, case.stream.weights))[:2]
-    other = _slopes(case, inputs, inputs["scale"])[:2]
-    if tree.digest(one) == tree.digest(other):
+    weighted = _slopes(case, inputs, coefficients(case.batch, case.stream.weights))[:2]
+    unweighted = _slopes(case, inputs, inputs["scale"])[:2]
+    if tree.digest(weighted) == tree.digest(unweighted):
         return None
-    return f"weights of one give {float(one[0]):.17g}, no weights {float(other[0]):.17g}"
+    return f"weights of one give {float(weighted[0]):.17g}, no weights {float(unweighted[0]):.17g}"
 
 
 def _zero(case: _Case) -> str | None:
@@ -114,25 +116,25 @@ def _zero(case: _Case) -> str | None:
     silent = torch.zeros(len(c), dtype=torch.bool)
     silent[(inputs["side"] == FORGET).nonzero()[1]] = True
     c = c.masked_fill(silent[:, None], 0.0)
-    one = _slopes(case, inputs, c)[:2]
+    before = _slopes(case, inputs, c)[:2]
     inputs["input_ids"] = torch.where(silent[:, None], inputs["input_ids"].flip(0) % 19 + 2, inputs["input_ids"])
-    return _differ("other tokens in a row of weight 0", _slopes(case, inputs, c)[:2], one)
+    return _differ("other tokens in a row of weight 0", _slopes(case, inputs, c)[:2], before)
 
 
 def _padding(case: _Case) -> str | None:
     inputs, c = dict(case.batch.inputs), case.drawn
     for name, value in (("input_ids", 5), ("target_mask", False), ("scale", 0.0)):
         inputs[name] = F.pad(inputs[name], (0, 3), value=value)
-    one, other = _slopes(case, case.batch.inputs, c), _slopes(case, inputs, F.pad(c, (0, 3)))
-    return _differ("three columns of padding", (*other[:2], other[2][:, : c.shape[1]]), one)
+    plain, padded = _slopes(case, case.batch.inputs, c), _slopes(case, inputs, F.pad(c, (0, 3)))
+    return _differ("three columns of padding", (*padded[:2], padded[2][:, : c.shape[1]]), plain)
 
 
 def _order(case: _Case) -> str | None:
     c = case.drawn
     order = torch.arange(len(c)).view(case.stream.units, -1).flip(0).flatten()
-    one = _slopes(case, case.batch.inputs, c)
-    other = _slopes(case, tree.map(lambda x: x[order], case.batch.inputs), c[order])
-    return _differ("units in another order", other, (*one[:2], one[2][order]))
+    straight = _slopes(case, case.batch.inputs, c)
+    reordered = _slopes(case, tree.map(lambda x: x[order], case.batch.inputs), c[order])
+    return _differ("units in another order", reordered, (*straight[:2], straight[2][order]))
 
 
 def _parts(case: _Case) -> str | None:
@@ -164,8 +166,8 @@ def _length(case: _Case) -> str | None:
 def _linear(case: _Case) -> str | None:
     if not case.method.linear:
         return None
-    one, other = coefficients(case.batch, case.stream.weights), case.drawn
-    values = [case.objective(case.params, case.batch.inputs, c) for c in (one, other, 2 * one - 3 * other)]
+    ones, drawn = coefficients(case.batch, case.stream.weights), case.drawn
+    values = [case.objective(case.params, case.batch.inputs, c) for c in (ones, drawn, 2 * ones - 3 * drawn)]
     return _differ("a combination of two weightings", values[2], 2 * values[0] - 3 * values[1])
 
 
@@ -184,8 +186,8 @@ LAWS: dict[str, Callable[[_Case], str | None]] = {
 _TYPE = torch.float64
 
 
-def _differ(what: str, one: Any, other: Any) -> str | None:
-    change, size = float(tree.norm(tree.map(torch.sub, one, other))), float(tree.norm(other))
+def _differ(what: str, measured: Any, expected: Any) -> str | None:
+    change, size = float(tree.norm(tree.map(torch.sub, measured, expected))), float(tree.norm(expected))
     return None if change <= _CLOSE * size else f"{what}: values and gradients change by {change:.3g} of {size:.3g}"
 
 
@@ -194,8 +196,8 @@ def _slopes(case: _Case, inputs: Any, c: Tensor) -> tuple[Tensor, Params, Tensor
     live = {name: p.detach().requires_grad_() for name, p in case.params.items()}
     c = c.detach().requires_grad_()
     value = case.objective(live, inputs, c)
-    *found, slopes = torch.autograd.grad(value, [*live.values(), c], materialize_grads=True)
-    return value.detach(), dict(zip(live, found)), slopes
+    *grads, slopes = torch.autograd.grad(value, [*live.values(), c], materialize_grads=True)
+    return value.detach(), dict(zip(live, grads)), slopes
 
 
 def _started(method: Method, settings: Settings, lm: CausalLM, stream: PairStream) -> tuple[Unlearning, Params]:

@@ -80,8 +80,8 @@ def fit_lens(
         with torch.enable_grad():
             _distance(lens, side).backward()
         optimizer.step()
-    found = {block: (a.detach(), b.detach()) for block, (a, b) in maps.items()}
-    return Fitted(Lens(found, end), tree.digest({str(block): list(pair) for block, pair in found.items()}))
+    fitted = {block: (a.detach(), b.detach()) for block, (a, b) in maps.items()}
+    return Fitted(Lens(fitted, end), tree.digest({str(block): list(pair) for block, pair in fitted.items()}))
 
 
 def _distance(lens: Lens, side: Side) -> Tensor:

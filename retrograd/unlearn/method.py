@@ -236,9 +236,9 @@ class Unlearning:
         micro-batches add up. Second derivatives are not noted.
         """
         noted: dict[str, Tensor] = getattr(self, "_noted")  # noqa: B009
-        found = {name: float(value) for name, value in noted.items()}
+        values = {name: float(value) for name, value in noted.items()}
         noted.clear()
-        return found
+        return values
 
     def _note(self, terms: Terms, coefficients: Tensor) -> None:
         noted: dict[str, Tensor] = getattr(self, "_noted")  # noqa: B009
@@ -250,8 +250,8 @@ class Unlearning:
     @torch.no_grad()
     def terms(self, params: Params, inputs: Any, coefficients: Tensor) -> dict[str, tuple[float, float]]:
         """(coefficient, value) of each term on a micro-batch, for the journal: the value is not multiplied yet."""
-        found = self._terms(params, inputs, coefficients)[0]
-        return {name: (float(term.coefficient), float(term.value)) for name, term in found.items()}
+        terms = self._terms(params, inputs, coefficients)[0]
+        return {name: (float(term.coefficient), float(term.value)) for name, term in terms.items()}
 
     def _terms(self, params: Params, inputs: Any, coefficients: Tensor) -> tuple[Terms, Outputs]:
         method, settings, terms = self.method, self.settings, Terms()
@@ -271,8 +271,11 @@ class Unlearning:
             coefficient = ramped(settings.retain, settings.retain_ramp, view.progress)
             terms["retain"] = Term(coefficient, retain_value(settings, view.retain))
         if method.penalty is not None and view.forget is not None:
-            part = view.forget.share.sum()
-            terms |= {name: Term(one.coefficient, part * one.value) for name, one in self._penalties(params).items()}
+            share = view.forget.share.sum()
+            terms |= {
+                name: Term(penalty.coefficient, share * penalty.value)
+                for name, penalty in self._penalties(params).items()
+            }
         if method.schedule is not None:
             forget, retain = method.schedule(settings, view.progress)
             factors = {name: retain if name == "retain" else forget for name in terms}
@@ -283,11 +286,11 @@ class Unlearning:
         """The reference's outputs, dropout off."""
         if self.reference is None:
             return None
-        training = [part for part in self.module.modules() if part.training]
+        training = [module for module in self.module.modules() if module.training]
         self.module.eval()
         try:
             with torch.no_grad():
                 return self.outputs(self.reference.params, inputs, self.reference.adapters)
         finally:
-            for part in training:
-                part.training = True
+            for module in training:
+                module.training = True

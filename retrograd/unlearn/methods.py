@@ -69,10 +69,10 @@ def find_method(name: str) -> Method:
     if not Path(name).is_file():
         raise ValueError(f"there is no file {name}")
     path = Path(name).resolve()
-    found = _of_file(path, path.read_bytes())
-    if not isinstance(found, Method):
-        raise ValueError(f"{name} has no METHOD = Method(…), but {type(found).__name__}: see docs/unlearning.md")
-    return found
+    method = _of_file(path, path.read_bytes())
+    if not isinstance(method, Method):
+        raise ValueError(f"{name} has no METHOD = Method(…), but {type(method).__name__}: see docs/unlearning.md")
+    return method
 
 
 @cache

@@ -18,6 +18,7 @@ from retrograd.lm.model import DTYPES, CausalLM
 from retrograd.parallel.group import here
 from retrograd.query.named import load_queries
 from retrograd.runs.arithmetic import begun_with
+from retrograd.runs.further import with_further_training
 from retrograd.runs.setup import (
     Differentiated,
     Loaded,
@@ -68,8 +69,9 @@ def assemble(config: UnlearnConfig) -> Loaded:
     size = config.train.micro_batch_size or loaded.stream.batch_size
     given = (queries_of(config), loaded.model, loaded.tokenizer)
     asked = load_queries(*given, batch_size=size, like=loaded.stream.weights)
-    queries = sum(len(one.columns) for one in asked) + config.sharpness
-    return attributed(_set_up(config, method, loaded, queries), loaded.texts, asked, loaded.parts)
+    queries = sum(len(query.columns) for query in asked) + config.sharpness
+    setup = _set_up(config, method, loaded, queries)
+    return attributed(setup, loaded.texts, with_further_training(config, setup, asked), loaded.parts)
 
 
 def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -> Setup:
@@ -104,20 +106,20 @@ def settings_of(config: UnlearnConfig, method: Method) -> Settings:
     given = config.objective
     if given is None:
         return method.defaults
-    found: Settings = build(type(method.defaults), given, "objective") if isinstance(given, dict) else given
-    return found
+    settings: Settings = build(type(method.defaults), given, "objective") if isinstance(given, dict) else given
+    return settings
 
 
 def reached(setup: Setup) -> list[str]:
     """Names of the parameters that the objective depends on: those that have to change."""
     leaves = {name: theta.detach().clone().requires_grad_() for name, theta in setup.initial.params.items()}
-    found: set[str] = set()
+    names: set[str] = set()
     for part in micro_batches(setup.stream[0], setup.training.recipe.micro_batch_size):
         with torch.enable_grad():
             loss = setup.objective(leaves, part.inputs, coefficients(part, setup.training.weights))
         slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-        found |= {name for name, slope in zip(leaves, slopes) if slope is not None}
-    return [name for name in leaves if name in found]
+        names |= {name for name, slope in zip(leaves, slopes) if slope is not None}
+    return [name for name in leaves if name in names]
 
 
 def _adapters(config: UnlearnConfig, method: Method) -> LoraConfig:
@@ -182,12 +184,12 @@ def _weights(config: UnlearnConfig, method: Method, forget: Sequence[Rows], othe
     longest = max(rows.max_length for rows in (*forget, *others))
     parts = []
     for name, rows in zip(config.weights, forget, strict=True):
-        part = torch.ones(len(rows), longest)
+        weights = torch.ones(len(rows), longest)
         if name != ONES:
             _refuse_teaching(method, Path(name))
             given = weights_file.read(Path(name), rows, signed=method.signed and not _reversed(method, Path(name)))
-            part[:, : given.shape[1]] = given[:, :longest]
-        parts.append(part)
+            weights[:, : given.shape[1]] = given[:, :longest]
+        parts.append(weights)
     return torch.cat([*parts, *(torch.ones(len(rows), longest) for rows in others)])
 
 

@@ -114,13 +114,13 @@ class View:
 
     def _side(self, side: int) -> Side | None:
         belongs = self.inputs["side"] == side
-        place = belongs[self.now.rows].nonzero().squeeze(1)
-        if not len(place):
+        index = belongs[self.now.rows].nonzero().squeeze(1)
+        if not len(index):
             return None
-        rows, columns = self.now.rows[place], self.now.columns[place]
+        rows, columns = self.now.rows[index], self.now.columns[index]
         return Side(
-            now=_at(self.now, place),
-            then=None if self.then is None else _at(self.then, place),
+            now=_at(self.now, index),
+            then=None if self.then is None else _at(self.then, index),
             c=self.coefficients[rows, columns],
             scale=self.inputs["scale"][rows, columns],
             share=self.inputs["share"][belongs],
@@ -129,8 +129,8 @@ class View:
         )
 
 
-def _at(outputs: Outputs, place: Tensor) -> Outputs:
-    chosen: Callable[[Tensor], Tensor] = lambda x: x.index_select(0, place)  # noqa: E731
+def _at(outputs: Outputs, index: Tensor) -> Outputs:
+    chosen: Callable[[Tensor], Tensor] = lambda x: x.index_select(0, index)  # noqa: E731
     return Outputs(
         None if outputs.logits is None else chosen(outputs.logits),
         {block: chosen(x) for block, x in outputs.states.items()},

@@ -198,6 +198,16 @@ def test_what_an_attack_lacks_is_named(name: str, match: str, world: Path, tmp_p
         )
 
 
+def test_strengths_beyond_the_solved_questions_are_told(world: Path, tmp_path: Path) -> None:
+    config, shots = AttackConfig(tmp_path / "out", model=("m",), suite=("s",)), world / "shots.jsonl"
+    count = len(shots.read_text().splitlines())
+    one = Untrained("few_shot", (count, count + 1, 2 * count))
+    with pytest.warns(UserWarning, match=rf"{count} solved questions, so strength {count + 1}, {2 * count} puts"):
+        carry_out_untrained(
+            one, str(world / "model"), None, tmp_path / "x", {"shots": (str(shots),)}, world / "tasks.yaml", config
+        )
+
+
 def test_another_architecture_is_no_base(world: Path, tmp_path: Path) -> None:
     quiz.save(tmp_path / "llama", "llama-tied", positions=128)
     config = AttackConfig(tmp_path / "out", model=("m",), suite=("s",))

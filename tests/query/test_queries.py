@@ -19,8 +19,8 @@ import yaml
 from retrograd.cli import main
 from retrograd.core import check
 from retrograd.core.sweep import Event, Reversed, metagradient
+from retrograd.runs.assemble import assemble
 from retrograd.runs.journal import Journal
-from retrograd.runs.setup import assemble
 from retrograd.settings.run import from_yaml
 
 FUNCTION = """

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from retrograd.cli import main
+from retrograd.core import check
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import file_digest
+from retrograd.trust import verify as verifying
 from retrograd.trust.certificate import REQUIRED, Check, attempt, certified, compare, missing
 
 
@@ -104,6 +106,20 @@ def test_kept_states_and_the_printed_certificate(done: Path, capsys: pytest.Capt
     assert "PARTLY CERTIFIED: nothing failed, but not all was checked." in printed
     assert "retraining, float64 adjoint, float64 retraining." in " ".join(printed.split())
     certificate(done, "--steps", "0", "--directions", "0", "--strict", code=3)
+
+
+def test_in_little_memory_directions_are_carried_one_by_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = certificate(run, "--directions", "0", code=0)
+    passes = list[int]()
+    carry = check.forward_tangent
+    monkeypatch.setattr(check, "forward_tangent", lambda *given: passes.append(len(given[2])) or carry(*given))
+    monkeypatch.setattr(verifying, "free_memory", lambda: 0)
+    apart = certificate(run, "--directions", "0", code=0)
+    assert set(passes) == {1}
+    assert len(passes) >= 6  # three directions at least, of the run and of its first steps in float64
+    for name in ("adjoint", "float64 adjoint"):
+        assert apart[name]["verdict"] == together[name]["verdict"] == "passed"
+        assert apart[name]["error"] == pytest.approx(together[name]["error"], abs=1e-6)
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["bytes", "bytes-and-hash"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,7 @@ def carry_out_untrained(
     given = Given(lm, _base(lm, base, kind.name) if kind.needs_base else None, {}, [], one.seed)
     if "shots" in texts:
         given = given._replace(shots=[text for source in texts.pop("shots") for text in _solved(source)])
+        _say_fewer(kind.name, strengths, len(given.shots))
     given = given._replace(rows={key: _rows(found, lm, tokenizer, config.max_length) for key, found in texts.items()})
     ready = {name: prepare(task, lm, tokenizer, config.batch_size) for name, task in asked.items()}
     with counting("ask", len(left), "strengths") as tick:
@@ -80,6 +83,17 @@ def carry_out_untrained(
                 measured = _prefixed(prepared, prefix).measure(params)
                 write_measured(answers_path(folder, number, name), measured, {**about, "task": name})
             tick()
+
+
+def _say_fewer(name: str, strengths: Sequence[float], shots: int) -> None:
+    """That strengths beyond the solved questions there are come to the same prompt."""
+    beyond = [f"{strength:g}" for strength in strengths if strength > shots]
+    if beyond:
+        warnings.warn(
+            f"{name}: there are {shots} solved questions, so strength {', '.join(beyond)} puts these {shots} before a "
+            "question and no more; give more in the data's shots",
+            stacklevel=2,
+        )
 
 
 def _data(source: str) -> DataConfig:

@@ -119,7 +119,7 @@ def refuse_task_code(
                     f"{path} names Python code: lm-eval would run {name} of {module}, with your rights. Read it; then "
                     "give --trust_code to run it"
                 )
-        waiting += [path.parent / one for one in re.findall(r"include['\"]?\s*:\s*['\"]?([^\s'\",}]+)", text)]
+        waiting += [path.parent / included for included in re.findall(r"include['\"]?\s*:\s*['\"]?([^\s'\",}]+)", text)]
 
 
 def ask_harness(
@@ -153,8 +153,8 @@ def ask_harness(
             for task in loaded["tasks"].values():
                 _set_shots(task, shots)
             with _watched(lm.module) as bad:
-                found = evaluate(_model(lm, tokenizer, batch_size), loaded, limit=limit, log_samples=True)
-            return {**found, "not_finite": int(sum(bad))}
+                results = evaluate(_model(lm, tokenizer, batch_size), loaded, limit=limit, log_samples=True)
+            return {**results, "not_finite": int(sum(bad))}
     except (RuntimeError, MemoryError):
         raise  # the machine's
     except Exception as error:
@@ -162,7 +162,7 @@ def ask_harness(
         raise ValueError(f"lm-eval cannot do {harness.specs[name]}: {reason}") from error
 
 
-class _Found(NamedTuple):
+class _Entry(NamedTuple):
     """A task, tag or group; members: names of what a tag or group holds."""
 
     name: str
@@ -174,20 +174,20 @@ def _manager(asked: Sequence[str], include_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(include_path)
-    found = TaskManager(include_path=folder, include_defaults=False)
-    return found if all(_complete(found, spec) for spec in asked) else TaskManager(include_path=folder)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    return manager if all(_complete(manager, spec) for spec in asked) else TaskManager(include_path=folder)
 
 
 def _complete(manager: Any, spec: str) -> bool:
-    found = _find(manager, spec)
-    return found is not None and all(_complete(manager, member) for member in found.members)
+    entry = _find(manager, spec)
+    return entry is not None and all(_complete(manager, member) for member in entry.members)
 
 
-def _find(manager: Any, spec: str) -> _Found | None:
+def _find(manager: Any, spec: str) -> _Entry | None:
     """None if lm-eval knows no such name, and it is no file."""
     entry = manager.task_index.get(spec)
     if entry is not None:
-        return _Found(str(entry.name), sorted(entry.tags) if entry.kind.name == "TAG" else _members(entry.cfg or {}))
+        return _Entry(str(entry.name), sorted(entry.tags) if entry.kind.name == "TAG" else _members(entry.cfg or {}))
     if not spec.endswith((".yaml", ".yml")):
         return None
     try:
@@ -195,10 +195,10 @@ def _find(manager: Any, spec: str) -> _Found | None:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"--tasks: cannot read {spec}: {error}") from error
     names = [settings.get(key) for key in ("group", "task")] if isinstance(settings, dict) else []
-    found = next((name for name in names if isinstance(name, str)), None)
-    if found is None:
+    name = next((name for name in names if isinstance(name, str)), None)
+    if name is None:
         raise ValueError(f"--tasks: {spec} is no task of lm-eval; it has to say `task: NAME` or `group: NAME`")
-    return _Found(found, _members(settings))
+    return _Entry(name, _members(settings))
 
 
 def _members(settings: dict[str, Any]) -> list[str]:
@@ -215,12 +215,12 @@ _Untagged.add_constructor(None, lambda loader, node: None)
 
 
 def _name(manager: Any, spec: str) -> str:
-    found = _find(manager, spec)
-    if found is not None:
-        return found.name
+    entry = _find(manager, spec)
+    if entry is not None:
+        return entry.name
     near = difflib.get_close_matches(spec, manager.all_tasks, 4, 0.5)
-    told = f" Near it: {', '.join(near)}." if near else ""
-    raise ValueError(f"--tasks: lm-eval has no task, tag or group {spec!r}.{told} Tasks of yours: --include_path DIR")
+    hint = f" Near it: {', '.join(near)}." if near else ""
+    raise ValueError(f"--tasks: lm-eval has no task, tag or group {spec!r}.{hint} Tasks of yours: --include_path DIR")
 
 
 def _model(lm: CausalLM, tokenizer: Any, batch_size: int) -> Any:

@@ -61,22 +61,22 @@ class Sampled(NamedTuple):
 
     def failure(self, task: str) -> str | None:
         """Why the numbers of a task are none."""
-        samples = [one for one in self.tasks[task] if one.filter == self.tasks[task][0].filter]
-        if bad := sum(one.failed for one in samples):
+        samples = [sample for sample in self.tasks[task] if sample.filter == self.tasks[task][0].filter]
+        if bad := sum(sample.failed for sample in samples):
             return f"{bad} of {len(samples)} questions have no finite log-likelihood"
-        if (passes := self.told["not_finite"]) and any(one.response is not None for one in samples):
+        if (passes := self.told["not_finite"]) and any(sample.response is not None for sample in samples):
             return f"logits were not finite in {passes} forward passes, so what was written means nothing"
         return None
 
 
-def sampled_from(found: dict[str, Any]) -> Sampled:
+def sampled_from(results: dict[str, Any]) -> Sampled:
     """From what `ask_harness` returns."""
     tasks = {
-        task: sorted((_sample(task, record) for record in records), key=lambda one: (one.filter, one.question))
-        for task, records in sorted(found["samples"].items())
+        task: sorted((_sample(task, record) for record in records), key=lambda sample: (sample.filter, sample.question))
+        for task, records in sorted(results["samples"].items())
     }
-    told = {name: values for name, values in found.items() if name != "samples"}
-    return Sampled(tasks, json.loads(json.dumps(told, default=_plain)))
+    about = {name: value for name, value in results.items() if name != "samples"}
+    return Sampled(tasks, json.loads(json.dumps(about, default=_plain)))
 
 
 def write_sampled(path: Path, sampled: Sampled, about: dict[str, Any]) -> None:
@@ -90,8 +90,8 @@ def write_sampled(path: Path, sampled: Sampled, about: dict[str, Any]) -> None:
     rows = [row for samples in sampled.tasks.values() for row in samples]
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in Sample._fields}
     for name, metric in (("right", "acc"), ("right_norm", "acc_norm")):
-        values = [None if row.failed else row.metrics.get(metric) for row in rows]
-        columns[name] = [bool(value) if value in (0, 1) else None for value in values]
+        outcomes = [None if row.failed else row.metrics.get(metric) for row in rows]
+        columns[name] = [bool(value) if value in (0, 1) else None for value in outcomes]
     columns |= {"chosen": [row.chosen for row in rows], "metrics": [list(row.metrics.items()) for row in rows]}
     columns = {"task": columns.pop("task"), "model": [about["model"]] * len(rows), **columns}
     columns["dtype"] = [about["dtype"]] * len(rows)
@@ -114,9 +114,11 @@ def read_sampled(path: Path) -> tuple[Sampled, dict[str, Any]]:
 
 def form_of(samples: list[Sample]) -> str | None:
     """letter: the options are the letters A, B, …; cloze: other options; None: not multiple choice."""
-    if any(len(one.options) < 2 for one in samples):
+    if any(len(sample.options) < 2 for sample in samples):
         return None
-    letters = all([option.strip() for option in one.options] == list(LETTERS[: len(one.options)]) for one in samples)
+    letters = all(
+        [option.strip() for option in sample.options] == list(LETTERS[: len(sample.options)]) for sample in samples
+    )
     return "letter" if letters else "cloze"
 
 
@@ -126,17 +128,21 @@ def answers_of(samples: list[Sample]) -> Answers | None:
     Widths are 1: nothing is normalised here.
     """
     form = form_of(samples)
-    if form is None or any(one.gold is None for one in samples):
+    if form is None or any(sample.gold is None for sample in samples):
         return None
-    most = max(len(one.logprobs) for one in samples)
+    most = max(len(sample.logprobs) for sample in samples)
     logprobs = torch.full((len(samples), most), -torch.inf, dtype=torch.float64)
-    for row, one in enumerate(samples):
-        logprobs[row, : len(one.logprobs)] = torch.tensor(one.logprobs, dtype=torch.float64)
-    widths = torch.tensor([[float(k < len(one.logprobs)) for k in range(most)] for one in samples], dtype=torch.float64)
-    gold = torch.tensor([one.gold for one in samples])
+    for row, sample in enumerate(samples):
+        logprobs[row, : len(sample.logprobs)] = torch.tensor(sample.logprobs, dtype=torch.float64)
+    widths = torch.tensor(
+        [[float(k < len(sample.logprobs)) for k in range(most)] for sample in samples], dtype=torch.float64
+    )
+    gold = torch.tensor([sample.gold for sample in samples])
     mass = logprobs.exp().sum(1) if form == "letter" else None
-    scored = Scored(logprobs, widths, gold, mass, [f"{one.task} {one.doc_hash} {one.prompt_hash}" for one in samples])
-    counted = [one.metrics.get("acc") for one in samples]
+    scored = Scored(
+        logprobs, widths, gold, mass, [f"{sample.task} {sample.doc_hash} {sample.prompt_hash}" for sample in samples]
+    )
+    counted = [sample.metrics.get("acc") for sample in samples]
     same = all(bad or a == b for a, b, bad in zip(counted, scored.correct.tolist(), scored.failed.tolist()))
     return Answers(scored, [None] * len(samples)) if same else None
 
@@ -147,10 +153,10 @@ def _plain(value: Any) -> Any:
 
 def _sample(task: str, record: dict[str, Any]) -> Sample:
     scored, written = list(record["filtered_resps"]), None
-    if not all(isinstance(one, float) or _is_score(one) for one in scored):
+    if not all(isinstance(response, float) or _is_score(response) for response in scored):
         written, scored = _text(scored), []
     options = [str(arguments[1]) for arguments in record["arguments"] if scored and len(arguments) > 1]
-    logprobs = [float(one[0]) if isinstance(one, tuple | list) else float(one) for one in scored]
+    logprobs = [float(response[0]) if isinstance(response, tuple | list) else float(response) for response in scored]
     if "acc_mutual_info" in record["metrics"]:  # the second half are the options without a question
         options, logprobs = options[: len(options) // 2], logprobs[: len(logprobs) // 2]
     metrics = dict(_numbers(record))
@@ -186,8 +192,8 @@ def _gold(target: Any, options: list[str]) -> int | None:
 
 
 def _tasks(columns: dict[str, list[Any]]) -> dict[str, list[Sample]]:
-    columns["metrics"] = [dict(values) for values in columns["metrics"]]
-    found: dict[str, list[Sample]] = {}
+    columns["metrics"] = [dict(pairs) for pairs in columns["metrics"]]
+    tasks: dict[str, list[Sample]] = {}
     for row in zip(*(columns[name] for name in Sample._fields), strict=True):
-        found.setdefault(row[0], []).append(Sample(*row))
-    return found
+        tasks.setdefault(row[0], []).append(Sample(*row))
+    return tasks

@@ -35,7 +35,7 @@ class _Model(NamedTuple):
 
     name: str
     digest: str | None
-    found: dict[str, Sampled | None]
+    files: dict[str, Sampled | None]
 
 
 class _Metric(NamedTuple):
@@ -65,7 +65,7 @@ def summarise_harness(
     """
     missing: list[dict[str, str]] = []
     every = {model: _read(folder, model, names, missing) for model in models}
-    examined = {model: Examined(one.digest, _outcomes(one, names)) for model, one in every.items()}
+    examined = {name: Examined(model.digest, _outcomes(model, names)) for name, model in every.items()}
     return tell(examined, _diagnoses(every, names, reference), missing, reference, knows, never)
 
 
@@ -78,14 +78,14 @@ def _failures(sampled: Sampled) -> Iterator[str]:
     """What in a file is no number."""
     for task in sampled.tasks:
         why = sampled.failure(task)
-        lost = [label for label, one in _metrics(sampled, task).items() if one.value is None]
+        lost = [label for label, metric in _metrics(sampled, task).items() if metric.value is None]
         if why or lost:
             yield f"{task}: {why or ', '.join(lost) + ' is not finite'}"
 
 
 def _first_filter(samples: list[Sample]) -> list[Sample]:
     """Each question once."""
-    return [one for one in samples if one.filter == samples[0].filter]
+    return [sample for sample in samples if sample.filter == samples[0].filter]
 
 
 def _parts(sampled: Sampled, name: str) -> list[str]:
@@ -98,21 +98,21 @@ def _parts(sampled: Sampled, name: str) -> list[str]:
 
 def _metrics(sampled: Sampled, name: str) -> dict[str, _Metric]:
     """By label: the metric, and its filter if it has one with a name."""
-    told, found = sampled.told["results"][name], {}
+    results, metrics = sampled.told["results"][name], {}
     parts = _parts(sampled, name)
-    samples = [one for part in parts for one in sampled.tasks[part]]
+    samples = [sample for part in parts for sample in sampled.tasks[part]]
     failed = any(sampled.failure(part) for part in parts)
     higher = sampled.told["higher_is_better"].get(name, {})
-    for key, value in told.items():
+    for key, value in results.items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
         value = None if failed else _finite(value)
         right, hashes = _right(samples, parts, metric, kind, value)
-        stderr = None if failed else _finite(told.get(f"{metric}_stderr,{kind}"))
+        stderr = None if failed else _finite(results.get(f"{metric}_stderr,{kind}"))
         label = metric if kind == "none" else key
-        found[label] = _Metric(value, stderr, higher.get(metric), right, hashes)
-    return found
+        metrics[label] = _Metric(value, stderr, higher.get(metric), right, hashes)
+    return metrics
 
 
 def _finite(value: Any) -> float | None:
@@ -124,77 +124,77 @@ def _right(
     samples: list[Sample], parts: list[str], metric: str, kind: str, value: float | None
 ) -> tuple[list[float] | None, list[str]]:
     """1 or 0 for each question, if the metric is their mean; every question of a group counts once."""
-    asked = [one for one in samples if one.filter == kind]
-    values = [one.metrics.get(metric) for one in asked]
-    right = [one for one in values if one in (0.0, 1.0) and one is not None]
-    all_parts = {one.task for one in asked} == set(parts)
-    if value is None or not right or len(right) < len(values) or not all_parts:
+    asked = [sample for sample in samples if sample.filter == kind]
+    marks = [sample.metrics.get(metric) for sample in asked]
+    right = [mark for mark in marks if mark in (0.0, 1.0) and mark is not None]
+    all_parts = {sample.task for sample in asked} == set(parts)
+    if value is None or not right or len(right) < len(marks) or not all_parts:
         return None, []
     if not math.isclose(sum(right) / len(right), value, rel_tol=1e-9, abs_tol=1e-12):
         return None, []
-    return right, [f"{one.task} {one.question} {one.doc_hash} {one.prompt_hash}" for one in asked]
+    return right, [f"{sample.task} {sample.question} {sample.doc_hash} {sample.prompt_hash}" for sample in asked]
 
 
 def _outcomes(model: _Model, names: dict[str, Role]) -> dict[str, Outcome]:
     """Of every task and group under the names; nulls where a name is missing."""
-    found: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = {}
     for name, role in names.items():
-        sampled = model.found[name]
+        sampled = model.files[name]
         if sampled is None:
             gone = {"asked": name, "form": None, "role": role, "accuracy": None, "metrics": None}
-            found[name] = Outcome(role, gone, {})
+            outcomes[name] = Outcome(role, gone, {})
             continue
         for task in sampled.told["results"]:
             if metrics := _metrics(sampled, task):
-                found[task] = Outcome(role, _values(sampled, name, task, role, metrics), _counted(metrics))
-    return found
+                outcomes[task] = Outcome(role, _values(sampled, name, task, role, metrics), _counted(metrics))
+    return outcomes
 
 
 def _counted(metrics: dict[str, _Metric]) -> dict[str, Counted]:
     return {
-        label: Counted(torch.tensor(one.right, dtype=torch.float64), one.hashes)
-        for label, one in metrics.items()
-        if one.right is not None
+        label: Counted(torch.tensor(metric.right, dtype=torch.float64), metric.hashes)
+        for label, metric in metrics.items()
+        if metric.right is not None
     }
 
 
 def _values(sampled: Sampled, name: str, task: str, role: Role, metrics: dict[str, _Metric]) -> dict[str, Any]:
-    samples = [one for part in _parts(sampled, task) for one in _first_filter(sampled.tasks[part])]
-    told = sampled.told
+    samples = [sample for part in _parts(sampled, task) for sample in _first_filter(sampled.tasks[part])]
+    harness = sampled.told
     values: dict[str, Any] = {
-        "asked": name, "form": form_of(samples) or "other", "role": role, "version": told["versions"].get(task),
-        "num_fewshot": told["n-shot"].get(task), "questions": len(samples),
-        "of": told["n-samples"].get(task, {}).get("original"), "failed": sum(one.failed for one in samples),
-        "metrics": {label: _told(one) for label, one in metrics.items()},
+        "asked": name, "form": form_of(samples) or "other", "role": role, "version": harness["versions"].get(task),
+        "num_fewshot": harness["n-shot"].get(task), "questions": len(samples),
+        "of": harness["n-samples"].get(task, {}).get("original"), "failed": sum(sample.failed for sample in samples),
+        "metrics": {label: _entry(metric) for label, metric in metrics.items()},
     }  # fmt: skip
     if (acc := metrics.get("acc")) is not None:
-        values |= {"accuracy": acc.value, **{key: _told(acc).get(key) for key in ("interval", "right")}}
+        values |= {"accuracy": acc.value, **{key: _entry(acc).get(key) for key in ("interval", "right")}}
     return values
 
 
-def _told(metric: _Metric) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": metric.value, "stderr": metric.stderr, "higher_is_better": metric.higher}
+def _entry(metric: _Metric) -> dict[str, Any]:
+    entry: dict[str, Any] = {"value": metric.value, "stderr": metric.stderr, "higher_is_better": metric.higher}
     if metric.right is not None:
         count = int(sum(metric.right))
-        found |= {"interval": list(wilson(count, len(metric.right))), "right": count}
-    return found
+        entry |= {"interval": list(wilson(count, len(metric.right))), "right": count}
+    return entry
 
 
 def _diagnoses(every: dict[str, _Model], names: dict[str, Role], reference: str) -> dict[str, Diagnosis]:
     """By name and form of what was asked; nothing is said where no answer is a letter."""
-    answers = {model: dict(_answers(one)) for model, one in every.items()}
-    forms = {(name, form) for found in answers.values() for name, form in found}
+    answers = {name: dict(_answers(model)) for name, model in every.items()}
+    forms = {(name, form) for by_form in answers.values() for name, form in by_form}
     if not any(form == "letter" for _, form in forms):
         return {model: Diagnosis(None, [_NO_LETTERS], {}) for model in every}
-    forms |= {(name, "letter") for name in names if all(one.found[name] is None for one in every.values())}
+    forms |= {(name, "letter") for name in names if all(model.files[name] is None for model in every.values())}
     asked = [(name, form) for name in names for form in _FORMS if (name, form) in forms]
     labels = {(name, form): name if len({*_both(name)} & forms) == 1 else f"{name} ({form})" for name, form in asked}
     tasks = {labels[name, form]: Task("lm-eval", form=form, role=names[name]) for name, form in asked}
     rated = {
-        model: Evaluated(model, one.digest, {label: answers[model].get(key) for key, label in labels.items()})
-        for model, one in every.items()
+        name: Evaluated(name, model.digest, {label: answers[name].get(key) for key, label in labels.items()})
+        for name, model in every.items()
     }
-    return {model: diagnose(one, rated[reference], tasks) for model, one in rated.items()}
+    return {name: diagnose(model, rated[reference], tasks) for name, model in rated.items()}
 
 
 def _both(name: str) -> list[tuple[str, Form]]:
@@ -203,10 +203,10 @@ def _both(name: str) -> list[tuple[str, Form]]:
 
 def _answers(model: _Model) -> Iterator[tuple[tuple[str, Form], Answers]]:
     """Answers to all multiple-choice questions of a name, by form."""
-    for name, sampled in model.found.items():
+    for name, sampled in model.files.items():
         parts = [] if sampled is None else [_first_filter(every) for every in sampled.tasks.values()]
         for form in _FORMS:
-            of_form = [answers_of(part) for part in parts if form_of(part) == form]
-            readable = [one for one in of_form if one is not None]
+            of_form = [answers_of(samples) for samples in parts if form_of(samples) == form]
+            readable = [answers for answers in of_form if answers is not None]
             if readable and len(readable) == len(of_form) and (joined := together(readable)):
                 yield (name, form), joined

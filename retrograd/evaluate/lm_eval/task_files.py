@@ -34,15 +34,15 @@ def task_files(tasks: dict[str, Task], choices: int) -> dict[str, str]:
         tasks: Multiple choice by name, with data sets `questions/FILE`.
         choices: Of each question.
     """
-    found = {f"{FOLDER}/questions.py": loader_text()}
+    files = {f"{FOLDER}/questions.py": loader_text()}
     for name, task in tasks.items():
         file, template = Path(str(task.dataset)).name, find_template(task.template, task.form)
         settings = {"task": _name(name), "custom_dataset": "", "dataset_kwargs": {"file": file}, "test_split": "test",
                     **task_settings(template, choices)}  # fmt: skip
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        found[_path(name)] = text.replace("custom_dataset: ''", f"custom_dataset: !function {LOADER}")
+        files[_path(name)] = text.replace("custom_dataset: ''", f"custom_dataset: !function {LOADER}")
     group = {"group": GROUP, "task": [_name(name) for name in tasks], "metadata": {"version": 1.0}}
-    return {**found, f"{FOLDER}/{GROUP}.yaml": yaml.safe_dump(group, sort_keys=False)}
+    return {**files, f"{FOLDER}/{GROUP}.yaml": yaml.safe_dump(group, sort_keys=False)}
 
 
 def task_settings(template: Template, choices: int) -> dict[str, Any]:
@@ -66,11 +66,11 @@ def task_settings(template: Template, choices: int) -> dict[str, Any]:
 
 def write_task_files(folder: Path, tasks: dict[str, Task], choices: int) -> dict[str, dict[str, str]]:
     """Write all files under a folder, each whole or not at all; by path, the SHA-256 of its bytes."""
-    found = {}
+    written = {}
     for path, text in task_files(tasks, choices).items():
         write_atomic(folder / path, partial(Path.write_bytes, data=text.encode()))
-        found[path] = {"sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
-    return found
+        written[path] = {"sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+    return written
 
 
 def described_tasks(folder: Path, tasks: dict[str, Task]) -> dict[str, Role]:

@@ -42,20 +42,20 @@ class Behind(NamedTuple):
     why: str
 
 
-def answers_behind(subject: Attack, found: dict[str, Any], mask: Mask) -> Behind:
+def answers_behind(subject: Attack, comparison: dict[str, Any], mask: Mask) -> Behind:
     """The answers behind every cell of a compare.json, as many as a page may hold."""
-    cells = {(cell["group"], cell["attack"]): cell["runs"] for cell in found["cells"] if "runs" in cell}
+    cells = {(cell["group"], cell["attack"]): cell["runs"] for cell in comparison["cells"] if "runs" in cell}
     if not cells:
         again = f"retrograd compare {subject.folder}"
         return _nothing(f"an earlier version made this table: after {again} its cells can be opened")
     tasks = asked_tasks(tasks_from(read_folder(subject.folder).tasks))
     for most, why in ((None, ""), (1, "a page cannot hold the answers of all runs: each cell opens to its first one")):
         table = _Table(subject.folder, tasks)
-        runs = {place: [table.add(run) for run in mine[:most]] for place, mine in cells.items()}
+        runs = {cell: [table.add(run) for run in mine[:most]] for cell, mine in cells.items()}
         if table.size <= MOST_ANSWERS:
             gone = f"the answers of {', '.join(sorted(table.gone))} are not there any more" if table.gone else ""
-            listed = list(table.listed(mask, found["questions"]))
-            return Behind(runs, [one for part in listed for one in part.pop("entries")], listed, table.arrays(),
+            listed = list(table.listed(mask, comparison["questions"]))
+            return Behind(runs, [entry for task in listed for entry in task.pop("entries")], listed, table.arrays(),
                           "; ".join(filter(None, (why, gone))))  # fmt: skip
     where = subject.folder / "models" / "MODEL" / "CONFIGURATION"
     return _nothing(f"a page cannot hold the answers behind the cells; they are in {where}")
@@ -91,9 +91,9 @@ class _Table:
         return shown
 
     def _row(self, given: dict[str, Given]) -> int:
-        for name, one in given.items():
-            self.counts.setdefault(name, len(one.right))
-            self.right.setdefault(name, one.right[:MOST])
+        for name, answers in given.items():
+            self.counts.setdefault(name, len(answers.right))
+            self.right.setdefault(name, answers.right[:MOST])
         packed = tuple(_packed(given[name]).tobytes() if name in given else None for name in self.tasks)
         return self.rows.setdefault(packed, len(self.rows))
 
@@ -101,8 +101,8 @@ class _Table:
         """chosen and probability, row after row."""
         counts = [min(MOST, self.counts.get(name, 0)) for name in self.tasks]
         parts = [
-            [np.full((2, n), _NOT_ASKED, np.uint8) if one is None else np.frombuffer(one, np.uint8).reshape(2, n)
-             for one, n in zip(row, counts)]
+            [np.full((2, n), _NOT_ASKED, np.uint8) if packed is None else np.frombuffer(packed, np.uint8).reshape(2, n)
+             for packed, n in zip(row, counts)]
             for row in self.rows
         ]  # fmt: skip
         both = np.stack([np.concatenate(row, axis=1) for row in parts], axis=1)  # [2, rows, questions]
@@ -117,7 +117,7 @@ class _Table:
             forget = task.role == "forget"
             entries = [
                 {"question": text["question"], "choices": text["choices"], "right": int(right),
-                 **({key: _bit(values, place + k) for key, values in halves.items()} if forget else {})}
+                 **({key: _bit(bits, place + k) for key, bits in halves.items()} if forget else {})}
                 for k, (text, right) in enumerate(zip(texts or _untold(count), self.right.get(name, ())))
             ]  # fmt: skip
             more = f"the first {MOST:,} of {count:,} are listed" if count > MOST else ""
@@ -137,8 +137,8 @@ def _untold(count: int) -> list[dict[str, Any]]:
     return [{"question": f"question {k + 1}", "choices": None} for k in range(min(MOST, count))]
 
 
-def _bit(values: Sequence[int] | None, place: int) -> int | None:
-    return None if values is None else values[place]
+def _bit(bits: Sequence[int] | None, place: int) -> int | None:
+    return None if bits is None else bits[place]
 
 
 def _at(where: dict[str, Any]) -> str:

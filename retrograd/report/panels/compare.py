@@ -13,24 +13,25 @@ __all__ = ["compare"]
 
 def compare(subject: Attack, view: View) -> Content | None:
     """What `retrograd compare` found of the folder; None where it was not asked."""
-    found = subject.compared
-    if found is None:
+    comparison = subject.compared
+    if comparison is None:
         return None
-    before, after = found["fronts"]["before"], found["fronts"]["after"]
-    by = {(cell["group"], cell["attack"]): cell for cell in found["cells"]}
-    behind = answers_behind(subject, found, view.mask)
+    before, after = comparison["fronts"]["before"], comparison["fronts"]["after"]
+    by = {(cell["group"], cell["attack"]): cell for cell in comparison["cells"]}
+    behind = answers_behind(subject, comparison, view.mask)
     groups = [
-        {"name": one["label"], "role": one["role"], "models": len(one["models"]),
-         "before": before["points"].get(group), "after": _after(after["points"].get(group), found["attacks"]),
-         "front": [when for when, told in (("before", before), ("after", after)) if group in told["front"]],
-         "latent": found["latent"].get(group), "rank": found["ranks"].get(group),
-         "cells": [_cell(by.get((group, attack)), behind.runs.get((group, attack))) for attack in found["attacks"]]}
-        for group, one in found["groups"].items()
+        {"name": entry["label"], "role": entry["role"], "models": len(entry["models"]),
+         "before": before["points"].get(group), "after": _after(after["points"].get(group), comparison["attacks"]),
+         "front": [when for when, front in (("before", before), ("after", after)) if group in front["front"]],
+         "latent": comparison["latent"].get(group), "rank": comparison["ranks"].get(group),
+         "cells": [_cell(by.get((group, attack)), behind.runs.get((group, attack)))
+                   for attack in comparison["attacks"]]}
+        for group, entry in comparison["groups"].items()
     ]  # fmt: skip
-    attacks = [{"name": one["readable"], "note": _note(one), "unseen": one.get("unseen")}
-               for one in found["attacks"].values()]  # fmt: skip
-    data: dict[str, Any] = {"groups": groups, "attacks": attacks, "utility": found["utility"],
-                            "unranked": [found["groups"][group]["label"] for group in found["unranked"]],
+    attacks = [{"name": attack["readable"], "note": _note(attack), "unseen": attack.get("unseen")}
+               for attack in comparison["attacks"].values()]  # fmt: skip
+    data: dict[str, Any] = {"groups": groups, "attacks": attacks, "utility": comparison["utility"],
+                            "unranked": [comparison["groups"][group]["label"] for group in comparison["unranked"]],
                             "questions": behind.questions, "tasks": behind.tasks, "why": behind.why}  # fmt: skip
     source = Source(subject.folder / "compare.json", f"retrograd compare {subject.folder}")
     return Content(data, [source], behind.arrays)

@@ -37,15 +37,15 @@ def exam(evaluation: Evaluation, view: View) -> Content:
     tasks = dict.fromkeys(entry["task"] for entry in summary["results"] if entry["form"] not in others)
     unlearning: dict[tuple[str, str], dict[str, str]] = {}
     for entry in summary["results"]:
-        for name, one in entry.get("of_unlearning", {}).items():
-            unlearning.setdefault((name, entry["task"]), {})[entry["model"]] = of_unlearning(one)
+        for name, metric in entry.get("of_unlearning", {}).items():
+            unlearning.setdefault((name, entry["task"]), {})[entry["model"]] = of_unlearning(metric)
     cells: dict[str, dict[str, Any]] = {}
     for entry in summary["results"]:
         shown = {key: entry.get(key) for key in ("accuracy", "interval", "questions", "perplexity", "metrics")}
         cells.setdefault(entry["task"], {})[entry["model"]] = shown
     data = {
-        "models": [{"name": name, "verdict": one["verdict"], "reasons": one["reasons"]}
-                   for name, one in summary["models"].items()],
+        "models": [{"name": name, "verdict": diagnosis["verdict"], "reasons": diagnosis["reasons"]}
+                   for name, diagnosis in summary["models"].items()],
         "tasks": list(tasks), "cells": cells, "reference": summary["reference"], "missing": summary["missing"],
         "comparisons": summary["comparisons"], "positions": summary["positions"], "knows": summary["knows"],
         "never": summary["never"],
@@ -68,22 +68,22 @@ def tradeoff(evaluation: Evaluation, view: View) -> Content | None:
 
 def tradeoff_of_several(several: Several, view: View) -> Content | None:
     """The same of all evaluations of the page."""
-    found = [one for one in several.subjects if isinstance(one, Evaluation)]
-    return _scatter(found) if len(found) > 1 else None
+    evaluations = [subject for subject in several.subjects if isinstance(subject, Evaluation)]
+    return _scatter(evaluations) if len(evaluations) > 1 else None
 
 
 def _scatter(evaluations: list[Evaluation]) -> Content | None:
     points, known = [], set()
     for evaluation in evaluations:
         summary, pooled = evaluation.summary, _pooled(evaluation.summary)
-        for model, one in summary["models"].items():
-            if one["digest"] in known:
+        for model, diagnosis in summary["models"].items():
+            if diagnosis["digest"] in known:
                 continue  # the reference of two evaluations
-            known.add(one["digest"])
+            known.add(diagnosis["digest"])
             role = {summary["knows"]: "base", summary["never"]: "filtered"}.get(model)
             role = role or ("base" if model == summary["reference"] else None)
             label = model if len(evaluations) == 1 or role else evaluation.name.split(":")[0]
-            points.append({"model": label, "verdict": one["verdict"], "role": role, "values": pooled[model]})
+            points.append({"model": label, "verdict": diagnosis["verdict"], "role": role, "values": pooled[model]})
     sides = {side: sorted({key for point in points for key in point["values"] if key.startswith(side)})
              for side in ("forget", "retain")}  # fmt: skip
     if not sides["forget"] or not sides["retain"]:
@@ -94,17 +94,17 @@ def _scatter(evaluations: list[Evaluation]) -> Content | None:
 
 def _pooled(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By model: right answers of all tasks of a side and a form together, with Wilson's interval."""
-    found: dict[str, dict[str, list[int]]] = {model: {} for model in summary["models"]}
+    counts: dict[str, dict[str, list[int]]] = {model: {} for model in summary["models"]}
     for entry in summary["results"]:
         if entry.get("right") is None or entry["role"] not in ("forget", "retain"):
             continue
-        both = found[entry["model"]].setdefault(f"{entry['role']}, by {entry['form']}", [0, 0])
+        both = counts[entry["model"]].setdefault(f"{entry['role']}, by {entry['form']}", [0, 0])
         both[0] += entry["right"]
         both[1] += entry["questions"]
     return {
         model: {key: {"value": right / n, "interval": list(wilson(right, n)), "questions": n}
                 for key, (right, n) in groups.items()}
-        for model, groups in found.items()
+        for model, groups in counts.items()
     }  # fmt: skip
 
 
@@ -118,11 +118,11 @@ def _clearest(points: list[dict[str, Any]], sides: dict[str, list[str]]) -> dict
 
 def _chances(evaluation: Evaluation) -> dict[str, float]:
     """Accuracy of a guess by side and form, over the questions of the reference."""
-    found: dict[str, list[float]] = {}
+    guesses: dict[str, list[float]] = {}
     for _, settings, measured in _answered(evaluation, evaluation.summary["reference"]):
         options = (measured.scored.widths > 0).sum(1).double()
-        found.setdefault(f"{settings['role']}, by {settings['form']}", []).extend((1 / options).tolist())
-    return {key: sum(values) / len(values) for key, values in found.items()}
+        guesses.setdefault(f"{settings['role']}, by {settings['form']}", []).extend((1 / options).tolist())
+    return {key: sum(chances) / len(chances) for key, chances in guesses.items()}
 
 
 def _answered(evaluation: Evaluation, model: str) -> Iterator[tuple[str, dict[str, Any], Answers]]:
@@ -144,20 +144,20 @@ def answers(evaluation: Evaluation, view: View) -> Content | None:
     """Question by question: what each model answers, the reference first."""
     reference = evaluation.summary["reference"]
     models = [reference, *(name for name in evaluation.summary["models"] if name != reference)]
-    by_model = {model: {task: found for task, _, found in _answered(evaluation, model)} for model in models}
+    by_model = {model: {task: measured for task, _, measured in _answered(evaluation, model)} for model in models}
     tasks = []
     for task, settings in _tasks(evaluation).items():
-        there = {model: found[task] for model, found in by_model.items() if task in found}
+        there = {model: by_task[task] for model, by_task in by_model.items() if task in by_task}
         if reference not in there:
             continue
         first = there[reference].scored
         texts, why = texts_of(settings, len(first.gold), view.mask)
-        chosen = {model: _chosen(one, settings) for model, one in there.items()}
+        chosen = {model: _chosen(measured, settings) for model, measured in there.items()}
         count = min(MOST, len(first.gold))
         tasks.append({
             "name": task, "role": settings.get("role"), "missing": why, "gold": first.gold[:count].tolist(),
             "questions": texts or [{"question": f"prompt {text}", "choices": None} for text in first.hashes[:count]],
-            "chosen": {model: values[:count] for model, values in chosen.items()},
+            "chosen": {model: picks[:count] for model, picks in chosen.items()},
         })  # fmt: skip
     if not tasks:
         return None
@@ -168,13 +168,13 @@ def answers(evaluation: Evaluation, view: View) -> Content | None:
 def _chosen(measured: Answers, settings: dict[str, Any]) -> list[int | None]:
     scored = measured.scored
     picked = scored.chosen_norm if settings.get("normalise") else scored.chosen
-    return [None if bad else int(one) for one, bad in zip(picked.tolist(), scored.failed.tolist())]
+    return [None if bad else int(option) for option, bad in zip(picked.tolist(), scored.failed.tolist())]
 
 
 def samples(evaluation: Evaluation, view: View) -> Content | None:
     """What models write after the same prompts."""
     tasks = [task for task, settings in _tasks(evaluation).items() if settings.get("form") == "generate"]
-    found: list[dict[str, Any]] = []
+    written: list[dict[str, Any]] = []
     for task in tasks:
         texts: dict[str, Samples] = {}
         for model in evaluation.summary["models"]:
@@ -184,8 +184,8 @@ def samples(evaluation: Evaluation, view: View) -> Content | None:
                 assert isinstance(measured, Samples)
                 texts[model] = measured
         if texts:
-            found.append(_written(task, texts, view))
-    return Content({"tasks": found}, [_source(evaluation)]) if found else None
+            written.append(_written(task, texts, view))
+    return Content({"tasks": written}, [_source(evaluation)]) if written else None
 
 
 def _written(task: str, texts: dict[str, Samples], view: View) -> dict[str, Any]:
@@ -194,8 +194,8 @@ def _written(task: str, texts: dict[str, Samples], view: View) -> dict[str, Any]
         "name": task, "models": list(texts),
         "entries": [
             {"prompt": view.mask.text(prompt),
-             "texts": {model: None if (text := one.texts[k]) is None else view.mask.text(text)
-                       for model, one in texts.items()}}
+             "texts": {model: None if (text := written.texts[k]) is None else view.mask.text(text)
+                       for model, written in texts.items()}}
             for k, prompt in enumerate(first.prompts[:50])
         ],
     }  # fmt: skip
@@ -206,5 +206,5 @@ def _source(evaluation: Evaluation) -> Source:
 
 
 def _command(evaluation: Evaluation) -> str:
-    models = " ".join(one["source"] for one in evaluation.settings.get("models", {}).values())
+    models = " ".join(model["source"] for model in evaluation.settings.get("models", {}).values())
     return f"retrograd evaluate {models} --output {evaluation.folder} …"

@@ -34,9 +34,9 @@ def experiment(subject: Experiment, view: View) -> Content | None:
         arm["verdicts"] = counted(arm["verdicts"])
     path = subject.folder / "results.md"
     words = path.read_text(encoding="utf8").splitlines() if path.exists() else []
-    told = [line[2:].replace("**", "") for line in words if line.startswith("* ")]
-    claims = [line for line in told if "claim:" in line or "better" in line]
-    data = {"arms": list(arms.values()), "models": _models(rows), "claims": [view.mask.text(one) for one in claims],
+    bullets = [line[2:].replace("**", "") for line in words if line.startswith("* ")]
+    claims = [line for line in bullets if "claim:" in line or "better" in line]
+    data = {"arms": list(arms.values()), "models": _models(rows), "claims": [view.mask.text(claim) for claim in claims],
             "table": view.mask.text("\n".join(words)), "seeds": subject.spec.get("seeds"),
             "columns": columns}  # fmt: skip
     return Content(data, [Source(subject.folder / "results.parquet", f"retrograd experiment FILE {subject.folder}")])
@@ -45,8 +45,8 @@ def experiment(subject: Experiment, view: View) -> Content | None:
 def _add(arm: dict[str, Any], row: dict[str, Any], columns: list[str]) -> None:
     """A line of the table: of an arm over all seeds, or of one of them."""
     if row["quantity"] in columns:
-        found = {"value": row["value"], "low": row["low"], "high": row["high"]}
-        arm["metrics"][row["quantity"]] = None if row["value"] is None else found
+        estimate = {"value": row["value"], "low": row["low"], "high": row["high"]}
+        arm["metrics"][row["quantity"]] = None if row["value"] is None else estimate
         return
     if row["missing"]:
         arm["missing"].append(row["missing"])
@@ -60,14 +60,14 @@ def _add(arm: dict[str, Any], row: dict[str, Any], columns: list[str]) -> None:
 
 def _models(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What arms are compared with: mean accuracies of the two models."""
-    found: dict[str, dict[str, list[float]]] = {}
+    accuracies: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         quantity = row["quantity"] or ""
         if row["match"] is None and quantity.startswith("accuracy ") and row["value"] is not None:
             side = next((side for side in ("forget", "retain") if side in quantity), None)
             if side:
-                found.setdefault(row["method"], {}).setdefault(side, []).append(row["value"])
+                accuracies.setdefault(row["method"], {}).setdefault(side, []).append(row["value"])
     return [
-        {"name": name, **{side: sum(values) / len(values) for side, values in sides.items()}}
-        for name, sides in found.items()
+        {"name": name, **{side: sum(shares) / len(shares) for side, shares in sides.items()}}
+        for name, sides in accuracies.items()
     ]

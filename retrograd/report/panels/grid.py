@@ -21,7 +21,7 @@ def grid(subject: Experiment, view: View) -> Content | None:
     cells = [{**row, "place": json.loads(row.pop("cell"))} for row in rows]
     axes: dict[str, list[Any]] = {name: list(values) for name, values in subject.spec["grid"].items()}
     words = (subject.folder / "results.md").read_text(encoding="utf8").splitlines()
-    told = [view.mask.text(line[2:]) for line in words if line.startswith("* ")]
-    data = {"axes": axes, "cells": cells, "told": told, "subsets": subject.spec["subsets"],
+    bullets = [view.mask.text(line[2:]) for line in words if line.startswith("* ")]
+    data = {"axes": axes, "cells": cells, "told": bullets, "subsets": subject.spec["subsets"],
             "fraction": subject.spec["fraction"]}  # fmt: skip
     return Content(data, [Source(subject.folder / "results.parquet", f"retrograd experiment FILE {subject.folder}")])

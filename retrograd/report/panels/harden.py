@@ -15,13 +15,16 @@ _SHOWN = ("iteration", "objective", "held_out", "retain_kl", "expected_change", 
 
 def harden(subject: Hardened, view: View) -> Content:
     """All iterations; forget loss after each attack that was learnt against, and after each held-out one."""
-    found, config = subject.found, subject.config
-    lines = [{name: one.get(name) for name in _SHOWN} for one in found["iterations"]]
-    learnt = [sum(one["forget_after_attack"]) / len(one["forget_after_attack"]) for one in found["iterations"]]
-    held = [one["held_out_forget"] for one in found["iterations"]]
+    outcome, config = subject.found, subject.config
+    lines = [{name: iteration.get(name) for name in _SHOWN} for iteration in outcome["iterations"]]
+    learnt = [
+        sum(iteration["forget_after_attack"]) / len(iteration["forget_after_attack"])
+        for iteration in outcome["iterations"]
+    ]
+    held = [iteration["held_out_forget"] for iteration in outcome["iterations"]]
     data: dict[str, Any] = {
-        "iterations": lines, "best": found["best"], "forget": learnt,
-        "held": [[one[k] for one in held] for k in range(len(held[0]))],
+        "iterations": lines, "best": outcome["best"], "forget": learnt,
+        "held": [[losses[k] for losses in held] for k in range(len(held[0]))],
         "attacks": {name: config.get(name) for name in ("suite", "held_out", "sample", "learn", "mu")},
         "settings": [name for name in _SHOWN if "." in name and lines[0][name] is not None],
     }  # fmt: skip

@@ -36,12 +36,17 @@ def _listed(run: Attribution, query: dict[str, Any], mask: Mask) -> dict[str, An
         shown = texts[number] if texts else unknown
         values, right = _values(answer["logprobs"], shown["choices"], query["normalised"]), answer["right"]
         loss = option_losses(values, query["loss"])[right] if values else None
-        found = {"right": right, "chosen": answer["chosen"], "loss": loss, "probabilities": _shares(answer["logprobs"])}
-        entries.append({**shown, **found})
-    told = {
+        answered = {
+            "right": right,
+            "chosen": answer["chosen"],
+            "loss": loss,
+            "probabilities": _shares(answer["logprobs"]),
+        }
+        entries.append({**shown, **answered})
+    about = {
         key: query.get(key) for key in ("name", "form", "loss", "accuracy", "normalised", "questions", "values_nats")
     }
-    return {**told, "entries": entries, "missing": why}
+    return {**about, "entries": entries, "missing": why}
 
 
 def _values(logprobs: list[float], choices: list[str] | None, normalised: bool) -> list[float] | None:
@@ -83,7 +88,8 @@ def texts_of(settings: dict[str, Any], count: int, mask: Mask) -> tuple[list[dic
     if not {"question", "choices"} <= set(documents.column_names) or len(documents) != count:
         return [], f"{settings['dataset']} is not what was asked: {len(documents)} rows for {count} questions"
     return [
-        {"question": mask.text(str(one["question"])), "choices": [mask.text(str(text)) for text in one["choices"]],
-         "subject": mask.text(str(one.get("subject") or ""))}
-        for one in documents.select(range(min(MOST, count)))
+        {"question": mask.text(str(document["question"])),
+         "choices": [mask.text(str(text)) for text in document["choices"]],
+         "subject": mask.text(str(document.get("subject") or ""))}
+        for document in documents.select(range(min(MOST, count)))
     ], ""  # fmt: skip

@@ -23,25 +23,25 @@ TYPES = 40  # token types that are listed
 
 def distribution(run: Attribution, view: View) -> Content:
     """Histogram and rank curve of the documents' scores, and of the tokens'."""
-    found = {"documents": [_distribution(values) for values in run.documents.scores]}
+    distributions = {"documents": [_distribution(scores) for scores in run.documents.scores]}
     if run.tokens is not None:
-        found["tokens"] = [_distribution(values[run.tokens.target]) for values in run.tokens.scores]
-    return Content({"columns": run.columns, **found}, [_source(run)])
+        distributions["tokens"] = [_distribution(scores[run.tokens.target]) for scores in run.tokens.scores]
+    return Content({"columns": run.columns, **distributions}, [_source(run)])
 
 
-def _distribution(values: np.ndarray) -> dict[str, Any]:
+def _distribution(scores: np.ndarray) -> dict[str, Any]:
     """Counts between edges that are symmetric about 0, the outermost two open; and scores by rank."""
-    sizes = np.sort(np.abs(values))
+    sizes = np.sort(np.abs(scores))
     most = float(sizes[-1])
     reach = float(np.quantile(sizes, 0.995)) if len(sizes) > 200 else most
     reach = reach or most or 1.0
     edges = np.linspace(-reach, reach, BINS + 1)
-    counts, _ = np.histogram(np.clip(values, -reach, reach), edges)
-    ranks = np.unique(np.linspace(0, len(values) - 1, min(CURVE, len(values))).round().astype(int))
-    curve = np.sort(values)[ranks]
+    counts, _ = np.histogram(np.clip(scores, -reach, reach), edges)
+    ranks = np.unique(np.linspace(0, len(scores) - 1, min(CURVE, len(scores))).round().astype(int))
+    curve = np.sort(scores)[ranks]
     return {
-        "edges": _rounded(edges), "counts": counts.tolist(), "beyond": int((np.abs(values) > reach).sum()),
-        "ranks": (ranks + 1).tolist(), "curve": _rounded(curve), "count": len(values),
+        "edges": _rounded(edges), "counts": counts.tolist(), "beyond": int((np.abs(scores) > reach).sum()),
+        "ranks": (ranks + 1).tolist(), "curve": _rounded(curve), "count": len(scores),
     }  # fmt: skip
 
 
@@ -52,8 +52,8 @@ def order(run: Attribution, view: View) -> Content:
     once = all(len(steps) == 1 for steps in documents.steps)
     data: dict[str, Any] = {"columns": run.columns, "once": once}
     if once:
-        steps = np.array([one[0] for one in documents.steps])
-        data["step"] = [_grouped(steps, values) for values in documents.scores]
+        steps = np.array([step for (step,) in documents.steps])
+        data["step"] = [_grouped(steps, scores) for scores in documents.scores]
     reverse = run.journal[1]
     if reverse:
         own = len(reverse[0]["mean_abs_score"])
@@ -61,10 +61,10 @@ def order(run: Attribution, view: View) -> Content:
             "step": [entry["step"] for entry in reverse],
             "size": [[entry["mean_abs_score"][k] for entry in reverse] for k in range(own)],
         }
-    data["length"] = [_grouped(lengths, values) for values in documents.scores]
+    data["length"] = [_grouped(lengths, scores) for scores in documents.scores]
     if tokens is not None:
         at = tokens.position[tokens.target]
-        data["position"] = [_grouped(at, values[tokens.target]) for values in tokens.scores]
+        data["position"] = [_grouped(at, scores[tokens.target]) for scores in tokens.scores]
     return Content(data, [_source(run), Source(run.folder / "metrics.jsonl", reproduce(run))])
 
 
@@ -72,10 +72,10 @@ def _grouped(keys: np.ndarray, values: np.ndarray) -> dict[str, list[Any]]:
     """Mean and mean size of the values by key, in at most PLACES groups of neighbouring keys."""
     low, high = int(keys.min()), int(keys.max())
     width = max(1, -(-(high - low + 1) // PLACES))
-    place = (keys - low) // width
-    count = np.bincount(place)
+    group = (keys - low) // width
+    count = np.bincount(group)
     some = count > 0
-    total, size = np.bincount(place, weights=values), np.bincount(place, weights=np.abs(values))
+    total, size = np.bincount(group, weights=values), np.bincount(group, weights=np.abs(values))
     at = low + width * np.flatnonzero(some) + (width - 1) / 2
     return {
         "at": at.tolist(), "count": count[some].tolist(), "mean": _rounded(total[some] / count[some]),
@@ -88,7 +88,7 @@ def rows(run: Attribution, view: View) -> Content:
     documents, corpus = _strongest(run.documents), corpus_of(run, view)
     data: dict[str, Any] = {
         "columns": run.columns, "ids": documents.ids.tolist(), "targets": documents.targets.tolist(),
-        "scores": [_rounded(values, 9) for values in documents.scores],
+        "scores": [_rounded(scores, 9) for scores in documents.scores],
         "steps": [_steps(steps) for steps in documents.steps],
         "texts": [], "of": len(run.documents.ids),
         "table": corpus.name if corpus else None, "offset": corpus.offset if corpus else 0,
@@ -121,16 +121,16 @@ def carriers(run: Attribution, view: View) -> Content | None:
     assert corpus is not None
     shown, words = corpus.token, corpus.vocabulary
     lists = []
-    for values in tokens.scores:
-        total = np.bincount(shown[tokens.target], weights=values[tokens.target], minlength=len(words))
+    for scores in tokens.scores:
+        total = np.bincount(shown[tokens.target], weights=scores[tokens.target], minlength=len(words))
         count = np.bincount(shown[tokens.target], minlength=len(words))
         lists.append({
             "types": [
                 [[words[k], int(count[k]), _round(total[k]), _round(total[k] / count[k])] for k in end]
                 for end in _ends(total)
             ],
-            "single": [[_one(corpus, tokens, values, k) for k in end] for end in _ends(values)],
-            "gini": _gini(np.abs(values[tokens.target])),
+            "single": [[_single(corpus, tokens, scores, k) for k in end] for end in _ends(scores)],
+            "gini": _gini(np.abs(scores[tokens.target])),
         })  # fmt: skip
     return Content({"columns": run.columns, "lists": lists}, [_source(run)])
 
@@ -143,9 +143,9 @@ def _ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return lowest[values[lowest] < 0], highest[values[highest] > 0]
 
 
-def _one(corpus: Any, tokens: Any, values: np.ndarray, place: int) -> list[Any]:
-    return [corpus.vocabulary[corpus.token[place]], int(tokens.document[place]), int(tokens.position[place]),
-            _round(values[place])]  # fmt: skip
+def _single(corpus: Any, tokens: Any, scores: np.ndarray, index: int) -> list[Any]:
+    return [corpus.vocabulary[corpus.token[index]], int(tokens.document[index]), int(tokens.position[index]),
+            _round(scores[index])]  # fmt: skip
 
 
 def _gini(sizes: np.ndarray) -> float | None:

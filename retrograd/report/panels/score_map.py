@@ -29,7 +29,7 @@ def map_of_run(run: Attribution, view: View) -> Content | None:
 
 def map_of_several(several: Several, view: View) -> Content | None:
     """One map for the runs on the same rows."""
-    runs = [one for one in several.subjects if isinstance(one, Attribution) and corpus_of(one, view)]
+    runs = [subject for subject in several.subjects if isinstance(subject, Attribution) and corpus_of(subject, view)]
     for name in view.tables:
         together = [run for run in runs if view.corpora[str(run.folder)].name == name]
         if len(together) > 1:
@@ -40,20 +40,20 @@ def map_of_several(several: Several, view: View) -> Content | None:
 def _content(runs: list[Attribution], name: str, view: View) -> Content:
     columns = [(run, column) for run in runs for column in range(view.corpora[str(run.folder)].columns)]
     target = runs[0].tokens.target if runs[0].tokens else np.zeros(0, bool)
-    values = [run.tokens.scores[column][target] for run, column in columns if run.tokens is not None]
-    pairs = list(combinations(range(len(values)), 2))[:PAIRS]
+    scores = [run.tokens.scores[column][target] for run, column in columns if run.tokens is not None]
+    pairs = list(combinations(range(len(scores)), 2))[:PAIRS]
     ranks: dict[int, np.ndarray] = {}
-    numbers = {f"{x} {y}": _compared(x, y, values, ranks) for x, y in pairs}
+    numbers = {f"{x} {y}": _compared(x, y, scores, ranks) for x, y in pairs}
     data = {"table": name, "numbers": numbers, "above": ABOVE, "at_most": AT_MOST}
     return Content(data, [Source(run.folder / "scores.parquet", reproduce(run)) for run in runs])
 
 
-def _compared(x: int, y: int, values: list[np.ndarray], ranks: dict[int, np.ndarray]) -> dict[str, Any]:
+def _compared(x: int, y: int, scores: list[np.ndarray], ranks: dict[int, np.ndarray]) -> dict[str, Any]:
     """Correlations, purely forget shares both ways, and the ratio of sizes; None where scores do not vary."""
-    tau, mu = values[x], values[y]
+    tau, mu = scores[x], scores[y]
     for column in (x, y):
         if column not in ranks:
-            ranks[column] = stats.rankdata(values[column]).astype(np.float32)
+            ranks[column] = stats.rankdata(scores[column]).astype(np.float32)
     return {
         "pearson": _correlation(tau, mu), "spearman": _correlation(ranks[x], ranks[y]),
         "separable": _separable(tau, mu), "separable_back": _separable(mu, tau),

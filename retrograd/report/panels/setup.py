@@ -62,10 +62,10 @@ def write_results_table(run: Attribution, view: View) -> Path:
 
 def files(folder: Path) -> list[dict[str, Any]]:
     """Files of a run that someone may open, with their sizes in bytes; states and temporary ones left out."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return [
         {"name": str(path.relative_to(folder)), "bytes": path.stat().st_size}
-        for path in found
+        for path in paths
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.relative_to(folder).parts[0] not in ("checkpoints", "report.html", "results.md")
     ][:200]
@@ -123,7 +123,7 @@ def _settings(run: Attribution | Training) -> list[tuple[str, str]]:
     rate = f"lr {train['lr']:g} {train['lr_schedule']}, ε_root {train['eps_root']:g}, decay {train['weight_decay']:g}"
     device = f"{arithmetic.get('device', '?')} ({arithmetic.get('device_name', '?')})"
     threads = f"{arithmetic.get('threads', '?')} threads, engine {arithmetic.get('engine', '?')}"
-    told = {
+    about = {
         "model": str(config["model"]),
         "data": str(data),
         "rows": f"{rows.get('rows', 0):,} ({shape}), {targets}",
@@ -133,33 +133,33 @@ def _settings(run: Attribution | Training) -> list[tuple[str, str]]:
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
         "identity": str(manifest.get("identity", "?")),
     }
-    return [(key, value) for key, value in told.items() if value]
+    return [(key, value) for key, value in about.items() if value]
 
 
 def _phases(run: Attribution | Training) -> list[dict[str, Any]]:
     phases = run.manifest.get("phases", {})
     return [
-        {"name": name, "seconds": one.get("seconds"), "bytes": one.get("peak_memory_bytes")}
-        for name, one in phases.items()
+        {"name": name, "seconds": phase.get("seconds"), "bytes": phase.get("peak_memory_bytes")}
+        for name, phase in phases.items()
     ]
 
 
 def _spread(run: Attribution, column: int, name: str) -> dict[str, Any]:
     """Shape, range, mean, deviation and signs of the documents' scores, and of the tokens'."""
     tokens = run.tokens
-    found: dict[str, Any] = {"name": name, "value": _value(run, name)}
-    found["documents"] = _counted(run.documents.scores[column], str(list(run.documents.scores[column].shape)))
+    spread: dict[str, Any] = {"name": name, "value": _value(run, name)}
+    spread["documents"] = _counted(run.documents.scores[column], str(list(run.documents.scores[column].shape)))
     if tokens is not None:
         rows, length = int(tokens.row.max()) + 1, int(tokens.position.max()) + 1
-        found["tokens"] = _counted(tokens.scores[column][tokens.target], f"[{rows}, {length}]")
-    return found
+        spread["tokens"] = _counted(tokens.scores[column][tokens.target], f"[{rows}, {length}]")
+    return spread
 
 
-def _counted(values: np.ndarray, shape: str) -> dict[str, Any]:
+def _counted(scores: np.ndarray, shape: str) -> dict[str, Any]:
     return {
-        "shape": shape, "count": len(values), "min": float(values.min()), "max": float(values.max()),
-        "mean": float(values.mean(dtype=np.float64)), "deviation": float(values.std(dtype=np.float64)),
-        "negative": int((values < 0).sum()), "positive": int((values > 0).sum()), "zero": int((values == 0).sum()),
+        "shape": shape, "count": len(scores), "min": float(scores.min()), "max": float(scores.max()),
+        "mean": float(scores.mean(dtype=np.float64)), "deviation": float(scores.std(dtype=np.float64)),
+        "negative": int((scores < 0).sum()), "positive": int((scores > 0).sum()), "zero": int((scores == 0).sum()),
     }  # fmt: skip
 
 
@@ -174,9 +174,9 @@ def _ends(run: Attribution, view: View, column: int) -> dict[str, list[dict[str,
     documents = run.documents
     order = np.argsort(documents.scores[column], kind="stable")
 
-    def told(place: int) -> dict[str, Any]:
-        document, score = int(documents.ids[place]), float(documents.scores[column][place])
-        text = view.mask.document(documents.texts[place], run.data_set(document))
+    def entry(index: int) -> dict[str, Any]:
+        document, score = int(documents.ids[index]), float(documents.scores[column][index])
+        text = view.mask.document(documents.texts[index], run.data_set(document))
         return {"id": document, "score": score, "text": text}
 
-    return {"lowest": list(map(told, order[:ENDS])), "highest": list(map(told, order[::-1][:ENDS]))}
+    return {"lowest": list(map(entry, order[:ENDS])), "highest": list(map(entry, order[::-1][:ENDS]))}

@@ -13,23 +13,25 @@ __all__ = ["tamper"]
 
 def tamper(subject: Attack, view: View) -> Content:
     """Accuracy on what was to go and to stay along each attack; the table; the worst case of each model."""
-    found = subject.found
-    head, rows = cells(found)
+    recovery = subject.found
+    head, rows = cells(recovery)
+    configurations = recovery["configurations"].items()
     named = {
-        name: f"{one['role']}: {name}" if one["role"] != "model" else name for name, one in found["models"].items()
+        name: f"{model['role']}: {name}" if model["role"] != "model" else name
+        for name, model in recovery["models"].items()
     }
     shown = ("step", "tokens", "strength", "forget", "forget_interval", "retain")
     curves = [
-        {"model": named[one["model"]], "role": one["role"], "configuration": one["configuration"],
-         "points": [{key: point.get(key) for key in shown} for point in one["points"]]}
-        for one in found["meetings"]
+        {"model": named[meeting["model"]], "role": meeting["role"], "configuration": meeting["configuration"],
+         "points": [{key: point.get(key) for key in shown} for point in meeting["points"]]}
+        for meeting in recovery["meetings"]
     ]  # fmt: skip
     data: dict[str, Any] = {
         "curves": curves, "head": head, "rows": rows,
-        "configurations": {name: one["readable"] for name, one in found["configurations"].items()},
-        "invalid": {name: valid["why"] for name, one in found["configurations"].items()
-                    if (valid := one["valid"]) and valid["valid"] is False},
-        "worst": [{"model": named[model], **case} for model, cases in found["worst"].items() for case in cases],
+        "configurations": {name: configuration["readable"] for name, configuration in configurations},
+        "invalid": {name: valid["why"] for name, configuration in configurations
+                    if (valid := configuration["valid"]) and valid["valid"] is False},
+        "worst": [{"model": named[model], **case} for model, cases in recovery["worst"].items() for case in cases],
     }  # fmt: skip
     command = f"retrograd attack {subject.folder} …"
     return Content(data, [Source(subject.folder / "recovery.json", command)])

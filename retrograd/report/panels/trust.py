@@ -67,8 +67,8 @@ def retraining(run: Attribution, view: View) -> Content | None:
          "predicted": float(row["predicted"]), "measured": float(row["measured"])}
         for row in rows
     ]  # fmt: skip
-    told = run.read("validation.json") or {}
-    tables = {name: told.get(name, []) for name in ("methods", "filtering")}
+    validation = run.read("validation.json") or {}
+    tables = {name: validation.get(name, []) for name in ("methods", "filtering")}
     return Content({"columns": run.columns, "sets": sets, **tables}, [Source(path, _validate(run))])
 
 
@@ -90,46 +90,49 @@ def judged(
     else:
         reasons.append(f"the derivative is {certificate['verdict']}")
     if smooth is not None:
-        told = f"metasmoothness is {smooth['value']:.3f}"
-        (bad if smooth["value"] < ROUGH else reasons).append(told)
+        (bad if smooth["value"] < ROUGH else reasons).append(f"metasmoothness is {smooth['value']:.3f}")
     if forecast is not None:
         reasons.append(f"forecast: {forecast['told']}" if "told" in forecast else _OLD)
-    parts = [part for part in (validation or {}).get("fractions", []) if part["fraction"] and name in part["queries"]]
-    for part in parts:
-        if part.get("missing"):
-            share = _share(part)
-            reasons.append(f"{share} not all sets are in the bank: {part['missing']} are missing")
-    parts = [part for part in parts if not part.get("missing")]
-    for part in parts:
-        words, held = _agreement(name, part)
+    fractions = [
+        fraction
+        for fraction in (validation or {}).get("fractions", [])
+        if fraction["fraction"] and name in fraction["queries"]
+    ]
+    for fraction in fractions:
+        if fraction.get("missing"):
+            share = _share(fraction)
+            reasons.append(f"{share} not all sets are in the bank: {fraction['missing']} are missing")
+    fractions = [fraction for fraction in fractions if not fraction.get("missing")]
+    for fraction in fractions:
+        words, held = _agreement(name, fraction)
         (bad if held is None else good if held else reasons).append(words)
-    if not parts:
+    if not fractions:
         reasons.append("it was not held against retraining (retrograd validate)")
-    ranked = bool(parts) and not bad
-    full = ranked and len(good) == len(parts)
+    ranked = bool(fractions) and not bad
+    full = ranked and len(good) == len(fractions)
     verdict = "do not trust it" if bad else "trust it" if full else "trust the ranking only" if ranked else "not tested"
     return {"verdict": verdict, "reasons": [*bad, *good, *reasons]}
 
 
-def _agreement(name: str, part: dict[str, Any]) -> tuple[str, bool | None]:
+def _agreement(name: str, fraction: dict[str, Any]) -> tuple[str, bool | None]:
     """Words on a query's agreement at one fraction; True: rank and size hold, False: the rank alone, None: neither."""
-    one, (low, high) = part["queries"][name], part["interval"]
-    share = _share(part)
-    if one["lds"] is None or low is None:
+    query, (low, high) = fraction["queries"][name], fraction["interval"]
+    share = _share(fraction)
+    if query["lds"] is None or low is None:
         return f"{share} too few sets were retrained to say anything", None
-    told = f"LDS {one['lds']:.3f} {share} (mean of the queries {part['mean_lds']:.3f} [{low:.3f}, {high:.3f}])"
-    if part["failed"]:
-        return f"{told}; {part['failed']} retrainings diverged", None
-    if low <= 0 or one["lds"] <= 0:
-        return f"{told}: no rank correlation with retraining is shown", None
-    slope = one["slope"]
+    words = f"LDS {query['lds']:.3f} {share} (mean of the queries {fraction['mean_lds']:.3f} [{low:.3f}, {high:.3f}])"
+    if fraction["failed"]:
+        return f"{words}; {fraction['failed']} retrainings diverged", None
+    if low <= 0 or query["lds"] <= 0:
+        return f"{words}: no rank correlation with retraining is shown", None
+    slope = query["slope"]
     sized = slope is not None and 1 / FACTOR <= slope <= FACTOR
     size = f", changes {slope:.2f} times as large as predicted" if slope is not None else ""
-    return told + size, sized and one["lds"] >= GRADE
+    return words + size, sized and query["lds"] >= GRADE
 
 
-def _share(part: dict[str, Any]) -> str:
-    share, weight = f"{100 * part['fraction']:.3g} % of the documents", part.get("weight", 0.0)
+def _share(fraction: dict[str, Any]) -> str:
+    share, weight = f"{100 * fraction['fraction']:.3g} % of the documents", fraction.get("weight", 0.0)
     return f"with {share} at weight {weight:g}" if weight else f"without {share}"
 
 
@@ -140,17 +143,19 @@ def _weight(weight: str) -> str:
 def _smoothness(folder: Path) -> dict[str, Any] | None:
     import json
 
-    found = sorted((folder / "metasmoothness").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return {**json.loads(found[-1].read_text(encoding="utf8")), "file": str(found[-1])} if found else None
+    paths = sorted((folder / "metasmoothness").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return {**json.loads(paths[-1].read_text(encoding="utf8")), "file": str(paths[-1])} if paths else None
 
 
 def _validate(run: Attribution) -> str:
     """The call of validate that the files show."""
-    fractions = [part for part in (run.read("validation.json") or {}).get("fractions", []) if part["fraction"]]
+    fractions = [
+        fraction for fraction in (run.read("validation.json") or {}).get("fractions", []) if fraction["fraction"]
+    ]
     if not fractions:
         return f"retrograd validate {run.folder} --subsets 50 --fraction 0.01 0.05"
-    number = max(one["sets"] for part in fractions for one in part["queries"].values())
-    shares = " ".join(f"{part['fraction']:g}" for part in fractions)
+    number = max(query["sets"] for fraction in fractions for query in fraction["queries"].values())
+    shares = " ".join(f"{fraction['fraction']:g}" for fraction in fractions)
     return f"retrograd validate {run.folder} --subsets {number} --fraction {shares}"
 
 

@@ -38,7 +38,7 @@ def way(run: Attribution | Training, view: View) -> Content | None:
 
 def _samples(name: str, step: int, entry: dict[str, Any], view: View) -> dict[str, Any]:
     texts = [
-        {"prompt": view.mask.text(one["prompt"]), "text": view.mask.text(one["text"] or "")}
-        for one in entry["samples"][:8]
+        {"prompt": view.mask.text(sample["prompt"]), "text": view.mask.text(sample["text"] or "")}
+        for sample in entry["samples"][:8]
     ]
     return {"name": name, "step": step, "texts": texts}

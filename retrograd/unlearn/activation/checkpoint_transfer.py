@@ -63,8 +63,8 @@ class Transfer(NamedTuple):
 
     def states(self, inputs: Any) -> Outputs:
         with torch.no_grad():
-            found: Outputs = self.outputs(self.teacher.params, inputs)
-        return found
+            states: Outputs = self.outputs(self.teacher.params, inputs)
+        return states
 
 
 def _fit(settings: CheckpointTransferSettings, lm: CausalLM, reference: Reference, stream: PairStream) -> Fitted:
@@ -77,7 +77,9 @@ def _fit(settings: CheckpointTransferSettings, lm: CausalLM, reference: Referenc
         batch = stream[step]
         with torch.no_grad(), evaluating(lm.module):
             now = own(reference.params, batch.inputs, reference.adapters)
-        sides = [View(one, None, batch.inputs, batch.scale).retain for one in (transfer.states(batch.inputs), now)]
+        sides = [
+            View(outputs, None, batch.inputs, batch.scale).retain for outputs in (transfer.states(batch.inputs), now)
+        ]
         for block in blocks:
             x, y = (side.now.states[block].double() for side in sides if side is not None)
             pairs.setdefault(block, []).append((x, y))
@@ -113,8 +115,8 @@ def _teacher(settings: CheckpointTransferSettings, lm: CausalLM) -> CausalLM:
             module = AutoModelForCausalLM.from_config(inner(lm.module).config).to(like).eval()
         teacher = CausalLM(module, trainable(module)[0], *causal_objective(module))
     for what, sizes in {
-        "blocks": [len(decoder_blocks(one.module)) for one in (teacher, lm)],
-        "tokens": [inner(one.module).get_input_embeddings().weight.shape[0] for one in (teacher, lm)],
+        "blocks": [len(decoder_blocks(model.module)) for model in (teacher, lm)],
+        "tokens": [inner(model.module).get_input_embeddings().weight.shape[0] for model in (teacher, lm)],
     }.items():
         if sizes[0] != sizes[1]:
             raise ValueError(

@@ -109,7 +109,7 @@ def _moments(
     lm: CausalLM, reference: Reference, stream: PairStream, blocks: tuple[int, ...]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Σ c·h hᵀ of forget and of retain states by block, [D, D] float64, over one pass."""
-    outputs, found = outputs_of(lm, blocks, logits=False), dict[int, tuple[Tensor, Tensor]]()
+    outputs, moments = outputs_of(lm, blocks, logits=False), dict[int, tuple[Tensor, Tensor]]()
     for step in range(-(-len(stream) // stream.epochs)):
         batch = stream[step]
         with torch.no_grad(), evaluating(lm.module):
@@ -121,28 +121,28 @@ def _moments(
                 assert side is not None, "every batch has rows of both sides"
                 h = side.now.states[block].double()
                 each.append(h.T @ (side.c[:, None].double() * h))
-            x, y = found.get(block, (torch.zeros_like(each[0]), torch.zeros_like(each[1])))
-            found[block] = (x + each[0], y + each[1])
-    return found
+            x, y = moments.get(block, (torch.zeros_like(each[0]), torch.zeros_like(each[1])))
+            moments[block] = (x + each[0], y + each[1])
+    return moments
 
 
 def _writers(module: nn.Module, block: nn.Module) -> list[_Writer]:
     """The last matrix of attention and that of the MLP: of each part of the block that has two or more."""
     names = {id(p): name for name, p in module.named_parameters()}
-    found = []
+    writers = []
     for part in block.children():
         layers = [layer for layer in part.modules() if getattr(getattr(layer, "weight", None), "ndim", 0) == 2]
         if len(layers) > 1:
             bias = getattr(layers[-1], "bias", None)
             rows = isinstance(layers[-1], nn.Linear)  # GPT-2's Conv1D is the other way round
             weight = names[id(layers[-1].weight)]
-            found.append(_Writer(weight, rows, None if bias is None else names[id(bias)]))
-    if len(found) != 2:
+            writers.append(_Writer(weight, rows, None if bias is None else names[id(bias)]))
+    if len(writers) != 2:
         raise ValueError(
-            f"a {type(block).__name__} has {len(found)} parts of two matrices or more, not attention and an MLP: it is "
-            "not known by which it writes to the residual stream"
+            f"a {type(block).__name__} has {len(writers)} parts of two matrices or more, not attention and an MLP: it "
+            "is not known by which it writes to the residual stream"
         )
-    return found
+    return writers
 
 
 def _forget(settings: RepresentationEditSettings, view: View, side: Side) -> Terms:

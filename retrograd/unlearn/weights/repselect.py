@@ -98,7 +98,7 @@ def _edit(settings: RepSelectSettings, lm: CausalLM, reference: Reference, strea
 def _matrices(settings: RepSelectSettings, module: nn.Module) -> list[str]:
     """Names of the matrices of the chosen blocks' MLPs: those of the last part of a block that has two or more."""
     layers, names = decoder_blocks(module), {id(p): name for name, p in module.named_parameters()}
-    found = []
+    chosen = []
     for block in chosen_blocks(settings, len(layers)):
         parts = [[p for p in part.parameters() if p.ndim == 2] for part in layers[block].children()]
         large = [matrices for matrices in parts if len(matrices) > 1]
@@ -107,8 +107,8 @@ def _matrices(settings: RepSelectSettings, module: nn.Module) -> list[str]:
                 f"a {type(layers[block]).__name__} has {len(large)} parts of two matrices or more, not attention and "
                 "an MLP: it is not known which its MLP is"
             )
-        found += [names[id(p)] for p in large[-1]]
-    return found
+        chosen += [names[id(p)] for p in large[-1]]
+    return chosen
 
 
 def _width(lm: CausalLM) -> int:
@@ -170,15 +170,15 @@ def _within_budget(
 
     @torch.no_grad()
     def divergence(params: Params) -> float:
-        found = []
+        values = []
         for batch in _passes(stream):
             now, then = outputs(params, batch.inputs), outputs(reference.params, batch.inputs)
             side = View(now, then, batch.inputs, batch.scale).retain
             assert side is not None, "every batch has rows of both sides"
-            found.append(float(retain_value(Settings(retain_term="kl"), side)))
-        return sum(found) / len(found)
+            values.append(float(retain_value(Settings(retain_term="kl"), side)))
+        return sum(values) / len(values)
 
-    sizes = [sum(float(part[name].square().sum()) for name in steps) ** 0.5 for part in (lm.params, steps)]
+    sizes = [sum(float(tensors[name].square().sum()) for name in steps) ** 0.5 for tensors in (lm.params, steps)]
     if not sizes[1] > 0:
         raise ValueError(
             "repselect's gradient is 0 at every matrix: no forget row has weight, or nothing is left of it"

@@ -1,0 +1,140 @@
+"""Queries asked after further trainings, the phases, as functions of the parameters before them.
+
+    φ'(θ) = φ(θ'),   θ' = what the phases make of θ, each with moments and a schedule of its own
+    ∇φ'(θ)           φ's gradient pulled back through the phases, the last one first
+
+A phase begins with fresh moments, which depend on nothing, so what goes from one to the one before is the cotangent's
+part for the parameters alone. Each query column becomes φ', with a derivative of its own: so everything that takes a
+run with scores takes one that is asked later. The phases are trained again for every value that is asked for, and
+pulled back for every gradient, in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retrograd.core import tree
+from retrograd.core.optim import Cotangent, Params
+from retrograd.core.step import Batch
+from retrograd.query.columns import Column, Part, Queries
+from retrograd.query.named import Asked
+from retrograd.runs.progress import Bars
+from retrograd.runs.setup import Setup
+from retrograd.runs.states.budget import Replay, free_memory
+
+__all__ = ["Begin", "Phases", "asked_after", "trained"]
+
+Begin = Callable[[Params], Setup]
+"""A phase: the training that begins with some parameters."""
+
+_LEAST = Replay(plan="binomial", slots=1)  # nothing is reversed
+
+
+def trained(phases: Sequence[Begin], params: Params) -> Params:
+    """Parameters after all phases."""
+    for begin in phases:
+        setup = begin(params)
+        with Bars(len(setup.stream)) as bars:
+            params = setup.trajectory(_LEAST, observe=bars).train().params
+    return params
+
+
+def asked_after(asked: Sequence[Asked], phases: Sequence[Begin], like: Tensor) -> list[Asked]:
+    """The same queries, asked after the phases; they share what is trained.
+
+    Args:
+        like: A tensor of the dtype and device of coefficients.
+    """
+    later = Phases(phases, [column for query in asked for column in query.columns])
+    batch = Batch({}, torch.zeros(1, dtype=torch.int64, device=like.device), like.new_ones(1))
+    behind, start = list[Asked](), 0
+    for query in asked:
+        places = range(start, start := start + len(query.columns))
+        columns = [Column(later.columns[k].name, [Part(_Objective(later, k), batch)]) for k in places]
+        behind.append(query._replace(columns=columns, measure=_measured_after(query.measure, later)))
+    return behind
+
+
+def _measured_after(measure: Callable[[Params], dict[str, Any]], later: Phases) -> Callable[[Params], dict[str, Any]]:
+    return lambda params: measure(later.reached(params))
+
+
+class Phases:
+    """K query columns after phases, of parameters before them.
+
+    What was asked last is kept, for columns ask one by one: values, gradient and the parameters that were reached.
+
+    Args:
+        phases: In their order.
+        columns: What is asked at the end.
+    """
+
+    def __init__(self, phases: Sequence[Begin], columns: Sequence[Column]) -> None:
+        self.phases, self.columns, self.queries = phases, columns, Queries(columns)
+        self.start = ""  # digest of the parameters that the kept ones began with
+        self.final: Params = {}
+        self.values: Tensor | None = None
+        self.gradient: Params | None = None
+
+    def reached(self, params: Params) -> Params:
+        """Parameters after the phases."""
+        self._begin(params)
+        if not self.final:
+            self.final = trained(self.phases, params)
+        return self.final
+
+    def ask(self, params: Params, *, slopes: bool) -> tuple[Tensor, Params | None]:
+        """φ' [K] in nats, and its gradient [K, *shape] if it is wanted."""
+        self._begin(params)
+        if slopes and self.gradient is None:
+            self.values, self.gradient = self._pulled(self.phases, params)
+        if self.values is None:
+            self.values = self.queries.values(self.reached(params))
+        return self.values, self.gradient
+
+    def _begin(self, params: Params) -> None:
+        start = tree.digest(params)
+        if start != self.start:
+            self.start, self.final, self.values, self.gradient = start, {}, None, None
+
+    def _pulled(self, phases: Sequence[Begin], params: Params) -> tuple[Tensor, Params]:
+        setup, reached = phases[0](params), list[Cotangent]()
+        with Bars(len(setup.stream)) as bars:
+            trajectory = setup.trajectory(Replay(memory=free_memory() // 4, disk=0), observe=bars)
+            self.final = trajectory.train().params
+            values, gradient = self._pulled(phases[1:], self.final) if len(phases) > 1 else self.queries(self.final)
+            trajectory.reverse(gradient, reached=reached.append)
+        return values, reached.pop().params
+
+
+class _Objective:
+    """One column asked later, as an objective; nothing is trained on it."""
+
+    def __init__(self, later: Phases, column: int) -> None:
+        self.later, self.column = later, column
+
+    def __call__(self, params: Params, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
+        value: Tensor = _Asked.apply(self.later, self.column, tuple(params), *params.values())
+        return value * coefficients.sum()
+
+
+class _Asked(torch.autograd.Function):
+    """φ'_k, whose derivative is what the sweep through the phases gives."""
+
+    @staticmethod
+    def forward(ctx: Any, later: Phases, column: int, names: tuple[str, ...], *leaves: Tensor) -> Tensor:
+        slopes = any(ctx.needs_input_grad)
+        params = {name: leaf.detach() for name, leaf in zip(names, leaves)}
+        with torch.enable_grad():
+            values, gradient = later.ask(params, slopes=slopes)
+        if gradient is not None:
+            ctx.save_for_backward(*(gradient[name][column] for name in names))
+        return values[column].clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        return (None, None, None, *(slope * leaf for leaf in ctx.saved_tensors))
