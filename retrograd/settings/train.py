@@ -20,8 +20,8 @@ from retrograd.settings.question import Source
 __all__ = [
     "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
     "TrainConfig", "TrainRunConfig",
-    "at_least_1", "check_patience", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training", "difference",
-    "finite", "to_dict",
+    "at_least_1", "check_patience", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training",
+    "difference", "finite", "to_dict",
 ]  # fmt: skip
 
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
