@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -59,7 +59,7 @@ class Opened(NamedTuple):
 
 def open_run(
     folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None, trust_code: bool = False,
-    parallel: str = "auto",
+    parallel: Literal["auto", "replicate", "shard"] = "auto",
 ) -> Opened:  # fmt: skip
     """Load a finished run, with the queries added to it and `more` new ones.
 
