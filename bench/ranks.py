@@ -1,10 +1,11 @@
 """What processes that share a run hold, whether they agree, and what a kill of one of them changes.
 
     python bench/ranks.py --ranks 1 2 3 4 --depth 4 --width 128
+    python bench/ranks.py --ranks 1 4 --replicas 2
     python bench/ranks.py --kills 20 --seed 0
 
-The first runs `retrograd magic` on a GPT-NeoX of random weights with each number of ranks, replicated and in pieces, and
-tells for each rank the bytes of all tensors that it holds between two steps of the way back, where states are kept in
+The first two run `retrograd magic` on a GPT-NeoX of random weights with each number of ranks, replicated, in pieces, and
+in pieces of several replicas, and tell for each rank the bytes of all tensors that it holds between two steps of the way back, where states are kept in
 memory; the most that it has at once in the proofs before the first step, while rows are passed over, for a gradient and
 for a pullback, and in the query; and how far scores are from those of one process, relative to the largest. With --kills a run of two ranks is
 killed at random times, one rank each time, and goes on with one rank or two, replicated or in pieces, until it is done:
@@ -157,9 +158,13 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     settings = [*base, "--dtype", options.dtype, "--replay.plan", "all", "--replay.memory", "8GiB"]
     rows, records, worst, first = list[list[str]](), list[dict[str, Any]](), 0.0, None
     for world in options.ranks:
-        for mode, engine in itertools.product(MODES if world > 1 else MODES[:1], options.engines):
-            place = folder / f"{mode}-{world}-{engine}"
-            done = run(world, ["magic", str(place), *settings, "--parallel", mode, "--engine", engine])
+        meshes = [(MODES[0], 1)]
+        if world > 1:
+            meshes += [(MODES[1], replicas) for replicas in (1, *options.replicas) if world % replicas == 0]
+        for (mode, replicas), engine in itertools.product(meshes, options.engines):
+            place = folder / f"{mode}-{world}-{replicas}-{engine}"
+            sharing = ["--parallel", mode, "--replicas", str(replicas)]
+            done = run(world, ["magic", str(place), *settings, *sharing, "--engine", engine])
             assert all(code == 0 for code, *_ in done), f"{world} ranks, {mode}: exit codes {done}"
             scores = torch.load(place / "scores.pt", weights_only=True).double()
             first = scores if first is None else first
@@ -167,13 +172,14 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             _, sizes, proofs, gradient, pullback, query = map(list, zip(*done, strict=True))
             worst = max(worst, apart)
             records.append({
-                "ranks": world, "mode": mode, "engine": engine, "held_bytes": sizes, "proofs_peak_bytes": proofs,
+                "ranks": world, "mode": mode, "replicas": replicas, "engine": engine, "held_bytes": sizes, "proofs_peak_bytes": proofs,
                 "gradient_peak_bytes": gradient, "pullback_peak_bytes": pullback, "query_peak_bytes": query,
                 "apart": apart,
             })  # fmt: skip
             phases = (sizes, proofs, gradient, pullback, query)
             told = [", ".join(f"{size / 2**20:.1f}" for size in each) for each in phases]
-            rows.append([mode if world > 1 else "one process", str(world), engine, *told, f"{apart:.1g}"])
+            named = f"{mode}, {replicas} replicas" if replicas > 1 else mode
+            rows.append([named if world > 1 else "one process", str(world), engine, *told, f"{apart:.1g}"])
     print(table(["mode", "ranks", "engine", "MiB held between steps, by rank", "most in the proofs",
                  "in a gradient", "in a pullback", "in the query", "scores apart"], rows))  # fmt: skip
     return {"records": records, "worst": worst, "ok": worst <= TOLERANCE[options.dtype]}
@@ -225,6 +231,7 @@ def carried_out(world: int, arguments: list[str], victim: int = 0, after: float 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--replicas", type=int, nargs="*", default=[], help="also in pieces, in so many copies")
     parser.add_argument("--depth", type=int, default=4, help="layers")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)

@@ -79,7 +79,8 @@ def phases(
             evaluate=OnTheWayConfig(
                 tasks=tasks, at=_ASKED, limit=config.limit, batch_size=config.batch_size, answers=True
             ),
-            train=one.train(), parallel=config.parallel, shards=config.shards, patience=config.patience,
+            train=one.train(), parallel=config.parallel, replicas=config.replicas, shards=config.shards,
+            patience=config.patience,
         )  # fmt: skip
         found.append(Phase(name, phase, last))
         start = str(folder / name / _MODEL)
@@ -114,9 +115,8 @@ def set_up_phase(config: PhaseConfig, after: After | None = None) -> tuple[Setup
     rows = _rows(config, after.model, after.tokenizer)
     stream = _stream(config, rows, device)
     begun = None if config.overwrite else begun_with(config.run)
-    how = Differentiated(
-        queries=after.queries, run=config.run, begun=begun, shards=config.shards, parallel=config.parallel
-    )
+    sharing = (config.shards, config.parallel, config.replicas)
+    how = Differentiated("auto", False, after.queries, config.run, begun, *sharing)
     visited = ("attack", *visits(stream, "examples", config.dtype), len(stream))
     setup = set_up(after.model, after.tokenizer, stream, config.train, how, visited=visited, start=after.params)
     return setup, {"passes": round(len(stream) * config.train.batch_size / len(rows), 3), **_budget(setup)}

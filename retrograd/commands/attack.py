@@ -208,7 +208,7 @@ def _meet(config: AttackConfig, folder: Folder, material: Material, target: Atta
         meet(config, *given)
         return
     with alone():  # what is done has shards of its own
-        meet(dataclasses.replace(config, shards=None), *given)
+        meet(dataclasses.replace(config, replicas=1, shards=None), *given)
 
 
 def meet(

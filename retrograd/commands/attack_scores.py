@@ -127,7 +127,13 @@ def _unlearning(config: AttackConfig, run: Path, source: str, tasks: Path) -> Un
 def _alone(config: PhaseConfig) -> PhaseConfig:
     """A phase without evaluation and in one process, whose model goes to the next one in memory."""
     return dataclasses.replace(
-        config, evaluate=OnTheWayConfig(), export=False, parallel="auto", shards=None, patience=PhaseConfig.patience
+        config,
+        evaluate=OnTheWayConfig(),
+        export=False,
+        parallel="auto",
+        replicas=1,
+        shards=None,
+        patience=PhaseConfig.patience,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -15,7 +16,7 @@ from retrograd.runs.run_folder import Opened, finished, holding, open_run, recor
 from retrograd.runs.session import open_session
 from retrograd.settings.commands import QueryRunConfig
 from retrograd.settings.run import QueryConfig, query_file, refuse_code
-from retrograd.settings.train import check_patience
+from retrograd.settings.train import check_ranks
 from retrograd.settings.unlearn import ChainConfig
 
 __all__ = ["query"]
@@ -31,9 +32,9 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
         SystemExit: On ranks of a job other than 0, once that one is done.
     """
     console = console or Console()
-    check_patience(config.patience)
-    wanted = _wanted(config)
-    if here().world > 1 and isinstance(finished(config.run)[0], ChainConfig):
+    wanted, (run, _) = _wanted(config), finished(config.run)
+    check_ranks(dataclasses.replace(run, **_shared(config)))
+    if here().world > 1 and isinstance(run, ChainConfig):
         raise ValueError(
             f"{config.run} goes through an attack, which is one process's: ask it without torchrun, and not by "
             f"{here().world} processes"
@@ -46,7 +47,13 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
 
 
 def _opened(config: QueryRunConfig, wanted: dict[str, QueryConfig]) -> Opened:
-    return open_run(config.run, wanted, trust_code=config.trust_code, parallel=config.parallel)
+    return open_run(config.run, wanted, trust_code=config.trust_code, shared=_shared(config))
+
+
+def _shared(config: QueryRunConfig) -> dict[str, Any]:
+    """How the steps are shared, in place of what the run says."""
+    given = {"replicas": config.replicas, "patience": config.patience}
+    return given if config.parallel == "auto" else {**given, "parallel": config.parallel}
 
 
 def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Console) -> Outcome:

@@ -52,6 +52,7 @@ class Group:
     def __init__(self, rank: int = 0, world: int = 1, store: Any = None, patience: float = 600.0) -> None:
         self.rank, self.world, self.patience, self._store = rank, world, patience, store
         self._calls = self._values = 0
+        self._sets: dict[tuple[tuple[int, ...], ...], Any] = {}
         self._stop = threading.Event()
         if store is not None:
             threading.Thread(target=self._beat, args=(store.clone(),), daemon=True).start()
@@ -130,27 +131,43 @@ class Group:
         self._broadcast(tensors)
         return name, Unpickler(io.BytesIO(text), tensors).load()
 
-    def exchanged(self, parts: Tensor) -> Tensor:
-        """Of every rank's [world, n], whose row q is for rank q, the rows for this one, in the order of ranks."""
-        if self.world == 1:
+    def parted(self, sets: Sequence[Sequence[int]]) -> Any:
+        """What `among` takes, of this process's set of ranks; every rank is in one."""
+        import torch.distributed as dist
+
+        key, wait = tuple(map(tuple, sets)), timedelta(seconds=self.patience)
+        if key not in self._sets:  # a job may train several models
+            with self._together():
+                made = [dist.new_group(list(ranks), timeout=wait) for ranks in sets]
+            self._sets[key] = next(one for one, ranks in zip(made, sets) if self.rank in ranks)
+        return self._sets[key]
+
+    def exchanged(self, parts: Tensor, among: Any = None) -> Tensor:
+        """Of every rank's [world, n], whose row q is for rank q, the rows for this one, in the order of ranks.
+
+        Args:
+            among: The ranks of a set (`parted`); all if not given.
+        """
+        if len(parts) == 1:
             return parts
         import torch.distributed as dist
 
         found = torch.empty_like(parts)
         with self._together():
-            dist.all_to_all_single(found, parts)
+            dist.all_to_all_single(found, parts, group=among)
         return found
 
-    def shared(self, part: Tensor) -> list[Tensor]:
-        """Every rank's tensor of one shape, in the order of ranks, on every rank."""
-        if self.world == 1:
-            return [part]
+    def shared(self, part: Tensor, among: Any = None) -> list[Tensor]:
+        """Every rank's tensor of one shape, in the order of ranks, on every rank; `among` as for `exchanged`."""
         import torch.distributed as dist
 
+        count = self.world if among is None else dist.get_world_size(among)
+        if count == 1:
+            return [part]
         part = part.contiguous()
-        found = [torch.empty_like(part) for _ in range(self.world)]
+        found = [torch.empty_like(part) for _ in range(count)]
         with self._together():
-            dist.all_gather(found, part)
+            dist.all_gather(found, part, group=among)
         return found
 
     def gathered(self, part: Tensor) -> list[Tensor]:
@@ -164,21 +181,28 @@ class Group:
             dist.gather(part, found)
         return found or []
 
-    def sent(self, tensor: Tensor) -> None:
-        """Send a tensor to rank 0, which has to know its shape (`received`)."""
+    def sent(self, tensor: Tensor, rank: int = 0) -> None:
+        """Send a tensor to a rank, which has to know its shape (`received`)."""
         import torch.distributed as dist
 
         with self._together():
-            dist.send(tensor.contiguous(), 0)
+            dist.send(tensor.contiguous(), rank)
 
     def received(self, like: Tensor, rank: int) -> Tensor:
-        """What a rank has sent, of the shape and dtype of `like`. By rank 0 alone."""
+        """What a rank has sent, of the shape and dtype of `like`."""
         import torch.distributed as dist
 
         found = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         with self._together():
             dist.recv(found, rank)
         return found
+
+    def told(self, tensor: Tensor, rank: int, among: Any) -> None:
+        """A rank's tensor, into that of all others of its set."""
+        import torch.distributed as dist
+
+        with self._together():
+            dist.broadcast(tensor, rank, group=among)
 
     def end(self, error: BaseException | None = None) -> bool:
         """Nothing more comes from this rank; of rank 0, the others then end too.

@@ -1,4 +1,4 @@
-"""Parameters cut along their first dimension: S logical pieces of each, S/W neighbours on every process.
+"""Parameters cut along their first dimension: S logical pieces of each, S/N neighbours on every process of a replica.
 
     piece s of θ [n, …]  =  rows s·p … (s + 1)·p − 1,  p = ⌈n/S⌉          named "θ@s"
 
@@ -23,7 +23,8 @@ from retrograd.core import tree
 from retrograd.core.optim import Params
 from retrograd.core.slots import Ledger, joined_digest
 from retrograd.core.step import Recipe, State
-from retrograd.parallel.group import Group
+from retrograd.parallel.group import Group, RankError
+from retrograd.parallel.mesh import Mesh
 from retrograd.parallel.sums import OrderedSum, buckets
 from retrograd.parallel.whole import of_whole
 
@@ -39,22 +40,24 @@ class Pieces:
         like: The whole parameters.
         shards: Logical pieces of each.
         group: The processes; their number divides `shards`.
+        replicas: How many copies of the pieces they have (`mesh`).
     """
 
-    def __init__(self, like: Params, shards: int, group: Group) -> None:
+    def __init__(self, like: Params, shards: int, group: Group, replicas: int = 1) -> None:
         self.shapes = {name: x.shape for name, x in like.items()}
-        self.shards, self.group, self.each = shards, group, shards // group.world
+        self.shards, self.group, self.mesh = shards, group, Mesh(group, replicas)
+        self.each = shards // self.mesh.size
 
     def names(self, name: str) -> list[str]:
         """Names of this process's pieces of a parameter, in order."""
-        return [name_of(name, s) for s in range(self.group.rank * self.each, (self.group.rank + 1) * self.each)]
+        return [name_of(name, s) for s in range(self.mesh.place * self.each, (self.mesh.place + 1) * self.each)]
 
     def own(self, whole: Params) -> Params:
         """Copies of this process's pieces of tensors that it has whole."""
         found: Params = {}
         for name, x in whole.items():
             rows = self._rows(name, x)
-            start, stop = self._bounds(name, self.group.rank)
+            start, stop = self._bounds(name, self.mesh.place)
             found.update(self._pieces(name, rows[:, start:stop], x.ndim > len(self.shapes[name])))
         return found
 
@@ -68,7 +71,7 @@ class Pieces:
         found: Params = {}
         for bucket in buckets(slabs):
             flats = [slabs[name].flatten() for name in bucket]
-            ranks = self.group.shared(flats[0] if len(flats) == 1 else torch.cat(flats))
+            ranks = self.mesh.shared(flats[0] if len(flats) == 1 else torch.cat(flats))
             start = 0
             for name, flat in zip(bucket, flats, strict=True):
                 each = [one[start : start + len(flat)].view_as(slabs[name]) for one in ranks]
@@ -82,8 +85,8 @@ class Pieces:
         return piece.new_zeros((*piece.shape[:1], *self.shapes[name]) if self.wide(name, own) else self.shapes[name])
 
     def dealt(self, name: str, whole: Tensor) -> Tensor:
-        """[W, K·rows·columns]: for every process its rows, padded to one number."""
-        rows, world, height = self._rows(name, whole), self.group.world, self._height(name) * self.each
+        """[N, K·rows·columns]: for every process of a replica its rows, padded to one number."""
+        rows, world, height = self._rows(name, whole), self.mesh.size, self._height(name) * self.each
         if world * height == self._count(name):
             return rows.reshape(len(rows), world, -1).transpose(0, 1).reshape(world, -1)
         found = rows.new_zeros((world, len(rows), height, self._columns(name)))
@@ -94,7 +97,7 @@ class Pieces:
 
     def taken(self, name: str, dealt: Tensor, wide: bool) -> Iterator[tuple[str, Tensor]]:
         """The pieces in this process's row of `dealt`; `wide` says whether there are K."""
-        height, (start, stop) = self._height(name) * self.each, self._bounds(name, self.group.rank)
+        height, (start, stop) = self._height(name) * self.each, self._bounds(name, self.mesh.place)
         rows = dealt.view(len(dealt) // (height * self._columns(name)), height, self._columns(name))
         yield from self._pieces(name, rows[:, : stop - start], wide)
 
@@ -152,11 +155,11 @@ class Pieces:
     def across(self, parts: Tensor) -> Tensor:
         """As `tree.across`: parameter by parameter, its pieces in order."""
         rows = parts.reshape(-1, self.each, *parts.shape[1:])
-        return torch.cat(self.group.shared(rows), 1).reshape(-1, *parts.shape[1:])
+        return torch.cat(self.mesh.shared(rows), 1).reshape(-1, *parts.shape[1:])
 
     def total(self, part: Tensor) -> Tensor:
         """As `tree.total`, in the order of processes."""
-        first, *others = self.group.shared(part)
+        first, *others = self.mesh.shared(part)
         return sum(others, start=first)
 
     def of_whole(
@@ -180,7 +183,7 @@ class PieceSum(OrderedSum):
     """Σ_s x_s of whole tensors by name, of which every process keeps its own pieces."""
 
     def __init__(self, pieces: Pieces, like: Params) -> None:
-        super().__init__(pieces.group)
+        super().__init__(pieces.group, pieces.mesh)
         self.pieces, self.wide = pieces, {name: x.ndim > len(pieces.shapes[name]) for name, x in like.items()}
 
     def dealt(self, names: list[str], term: Params) -> Tensor:
@@ -190,27 +193,52 @@ class PieceSum(OrderedSum):
     def result(self, number: int = 0) -> Params:
         """The pieces of a sum that are this process's."""
         found: Params = {}
-        for part, shapes in zip(self.parts[number], self.shapes, strict=True):
-            start = 0
+        for bucket, shapes in enumerate(self.shapes):
+            part, start = self._told(number, bucket), 0
             for name, shape in shapes:
                 width = self.pieces.width(name, shape)
                 found.update(self.pieces.taken(name, part[start : start + width], self.wide[name]))
                 start += width
         return found
 
+    def _told(self, number: int, bucket: int) -> Tensor:
+        """This process's part of a bucket, from the replica that has it."""
+        part = self.parts.get((number, bucket))
+        part = torch.empty_like(self.likes[bucket]).contiguous() if part is None else part
+        self.mesh.told(part, self.at[number])
+        return part
+
 
 class PieceLedger(Ledger):
-    """Digests of states that lie in pieces, those of the whole states."""
+    """Digests of states that lie in pieces, those of the whole states; all replicas have to have one."""
 
     def __init__(self, digests: dict[int, str], lying: Pieces) -> None:
         super().__init__(digests, lying.shards)
         self.lying = lying
 
     def digest(self, state: State) -> str:
-        leaves, each = tree.leaves((state.params, state.moments)), self.lying.each
+        """As `Ledger.digest`.
+
+        Raises:
+            RankError: If a replica has other bits than the first.
+        """
+        leaves, each, mesh = tree.leaves((state.params, state.moments)), self.lying.each, self.lying.mesh
         own = [tree.digest(leaves[place::each]) for place in range(each)]
         every = self.lying.group.everywhere(own)
-        return joined_digest(x for rank in every for x in rank)
+        found = [joined_digest(x for rank in mesh.of_replica(every, k) for x in rank) for k in range(mesh.replicas)]
+        for replica, digest in enumerate(found):
+            if digest != found[0]:
+                ranks = mesh.of_replica(list(range(len(every))), replica)
+                raise RankError(
+                    f"at step {state.step} replica {replica} ({_ranks(ranks)}) has a state of digest {digest[-12:]}, "
+                    f"replica 0 of {found[0][-12:]}: one of them computes otherwise, or its memory fails. The same "
+                    "command resumes from the last durable state; if it happens again, leave those machines out."
+                )
+        return found[0]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
 
 def name_of(name: str, piece: int) -> str:

@@ -101,7 +101,7 @@ class ByBlock(Sharded):
         return not self._somewhere(found.dtypes != {next(iter(params.values())).dtype})
 
     def _somewhere(self, here: bool) -> bool:
-        return bool(self.lying.total(torch.tensor(int(here))))
+        return any(self.group.shared(torch.tensor(int(here))))
 
     def _all(self, name: str, *arguments: Any) -> Any:
         return self.doing[name](*arguments)

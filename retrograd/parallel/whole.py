@@ -1,9 +1,9 @@
 """A function of whole parameters that lie in pieces: each process computes it for one of them at a time.
 
-    process q:  f(θ_q) whole,  q = 0 … W − 1        pieces of θ_q from all to q, and of f(θ_q) from q to all
+    process q:  f(θ_q) whole,  q = 0 … N − 1        pieces of θ_q from all to q, and of f(θ_q) from q to all
 
-Two exchanges of a parameter and one computation. Were it gathered on every process instead, that would be W − 1 copies
-of it, and W computations of the same. Either way a process has no more than one parameter whole.
+Two exchanges of a parameter and one computation, in each replica. Were it gathered on every process instead, that would
+be N − 1 copies of it, and N computations of the same. Either way a process has no more than one parameter whole.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def of_whole(
     """As `tree.of_whole`, of parameters named in their order; every process has pieces of each."""
     # those of about one size go together: what is exchanged is padded to the largest
     ordered = sorted(names, key=lambda name: -lying.shapes[name].numel())
-    for start in range(0, len(ordered), lying.group.world):
-        yield from _one_each(lying, function, ordered[start : start + lying.group.world], given)
+    for start in range(0, len(ordered), lying.mesh.size):
+        yield from _one_each(lying, function, ordered[start : start + lying.mesh.size], given)
 
 
 class _Parcel(NamedTuple):
@@ -54,7 +54,7 @@ def _one_each(
     lying: Pieces, function: _Function, some: list[str], given: _Given
 ) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """Of one parameter for each process; there may be none for the last ones."""
-    group, rows, parcels = lying.group, list[Tensor](), list[_Parcel]()
+    mesh, rows, parcels = lying.mesh, list[Tensor](), list[_Parcel]()
     for name in some:
         parcel, row = _packed(lying, name, given)
         parcels.append(parcel)
@@ -62,11 +62,11 @@ def _one_each(
     assert len({row.dtype for row in rows}) == 1, "the parameters of a model are of one dtype"
     width = max(map(len, rows))
     rows = [F.pad(row, (0, width - len(row))) for row in rows]
-    found = group.exchanged(torch.stack(rows + [torch.zeros_like(rows[0])] * (group.world - len(rows))))
+    found = mesh.exchanged(torch.stack(rows + [torch.zeros_like(rows[0])] * (mesh.size - len(rows))))
     del rows, row
-    if group.rank < len(some):
-        found = _computed(lying, function, parcels[group.rank], found)
-    found = group.exchanged(F.pad(found, (0, width - found.shape[1])))
+    if mesh.place < len(some):
+        found = _computed(lying, function, parcels[mesh.place], found)
+    found = mesh.exchanged(F.pad(found, (0, width - found.shape[1])))
     for parcel, row in zip(parcels, found):
         yield from _pieces(lying, parcel, row)
 
@@ -81,7 +81,7 @@ def _packed(lying: Pieces, name: str, given: _Given) -> tuple[_Parcel, Tensor]:
 
 
 def _computed(lying: Pieces, function: _Function, parcel: _Parcel, there: Tensor) -> Tensor:
-    """What every process has sent of a parameter, [W, n] → what each gets of the function, [W, n]."""
+    """What every process has sent of a parameter, [N, n] → what each gets of the function, [N, n]."""
     slabs = zip(*map(parcel.opened, there), strict=True)
     whole = [
         lying.joined(parcel.name, [x.view(shape) for x in every], wide)

@@ -22,7 +22,7 @@ class Machine(NamedTuple):
         name: For people.
         memory: Bytes of the device; None where it is the host's.
         host, disk: Bytes free.
-        ranks, shards: Processes, and how many of them divide states and parameters.
+        ranks, shards: Processes, and how many of them, those of a replica, divide states and parameters.
         rate: Operations a second that are counted on; None where steps are timed, or nothing is.
         peak: Those of the data sheet.
         bandwidth, link: Bytes/s of the device's memory, and to the host; None where not known.
@@ -43,22 +43,39 @@ class Machine(NamedTuple):
     base: int
     disk_rate: float | None = None
 
+    @property
+    def replicas(self) -> int:
+        """Copies of what is divided; 1 where nothing is."""
+        return self.ranks // self.shards if self.shards > 1 else 1
+
 
 DISK = 5e9  # bytes/s of an NVMe disk: a guess
 _CONTEXT = 10**9  # bytes of a GPU that CUDA and its libraries take: a guess
 
 
 def machine_of(
-    config: PlanConfig, run: Path, device: torch.device, precision: Precision | None, parallel: str = "auto"
+    config: PlanConfig,
+    run: Path,
+    device: torch.device,
+    precision: Precision | None,
+    parallel: str = "auto",
+    replicas: int = 1,
 ) -> Machine:
     """The machine of a configuration; `device` is that of a run here, `precision` that of its products.
 
     Args:
-        parallel: The run's own --parallel.
+        parallel, replicas: The run's own.
     Raises:
-        ValueError: If the data sheet has no rate of that precision and none is given.
+        ValueError: If the data sheet has no rate of that precision and none is given, or the ranks are not so many
+            replicas.
     """
-    shards = config.ranks if "shard" in (config.layout, parallel if config.layout == "auto" else "") else 1
+    if config.ranks % replicas:
+        raise ValueError(
+            f"--ranks is {config.ranks} and the run's --replicas {replicas}, which has to divide it: each replica is "
+            "as many ranks"
+        )
+    divided = "shard" in (config.layout, parallel if config.layout == "auto" else "")
+    shards = config.ranks // replicas if divided else 1
     disk = parse_size(config.disk) if config.disk else free_disk(run)
     memory, host = (parse_size(size) if size else None for size in (config.memory, config.host))
     if config.hardware == "here":

@@ -45,7 +45,7 @@ def plan_run(config: RunConfig, plan: PlanConfig, clock: Callable[[], float] = t
     _refuse_further(config)
     start = clock()
     device = torch.device("cpu") if plan.by_arithmetic else find_device(config.device)
-    machine = machine_of(plan, _folder(config), device, precision_of(config), config.parallel)
+    machine = machine_of(plan, _folder(config), device, precision_of(config), config.parallel, config.replicas)
     found = described(config, plan) if plan.by_arithmetic else loaded(config)
     before = clock() - start
     peak = resident("VmHWM") if found.setup is not None and machine.memory is None else 0
@@ -206,7 +206,8 @@ def _changes(first: Forecast, tried: Forecast, layout: Layout | None) -> tuple[s
         found.append(f"--train.micro_batch_size {tried.rows * tried.machine.ranks}")
     if tried.machine.ranks != first.machine.ranks or tried.machine.shards != first.machine.shards:
         how = "shard" if tried.machine.shards > 1 else "replicate"
-        found.append(f"{tried.machine.ranks} ranks, {how}")
+        several = f", {tried.machine.replicas} replicas" if tried.machine.replicas > 1 else ""
+        found.append(f"{tried.machine.ranks} ranks, {how}{several}")
     old = first.layout
     if layout is not None and (old is None or old.kind != layout.kind or old.cost != layout.cost):
         kept = sum(size for name, size in tried.host.items() if name == "states and gradients kept")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retrograd.plan.cost import Forecast
+from retrograd.plan.machine import Machine
 from retrograd.plan.many import PlannedMany
 from retrograd.plan.run import Planned
 from retrograd.runs.run_folder import describe
@@ -60,10 +61,15 @@ def show(planned: Planned, console: Console) -> None:
     if not found.known:
         line("", "activations are not known and not counted")
     line("time", _time(found))
-    console.print(f"[bold]{machine.name}[/bold], {machine.ranks} rank{'s' * (machine.ranks > 1)}"
-                  + (", parameters and states divided among them" if machine.shards > 1 else ""))  # fmt: skip
+    console.print(f"[bold]{machine.name}[/bold], {_ranks(machine)}")
     console.print(table)
     _verdict(planned, console)
+
+
+def _ranks(machine: Machine) -> str:
+    divided = ", parameters and states divided among them" if machine.shards > 1 else ""
+    several = f" in {machine.replicas} replicas of {machine.shards}" if machine.replicas > 1 else ""
+    return f"{machine.ranks} rank{'s' * (machine.ranks > 1)}{divided}{several}"
 
 
 def _verdict(planned: Planned, console: Console) -> None:

@@ -121,6 +121,7 @@ class Differentiated(NamedTuple):
         begun: The arithmetic of a run that was begun: its replay takes no other.
         shards: Logical shards; as many as there are processes when None.
         parallel: How several processes share: "shard", or else every one computes with the whole parameters it is sent.
+        replicas: Copies of the pieces.
     """
 
     engine: Literal["auto", "double", "blocks"] = "auto"
@@ -130,6 +131,7 @@ class Differentiated(NamedTuple):
     begun: Arithmetic | None = None
     shards: int | None = 1
     parallel: str = "replicate"
+    replicas: int = 1
 
 
 def attributed(setup: Setup, texts: list[str], asked: list[Asked], parts: Sequence[Part] = ()) -> Loaded:
@@ -206,7 +208,7 @@ def set_up(
     how = how._replace(begun=group.agreed(how.begun))  # another rank may have looked later
     if how.begun is not None:
         how.begun.apply()
-    shards = logical_shards(how.shards, how.begun, group, how.run)
+    shards = logical_shards(how.shards, how.begun, group, how.run, how.replicas)
     size = train.micro_batch_size or stream.batch_size
     recipe = recipe_of(train, model, len(stream), shards)
     dtype = next(model.module.parameters()).dtype
@@ -233,7 +235,7 @@ def set_up(
     refuse_unequal(group, hashes, arithmetic)
     # an unlearning is held against the parameters it starts from, at its end
     given = (engine.engine, shards, group, stream)
-    divide = partial(in_pieces, *given, model, initial, keep=objective is not None)
+    divide = partial(in_pieces, *given, model, initial, how.replicas, keep=objective is not None)
     if how.begun is None and by_block:
         training = prove_by_block(training, initial, model, divide, attributed=attributed)
     else:
@@ -256,7 +258,7 @@ def _hashes(recipe: Recipe, rows: Rows, initial: State, module: nn.Module) -> di
 def differentiated(config: RecipeConfig, queries: int) -> Differentiated:
     """How the steps of a run are, by its settings."""
     asked = (config.engine, config.compile, queries, config.run)
-    return Differentiated(*asked, _begun(config), config.shards, config.parallel)
+    return Differentiated(*asked, _begun(config), config.shards, config.parallel, config.replicas)
 
 
 def _begun(config: RecipeConfig) -> Arithmetic | None:
@@ -302,7 +304,7 @@ def _load(how: Differentiated, batch: tuple[int, int], model: CausalLM, initial:
     owed, free = owed_bytes(params, tree.nbytes(initial), k), _free(next(iter(model.params.values())).device)
     if not _divided(how):
         return Load(*batch, k, free - owed)
-    passed = owed // here().world + params * (1 + (2 * k or 1))
+    passed = owed * how.replicas // here().world + params * (1 + (2 * k or 1))
     whole = list(model.module.parameters())
     frozen = sum(x.nbytes for x in whole) - params
     sizes = Sizes(params, frozen, whole[0].element_size(), sum(x.numel() for x in whole))

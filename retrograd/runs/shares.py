@@ -22,12 +22,22 @@ from retrograd.settings.train import RunConfig
 __all__ = ["in_pieces", "logical_shards", "prove_while_whole", "refuse_unequal", "shared"]
 
 
-def logical_shards(asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None) -> int:
+def logical_shards(
+    asked: int | None, begun: Arithmetic | None, group: Group, run: Path | None, replicas: int = 1
+) -> int:
     """The logical shards of a run: those it was begun with, else those asked for, else one for each process.
 
     Raises:
-        ValueError: If a run that was begun has others, or they cannot be dealt out evenly; with the worlds that can.
+        ValueError: If a run that was begun has others, or they cannot be dealt out evenly, with the worlds that can; or
+            the processes cannot be so many replicas.
     """
+    if group.world % replicas:
+        able = ", ".join(str(n) for n in range(1, group.world + 1) if group.world % n == 0)
+        raise ValueError(
+            f"--replicas is {replicas} and this job has {group.world} process{'es' * (group.world > 1)}: each replica "
+            f"is as many processes, which have the pieces of all parameters. Take --replicas {able}; the bits are the "
+            "same with each."
+        )
     if begun is not None and asked not in (None, begun.shards):
         raise ValueError(
             f"{run} was begun with {begun.shards} logical shards, now --shards is {asked}: sums over rows would be "
@@ -58,15 +68,17 @@ def in_pieces(
     stream: DataStream | PairStream,
     model: CausalLM,
     initial: State,
+    replicas: int = 1,
     *,
     keep: bool = False,
 ) -> Sharded:
     """The engine over logical shards of a model whose parameters lie in pieces; the whole ones are let go of.
 
     Args:
+        replicas: Copies of the pieces.
         keep: Do not let go of them.
     """
-    lying = Pieces(initial.params, shards, group)
+    lying = Pieces(initial.params, shards, group, replicas)
     kind = ByBlock if isinstance(engine, Blocks) else Sharded
     found = kind(engine, shards, group, _unit(stream), lying=lying, first=lying.own(initial.params))
     if not keep and not hasattr(model.module, "merge_and_unload"):  # adapters are small, and merged in place

@@ -258,7 +258,7 @@ class InPieces(Trajectory):
         self._whole = (folder, initial, training.recipe, identity)
         training = training._replace(recipe=self.lying.recipe_of(training.recipe))
         own = initial_state(training.recipe, engine.first)._replace(step=initial.step)
-        part = None if folder is None else part_of(folder, group.world, group.rank)
+        part = None if folder is None else part_of(folder, *self.lying.mesh.form, group.rank)
         super().__init__(training, own, replay, part, identity, self._seen, logs, None, self.lying)
         self._observe, self._shown, self._forward = observe, frozenset(shown), False
 
@@ -310,7 +310,7 @@ class InPieces(Trajectory):
         super().clean(key)
         group.collected(None)  # all have
         if folder is not None and group.rank == 0:
-            relay(folder, initial, recipe, 1, identity)
+            relay(folder, initial, recipe, (1, 1), identity)
 
 
 def _with(event: Advanced | Turned, state: State) -> Event:
@@ -349,9 +349,9 @@ class Ready:
         training = self.training if weights is None else self.training._replace(weights=weights)
         given = (replay, folder, identity or self.identity)
         engine = training.engine
-        world = engine.group.world if isinstance(engine, Sharded) else 1
+        form = engine.lying.mesh.form if isinstance(engine, Sharded) else (1, 1)
         if folder is not None:
-            relay(folder, self.initial, training.recipe, world, given[-1])
+            relay(folder, self.initial, training.recipe, form, given[-1])
         if isinstance(engine, Sharded):
             engine.group.call("trajectory", *given, tuple(shown))
             return InPieces(training, self.initial, *given, observe, logs, shown)
@@ -359,7 +359,7 @@ class Ready:
 
     def settle(self, folder: Path) -> None:
         """Lay out whole what a finished run may have left in pieces, killed before it had."""
-        relay(folder, self.initial, self.training.recipe, 1, self.identity)
+        relay(folder, self.initial, self.training.recipe, (1, 1), self.identity)
 
     def follow(self) -> None:
         """Do what rank 0 does with this training, until it is done with it. By the other ranks of a job.

@@ -140,6 +140,8 @@ class AttackConfig:
     """What the processes of a torchrun job share. auto: each takes whole meetings, best where a model fits on one;
     replicate, shard: all share every step of each fine-tuning meeting, as in `retrograd train`; rank 0 does the rest.
     shard is for models that need several."""
+    replicas: int = 1
+    """Copies of the pieces of --parallel shard, as in `retrograd train`."""
     shards: int | None = None
     """Logical shards of each fine-tuning meeting, as in `retrograd train`; a meeting that was begun keeps its own."""
     patience: float = 600.0

@@ -17,7 +17,7 @@ __all__ = ["LAB", "attack_settings", "lab_settings"]
 LAB = "lab"  # the word that stands for the lab's folder, and the entry with its settings
 
 _OWN = ("out", "model", "base", "filtered", "device", "tokenizer", "heartbeat", "export", "attribute", "subsets",
-        "fraction", "replay", "parallel", "shards", "patience")  # fmt: skip
+        "fraction", "replay", "parallel", "replicas", "shards", "patience")  # fmt: skip
 
 
 def attack_settings(

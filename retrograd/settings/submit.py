@@ -99,6 +99,12 @@ def check_submit(asked: SubmitOf) -> None:
             f"{command} runs in one process, and --nodes {job.nodes} with --gpus {job.gpus} are {ranks}: give --gpus "
             "1, and --workers for an experiment"
         )
+    replicas = getattr(asked.config, "replicas", 1)
+    if ranks % replicas:
+        raise ValueError(
+            f"--replicas is {replicas}, and --nodes {job.nodes} with --gpus {job.gpus} are {ranks} ranks, which it "
+            f"does not divide: with --replicas {job.nodes} each node is a replica"
+        )
     if job.workers > 1 and command not in ("experiment", "validate"):
         raise ValueError(f"--workers {job.workers} would run the same {command} {job.workers} times; leave it out")
     if job.workers > 1 and ranks > 1:

@@ -20,8 +20,8 @@ from retrograd.settings.question import Source
 __all__ = [
     "GONE", "DataConfig", "ExportConfig", "LoraConfig", "LrSchedule", "RecipeConfig", "ReplayConfig", "RunConfig",
     "TrainConfig", "TrainRunConfig",
-    "at_least_1", "check_patience", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training",
-    "difference", "finite", "to_dict",
+    "at_least_1", "check_precision", "check_ranks", "check_recipe", "check_train", "check_training", "difference",
+    "finite", "to_dict",
 ]  # fmt: skip
 
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
@@ -29,6 +29,12 @@ LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", 
 
 class Shared(Protocol):
     """How processes share steps: settings of every command that lets them."""
+
+    @property
+    def parallel(self) -> str: ...
+
+    @property
+    def replicas(self) -> int: ...
 
     @property
     def shards(self) -> int | None: ...
@@ -175,6 +181,10 @@ class RunConfig:
     rank 0 has the optimizer and the states between steps; shard: each has its pieces of them, and where the engine is
     blocks, one layer whole at a time. The bits are the same. auto is replicate; without torchrun there is one
     process."""
+    replicas: int = 1
+    """Copies of the pieces of --parallel shard, each over neighbouring ranks, which gather parameters from each other
+    alone: with as many replicas as nodes only sums go between nodes, and a rank holds as many times more. The bits are
+    the same."""
     shards: int | None = None
     """Logical shards: the parts of a micro-batch that sums over rows are taken in, whose order the bits depend on. Any
     number of processes that divides it goes on with the run. As many as processes when None."""
@@ -215,7 +225,8 @@ class TrainRunConfig(RecipeConfig, ExportConfig):
 # The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
 _NOT_THE_RUN = (
     "run", "config", "overwrite", "trust_code", "replay", "heartbeat", "sharpness", "engine", "compile", "evaluate",
-    "log", "export", "parallel", "shards", "patience",
+    "log", "export", "parallel", "replicas", "shards",
+    "patience",
 )  # fmt: skip
 _NOT_STORED = {"run", "config", "overwrite", "query_file", "trust_code"}
 GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
@@ -294,14 +305,14 @@ def check_ranks(config: Shared) -> None:
     Raises:
         ValueError: As `check_train`.
     """
-    at_least_1({"shards": config.shards})
-    check_patience(config.patience)
-
-
-def check_patience(seconds: float) -> None:
-    """As `check_ranks`, where shards are given."""
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"--patience is {seconds}; it has to be a number of seconds above 0")
+    at_least_1({"shards": config.shards, "replicas": config.replicas})
+    if config.replicas > 1 and config.parallel != "shard":
+        raise ValueError(
+            f"--replicas {config.replicas} makes copies of the pieces of --parallel shard, and --parallel is "
+            f"{config.parallel}: give --parallel shard, or leave --replicas out"
+        )
+    if not 0 < config.patience < math.inf:
+        raise ValueError(f"--patience is {config.patience}; it has to be a number of seconds above 0")
 
 
 def check_training(train: TrainConfig, lora: LoraConfig) -> None:

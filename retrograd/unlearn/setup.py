@@ -97,7 +97,8 @@ def _set_up(config: UnlearnConfig, method: Method, loaded: Read, queries: int) -
         *([config.attribute] if config.attribute else []), *([config.order] if config.order else []),
         *([fitted.digest] if fitted else []),
     )  # fmt: skip
-    how = Differentiated(queries=queries, run=config.run, begun=begun, shards=config.shards, parallel=config.parallel)
+    sharing = (config.shards, config.parallel, config.replicas)
+    how = Differentiated("auto", False, queries, config.run, begun, *sharing)
     return set_up(model, loaded.tokenizer, stream, train, how, visited=visited, objective=objective, start=start)
 
 

@@ -234,6 +234,9 @@ REFUSED = {
     "--workers 3 would run the same verify 3 times": ["--workers", "3", "verify", "x"],
     "--workers 2 jobs of 2 ranks": ["--workers", "2", "--gpus", "2", "validate", "x"],
     "--workers 60 for 50 subsets leaves some without any": ["--workers", "60", "validate", "x"],
+    "--replicas is 2, and --nodes 3 with --gpus 1 are 3 ranks": [
+        "--nodes", "3", "train", "x", "--model", "m", "--data.dataset", "d", "--parallel", "shard", "--replicas", "2"
+    ],
     "there is no sbatch here": ["verify", "x"],
     "--via submitit": ["--via", "submitit", "--gpus", "2", "validate", "x"],
 }  # fmt: skip

@@ -111,13 +111,15 @@ def test_scores_through_an_attack_are_one_process_s(world: Path, capfd: pytest.C
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["replicate", "shard"])
-def test_models_and_attacks_without_training_meet_in_turn(world: Path, tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(("how", "more"), [("replicate", []), ("shard", []), ("shard", ["--replicas", "2"])])
+def test_models_and_attacks_without_training_meet_in_turn(
+    world: Path, tmp_path: Path, how: str, more: list[str]
+) -> None:
     lora = "{data: forget, steps: 2, lr: 1e-2, batch_size: 4, rank: 2, dtype: float64}"
     suite = f"{TWO_PHASES}, {lora}, {{attack: prune, strengths: [0.5]}}"
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(attack(world, one, model="unlearned", suite=suite)) == 0
-    assert command(2, attack(world, two, *shared(how), model="unlearned", suite=suite)) == [0, 0]
+    assert command(2, attack(world, two, *shared(how, *more), model="unlearned", suite=suite)) == [0, 0]
     assert distance(two, one) < 1e-12
     assert shards(two) == [2] * 6, "two models, three phases"
     found, expected = (json.loads((out / "recovery.json").read_text()) for out in (two, one))

@@ -39,6 +39,7 @@ RECIPES = {
 }
 
 SHARD = ["--parallel", "shard"]
+MESH = [*SHARD, "--replicas", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,9 @@ def test_every_world_gives_the_scores_of_one_process(world: Path, recipe: str) -
             pieces = world / f"{recipe}-{dtype}-{ranks}-pieces"
             assert command(ranks, arguments(world, pieces, recipe, "--dtype", dtype, *SHARD)) == [0] * ranks
             assert torch.equal(scores(pieces), found[ranks]), f"{ranks} ranks in pieces, {dtype}"
+        mesh = world / f"{recipe}-{dtype}-2x2"
+        assert command(4, arguments(world, mesh, recipe, "--dtype", dtype, *MESH)) == [0] * 4
+        assert torch.equal(scores(mesh), found[4]), f"two replicas of two, {dtype}"
         run = world / f"{recipe}-{dtype}-2of4"
         assert command(2, arguments(world, run, recipe, "--dtype", dtype, "--shards", "4", *SHARD)) == [0, 0]
         assert torch.equal(scores(run), found[4])
@@ -157,6 +161,23 @@ def test_a_run_goes_on_in_a_world_that_divides_its_shards_and_in_no_other(
     assert main(arguments(world, run, "blocks", "--replay.heartbeat", "0")) == 0, "on one process"
     assert command(2, arguments(world, whole, "blocks", *asked)) == [0, 0]
     assert torch.equal(scores(run), scores(whole))
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(engine, marks=[pytest.mark.slow] * (engine == "blocks")) for engine in ("double", "blocks")]
+)
+def test_two_replicas_of_two_give_the_scores_of_one_process(world: Path, engine: str) -> None:
+    """Three rows of other lengths: one rank of four has none."""
+    asked = ["--dtype", "float64", "--data.limit", "3", "--train.batch_size", "3", "--train.max_grad_norm", "0.5"]
+    runs = [world / f"{engine}-three-{name}" for name in ("mesh", "shards", "alone")]
+    given = [arguments(world, run, "blocks", *asked, "--engine", engine) for run in runs]
+    assert command(4, [*given[0], *MESH]) == [0] * 4
+    assert main([*given[1], "--shards", "4"]) == 0
+    assert main(given[2]) == 0
+    assert torch.equal(scores(runs[0]), scores(runs[1]))
+    assert distance(scores(runs[0]), scores(runs[2])) < 1e-10
+    final = [read_tensors(run / "checkpoints/final.safetensors")[1]["digest"] for run in runs[:2]]
+    assert final[0] == final[1]
 
 
 def killed(world: int, rank: int, at: int, asked: list[str]) -> None:
@@ -204,12 +225,30 @@ def test_a_run_in_pieces_goes_on_whole_and_again_in_pieces(world: Path, recipe: 
     assert main(arguments(world, whole, recipe, "--shards", "4")) == 0
     assert torch.equal(scores(run), scores(whole))
     found = open_run(run).loaded
-    relay(run / "checkpoints", found.initial, found.training.recipe, 2, found.identity)  # as if killed before the end
+    relay(
+        run / "checkpoints", found.initial, found.training.recipe, (1, 2), found.identity
+    )  # as if killed before the end
     assert (run / "checkpoints/of-2/rank-0/final.safetensors").exists()
     assert main(asked) == 0
     left = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert left == ["digests.txt", "final.safetensors"]
     assert main(["verify", str(run), "--steps", "2", "--strict"]) == 0
+
+
+@pytest.mark.slow
+def test_two_replicas_go_on_in_every_other_layout(world: Path) -> None:
+    run, whole = world / "meshed", world / "unmeshed"
+    asked = arguments(world, run, "blocks", "--replay.heartbeat", "0", "--replay.memory", "0", "--shards", "4")
+    killed(4, 3, 3, [*asked, *MESH])
+    assert list((run / "checkpoints/of-2x2/rank-3").glob("state-*.safetensors"))
+    killed(2, 1, 3, [*asked, *SHARD])  # in training still
+    killed(4, 2, 5, [*asked, *SHARD, "--replicas", "4"])  # on the way back
+    assert (run / "checkpoints/of-4x1/rank-2/reverse.safetensors").exists()
+    killed(4, 1, 3, [*asked, *MESH])
+    assert (run / "checkpoints/of-2x2/rank-1/reverse.safetensors").exists()
+    assert main(asked) == 0
+    assert main(arguments(world, whole, "blocks", "--shards", "4")) == 0
+    assert torch.equal(scores(run), scores(whole))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +312,11 @@ def test_what_one_process_does_is_refused_in_a_job(world: Path, capfd: pytest.Ca
     assert "retrograd verify is one process, and this is one of 2" in capfd.readouterr().err
     assert command(2, arguments(world, world / "gpu", "blocks", "--device", "cuda:1"))[0] == 2
     assert "would be the device of every rank" in capfd.readouterr().err
+    assert command(2, arguments(world, world / "none", "blocks", *SHARD, "--replicas", "3"))[0] == 2
+    assert "--replicas is 3 and this job has 2 processes" in (error := capfd.readouterr().err)
+    assert "Take --replicas 1, 2" in error
+    assert main(arguments(world, world / "none", "blocks", "--replicas", "2")) == 2
+    assert "--replicas 2 makes copies of the pieces of --parallel shard" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--shards", "0")) == 2
     assert "--shards is 0" in capfd.readouterr().err
     assert main(arguments(world, world / "none", "blocks", "--patience", "0")) == 2

@@ -26,7 +26,7 @@ from retrograd.data.stream import DataStream
 from retrograd.lm.chain import decoder_chain
 from retrograd.lm.engines import Load
 from retrograd.lm.model import CausalLM, causal_objective, trainable
-from retrograd.parallel.group import ALONE, Group
+from retrograd.parallel.group import ALONE, Group, RankError
 from retrograd.parallel.pieces import PieceLedger, Pieces, parameter_of
 from retrograd.parallel.shard import ByBlock, Sharded, release
 from retrograd.parallel.split import Split
@@ -48,9 +48,9 @@ def tensors(seed: int, *lead: int) -> Params:
     return {name: torch.randn((*lead, *shape), generator=draw) for name, shape in SHAPES.items()}
 
 
-def there_and_back(group: Group) -> list[Any]:
+def there_and_back(group: Group, replicas: int) -> list[Any]:
     """All that is computed over leaves, from pieces."""
-    lying = Pieces(tensors(0), SHARDS, group)
+    lying = Pieces(tensors(0), SHARDS, group, replicas)
     params, bars, grads = lying.own(tensors(0)), lying.own(tensors(1, 2)), lying.own(tensors(2))
     recipe = lying.recipe_of(Recipe(AdamW(0.1, spared=("vector",), weight_decay=0.5), pieces=SHARDS))
     state = initial_state(recipe, params)
@@ -62,13 +62,13 @@ def there_and_back(group: Group) -> list[Any]:
     return [lying.whole(params), lying.whole(bars), lying.whole(clipped), lying.whole(pulled), numbers, digest]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_pieces_have_the_bits_of_whole_leaves(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (3, 1), (6, 3), (3, 3)])
+def test_pieces_have_the_bits_of_whole_leaves(ranks: int, replicas: int) -> None:
     params, bars, grads = tensors(0), tensors(1, 2), tensors(2)
     clipped, pulled = clip(grads, 0.1, SHARDS), clip_pullback(grads, 0.1, bars, SHARDS)
     optimizer = AdamW(0.1, spared=("vector",), weight_decay=0.5)
     after = State(1, *optimizer.update(params, optimizer.init(params), clipped, 0))
-    for found in on_ranks(ranks, there_and_back):
+    for found in on_ranks(ranks, there_and_back, replicas):
         assert tree.digest(found[:4]) == tree.digest([params, bars, clipped, pulled])
         assert found[-1] == digest_of(after, SHARDS)
         norm, norms, dot, bad = found[4]
@@ -78,6 +78,22 @@ def test_pieces_have_the_bits_of_whole_leaves(ranks: int) -> None:
         assert bad == 0
     moved = {**after.params, "few": after.params["few"].flip(0)}
     assert digest_of(after._replace(params=moved), SHARDS) != digest_of(after, SHARDS)
+
+
+def test_replicas_that_part_are_named() -> None:
+    def digest(group: Group) -> str:
+        lying = Pieces(tensors(0), SHARDS, group, 2)
+        own = lying.own(tensors(0))
+        if group.rank == 1:
+            own["few@0"][0, 0] += 1
+        try:
+            return PieceLedger({}, lying).digest(State(7, own, {}))
+        except RankError as error:
+            return str(error)
+
+    first, second = on_ranks(2, digest)
+    assert first == second
+    assert "at step 7 replica 1 (rank 1) has a state of digest" in first
 
 
 MATRICES = {"wide": (7, 11), "tall": (9, 4), "few": (2, 5), "spared": (3, 3), "left": (6, 6), "long": (25, 30)}
@@ -90,11 +106,11 @@ def more_tensors(seed: int, dtype: torch.dtype, *lead: int) -> Params:
     return {name: torch.randn((*lead, *shape), generator=draw, dtype=dtype) for name, shape in shapes.items()}
 
 
-def orthogonalised(group: Group | None, dtype: torch.dtype, nesterov: bool) -> list[Any]:
+def orthogonalised(group: Group | None, dtype: torch.dtype, nesterov: bool, replicas: int = 1) -> list[Any]:
     """Two updates by Muon and the pullback of the second for two queries, whole or in pieces; and what is counted whole."""
     params, *grads = (more_tensors(seed, dtype) for seed in range(3))
     bars = [more_tensors(seed, dtype, 2) for seed in (3, 4, 5, 6)]
-    how = None if group is None else Pieces(params, SHARDS, group)
+    how = None if group is None else Pieces(params, SHARDS, group, replicas)
     recipe = Recipe(replace(MUON, nesterov=nesterov), pieces=SHARDS)
     if how is not None:
         recipe = how.recipe_of(recipe)
@@ -111,11 +127,11 @@ def orthogonalised(group: Group | None, dtype: torch.dtype, nesterov: bool) -> l
     return [tree.named(trees), pulled.recipe]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_muon_in_pieces_has_the_bits_of_whole_matrices(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (2, 1), (3, 1), (6, 3)])
+def test_muon_in_pieces_has_the_bits_of_whole_matrices(ranks: int, replicas: int) -> None:
     for dtype, nesterov in ((torch.float32, True), (torch.float64, False)):
         expected, numbers = orthogonalised(None, dtype, nesterov)
-        for found, own in on_ranks(ranks, orthogonalised, dtype, nesterov):
+        for found, own in on_ranks(ranks, orthogonalised, dtype, nesterov, replicas):
             assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
             assert found.keys() == expected.keys()
             for name, slope in numbers.items():
@@ -148,9 +164,9 @@ def some_rows(kind: str, rows: int) -> World:
     return world if rows == ALL else world._replace(batches=micro_batches(world.batches[0], rows)[:1])
 
 
-def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
+def gathered(group: Group, kind: str, rows: int, replicas: int) -> dict[str, Any]:
     world = some_rows(kind, rows)
-    lying = Pieces(world.params, SHARDS, group)
+    lying = Pieces(world.params, SHARDS, group, replicas)
     own = World(world.engine, lying.own(world.params), world.batches, world.weights, lying.own(world.bars))
     half = (ByBlock if isinstance(world.engine, Blocks) else Sharded)(
         world.engine, SHARDS, group, lying=lying, first=own.params
@@ -165,17 +181,23 @@ def gathered(group: Group, kind: str, rows: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks", "rows"),
+    ("kind", "ranks", "rows", "replicas"),
     [
-        ("blocks", 3, 2),
-        *(pytest.param(kind, ranks, ALL, marks=pytest.mark.slow) for kind, ranks in (("double", 3), ("blocks", 2))),
+        ("blocks", 3, 2, 1),
+        ("blocks", 6, 2, 3),
+        *(
+            pytest.param(kind, ranks, ALL, replicas, marks=pytest.mark.slow)
+            for kind, ranks, replicas in (("double", 3, 1), ("blocks", 2, 1), ("double", 6, 3), ("blocks", 2, 2))
+        ),
     ],
 )
-def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(kind: str, ranks: int, rows: int) -> None:
+def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(
+    kind: str, ranks: int, rows: int, replicas: int
+) -> None:
     world = some_rows(kind, rows)
     alone = everything(Split(world.engine, SHARDS, ALONE), world)
     assert apart(alone, everything(world.engine, world)) < 1e-12
-    for found in on_ranks(ranks, gathered, kind, rows):
+    for found in on_ranks(ranks, gathered, kind, rows, replicas):
         assert tree.digest(found) == tree.digest(alone)
 
 
@@ -296,7 +318,7 @@ def test_what_one_process_refuses_is_refused_in_pieces(wrong: str, message: str)
         assert message in error
 
 
-def proved_where_float64_fails(group: Group, fails: list[int]) -> list[torch.dtype]:
+def proved_where_float64_fails(group: Group, fails: list[int], replicas: int) -> list[torch.dtype]:
     """The dtypes that a first step is proved in, where the loss of some ranks takes no float64."""
     model, engine = deep(16, 2)
     stream = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2)
@@ -314,30 +336,37 @@ def proved_where_float64_fails(group: Group, fails: list[int]) -> list[torch.dty
         compare(engine, params, *given)
 
     GPT2MLP.forward, first_step._compare_gradient = forward, noted
-    divide = partial(in_pieces, engine, group.world, group, stream, model, initial)
+    given = (engine, group.world, group, stream, model, initial, replicas)
+    divide = partial(in_pieces, *given)
     prove_by_block(training, initial, model, divide, attributed=True)
     return seen
 
 
-@pytest.mark.parametrize(("ranks", "fails"), [(2, [1]), (3, [0, 1, 2])], ids=["one rank", "all, one has no rows"])
-def test_ranks_prove_in_one_dtype(ranks: int, fails: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "fails", "replicas"),
+    [(2, [1], 1), (3, [0, 1, 2], 1), (2, [1], 2)],
+    ids=["one rank", "all, one has no rows", "one replica"],
+)
+def test_ranks_prove_in_one_dtype(ranks: int, fails: list[int], replicas: int) -> None:
     deep(16, 2)
-    assert on_ranks(ranks, proved_where_float64_fails, fails) == [[torch.float32]] * ranks
+    assert on_ranks(ranks, proved_where_float64_fails, fails, replicas) == [[torch.float32]] * ranks
 
 
-def weighed(group: Group, parallel: str) -> Load:
+def weighed(group: Group, parallel: str, replicas: int = 1) -> Load:
     model, _ = deep(16, 2)
     setup._free = lambda device: 1 << 30
     initial = initial_state(Recipe(AdamW(1e-3)), model.params)
-    return setup._load(setup.Differentiated(queries=2, parallel=parallel), (1, 8), model, initial)
+    return setup._load(setup.Differentiated(queries=2, parallel=parallel, replicas=replicas), (1, 8), model, initial)
 
 
 def test_auto_weighs_double_by_what_it_has_whole_where_parameters_are_divided() -> None:
     size, held = tree.nbytes(deep(16, 2)[0].params), 5 + 4 * 3  # g, and of two queries ḡ and H ḡ, and λ twice
     for load in on_ranks(2, weighed, "replicate"):
         assert load == Load(1, 8, 2, (1 << 30) - held * size)
-    for load in on_ranks(2, weighed, "shard"):
-        assert load == Load(1, 8, 2, (1 << 30) - held * size // 2 - 5 * size, 2 * 6 * size, 1 << 30)
+    for replicas in (1, 2):
+        for load in on_ranks(2, weighed, "shard", replicas):
+            passed = held * size * replicas // 2 + 5 * size
+            assert load == Load(1, 8, 2, (1 << 30) - passed, 2 * 6 * size, 1 << 30)
 
 
 def directions(group: Group) -> Params:
@@ -360,13 +389,13 @@ def test_every_piece_has_a_direction_of_its_own_that_no_number_of_processes_chan
     assert max(float(abs(x @ y)) for place, x in enumerate(shaped) for y in shaped[:place]) < 0.999
 
 
-def asked(group: Group, whole: bool) -> tuple[float, Any]:
+def asked(group: Group, replicas: int) -> tuple[float, Any]:
     """The most bytes of a query beyond the parameters, in units of the model's; its values and gradient, leaf by leaf."""
     model, _ = deep(256, 12)
     rows = [np.array(row) for row in ([1, 2, 3, 4], [5, 6, 7], [8, 9])]
     masks, owners = [np.arange(len(x)) > 0 for x in rows], [np.full(len(x), k) for k, x in enumerate(rows)]
     columns = query_columns(model.objective, Rows(rows, masks, owners, 3, {}), "mean", batch_size=1)
-    lying, seen = None if whole else Pieces(model.params, 2, group), list[int]()
+    lying, seen = Pieces(model.params, 2, group, replicas) if replicas else None, list[int]()
     with Peak() as counted:
         ask = counted.during(together._answered, seen.append)
         values, found = ask(group, [*columns, *contrast("x", columns, columns)], model.params, lying)
@@ -376,12 +405,15 @@ def asked(group: Group, whole: bool) -> tuple[float, Any]:
 
 @pytest.mark.slow
 def test_a_query_in_pieces_has_the_bits_of_a_whole_one_and_never_its_gradient() -> None:
-    most, alone = asked(ALONE, True)
+    most, alone = asked(ALONE, 0)
     assert most > 3, "two columns, and a part's gradient"
-    for rank, (most, found) in enumerate(on_ranks(2, asked, False)):
-        assert found[1] == alone[1]
-        assert rank or torch.equal(found[0], alone[0])
-        assert most < 2, "half of two columns, and of one once more while it is gathered; an eighth of a part's"
+    for replicas in (1, 2):
+        for rank, (most, found) in enumerate(on_ranks(2, asked, replicas)):
+            assert found[1] == alone[1]
+            assert rank or torch.equal(found[0], alone[0])
+            assert replicas > 1 or most < 2, (
+                "half of two columns, and of one once more while it is gathered; an eighth of a part's"
+            )
 
 
 def test_what_is_let_go_of_takes_no_memory_and_keeps_its_ties() -> None:

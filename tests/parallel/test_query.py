@@ -53,6 +53,8 @@ def test_what_cannot_share_a_run_s_queries_is_told(
     assert "2 logical shards and this job has 3 processes" in capfd.readouterr().err
     assert main(asking(world, run, "third", "--patience", "-1")) == 2
     assert "--patience is -1.0" in capfd.readouterr().err
+    assert main(asking(world, run, "third", "--replicas", "2")) == 2
+    assert "makes copies of the pieces of --parallel shard" in capfd.readouterr().err
     chain = tmp_path / "chain"
     shutil.copytree(run, chain)
     (chain / "manifest.json").write_text(

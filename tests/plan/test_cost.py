@@ -210,6 +210,9 @@ def test_the_change_that_makes_it_fit_is_the_one_with_the_fewest_ranks(on_one: P
     assert apart["8"].missing, "and the proofs are"
     assert apart["8"].device["gathered"] == apart["2"].device["gathered"]
     assert not headline("--hardware", "h100", "--layout", "shard", "--ranks", "8").forecast.missing, "by block"
+    two = headline("--hardware", "h100", "--ranks", "8", "--parallel", "shard", "--replicas", "2").forecast
+    assert (two.machine.ranks, two.machine.shards, two.machine.replicas) == (8, 4, 2)
+    assert two.device == of_80.device | {"activations": two.device["activations"]}, "as four ranks have it"
     here = headline(
         "--rate", "1e13", "--memory", "120GB", "--host", "250GB"
     ).remedy  # no data sheet: no other GPU to name

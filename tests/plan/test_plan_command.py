@@ -162,6 +162,7 @@ REFUSED = {
     "retrograd plan takes a command, one of train, magic, .* this one is 'select'": ["select", "out"],
     "retrograd plan takes a command, .* there is none": ["--ranks", "2"],
     "--ranks is 0; it has to be at least 1": ["--ranks", "0", "RUN"],
+    "--ranks is 3 and the run's --replicas 2": ["--ranks", "3", "RUN", "--parallel", "shard", "--replicas", "2"],
     "--rate is -1.0; it is operations a second": ["--rate", "-1", "RUN"],
     "--efficiency is 1.5; it is a share": ["--efficiency", "1.5", "RUN"],
     "--disk_rate is 0.0; it is bytes a second": ["--disk_rate", "0", "RUN"],

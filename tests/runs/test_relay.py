@@ -41,8 +41,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def laid(folder: Path, world: int) -> None:
-    relay(folder, initial_state(RECIPE, params(0)), RECIPE, world, IDENTITY)
+def laid(folder: Path, size: int, replicas: int = 1) -> None:
+    relay(folder, initial_state(RECIPE, params(0)), RECIPE, (replicas, size), IDENTITY)
 
 
 def read(folder: Path) -> dict[str, tuple[Params, dict[str, str]]]:
@@ -51,13 +51,13 @@ def read(folder: Path) -> dict[str, tuple[Params, dict[str, str]]]:
 
 def test_every_layout_has_the_bits(folder: Path) -> None:
     before = read(folder)
-    for world in (2, 4, 2):
-        laid(folder, world)
+    for size, replicas, name in ((2, 1, "of-2"), (4, 1, "of-4"), (2, 2, "of-2x2"), (1, 4, "of-4x1"), (2, 1, "of-2")):
+        laid(folder, size, replicas)
         assert not list(folder.glob("*.safetensors"))
-        assert sorted(path.name for path in folder.iterdir()) == [f"of-{world}"]
-        for rank in range(world):
-            assert len(read(part_of(folder, world, rank))) == 3
-            assert (part_of(folder, world, rank) / "digests.txt").exists()
+        assert [path.name for path in folder.iterdir()] == [name]
+        for rank in range(size * replicas):
+            assert len(read(part_of(folder, replicas, size, rank))) == 3
+            assert (part_of(folder, replicas, size, rank) / "digests.txt").exists()
     laid(folder, 1)
     after = read(folder)
     assert after.keys() == before.keys()
@@ -68,8 +68,8 @@ def test_every_layout_has_the_bits(folder: Path) -> None:
 
 def test_what_not_every_process_has_is_left_behind(folder: Path) -> None:
     laid(folder, 2)
-    (part_of(folder, 2, 1) / "state-000003.safetensors").unlink()
-    path = part_of(folder, 2, 1) / "reverse.safetensors"
+    (part_of(folder, 1, 2, 1) / "state-000003.safetensors").unlink()
+    path = part_of(folder, 1, 2, 1) / "reverse.safetensors"
     tensors, metadata = read_tensors(path)
     write_tensors(path, tensors, {**metadata, "step": "3"})  # killed between two writes
     laid(folder, 1)
@@ -79,7 +79,7 @@ def test_what_not_every_process_has_is_left_behind(folder: Path) -> None:
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_cotangent_that_processes_have_of_two_steps_is_of_none(folder: Path, lost: bool) -> None:
     laid(folder, 2)
-    first, second = (part_of(folder, 2, rank) / "reverse.safetensors" for rank in range(2))
+    first, second = (part_of(folder, 1, 2, rank) / "reverse.safetensors" for rank in range(2))
     laid(folder, 2)
     assert first.exists()
     assert second.exists()
@@ -93,6 +93,19 @@ def test_a_cotangent_that_processes_have_of_two_steps_is_of_none(folder: Path, l
     second.write_bytes(b"torn")
     with pytest.raises(RunError, match=r"broken or truncated \(4 bytes\)"):
         laid(folder, 2)
+
+
+def test_what_every_process_of_one_replica_has_is_taken(folder: Path) -> None:
+    laid(folder, 2, 2)
+    first, second = (part_of(folder, 2, 2, rank) for rank in (0, 3))
+    (first / "state-000003.safetensors").unlink()
+    (second / "final.safetensors").unlink()
+    for place in (0, 3):
+        path = part_of(folder, 2, 2, place) / "reverse.safetensors"
+        tensors, metadata = read_tensors(path)
+        write_tensors(path, tensors, {**metadata, "step": "3"})
+    laid(folder, 1)
+    assert list(read(folder)) == ["final.safetensors", "state-000003.safetensors"]
 
 
 def test_a_kill_on_the_way_leaves_one_layout_that_counts(folder: Path) -> None:
@@ -109,7 +122,7 @@ def test_a_kill_on_the_way_leaves_one_layout_that_counts(folder: Path) -> None:
 
 def test_a_broken_or_foreign_file_is_refused(folder: Path) -> None:
     laid(folder, 2)
-    path = part_of(folder, 2, 0) / "final.safetensors"
+    path = part_of(folder, 1, 2, 0) / "final.safetensors"
     tensors, metadata = read_tensors(path)
     write_tensors(path, {**tensors, "params.weight@0": tensors["params.weight@0"] + 1}, metadata)
     with pytest.raises(RunError, match="does not have the bits that were written"):

@@ -1,16 +1,18 @@
 """A trajectory's files, whole or in pieces: how they lie on disk, and how they come to lie otherwise.
 
     whole               FOLDER/state-000010.safetensors, final.safetensors, reverse.safetensors, digests.txt
-    in pieces over W    FOLDER/of-W/rank-0/…, FOLDER/of-W/rank-1/…      the same names, with the pieces of each process
+    in pieces over N    FOLDER/of-N/rank-0/…, FOLDER/of-N/rank-1/…      the same names, with the pieces of each process
+    of R replicas       FOLDER/of-RxN/rank-0/…                          the same, of R·N processes
 
-A run that goes on with another number of processes, or in one, has its files laid out anew before its first step, each
-checked by its digest. Whichever kind is whole in itself counts: FOLDER/of-W has its name when everything is in it, and
-goes once the whole files are there. Kept gradients are left out: they save work and change no bit. All processes need
-to see one folder.
+A run that goes on with another number of processes or replicas, or in one, has its files laid out anew before its first
+step, each checked by its digest. Whichever kind is whole in itself counts: FOLDER/of-N has its name when everything is
+in it, and goes once the whole files are there. Kept gradients are left out: they save work and change no bit. All
+processes need to see one folder.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,35 +35,39 @@ _KINDS = ("state-*.safetensors", "final.safetensors", "reverse*.safetensors")
 _LOG = "digests.txt"
 
 
-def part_of(folder: Path, world: int, rank: int) -> Path:
+def part_of(folder: Path, replicas: int, size: int, rank: int) -> Path:
     """Where the files of a process are."""
-    return folder / f"of-{world}" / f"rank-{rank}"
+    return folder / _name(replicas, size) / f"rank-{rank}"
 
 
-def relay(folder: Path, initial: State, recipe: Recipe, world: int, identity: str) -> None:
+def _name(replicas: int, size: int) -> str:
+    return f"of-{size}" if replicas == 1 else f"of-{replicas}x{size}"
+
+
+def relay(folder: Path, initial: State, recipe: Recipe, form: tuple[int, int], identity: str) -> None:
     """Lay out what is durable for this many processes; by one process, before any of them looks.
 
     Args:
         initial: The first state, for its shapes.
         recipe: Of the whole parameters.
-        world: Processes that have the states in pieces; 1 where they are whole.
+        form: Replicas, and processes of each that have the states in pieces; (1, 1) where they are whole.
         identity: Of the run; its other files are left to be refused.
     Raises:
         RunError: If a file is broken.
     """
     others = sorted(path for path in folder.glob("of-*") if path.is_dir())
-    if others == [folder / f"of-{world}"]:
+    if others == [folder / _name(*form)]:
         for path in _files(folder):  # a kill left them
             remove(path)
-        _drop_apart([part_of(folder, world, rank) for rank in range(world)])
+        _drop_apart([part_of(folder, *form, rank) for rank in range(math.prod(form))])
         return
-    if not others and (world == 1 or not any(_files(folder))):
+    if not others and (form == (1, 1) or not any(_files(folder))):
         return
     kinds = _Kinds(initial, recipe, identity)
     for other in others:
         _join(other, folder, kinds)
-    if world > 1:
-        _part(folder, world, kinds)
+    if form != (1, 1):
+        _part(folder, *form, kinds)
 
 
 class _Kinds:
@@ -70,8 +76,8 @@ class _Kinds:
     def __init__(self, initial: State, recipe: Recipe, identity: str) -> None:
         self.initial, self.recipe, self.identity = initial, recipe, identity
 
-    def pieces(self, world: int, rank: int) -> Pieces:
-        return Pieces(self.initial.params, self.recipe.pieces, Group(rank, world))
+    def pieces(self, size: int, place: int) -> Pieces:
+        return Pieces(self.initial.params, self.recipe.pieces, Group(place, size))
 
     def state(self, lying: Pieces | None = None) -> State:
         """A state of a process, for its structure and shapes; it takes no memory."""
@@ -104,39 +110,49 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _join(parted: Path, folder: Path, kinds: _Kinds) -> None:
-    """The whole files of those that every process had, and the folder of those removed."""
-    world = int(parted.name.removeprefix("of-"))
-    parts = [parted / f"rank-{rank}" for rank in range(world)]
-    for path in _files(parts[0]):
-        if not all((part / path.name).exists() for part in parts):
-            continue
-        read = [read_tensors(part / path.name) for part in parts]
-        metadata = read[0][1]
-        if any(more["step"] != metadata["step"] for _, more in read):
-            continue  # of a kill between two processes' writes
-        pieces: Params = {}
-        for rank, (tensors, more) in enumerate(read):
-            _check(parts[rank] / path.name, tensors, more, kinds, kinds.pieces(world, rank))
-            pieces |= tensors
-        whole = _whole(pieces, kinds)
-        write_tensors(folder / path.name, whole, {**metadata, "digest": tree.digest(kinds.order(whole, None))})
-    if (parts[0] / _LOG).exists():
-        shutil.copyfile(parts[0] / _LOG, folder / _LOG)
+    """The whole files of those that every process of a replica had, and the folder of those removed."""
+    *replicas, size = map(int, parted.name.removeprefix("of-").split("x"))
+    joined = set[str]()
+    for start in range(0, math.prod(replicas) * size, size):
+        parts = [parted / f"rank-{start + place}" for place in range(size)]
+        for path in _files(parts[0]):
+            if path.name not in joined and _joined(parts, folder / path.name, kinds):
+                joined.add(path.name)
+    if (log := parted / "rank-0" / _LOG).exists():
+        shutil.copyfile(log, folder / _LOG)
     remove(parted)
 
 
-def _part(folder: Path, world: int, kinds: _Kinds) -> None:
+def _joined(parts: list[Path], path: Path, kinds: _Kinds) -> bool:
+    """Write the whole file of the processes of a replica; False where they do not all have it."""
+    if not all((part / path.name).exists() for part in parts):
+        return False
+    read = [read_tensors(part / path.name) for part in parts]
+    metadata = read[0][1]
+    if any(more["step"] != metadata["step"] for _, more in read):
+        return False  # of a kill between two processes' writes
+    pieces: Params = {}
+    for place, (tensors, more) in enumerate(read):
+        _check(parts[place] / path.name, tensors, more, kinds, kinds.pieces(len(parts), place))
+        pieces |= tensors
+    whole = _whole(pieces, kinds)
+    write_tensors(path, whole, {**metadata, "digest": tree.digest(kinds.order(whole, None))})
+    return True
+
+
+def _part(folder: Path, replicas: int, size: int, kinds: _Kinds) -> None:
     """The files of every process from whole ones, which are removed."""
-    parted, temporary = folder / f"of-{world}", temporary_name(folder / f"of-{world}")
+    parted = folder / _name(replicas, size)
+    temporary, ranks = temporary_name(parted), range(size * replicas)
     for path in _files(folder):
         tensors, metadata = read_tensors(path)
         _check(path, tensors, metadata, kinds, None)
-        for rank in range(world):
-            lying = kinds.pieces(world, rank)
+        for rank in ranks:
+            lying = kinds.pieces(size, rank % size)
             own = _own(tensors, lying)
             digest = tree.digest(kinds.order(own, lying))
             write_tensors(temporary / f"rank-{rank}" / path.name, own, {**metadata, "digest": digest})
-    for rank in range(world) if (folder / _LOG).exists() else ():
+    for rank in ranks if (folder / _LOG).exists() else ():
         (temporary / f"rank-{rank}").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / _LOG, temporary / f"rank-{rank}" / _LOG)
     if temporary.exists():
