@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retrograd.core.memory import Owned
+
 if TYPE_CHECKING:
     from retrograd.parallel.pieces import Pieces
 
@@ -62,10 +64,9 @@ def _one_each(
     assert len({row.dtype for row in rows}) == 1, "the parameters of a model are of one dtype"
     width = max(map(len, rows))
     rows = [F.pad(row, (0, width - len(row))) for row in rows]
-    found = mesh.exchanged(torch.stack(rows + [torch.zeros_like(rows[0])] * (mesh.size - len(rows))))
+    there = Owned(mesh.exchanged(torch.stack(rows + [torch.zeros_like(rows[0])] * (mesh.size - len(rows)))))
     del rows, row
-    if mesh.place < len(some):
-        found = _computed(lying, function, parcels[mesh.place], found)
+    found = _computed(lying, function, parcels[mesh.place], there) if mesh.place < len(some) else there.take()
     found = mesh.exchanged(F.pad(found, (0, width - found.shape[1])))
     for parcel, row in zip(parcels, found):
         yield from _pieces(lying, parcel, row)
@@ -80,14 +81,16 @@ def _packed(lying: Pieces, name: str, given: _Given) -> tuple[_Parcel, Tensor]:
     return parcel, torch.cat([x.flatten() for x in slabs])
 
 
-def _computed(lying: Pieces, function: _Function, parcel: _Parcel, there: Tensor) -> Tensor:
+def _computed(lying: Pieces, function: _Function, parcel: _Parcel, there: Owned[Tensor]) -> Tensor:
     """What every process has sent of a parameter, [N, n] → what each gets of the function, [N, n]."""
+    found = function(*_joined(lying, parcel, there.take()))
+    return torch.cat([lying.dealt(parcel.name, x) for x in found], 1)
+
+
+def _joined(lying: Pieces, parcel: _Parcel, there: Tensor) -> Iterator[Tensor]:
     slabs = zip(*map(parcel.opened, there), strict=True)
-    whole = [
-        lying.joined(parcel.name, [x.view(shape) for x in every], wide)
-        for every, shape, wide in zip(slabs, parcel.shapes, parcel.wide, strict=True)
-    ]
-    return torch.cat([lying.dealt(parcel.name, x) for x in function(*whole)], 1)
+    for every, shape, wide in zip(slabs, parcel.shapes, parcel.wide, strict=True):
+        yield lying.joined(parcel.name, [x.view(shape) for x in every], wide)
 
 
 def _pieces(lying: Pieces, parcel: _Parcel, row: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:

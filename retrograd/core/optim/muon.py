@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
 from retrograd.core import tree
 from retrograd.core.optim import spared
@@ -25,7 +24,9 @@ from retrograd.core.optim.protocol import (
     zeros,
 )
 
-__all__ = ["Muon", "newton_schulz"]
+__all__ = ["Muon", "newton_schulz", "newton_schulz_pullback"]
+
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Muon:
         b' = μb + (1−μ)g     u = NewtonSchulz((1−μ)g + μb')     θ' = θ·(1 − lr·wd) − 0.2·lr·√max(rows, columns)·u
 
     Momentum and scaling are torch.optim.Muon's with `nesterov` and `match_rms_adamw`, so one learning rate serves both
-    halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16) and on whole matrices, and is pulled
-    back by autograd; all else is elementwise. The decay is differentiated. Parameters named in `spared` do not decay.
+    halves. Newton–Schulz runs in the parameter's dtype (torch's casts to bfloat16) and on whole matrices; all else
+    is elementwise. The decay is differentiated. Parameters named in `spared` do not decay.
     """
 
     lr: LearningRate
@@ -133,22 +134,54 @@ def _turned(lr: float, direction: Tensor, steps: int) -> Tensor:
 
 def _pulled(direction: Tensor, bars: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """What a whole matrix is moved by at rate 1, and the cotangents of its direction [K, R, C] for those of it."""
-    with torch.enable_grad():
-        live = direction.detach().requires_grad_()
-        turned = _turned(1.0, live, steps)
-    slopes = [grad(turned, live, bar, retain_graph=k + 1 < len(bars))[0] for k, bar in enumerate(bars.contiguous())]
-    return turned.detach(), tree.stacked(slopes)
+    u, slopes = newton_schulz_pullback(direction, bars, steps)
+    scale = 0.2 * math.sqrt(max(direction.shape))
+    return scale * u, scale * slopes
 
 
 def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     """Approximate UVᵀ of matrix = USVᵀ, [R, C], by the quintic iteration of Muon."""
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    # the root of Σx² + tiny, not max(‖x‖, ε): a gradient of exactly 0 has to keep a finite slope
-    x = x / torch.sqrt(torch.sum(x * x) + 1e-14)
+    x = x / _size(x)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = _iterated(x)
     return x.mT if matrix.shape[0] > matrix.shape[1] else x
+
+
+def newton_schulz_pullback(matrix: Tensor, bars: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """`newton_schulz`, and the cotangents of its argument [K, R, C] for those of it. An iteration and its pullback are
+
+        x' = ax + (bA + cA²)x,  A = xxᵀ        x̄ = ax̄' + (bA + cA²)x̄' + (bS + c(SA + AS))x,  S = x̄'xᵀ + xx̄'ᵀ
+
+    What is held is x of every iteration, and two matrices and two of [K, R, C] besides.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x, bars = (matrix.mT.contiguous(), bars.mT.contiguous()) if tall else (matrix, bars)
+    size = _size(x)
+    held = [x / size]
+    for _ in range(steps):
+        held.append(_iterated(held[-1]))
+    u = held.pop()
+    start = held[0]
+    while held:
+        x = held.pop()
+        gram, both = x @ x.mT, bars @ x.mT
+        both = both + both.mT
+        bent = both @ gram
+        bent = _B * both + _C * (bent + bent.mT)
+        bars = _A * bars + (_B * gram + _C * gram @ gram) @ bars + bent @ x
+    bars = (bars - start * (bars * start).sum((-2, -1), keepdim=True)) / size
+    return (u.mT, bars.mT) if tall else (u, bars)
+
+
+def _size(x: Tensor) -> Tensor:
+    # the root of Σx² + tiny, not max(‖x‖, ε): a gradient of exactly 0 has to keep a finite slope
+    return torch.sqrt(torch.sum(x * x) + 1e-14)
+
+
+def _iterated(x: Tensor) -> Tensor:
+    gram = x @ x.mT
+    return _A * x + (_B * gram + _C * gram @ gram) @ x
 
 
 def _only(tensors: Params, names: list[str]) -> Params:

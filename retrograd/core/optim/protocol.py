@@ -5,7 +5,7 @@
 
 Each optimizer is a frozen record of its hyperparameters, so a recipe that holds it can be compared and hashed; all that
 evolves is in the moments. `update` is made of plain differentiable operations and never writes in place; `pullback` is
-closed-form for SGD and AdamW and takes cotangents with a leading query axis [K, *shape]. The same cotangents give the
+in closed form for our own, and takes cotangents with a leading query axis [K, *shape]. The same cotangents give the
 derivatives of the query with respect to the recipe's own numbers:
 
     ∂φ/∂lr_t = ⟨λ_θ', ∂θ'/∂lr_t⟩          ∂φ/∂wd = Σ_t ⟨λ_θ', ∂θ'/∂wd⟩
