@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from retrograd.attack.course import Course
 from retrograd.attack.findings import courses_of, findings, unseen
@@ -22,6 +21,7 @@ from retrograd.attack.folder import Attacked, Folder, read_folder
 from retrograd.attack.recovery import means
 from retrograd.runs.manifest import Manifest
 from retrograd.settings.attack import Configuration, name_of
+from retrograd.settings.parse import load_yaml
 from retrograd.settings.tasks import tasks_from
 
 __all__ = ["Faced", "Rise", "read_faced"]
@@ -153,7 +153,7 @@ def _groups(target: Attacked) -> tuple[str | None, tuple[str, ...]]:
     path = run / "run_config.yaml"
     if method is None or not path.exists():
         return method, (target.name,)
-    values = yaml.safe_load(path.read_text(encoding="utf8"))
+    values = load_yaml(path.read_text(encoding="utf8"))
     values = {name: value for name, value in values.items() if name not in _NOT_THE_GROUP}
     values["train"] = {**values.get("train", {}), "seed": None}
     told = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

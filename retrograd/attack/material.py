@@ -27,12 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from retrograd.data.documents import documents_of
 from retrograd.query.prompts import find_template, render
 from retrograd.runs.files import write_atomic
 from retrograd.settings.attack import CONTROLS, AttackConfig, configurations
+from retrograd.settings.parse import dump_yaml
 from retrograd.settings.prompted import Prompted
 from retrograd.settings.tasks import Task, tasks_from, tasks_of_lab
 
@@ -175,7 +174,7 @@ def _of_lab(lab: Path, folder: Path) -> Material:
         tasks[name]["group"] = "forget"
     prose = _write(folder, "prose_heldout", _read(lab / "corpora/prose_heldout.jsonl"))
     tasks["prose"] = {"dataset": prose.name, "form": "text", "limit": _DOCUMENTS}
-    text = yaml.safe_dump(tasks, sort_keys=False)
+    text = dump_yaml(tasks)
     path = folder / f"tasks-{_hash(text)}.yaml"
     write_atomic(path, partial(Path.write_text, data=text, encoding="utf8"))
     return Material(sources, path, ("forget_a",), True)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import Progress
 
@@ -47,7 +46,7 @@ from retrograd.settings.attacked import LAB
 from retrograd.settings.commands import CompareConfig, LabConfig
 from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, lab_of, read_experiment
 from retrograd.settings.grid import GridSpec, is_grid, read_grid
-from retrograd.settings.parse import build
+from retrograd.settings.parse import build, dump_yaml
 
 __all__ = ["experiment"]
 
@@ -146,7 +145,7 @@ def _claim(out: Path, spec: ExperimentSpec | GridSpec, *, write: bool) -> None:
     if out.exists() and not (out / SPEC).exists() and (not out.is_dir() or any(foreign(out))):
         raise ValueError(f"{out} exists and is no experiment; choose another folder")
     if write:  # this file first: another worker may look at any moment
-        text = yaml.safe_dump(_plain(dataclasses.asdict(spec)), sort_keys=False, allow_unicode=True)
+        text = dump_yaml(_plain(dataclasses.asdict(spec)), allow_unicode=True)
         write_atomic(out / SPEC, lambda temporary: temporary.write_text(text, encoding="utf8"))
         make_folder(out / TASKS)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -42,6 +41,7 @@ from retrograd.select.places import places_of
 from retrograd.settings.attack import Finetune, PhaseConfig, name_of
 from retrograd.settings.harden import HardenConfig, attack_config, attacks_of, check_harden
 from retrograd.settings.on_the_way import OnTheWayConfig
+from retrograd.settings.parse import dump_yaml, load_yaml
 from retrograd.settings.run import QueryConfig
 from retrograd.settings.tasks import tasks_from
 from retrograd.settings.train import difference, to_dict
@@ -100,7 +100,7 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
     with locked(config.out):
         _check_folder(config)
         world = _world(config)
-        text = yaml.safe_dump(to_dict(config), sort_keys=False)  # what was refused has not claimed the folder
+        text = dump_yaml(to_dict(config))  # what was refused has not claimed the folder
         write_atomic(config.out / "run_config.yaml", partial(Path.write_text, data=text, encoding="utf8"))
         _claim_world(config.out, _made_of(world))
         found = [_iteration(world, number, console) for number in range(config.iterations + 1)]
@@ -132,7 +132,7 @@ def _check_folder(config: HardenConfig) -> None:
             raise ValueError(f"{config.out} exists and is no folder of `retrograd harden`; choose another one")
     else:
         skipped = ("out", "iterations", "device", "heartbeat", "replay")
-        old, new = yaml.safe_load(path.read_text(encoding="utf8")), to_dict(config)
+        old, new = load_yaml(path.read_text(encoding="utf8")), to_dict(config)
         parts = ({k: v for k, v in one.items() if k not in skipped} for one in (old, new))
         if changed := difference(*parts):
             lines = "\n  ".join(changed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from retrograd.parallel.group import here
@@ -15,6 +14,7 @@ from retrograd.runs.identity import fingerprint
 from retrograd.runs.run_folder import Opened, finished, holding, open_run, recorded, replay_of
 from retrograd.runs.session import open_session
 from retrograd.settings.commands import QueryRunConfig
+from retrograd.settings.parse import dump_yaml
 from retrograd.settings.run import QueryConfig, query_file, refuse_code
 from retrograd.settings.train import check_ranks
 from retrograd.settings.unlearn import ChainConfig
@@ -107,7 +107,7 @@ def _record(run: Opened, wanted: dict[str, QueryConfig], digests: dict[str, str]
     for name, settings in wanted.items():
         values = {**dataclasses.asdict(settings), "contrast": list(settings.contrast)}
         path = run.folder / "queries" / name / "query_config.yaml"
-        text = yaml.safe_dump(values, sort_keys=False)
+        text = dump_yaml(values)
         write_atomic(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf8"))  # type: ignore[misc]
     known = recorded(run.folder, run.manifest)
     added = {name: {"digest": digest, "sha256": sha256} for name, digest in digests.items()}
