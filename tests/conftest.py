@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ if os.environ.get("RETROGRAD_CHECK_TYPES") == "1":  # `make test-all`: every cal
     install_import_hook(["retrograd.core", "retrograd.query", "retrograd.settings"], "beartype.beartype")
 
 from torch import nn
+from tyro import _docstrings as tyro_docstrings
 
 from retrograd.core import tree
 from retrograd.core.step import State, Training
@@ -46,7 +48,7 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
     passed: set[str] = set()
 
     def proved(training: Training, state: State, module: nn.Module | None = None) -> None:
-        what = fingerprint(training.recipe, training.engine, module, tree.digest(state.params))
+        what = fingerprint((training.recipe, training.engine, module, tree.digest(state.params)))
         if what not in passed:
             function(training, state, module)
             passed.add(what)
@@ -85,6 +87,10 @@ proof._FORMS = Forms()
 def proved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "_FORMS", WeakKeyDictionary())
 
+
+# what the settings' sources say of them, read once and not for every command line
+tyro_docstrings._ClassTokenization.make = cache(tyro_docstrings._ClassTokenization.make.__wrapped__)  # type: ignore[attr-defined]
+tyro_docstrings.get_callable_description = cache(tyro_docstrings.get_callable_description.__wrapped__)  # type: ignore[attr-defined]
 
 # as the command line has it: a collection looks at the million objects of the libraries
 gc.set_threshold(10_000)

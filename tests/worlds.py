@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class Tokens:
     def __len__(self) -> int:
         return self.epochs * self.per_epoch
 
+    @cache  # noqa: B019  # a handful of streams, whose batches all tests read
     def __getitem__(self, t: int) -> Batch:
         epoch, part = divmod(t, self.per_epoch)
         order = np.random.default_rng(epoch).permutation(self.rows)

@@ -17,6 +17,7 @@ with NaN is an evaluation that failed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from retrograd.evaluate.intervals import Interval, wilson
 
 __all__ = [
-    "Gap", "Measure", "Reached", "area", "draws", "gap_of", "latent_rise", "means", "recovered", "recovery_measures",
+    "Gap", "Measure", "Reached", "area", "gap_of", "latent_rise", "means", "recovered", "recovery_measures",
     "recovery_step", "resampled", "selected",
 ]  # fmt: skip
 
@@ -126,18 +127,16 @@ def area(steps: Sequence[int], shares: np.ndarray) -> float:
     >>> round(area([0, 1, 3], np.array([0.0, 1.0, 1.0])), 3)
     0.75
     """
-    there = ~np.isnan(shares)
-    x, y = np.log1p(np.asarray(steps, float)[there]), np.asarray(shares)[there]
+    return float(_areas(steps, np.asarray(shares)[None])[0])
+
+
+def _areas(steps: Sequence[int], shares: np.ndarray) -> np.ndarray:
+    """`area` of many courses with the same evaluations missing, [R] from [R, S]."""
+    there = ~np.isnan(shares).any(0)
+    x, y = np.log1p(np.asarray(steps, float)[there]), shares[:, there]
     if len(x) < 2:
-        return float("nan")
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0]))
-
-
-def draws(clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each question is drawn in each resample, [resamples, n]: clusters are drawn again, with replacement."""
-    names, place = np.unique(clusters, return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    return drawn[:, place]
+        return np.full(len(shares), np.nan)
+    return ((y[:, 1:] + y[:, :-1]) / 2 * np.diff(x)).sum(1) / (x[-1] - x[0])
 
 
 def recovery_measures(
@@ -149,17 +148,13 @@ def recovery_measures(
         clusters: Questions of one cluster are drawn together, [n].
     """
     right, base = np.asarray(right, float), np.asarray(base, float)
-    weights = draws(clusters)
     with np.errstate(invalid="ignore", divide="ignore"):
-        accuracy = weights @ right.T / weights.sum(1, keepdims=True)  # [resamples, S]
-        knows = weights @ base / weights.sum(1)
+        accuracy, knows = _drawn_means(right, clusters), _drawn_means(base[None], clusters)[:, 0]
         gaps = knows - accuracy[:, 0]
-        shares = (accuracy - accuracy[:, :1]) / gaps[:, None]
-    shares = shares[gaps > 0]
+        shares = ((accuracy - accuracy[:, :1]) / gaps[:, None])[gaps > 0]
     whole = recovered(right, base)
-    found = {"area": (area(steps, whole), [area(steps, one) for one in shares]),
-             "most": (float(np.nanmax(whole)), np.nanmax(shares, axis=1))}  # fmt: skip
-    return {name: Measure(value, _percentiles(resampled)) for name, (value, resampled) in found.items()}
+    return {"area": Measure(area(steps, whole), _percentiles(_areas(steps, shares))),
+            "most": Measure(float(np.nanmax(whole)), _percentiles(np.nanmax(shares, axis=1)))}  # fmt: skip
 
 
 def resampled(values: np.ndarray, clusters: np.ndarray) -> Measure:
@@ -168,8 +163,29 @@ def resampled(values: np.ndarray, clusters: np.ndarray) -> Measure:
     Args:
         values, clusters: [n].
     """
-    weights, values = draws(clusters), np.asarray(values, float)
-    return Measure(float(values.mean()), _percentiles(weights @ values / weights.sum(1)))
+    values = np.asarray(values, float)
+    return Measure(float(values.mean()), _percentiles(_drawn_means(values[None], clusters)[:, 0]))
+
+
+def _drawn_means(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Means over the questions of each resample, [resamples, S] from [S, n].
+
+    A question is drawn with its cluster, so a cluster's sum stands for its questions.
+    """
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    sums = np.stack([np.bincount(cluster_of, row, len(names)) for row in values], 1)  # [clusters, S]
+    drawn = _draws(len(names))
+    return drawn @ sums / (drawn @ np.bincount(cluster_of, minlength=len(names)))[:, None]
+
+
+@lru_cache(maxsize=4)
+def _draws(clusters: int) -> np.ndarray:
+    """How often each of so many clusters is drawn in each resample, [resamples, clusters]: with replacement.
+
+    Every measure over the same questions has the same draws, and to draw takes longer than all that is done with them.
+    """
+    shares = np.full(clusters, 1 / clusters)
+    return np.random.default_rng(0).multinomial(clusters, shares, size=RESAMPLES).astype(float)
 
 
 def latent_rise(right: np.ndarray, never: np.ndarray, clusters: np.ndarray) -> list[Measure | None]:
@@ -182,7 +198,12 @@ def latent_rise(right: np.ndarray, never: np.ndarray, clusters: np.ndarray) -> l
     """
     right, never = np.asarray(right, float), np.asarray(never, float)
     rise = (right - right[:1]) - (never - never[:1])
-    return [None if np.isnan(one).any() else resampled(one, clusters) for one in rise]
+    there = ~np.isnan(rise).any(1)
+    drawn = iter(_drawn_means(rise[there], clusters).T) if there.any() else iter(())
+    return [
+        Measure(float(by_question.mean()), _percentiles(next(drawn))) if known else None
+        for by_question, known in zip(rise, there)
+    ]
 
 
 def selected(values: Sequence[np.ndarray], clusters: np.ndarray, seed: int = 0) -> tuple[int, np.ndarray] | None:
@@ -194,16 +215,16 @@ def selected(values: Sequence[np.ndarray], clusters: np.ndarray, seed: int = 0) 
     Returns:
         Place of the candidate, and the other half as a mask [n]; None if there is no candidate, or only one cluster.
     """
-    names, place = np.unique(clusters, return_inverse=True)
-    there = [k for k, one in enumerate(values) if not np.isnan(one).any()]
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    there = [k for k, candidate in enumerate(values) if not np.isnan(candidate).any()]
     if not there or len(names) < 2:
         return None
     drawn = np.random.default_rng(seed).permutation(len(names))[: len(names) // 2]
-    choosing = np.isin(place, drawn)
+    choosing = np.isin(cluster_of, drawn)
     best = max(there, key=lambda k: (float(values[k][choosing].mean()), -k))
     return best, ~choosing
 
 
-def _percentiles(values: Sequence[float] | np.ndarray) -> Interval:
-    low, high = np.quantile(np.asarray(values, float), [0.025, 0.975])
+def _percentiles(values: np.ndarray) -> Interval:
+    low, high = np.quantile(values, [0.025, 0.975])
     return Interval(float(low), float(high))

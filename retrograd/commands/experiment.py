@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import Progress
 
@@ -47,7 +46,7 @@ from retrograd.settings.attacked import LAB
 from retrograd.settings.commands import CompareConfig, LabConfig
 from retrograd.settings.experiment import ExperimentConfig, ExperimentSpec, lab_of, read_experiment
 from retrograd.settings.grid import GridSpec, is_grid, read_grid
-from retrograd.settings.parse import build
+from retrograd.settings.parse import build, dump_yaml
 
 __all__ = ["experiment"]
 
@@ -80,8 +79,8 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     if isinstance(maker, GridMaker):
         text = write_grid(maker, queue, plan.lost(queue), config.out, config.file.stem)
     else:
-        told = _attacked(maker.spec, plan, queue, config.out)
-        text = write_results(maker.spec, plan, queue, config.out, config.file.stem, told)
+        attacked = _attacked(maker.spec, plan, queue, config.out)
+        text = write_results(maker.spec, plan, queue, config.out, config.file.stem, attacked)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     lost = plan.lost(queue)
     console.print(f"{config.out / 'results.md'}: {len(plan.tasks) - len(lost)} of {len(plan.tasks)} tasks are done.")
@@ -120,12 +119,12 @@ def _build(config: LabConfig, console: Console) -> None:
     console.print(f"{config.dir}: the lab is built.")
 
 
-def _meet(out: Path, settings: dict[str, Any], one: Configuration, model: str, place: Path) -> None:
+def _meet(out: Path, settings: dict[str, Any], configuration: Configuration, model: str, place: Path) -> None:
     """An attack's configuration against a model. What attacks train on is shared by all tasks, for files of one name
     have one content."""
     config: AttackConfig = build(AttackConfig, {**settings, "out": out / ATTACKS, "heartbeat": 5.0}, "attack")
     base = config.base or str(config.lab and config.lab / "models/base")
-    meet(config, one, model, base, place, material_of(config))
+    meet(config, configuration, model, base, place, material_of(config))
 
 
 def _attacked(spec: ExperimentSpec, plan: Plan, queue: Queue, out: Path) -> list[str]:
@@ -146,7 +145,7 @@ def _claim(out: Path, spec: ExperimentSpec | GridSpec, *, write: bool) -> None:
     if out.exists() and not (out / SPEC).exists() and (not out.is_dir() or any(foreign(out))):
         raise ValueError(f"{out} exists and is no experiment; choose another folder")
     if write:  # this file first: another worker may look at any moment
-        text = yaml.safe_dump(_plain(dataclasses.asdict(spec)), sort_keys=False, allow_unicode=True)
+        text = dump_yaml(_plain(dataclasses.asdict(spec)), allow_unicode=True)
         write_atomic(out / SPEC, lambda temporary: temporary.write_text(text, encoding="utf8"))
         make_folder(out / TASKS)
 

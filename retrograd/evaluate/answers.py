@@ -133,18 +133,18 @@ def _answers(measured: Answers) -> dict[str, Sequence[Any]]:
 
 def _read_answers(columns: dict[str, list[Any]]) -> Answers:
     most = max(map(len, columns["logprobs"]), default=0)
-    logprobs = torch.full((len(columns["gold"]), most), -torch.inf, dtype=torch.float64)
-    widths = torch.zeros_like(logprobs)
-    for row, (nats, characters) in enumerate(zip(columns["logprobs"], columns["characters"], strict=True)):
-        logprobs[row, : len(nats)] = torch.tensor(nats, dtype=torch.float64)
-        widths[row, : len(nats)] = torch.tensor(characters, dtype=torch.float64)
+
+    def padded(rows: list[list[Any]], fill: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.tensor([[*row, *[fill] * (most - len(row))] for row in rows], dtype=dtype).view(len(rows), most)
+
+    logprobs, widths = padded(columns["logprobs"], -torch.inf), padded(columns["characters"], 0)
     mass = columns["letter_mass"]
     by_letter = bool(mass) and mass[0] is not None
     letter = torch.tensor(mass, dtype=torch.float64) if by_letter else None
     counted = columns.get("tokens", [])  # files of earlier versions have none
     tokens = None
     if counted and all(counts is not None for counts in counted):
-        tokens = torch.tensor([[*counts, *[0] * (most - len(counts))] for counts in counted])
+        tokens = padded(counted, 0, torch.int64)
     gold = torch.tensor(columns["gold"], dtype=torch.int64)
     return Answers(Scored(logprobs, widths, gold, letter, columns["prompt_hash"], tokens), columns["subject"])
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from rich.console import Console
 
 from retrograd.attack.folder import configuration_from
@@ -24,7 +23,7 @@ from retrograd.select.arms import Arm, Arms
 from retrograd.select.files import Stated
 from retrograd.select.sources import DataSet, Scored, load_data, load_scores
 from retrograd.settings.attack import Configuration
-from retrograd.settings.parse import build
+from retrograd.settings.parse import build, dump_yaml
 from retrograd.settings.run import MagicConfig
 from retrograd.settings.select import FeasibleConfig, SelectConfig
 from retrograd.settings.unlearn import ONES, UnlearnConfig, parse_source
@@ -124,7 +123,7 @@ def _selection(what: dict[str, Any], folder: Path, done: Callable[[str], Path], 
     """The configuration that `retrograd select` would have; rows.yaml says which rows scores from files are of."""
     common = UnlearnConfig(max_length=what["max_length"], min_chars=what["min_chars"])
     data = dataclasses.asdict(parse_source(what["corpus"], common))
-    rows = yaml.safe_dump({"model": what["base"], "data": data})
+    rows = dump_yaml({"model": what["base"], "data": data})
     write_atomic(folder / "rows.yaml", lambda temporary: temporary.write_text(rows, encoding="utf8"))
     sides: dict[str, Any] = {}
     for side, prefix in (("scores", ""), ("against", "against_")):

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from retrograd.evaluate.summary import described, failure
 from retrograd.lab.exams import ALIAS, SPLITS
 from retrograd.lab.subjects import SIDES
@@ -20,6 +18,7 @@ from retrograd.lm.model import load_causal_lm, load_tokenizer
 from retrograd.query.prepare import prepare
 from retrograd.query.prompts import FORMS, find_template
 from retrograd.runs.files import write_atomic
+from retrograd.settings.parse import dump_yaml
 from retrograd.settings.tasks import LAB_TASKS, Task, tasks_of_lab
 
 __all__ = ["question_tasks", "scores_of", "write_tasks"]
@@ -44,7 +43,7 @@ def write_tasks(folder: Path, *, aliases: bool = False) -> dict[str, dict[str, s
     prose = {"prose_heldout": Task(_PROSE, form="text"), "samples": Task(_PROSE, form="generate", limit=4)}
     settings = {name: _settings(task) for name, task in {**question_tasks(aliases=aliases), **prose}.items()}
     text = "# Tasks of `retrograd evaluate`; data sets lie beside this file.\n"
-    text += yaml.safe_dump(settings, sort_keys=False)
+    text += dump_yaml(settings)
     write_atomic(folder / LAB_TASKS, partial(Path.write_bytes, data=text.encode()))
     return {LAB_TASKS: {"sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}}
 

@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from retrograd.data.rows import Rows
 from retrograd.durable import foreign, remove
 from retrograd.runs.arithmetic import begun_with, refuse_other_arithmetic
 from retrograd.runs.files import write_atomic
 from retrograd.runs.manifest import Manifest, environment
 from retrograd.runs.setup import Setup
+from retrograd.settings.parse import dump_yaml, load_yaml
 from retrograd.settings.train import RunConfig, difference, to_dict
 
 __all__ = ["begin", "check_folder", "empty"]
@@ -40,7 +39,7 @@ def check_folder(config: RunConfig, command: str) -> None:
         raise ValueError(
             f"{config.run} holds a run of `retrograd {other}`. Use another folder, or --overwrite to start afresh."
         )
-    old = yaml.safe_load(stored.read_text(encoding="utf8"))
+    old = load_yaml(stored.read_text(encoding="utf8"))
     changed = difference(old, to_dict(config))
     if changed:
         lines = "\n  ".join(changed)
@@ -65,7 +64,7 @@ def begin(config: RunConfig, command: str, manifest: Manifest, setup: Setup, **m
         ValueError: If it was begun with other arithmetic than this machine's; nothing is written then.
     """
     refuse_other_arithmetic(config.run, begun_with(config.run), setup.arithmetic)
-    values = yaml.safe_dump(to_dict(config), sort_keys=False)
+    values = dump_yaml(to_dict(config))
     write_atomic(config.run / "run_config.yaml", lambda temporary: temporary.write_text(values, encoding="utf8"))
     manifest.update(
         **more,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -53,13 +54,15 @@ class Manifest:
 def environment() -> dict[str, Any]:
     """Versions of Python and of the libraries."""
     libraries = ("retrograd", "torch", "transformers", "datasets", "peft", "numpy", "safetensors")
-    versions = {}
-    for library in libraries:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = "not installed"
-    return {"versions": versions, "python": platform.python_version()}
+    return {"versions": {library: _version(library) for library in libraries}, "python": platform.python_version()}
+
+
+@functools.cache
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _peak_memory() -> int:

@@ -21,7 +21,7 @@ import tyro
 import yaml
 
 from retrograd.settings.attacks import Finetune, Untrained
-from retrograd.settings.parse import build
+from retrograd.settings.parse import build, load_yaml
 from retrograd.settings.prompted import Prompted
 from retrograd.settings.suites import SUITES
 from retrograd.settings.train import (
@@ -255,7 +255,7 @@ def read_suite(name: str) -> list[Configuration]:
         raise ValueError(f"there is no suite {name!r}; there are {', '.join(SUITES)}, or give a YAML file")
     where = "--suite" if written else str(path)
     try:
-        entries = yaml.safe_load(name if written else path.read_text(encoding="utf8"))
+        entries = load_yaml(name if written else path.read_text(encoding="utf8"))
     except yaml.YAMLError as error:
         raise ValueError(f"cannot read the suite {where}: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from retrograd.settings.attack import AttackConfig, check_attack
 from retrograd.settings.commands import CompareConfig, LabConfig
-from retrograd.settings.parse import build, by_name
+from retrograd.settings.parse import build, by_name, dump_yaml
 
 __all__ = ["LAB", "attack_settings", "lab_settings"]
 
@@ -38,7 +36,7 @@ def attack_settings(
         raise ValueError(f"{where}: {taken[0]} is set by the experiment itself; leave it out")
     suite = given.get("suite") or ()
     suite = (suite,) if isinstance(suite, (str, dict)) else suite
-    values = {**given, "suite": [entry if isinstance(entry, str) else yaml.safe_dump([entry], default_flow_style=True)
+    values = {**given, "suite": [entry if isinstance(entry, str) else dump_yaml([entry], default_flow_style=True)
                                  for entry in suite],
               "utility": [given.get("utility", CompareConfig.utility)]}  # fmt: skip
     values |= {"out": out, "model": [base], "base": base, "filtered": never}

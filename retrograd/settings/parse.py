@@ -13,11 +13,35 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-__all__ = ["build", "by_name", "fill", "named", "parse_size", "read_named", "read_yaml"]
+__all__ = ["build", "by_name", "dump_yaml", "fill", "load_yaml", "named", "parse_size", "read_named", "read_yaml"]
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _WORD = re.compile(r"\$\{(\w+)\}")
+
+
+# libyaml's, where PyYAML was built with it, which take a sixth of the time
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+def load_yaml(text: str) -> Any:
+    """The plain values of a YAML text.
+
+    >>> load_yaml("lr: 0.1")
+    {'lr': 0.1}
+    """
+    return yaml.load(text, _Loader)
+
+
+def dump_yaml(values: Any, **options: Any) -> str:
+    """Plain values as YAML, in their own order.
+
+    >>> dump_yaml({"lr": 0.1})
+    'lr: 0.1\\n'
+    """
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, **options)
+    return text
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -27,7 +51,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: If the file is missing, not YAML, or no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf8")) or {}
+        values = load_yaml(path.read_text(encoding="utf8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(values, dict):
@@ -70,7 +94,7 @@ def named(text: str) -> tuple[str, Any]:
     if not value.startswith("{"):
         return name, value
     try:
-        return name, yaml.safe_load(value)
+        return name, load_yaml(value)
     except yaml.YAMLError as error:
         raise ValueError(f"--names {text}: the settings in braces cannot be read as YAML: {error}") from error
 

@@ -99,8 +99,17 @@ def compiled() -> Compiled:
     return Compiled(links(), (3, 7))
 
 
-def test_one_compilation_serves_all_sizes(compiled: Compiled) -> None:
+@pytest.fixture
+def as_traced(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """Its graphs are those that the compiler is given, run as they are: to compile four takes 45 s."""
+    monkeypatch.setattr("torch._inductor.standalone_compile", lambda part, given, **options: part)
+    return Compiled(links(), (3, 7))
+
+
+@pytest.mark.parametrize("chosen", ["as_traced", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_one_compilation_serves_all_sizes(chosen: str, request: pytest.FixtureRequest) -> None:
     """Two pairs of graphs, whatever the rows and the length; and queries go through the same ones."""
+    compiled = request.getfixturevalue(chosen)
     for rows, length, queries in ((3, 7, 1), (5, 9, 1), (2, 30, 3), (9, 2, 1)):
         expected = all_passes(Eager(), links()[0], rows, length, queries)
         found = all_passes(compiled, links()[0], rows, length, queries)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,17 +84,22 @@ def place_of(out: Path) -> Path:
     return out / "attributed" / target.name / next(iter(folder.configurations))
 
 
-def value(world: Path, run: Path, weights: Tensor | None = None, direct: bool = False) -> Tensor:
-    """The twin: unlearning and both phases trained again at other data weights, the forget loss asked."""
-    given = UnlearnConfig(
+@cache
+def loaded_of(world: Path, run: Path) -> Any:
+    """What the twin trains, whatever its data weights."""
+    return assemble(UnlearnConfig(
         run=run, model=str(world / "model"), method="npo", forget=(str(world / "forget.jsonl"),),
         retain=(str(world / "retain.jsonl"),), dtype="float64", attribute="tokens",
         queries=forget_queries(
             {"asked": Task(str(world / "asked.jsonl"), form="cloze", role="forget")}, None
         ),
         train=UnlearnConfig().train.__class__(batch_size=2, lr=3e-3, eps_root=1e-4),
-    )  # fmt: skip
-    loaded = assemble(given)
+    ))  # fmt: skip
+
+
+def value(world: Path, run: Path, weights: Tensor | None = None, direct: bool = False) -> Tensor:
+    """The twin: unlearning and both phases trained again at other data weights, the forget loss asked."""
+    loaded = loaded_of(world, run)
     if weights is None:
         weights = loaded.stream.weights
     params = loaded.trajectory(PLAN, weights=weights, identity="w").train().params

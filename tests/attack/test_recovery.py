@@ -106,10 +106,41 @@ def test_latent_is_what_rises_beyond_the_model_that_never_knew() -> None:
     assert same[1].value == 0
 
 
+def drawn_again(clusters: np.ndarray, resamples: int = recovery.RESAMPLES) -> np.ndarray:
+    """How often each question is drawn in each resample, [resamples, n], with its cluster."""
+    names, place = np.unique(clusters, return_inverse=True)
+    shares = np.full(len(names), 1 / len(names))
+    return np.random.default_rng(0).multinomial(len(names), shares, size=resamples)[:, place]
+
+
+def percentiles(values: list[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("clusters", [np.arange(N), np.arange(N) // 6], ids=["questions", "clusters of many sizes"])
+def test_intervals_are_those_of_questions_drawn_one_resample_after_another(clusters: np.ndarray) -> None:
+    right = np.random.default_rng(1).random((5, N)) < np.array([0.2, 0.3, 0.5, 0.6, 0.9])[:, None]
+    asked = right.astype(float)
+    asked[3] = np.nan
+    areas, most, rises = [], [], []
+    for counts in drawn_again(clusters):
+        questions = np.repeat(np.arange(N), counts)
+        shares = recovery.recovered(asked[:, questions], BASE[questions])
+        areas.append(recovery.area(STEPS, shares))
+        most.append(float(np.nanmax(shares)))
+        rises.append(float((asked[4] - asked[0])[questions].mean()))
+    found = recovery.recovery_measures(STEPS, asked, BASE, clusters)
+    assert found["area"].interval == pytest.approx(percentiles(areas), rel=1e-12)
+    assert found["most"].interval == pytest.approx(percentiles(most), rel=1e-12)
+    latent = recovery.latent_rise(asked, np.zeros((5, N)), clusters)
+    assert latent[3] is None
+    assert latent[4] is not None
+    assert latent[4].interval == pytest.approx(percentiles(rises), rel=1e-12)
+    assert resampled(asked[4] - asked[0], clusters) == latent[4]
+
+
 def test_questions_of_one_cluster_are_drawn_together() -> None:
-    weights = recovery.draws(np.repeat(np.arange(10), 4), resamples=50)
-    assert (weights.reshape(50, 10, 4) == weights.reshape(50, 10, 4)[:, :, :1]).all()
-    assert (weights.sum(1) == 40).all()
     wide, narrow = (
         recovery.latent_rise(rights(0, 20), rights(0, 0), clusters)[1]
         for clusters in (np.repeat(np.arange(4), 10), np.arange(N))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -62,17 +63,21 @@ def direction(shape: torch.Size) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
+@cache
+def scores_of(recipe: Recipe, stream: Tokens = Tokens()) -> Tensor:
+    """The scores that every law is about."""
+    return metagradient(training(recipe, stream), params(), query)[1]
+
+
 def test_equals_one_unrolled_graph(recipe: Recipe, stream: Tokens) -> None:
-    run = training(recipe, stream)
-    _, scores = metagradient(run, params(), query)
+    run, scores = training(recipe, stream), scores_of(recipe, stream)
     expected = check.unrolled(run, params(), objective, query)[1]
     assert check.relative_error(scores, expected) < 1e-12
     assert check.relative_error(scores * 1.001, expected) > 1e-12
 
 
 def test_forward_mode_identity(recipe: Recipe) -> None:
-    run = training(recipe)
-    _, scores = metagradient(run, params(), query)
+    run, scores = training(recipe), scores_of(recipe)
     v = direction(run.weights.shape)
     _, slope = check.forward_mode(run, params(), objective, query, v)
     assert check.relative_error(scores @ v, slope) < 1e-12
@@ -82,7 +87,7 @@ def test_forward_mode_identity(recipe: Recipe) -> None:
 def test_the_tangent_identity_by_hessian_vector_products(recipe: Recipe) -> None:
     """⟨τ, v⟩ = ⟨∇φ, θ̇_T⟩ for two directions at once, and the states on the way are training's own."""
     run, seen = training(recipe, Tokens(per_token=True)), []
-    _, scores = metagradient(run, params(), query)
+    scores = scores_of(recipe, Tokens(per_token=True))
     v = torch.stack([direction(run.weights.shape), direction(run.weights.shape).flip(0)])
     final, tangents = check.forward_tangent(run, params(), v, lambda state: seen.append(state.step))
     assert tree.digest(final) == tree.digest(check.train(run, params()))
@@ -203,7 +208,7 @@ TIED = ("sgd-nesterov-decay", "adamw-decay", "muon", "accumulation")
 def test_retraining_agrees(ingredient: str, tied: bool) -> None:
     """Central differences and the Taylor rate; a score made 0.1 % wrong fails both."""
     run = training(INGREDIENTS[ingredient])
-    _, scores = metagradient(run, params(tied=tied), query)
+    scores = metagradient(run, params(tied=True), query)[1] if tied else scores_of(run.recipe)
     v = direction(run.weights.shape)
     slope = scores @ v
     measured = check.central_difference(run, params(tied=tied), query, v, h=1e-6)
@@ -251,8 +256,7 @@ def test_sgd_on_a_quadratic_has_its_closed_form() -> None:
 
 
 def test_float32_error_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    run = training(INGREDIENTS["adamw"])
-    _, exact = metagradient(run, params(), query)
+    exact = scores_of(INGREDIENTS["adamw"])
     low = training(INGREDIENTS["adamw"], Tokens(dtype=torch.float32))
     _, scores = metagradient(low, tree.map(torch.Tensor.float, params()), query)
     error = check.relative_error(scores.double(), exact)
@@ -273,9 +277,8 @@ PLANS = {
 @pytest.mark.parametrize("ingredient", ["adamw-decay", "muon", "sgd-momentum", "accumulation"])
 def test_every_plan_gives_the_same_bits(plan: tuple, ingredient: str) -> None:
     run = training(INGREDIENTS[ingredient])
-    _, everything = metagradient(run, params(), query)
     _, scores = metagradient(run, params(), query, plan)
-    assert torch.equal(scores, everything)
+    assert torch.equal(scores, scores_of(run.recipe))
 
 
 def test_queries_in_one_sweep_equal_single_sweeps(recipe: Recipe) -> None:
@@ -292,15 +295,13 @@ def test_queries_in_one_sweep_equal_single_sweeps(recipe: Recipe) -> None:
 
 
 def test_token_scores_sum_to_row_scores(recipe: Recipe) -> None:
-    _, tokens = metagradient(training(recipe, Tokens(per_token=True)), params(), query)
-    _, rows = metagradient(training(recipe, Tokens(per_token=False)), params(), query)
+    tokens, rows = scores_of(recipe, Tokens(per_token=True)), scores_of(recipe)
     assert check.relative_error(tokens.sum(-1), rows) < 1e-12
 
 
 def test_one_global_normaliser(recipe: Recipe) -> None:
     """Micro-batching changes rounding only: per-part means would change the objective."""
-    _, whole = metagradient(training(replace(recipe, micro_batch_size=None)), params(), query)
-    _, parts = metagradient(training(replace(recipe, micro_batch_size=1)), params(), query)
+    whole, parts = (scores_of(replace(recipe, micro_batch_size=size)) for size in (None, 1))
     assert check.relative_error(parts, whole) < 1e-10
 
 
@@ -602,6 +603,27 @@ def test_small_leaves_are_updated_together_to_the_same_values(bucket: int, monke
         assert one.shape == other.shape
         assert one.storage_offset() * one.element_size() % 64 == 0
         torch.testing.assert_close(one, other, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("bucket", [1, 20, 1000])
+def test_small_leaves_are_traced_together_to_the_same_tangents(bucket: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = training(Recipe(AdamW(0.1, weight_decay=0.1))), list[int]()
+    monkeypatch.setattr("retrograd.core.optim.adamw._root", lambda x: (calls.append(x.numel()), x.sqrt())[1])
+    monkeypatch.setattr("retrograd.core.optim.elementwise._BUCKET", bucket)
+    values = (params(), {"m": params(1), "v": tree.map(torch.square, params(2))}, params(3))
+    tangents = (params(4), {"m": params(5), "v": params(6)}, params(7))
+
+    def moved(*given: Any) -> Any:
+        return run.recipe.optimizer.update(*given, 4)
+
+    h = 1e-6
+    ahead, behind = (moved(*tree.map(lambda x, dx, s=s: x + s * dx, values, tangents)) for s in (h, -h))
+    calls.clear()
+    found = torch.func.jvp(moved, values, tangents)[1]
+    sizes = [66, 36, 6, 1, 66]  # of the leaves
+    assert calls == {1: sizes, 20: [66, 36, 7, 66], 1000: [sum(sizes)]}[bucket]
+    for one, a, b in zip(*map(tree.leaves, (found, ahead, behind)), strict=True):
+        torch.testing.assert_close(one, (a - b) / (2 * h), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

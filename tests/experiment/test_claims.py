@@ -27,7 +27,7 @@ SPEC = ExperimentSpec(
     report=AskedSpec({"forget": Task("f", form="cloze", role="forget"), "retain": Task("r", form="cloze", role="retain")}),
     methods={"npo": MethodSpec("npo", tune=TuneSpec(budget=0.02, tolerance=0.2))},
     weightings={
-        "value": WeightingSpec(scores="a:go"), "uniform": WeightingSpec(),
+        "value": WeightingSpec(scores=("a:go",)), "uniform": WeightingSpec(),
         "random": WeightingSpec(control="random_count", of="value"),
         "places": WeightingSpec(control="random_position", of="value"),
         "flipped": WeightingSpec(control="sign_flipped", of="value"),

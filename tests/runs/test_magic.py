@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -247,13 +246,11 @@ def test_a_full_disk_stops_with_the_numbers_and_the_run_resumes(
     assert (tmp_path / "run/scores.pt").read_bytes() == (done / "scores.pt").read_bytes()
 
 
-def test_help_is_quick_and_the_package_light() -> None:
-    start = time.monotonic()
-    found = subprocess.run([sys.executable, "-m", "retrograd", "--help"], capture_output=True, text=True, check=True)
-    assert "magic" in found.stdout
-    assert time.monotonic() - start < 5  # generous: machines are shared; bench/startup measures it
-    code = "import sys, retrograd, retrograd.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys; from retrograd.cli import main; main(['--help']); print({'torch', 'transformers'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "magic" in found
+    assert found.splitlines()[-1] == "set()"
 
 
 def _killed_run_resumes(done: Path, world: Path, run: Path, phase: str, step: int, more: tuple[str, ...]) -> None:

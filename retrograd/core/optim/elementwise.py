@@ -2,7 +2,7 @@
 
 A formula is a pure function (at, bar) → results, of tensors [*shape] of one leaf and of cotangents [K, *shape].
 On a CPU large leaves are cut, so that temporaries stay in cache. On an accelerator small ones are joined, for a launch
-takes longer than their work.
+takes longer than their work; and wherever a derivative is traced through the formula, for a traced operation does, too.
 """
 
 from __future__ import annotations
@@ -73,12 +73,14 @@ def _groups(trees: Sequence[Params]) -> list[list[str]]:
     """The leaves' names in order; those together that are worked on at once.
 
     A leaf that would leave the next one unaligned stays alone: states read back are aligned, and bits depend on it.
+    Where a derivative is traced no state is made.
     """
     groups, filled, before = list[list[str]](), 0, None
     for name, leaf in trees[0].items():
+        traced = all(type(one[name]) is Tensor and is_traced(one[name]) for one in trees)
         odd = leaf.numel() * leaf.element_size() % 64 != 0
-        alone = odd or leaf.device.type not in _JOINED or any(is_traced(one[name]) for one in trees)
-        kind = None if alone else [(one[name].dtype, one[name].device) for one in trees]
+        plain = not odd and leaf.device.type in _JOINED and not any(is_traced(one[name]) for one in trees)
+        kind = [(traced, one[name].dtype, one[name].device) for one in trees] if traced or plain else None
         filled += leaf.numel()
         if kind is None or kind != before or filled > _BUCKET:
             groups.append([])
