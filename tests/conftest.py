@@ -34,7 +34,7 @@ from retrograd.lm import proof
 from retrograd.lm.layout import Form
 from retrograd.proofs import first_step
 from retrograd.runs import session
-from retrograd.runs.identity import fingerprint
+from retrograd.runs.identity import architecture, fingerprint
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs would fight over the cores
 
@@ -60,7 +60,7 @@ first_step.prove_gradient = once(first_step.prove_gradient)
 
 
 class Forms(WeakKeyDictionary[nn.Module, Form]):
-    """Forms of modules, found again by what a module is: a model that is made or loaded again is not proved again.
+    """Forms of modules, found again by architecture and dtypes: a model that is trained or loaded again is not proved anew.
 
     That is a third of the time of a tiny run, too. Refusals are never remembered, and tests of the proof itself have
     `proved_anew`.
@@ -71,13 +71,19 @@ class Forms(WeakKeyDictionary[nn.Module, Form]):
         self.known = dict[str, Form]()
 
     def __contains__(self, module: object) -> bool:
-        if not super().__contains__(module) and (form := self.known.get(fingerprint(module))) is not None:
-            super().__setitem__(module, form)  # type: ignore[index]
+        assert isinstance(module, nn.Module)
+        if not super().__contains__(module) and (form := self.known.get(self.what(module))) is not None:
+            super().__setitem__(module, form)
         return super().__contains__(module)
 
     def __setitem__(self, module: nn.Module, form: Form) -> None:
         super().__setitem__(module, form)
-        self.known[fingerprint(module)] = form
+        self.known[self.what(module)] = form
+
+    @staticmethod
+    def what(module: nn.Module) -> str:
+        held = {name: (x.dtype, x.device, x.shape, x.requires_grad) for name, x in module.named_parameters()}
+        return fingerprint(architecture(module), held)
 
 
 proof._FORMS = Forms()
