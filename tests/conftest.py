@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 sys.path += map(str, Path(__file__).parent.glob("*/"))  # tests of one room use worlds of another
 
@@ -33,6 +34,7 @@ from retrograd.core.step import State, Training
 from retrograd.lm import proof
 from retrograd.lm.layout import Form
 from retrograd.proofs import first_step
+from retrograd.query import proof as answers
 from retrograd.runs import session
 from retrograd.runs.identity import architecture, fingerprint
 
@@ -59,12 +61,18 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
 first_step.prove_gradient = once(first_step.prove_gradient)
 
 
-class Forms(WeakKeyDictionary[nn.Module, Form]):
-    """Forms of modules, found again by architecture and dtypes: a model that is trained or loaded again is not proved anew.
+def kind_of(module: nn.Module) -> str:
+    """What of a module its proofs are about: a model that is trained or loaded again is not proved anew.
 
-    That is a third of the time of a tiny run, too. Refusals are never remembered, and tests of the proof itself have
-    `proved_anew`.
+    That is a quarter of the time where models are evaluated. Refusals are never remembered, and tests of the proofs
+    themselves have `proved_anew`.
     """
+    held = {name: (x.dtype, x.device, x.shape, x.requires_grad) for name, x in module.named_parameters()}
+    return fingerprint(architecture(module), held)
+
+
+class Forms(WeakKeyDictionary[nn.Module, Form]):
+    """Forms of modules, found again by their kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,26 +80,34 @@ class Forms(WeakKeyDictionary[nn.Module, Form]):
 
     def __contains__(self, module: object) -> bool:
         assert isinstance(module, nn.Module)
-        if not super().__contains__(module) and (form := self.known.get(self.what(module))) is not None:
+        if not super().__contains__(module) and (form := self.known.get(kind_of(module))) is not None:
             super().__setitem__(module, form)
         return super().__contains__(module)
 
     def __setitem__(self, module: nn.Module, form: Form) -> None:
         super().__setitem__(module, form)
-        self.known[self.what(module)] = form
+        self.known[kind_of(module)] = form
 
-    @staticmethod
-    def what(module: nn.Module) -> str:
-        held = {name: (x.dtype, x.device, x.shape, x.requires_grad) for name, x in module.named_parameters()}
-        return fingerprint(architecture(module), held)
+
+class Proved(set[str]):
+    """Modules whose answers hold, found again by their kind."""
+
+    def __contains__(self, module: object) -> bool:
+        assert isinstance(module, nn.Module)
+        return super().__contains__(kind_of(module))
+
+    def add(self, module: Any) -> None:
+        super().add(kind_of(module))
 
 
 proof._FORMS = Forms()
+answers._PROVED = Proved()
 
 
 @pytest.fixture
 def proved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "_FORMS", WeakKeyDictionary())
+    monkeypatch.setattr(answers, "_PROVED", WeakSet())
 
 
 # what the settings' sources say of them, read once and not for every command line
