@@ -128,16 +128,16 @@ def test_proofs_and_the_query_count_where_parameters_are_divided() -> None:
     layers = dataclasses.replace(work(), model=work().model._replace(block=40))
     eighth, params, state = 400 // 8, 400 // 4, 1200 // 4
     query = 400 + 100 + 2 * state + params + 2 * eighth
-    assert apart_bytes(layers, 4, "blocks") == max(query, 100 + 2 * (5 * params + 4 * 40)), "proved in float64"
+    assert apart_bytes(layers, 4, "blocks") == max(query, 100 + 2 * (5 * params + 6 * 40)), "proved in float64"
     assert apart_bytes(layers, 4, "double") == 400 + 2 * 6 * 400, "the copy in float64 is the sixth"
     spread = device_bytes(layers, machine(ranks=4, shards=4), "double", 0)
     assert sum(spread.values()) == apart_bytes(layers, 4, "double"), "more than a step takes"
     frozen = dataclasses.replace(layers, model=layers.model._replace(frozen=10, frozen_bytes=40))
     assert apart_bytes(frozen, 4, "double") == 400 + 2 * 6 * 400 + 40 + 2 * 40
-    assert apart_bytes(frozen, 4, "blocks") == max(query, 100 + 2 * (5 * params + 4 * 40) + 2 * 40) + 40
+    assert apart_bytes(frozen, 4, "blocks") == max(query, 100 + 2 * (5 * params + 6 * 40) + 2 * 40) + 40
     large = dataclasses.replace(layers, model=layers.model._replace(trained=2**26 + 1))
     assert apart_bytes(large, 4, "double") == 6 * 400, "at the run's own precision"
-    assert apart_bytes(large, 4, "blocks") == max(query, 400 + 3 * eighth, 100 + 5 * params + 4 * 40)
+    assert apart_bytes(large, 4, "blocks") == max(query, 400 + 3 * eighth, 100 + 5 * params + 6 * 40)
     half = dataclasses.replace(layers, model=layers.model._replace(itemsize=2))
     assert apart_bytes(half, 4, "double") == max(query, 3 * 400), "two gradients, which are not compared"
 
