@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 _STOPPABLE = ("train", "magic", "unlearn", "validate")  # an experiment's workers see to it themselves
 
-_SHARED = ("train", "magic", "unlearn")  # commands whose steps the processes of a job share
+_SHARED = ("train", "magic", "unlearn", "query")  # commands whose steps the processes of a job share
 _DEALT = ("validate", "evaluate", "attack")  # commands of which each process takes a part of its own
 _EITHER = ("attack",)  # those of them that may share steps instead
 

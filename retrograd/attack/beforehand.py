@@ -36,17 +36,17 @@ def check_data(config: AttackConfig) -> None:
         ValueError: With its name, and what there is.
     """
     keys = LAB_KEYS if config.lab is not None else tuple(text.split("=", 1)[0] for text in config.data)
-    for one in configurations(config):
+    for configuration in configurations(config):
         wanted: Iterable[str] = ()
-        if isinstance(one, Finetune):
-            wanted = (one.before, one.data) if one.before else (one.data,)
-        elif isinstance(one, Untrained):
-            kind = find_untraining(one)
+        if isinstance(configuration, Finetune):
+            wanted = (configuration.before, configuration.data) if configuration.before else (configuration.data,)
+        elif isinstance(configuration, Untrained):
+            kind = find_untraining(configuration)
             wanted = kind.reads
             if kind.needs_base and config.lab is None and config.base is None:
                 raise ValueError(f"{kind.name} needs the model before unlearning: give --base")
         for key in wanted:
-            check_key(one.readable, key, keys)
+            check_key(configuration.readable, key, keys)
 
 
 def check_key(attack: str, key: str, keys: Collection[str]) -> None:

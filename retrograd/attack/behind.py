@@ -35,35 +35,35 @@ class Given(NamedTuple):
     probability: np.ndarray
 
 
-def run_behind(one: Faced, after: int | None) -> dict[str, Any]:
+def run_behind(meeting: Faced, after: int | None) -> dict[str, Any]:
     """Where the answers of a model under a configuration lie, as plain values.
 
     Args:
         after: The step that the cell's accuracy is read at.
     """
-    course = one.course
+    course = meeting.course
     places = {"before": 0, "after": None if after is None else course.steps.index(after),
-              "last": len(course.steps) - 1 if one.rise is None else one.rise.place}  # fmt: skip
+              "last": len(course.steps) - 1 if meeting.rise is None else meeting.rise.place}  # fmt: skip
 
-    def told(place: int | None) -> dict[str, Any] | None:
+    def answers_at(place: int | None) -> dict[str, Any] | None:
         if place is None:
             return None
         run, step = course.places[place]
         strength = None if course.strengths is None else course.strengths[place]
         where = {"step": course.steps[place], "strength": strength}
-        return {**where, "run": str(run.relative_to(one.folder)), "at": step}
+        return {**where, "run": str(run.relative_to(meeting.folder)), "at": step}
 
-    return {"folder": str(one.folder), "model": one.model, "configuration": one.configuration, "seed": one.seed,
-            **{moment: told(place) for moment, place in places.items()}}  # fmt: skip
+    return {"folder": str(meeting.folder), "model": meeting.model, "configuration": meeting.configuration,
+            "seed": meeting.seed, **{moment: answers_at(place) for moment, place in places.items()}}  # fmt: skip
 
 
-def half_unseen(one: Faced) -> str | None:
+def half_unseen(meeting: Faced) -> str | None:
     """What of the forget questions an attack does not show: "all", the "first" half or the "second"."""
-    if one.unseen is None:
+    if meeting.unseen is None:
         return None
-    if one.unseen.all():
+    if meeting.unseen.all():
         return "all"
-    return "first" if (one.unseen == one.course.first).all() else "second"
+    return "first" if (meeting.unseen == meeting.course.first).all() else "second"
 
 
 def asked_tasks(tasks: Mapping[str, Task]) -> dict[str, Task]:
@@ -80,29 +80,29 @@ def read_run(folder: Path, where: Mapping[str, Any], tasks: Mapping[str, Task]) 
         where: A moment of `run_behind`.
         tasks: Of choices.
     """
-    found = {}
+    given = {}
     for name, task in tasks.items():
         path = answers_path(folder / where["run"], where["at"], name)
         if path.exists():
             measured = read_measured(path)[0]
             assert isinstance(measured, Answers), "a task of choices has answers"
-            found[name] = _given(measured, task)
-    return found
+            given[name] = _given(measured, task)
+    return given
 
 
 def _given(measured: Answers, task: Task) -> Given:
     scored = measured.scored
-    values = scored.logprobs / scored.widths.clamp(min=1) if task.normalise else scored.logprobs
+    logprobs = scored.logprobs / scored.widths.clamp(min=1) if task.normalise else scored.logprobs
     chosen = scored.chosen_norm if task.normalise else scored.chosen
-    probability = values.log_softmax(1).gather(1, scored.gold[:, None])[:, 0].exp()
+    probability = logprobs.log_softmax(1).gather(1, scored.gold[:, None])[:, 0].exp()
     return Given(scored.gold.numpy(), chosen.numpy(), probability.where(~scored.failed, float("nan")).numpy())
 
 
-def masks(faced: Sequence[Faced], told: np.ndarray | None) -> dict[str, Any]:
+def masks(faced: Sequence[Faced], reported: np.ndarray | None) -> dict[str, Any]:
     """Of the forget questions, which are about half A, and which the cells' accuracies are of, as 0 and 1.
 
     Args:
-        told: The half that no step was chosen by, [n].
+        reported: The half that no step was chosen by, [n].
     """
     first = faced[0].course.first
-    return {"first": first.astype(int).tolist(), "told": None if told is None else told.astype(int).tolist()}
+    return {"first": first.astype(int).tolist(), "told": None if reported is None else reported.astype(int).tolist()}

@@ -57,7 +57,7 @@ def pulled_back(
     return values, reached.pop().params
 
 
-def check_chain(one: Finetune, unlearning: UnlearnConfig, *, whole: bool) -> None:
+def check_chain(attack: Finetune, unlearning: UnlearnConfig, *, whole: bool) -> None:
     """Refuse what derivatives cannot pass through.
 
     Args:
@@ -66,8 +66,8 @@ def check_chain(one: Finetune, unlearning: UnlearnConfig, *, whole: bool) -> Non
         ValueError: With the setting and what it has to be.
     """
     rank, adapter = unlearning.lora.rank, unlearning.lora.adapter
-    if one.rank or rank != 0 or adapter == "continue":  # rank None: the method's own
-        which = f"attack {one.readable}" if one.rank else str(unlearning.run)
+    if attack.rank or rank != 0 or adapter == "continue":  # rank None: the method's own
+        which = f"attack {attack.readable}" if attack.rank else str(unlearning.run)
         raise ValueError(
             f"{which} trains adapters, which are merged between the phases: derivatives go through both where all "
             "parameters are trained, --lora.rank 0 and not --lora.adapter continue"
@@ -77,11 +77,11 @@ def check_chain(one: Finetune, unlearning: UnlearnConfig, *, whole: bool) -> Non
             f"{unlearning.run}: {unlearning.method} trains some of the parameters and an attack trains all: there are "
             "no derivatives through both. Give a run of a method that trains the whole model, such as npo"
         )
-    if one.dtype == "bfloat16" or unlearning.dtype == "bfloat16":
-        raise ValueError(f"attack {one.readable}: derivatives in bfloat16 are mostly noise; take float32")
-    if one.dtype != unlearning.dtype:
+    if attack.dtype == "bfloat16" or unlearning.dtype == "bfloat16":
+        raise ValueError(f"attack {attack.readable}: derivatives in bfloat16 are mostly noise; take float32")
+    if attack.dtype != unlearning.dtype:
         raise ValueError(
-            f"attack {one.readable} is in {one.dtype} and the unlearning in {unlearning.dtype}: derivatives go "
+            f"attack {attack.readable} is in {attack.dtype} and the unlearning in {unlearning.dtype}: derivatives go "
             "through both in one precision"
         )
 
@@ -100,19 +100,19 @@ def unlearning_of(source: str) -> UnlearnConfig:
             f"{source} lies in no run of `retrograd unlearn`, and derivatives are with respect to the rows that "
             "unlearned it: give a RUN of that command, with its RUN/model"
         )
-    found = read_settings(run)
-    assert isinstance(found, UnlearnConfig), "its command says so"
-    refuse_method(found.method, run / "run_config.yaml", trusted=False)
-    return found
+    settings = read_settings(run)
+    assert isinstance(settings, UnlearnConfig), "its command says so"
+    refuse_method(settings.method, run / "run_config.yaml", trusted=False)
+    return settings
 
 
 def forget_queries(tasks: dict[str, Task], limit: int | None) -> dict[str, QueryConfig]:
     """The forget tasks as queries, by name: the loss that their accuracy measures."""
     shared = {field.name for field in dataclasses.fields(QueryConfig)} & {f.name for f in dataclasses.fields(Task)}
-    found = {}
+    queries = {}
     for name, task in tasks.items():
         if task.role == "forget" and task.choices:
-            values = {key: getattr(task, key) for key in shared}
-            values["limit"] = min(filter(None, (limit, task.limit)), default=None)
-            found[name] = QueryConfig(**values)
-    return found
+            settings = {key: getattr(task, key) for key in shared}
+            settings["limit"] = min(filter(None, (limit, task.limit)), default=None)
+            queries[name] = QueryConfig(**settings)
+    return queries

@@ -47,7 +47,7 @@ def retrained(loaded: Loaded, runs: Sequence[PhaseConfig], weights: Tensor) -> P
 
 def begins(loaded: Loaded, runs: Sequence[PhaseConfig]) -> list[Begin]:
     """The phases of an attack, each to begin with what is there before it."""
-    queries = sum(len(one.columns) for one in loaded.asked)
+    queries = sum(len(query.columns) for query in loaded.asked)
 
     def begin(run: PhaseConfig) -> Begin:
         return lambda params: set_up_phase(run, After(loaded.model, loaded.tokenizer, params, queries))[0]
@@ -80,8 +80,8 @@ def validate_chain(
     assert isinstance(stream, PairStream), "an unlearning has forget and retain rows"
     places, path = forget_places(stream), folder / "validation.jsonl"
     lines = {(line["set"], line["fraction"]): line for line in map(json.loads, read_lines(path))}
-    queries = Queries([column for one in loaded.asked for column in one.columns])
-    found = []
+    queries = Queries([column for query in loaded.asked for column in query.columns])
+    wanted = []
     for number in range(sets):
         if (number, fraction) not in lines:
             left_out = random_subset(places, fraction, 0, number)
@@ -93,12 +93,12 @@ def validate_chain(
                     "measured": measured.tolist()}  # fmt: skip
             append_line(path, json.dumps(line))
             lines[number, fraction] = line
-        found.append(lines[number, fraction])
+        wanted.append(lines[number, fraction])
         tell(number + 1)
-    prediction, measurement = (np.array([line[key] for line in found]) for key in ("predicted", "measured"))
+    prediction, measurement = (np.array([line[key] for line in wanted]) for key in ("predicted", "measured"))
     mean, low, high = mean_lds(prediction, measurement)
     each = [agreement(prediction[:, k], measurement[:, k])._asdict() for k in range(prediction.shape[1])]
-    names = [column.name for one in loaded.asked for column in one.columns]
+    names = [column.name for query in loaded.asked for column in query.columns]
     result = {"sets": sets, "fraction": fraction, "lds": mean, "interval": [low, high],
               "queries": dict(zip(names, each))}  # fmt: skip
     write_json(folder / "validation.json", result)

@@ -30,8 +30,8 @@ __all__ = ["assemble", "chain_config", "contents"]
 def chain_config(config: UnlearnConfig, phases: Sequence[PhaseConfig]) -> ChainConfig:
     """The settings of an unlearning with those of the attack that follows."""
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(UnlearnConfig)}
-    told = ({**to_dict(phase), "contents": contents(phase)} for phase in phases)
-    return ChainConfig(**given, chain=tuple(told))
+    chain = ({**to_dict(phase), "contents": contents(phase)} for phase in phases)
+    return ChainConfig(**given, chain=tuple(chain))
 
 
 def contents(phase: PhaseConfig) -> dict[str, str | None]:
@@ -50,17 +50,17 @@ def assemble(config: ChainConfig) -> Loaded:
     if not config.chain:
         raise ValueError(f"{config.run} does not tell its attack: it is of an earlier version; attribute again, in "
                          "another folder")  # fmt: skip
-    phases = [_phase(values, config, number) for number, values in enumerate(config.chain)]
+    phases = [_phase(settings, config, number) for number, settings in enumerate(config.chain)]
     loaded = unlearning.assemble(config)
     after = begins(loaded, phases)
     asked = asked_after(loaded.asked, after, loaded.stream.weights)
     return dataclasses.replace(loaded, asked=asked, after=partial(trained, after))
 
 
-def _phase(values: dict[str, Any], config: ChainConfig, number: int) -> PhaseConfig:
-    given = {name: value for name, value in values.items() if name != "contents"}
+def _phase(settings: dict[str, Any], config: ChainConfig, number: int) -> PhaseConfig:
+    given = {name: value for name, value in settings.items() if name != "contents"}
     run = Path(config.run) / f"chained-{number}"  # nothing is written there
     phase: PhaseConfig = build(PhaseConfig, {**given, "run": run, "dtype": config.dtype}, f"{config.run}: chain")
-    if changed := [name for name, old in values["contents"].items() if contents(phase).get(name) != old]:
+    if changed := [name for name, old in settings["contents"].items() if contents(phase).get(name) != old]:
         raise ValueError(f"the attack trained on {changed[0]}, which is gone or has changed since; put it back")
     return phase

@@ -70,26 +70,26 @@ def compared(faced: Sequence[Faced]) -> dict[str, Any]:
     """The comparison, as plain values."""
     labels, attacks = _labels(faced), _attacks(faced)
     grouped: dict[tuple[str, str], list[Faced]] = {}
-    for one in faced:
-        if one.valid is not False or attacks[one.attack]["valid"] is False:
-            for group in one.groups:
-                grouped.setdefault((group, one.attack), []).append(one)
-    ends = {(one.model, one.configuration): _after(one) for one in faced}
-    cells = {place: _cell(*place, met, ends) for place, met in grouped.items()}
-    counted = {place: cell for place, cell in cells.items() if attacks[place[1]]["counts"]}
-    role = {group: one.role for one in faced for group in one.groups}
+    for meeting in faced:
+        if meeting.valid is not False or attacks[meeting.attack]["valid"] is False:
+            for group in meeting.groups:
+                grouped.setdefault((group, meeting.attack), []).append(meeting)
+    ends = {(meeting.model, meeting.configuration): _after(meeting) for meeting in faced}
+    cells = {key: _cell(*key, met, ends) for key, met in grouped.items()}
+    counted = {key: cell for key, cell in cells.items() if attacks[key[1]]["counts"]}
+    role = {group: meeting.role for meeting in faced for group in meeting.groups}
     return {
         "groups": {group: {"label": labels[group], "role": role[group],
-                           "models": sorted({one.model for one in faced if group in one.groups})}
+                           "models": sorted({meeting.model for meeting in faced if group in meeting.groups})}
                    for group in labels},
         "attacks": attacks,
         "questions": masks(faced, next((end.reported for end in ends.values() if end is not None), None)),
-        "table": [_row(one, ends[one.model, one.configuration]) for one in faced],
-        "cells": [_told(cell, grouped[place], ends) for place, cell in cells.items()],
+        "table": [_row(meeting, ends[meeting.model, meeting.configuration]) for meeting in faced],
+        "cells": [_entry_of(cell, grouped[key], ends) for key, cell in cells.items()],
         "pairs": list(_pairs(counted, role)),
         "fronts": _fronts(grouped, counted),
         "latent": {group: _listed(_latent(group, counted)) for group in labels if role[group] != "filtered"},
-        **_ranks({place: cell for place, cell in counted.items() if role[place[0]] == "model"}),
+        **_ranks({key: cell for key, cell in counted.items() if role[key[0]] == "model"}),
     }  # fmt: skip
 
 
@@ -100,44 +100,46 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
     ['a', 'c']
     """
 
-    def beaten(one: tuple[float, float]) -> bool:
-        return any(other != one and other[0] <= one[0] and other[1] >= one[1] for other in points.values())
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] <= point[0] and other[1] >= point[1] for other in points.values())
 
-    return [name for name, one in points.items() if not beaten(one)]
+    return [name for name, point in points.items() if not beaten(point)]
 
 
 def _labels(faced: Sequence[Faced]) -> dict[str, str]:
     """A name for each group: its method where that tells it from the others."""
-    method = {group: one.method or group for one in faced for group in one.groups}
-    found = {}
-    for one in faced:
-        for group in one.groups:
-            alone = list(method.values()).count(method[group]) == 1 and one.role == "model" and " × " not in group
-            found[group] = method[group] if alone else group
-    return found
+    method = {group: meeting.method or group for meeting in faced for group in meeting.groups}
+    labels = {}
+    for meeting in faced:
+        for group in meeting.groups:
+            alone = list(method.values()).count(method[group]) == 1 and meeting.role == "model" and " × " not in group
+            labels[group] = method[group] if alone else group
+    return labels
 
 
 def _attacks(faced: Sequence[Faced]) -> dict[str, dict[str, Any]]:
     """Every attack with its seeds; valid: whether one of them brings back the shallow model; null where not known."""
-    found: dict[str, dict[str, Any]] = {}
-    readable = {one.attack: one.readable for one in faced}
-    for one in faced:
-        twice = list(readable.values()).count(one.readable) > 1
-        known = found.setdefault(one.attack, {"readable": one.attack if twice else one.readable, "probe": one.probe,
-                                              "unseen": half_unseen(one), "of_seeds": {}})  # fmt: skip
-        known["of_seeds"][one.seed] = one.valid
-    for known in found.values():
+    attacks: dict[str, dict[str, Any]] = {}
+    readable = {meeting.attack: meeting.readable for meeting in faced}
+    for meeting in faced:
+        twice = list(readable.values()).count(meeting.readable) > 1
+        known = attacks.setdefault(meeting.attack, {
+            "readable": meeting.attack if twice else meeting.readable, "probe": meeting.probe,
+            "unseen": half_unseen(meeting), "of_seeds": {},
+        })  # fmt: skip
+        known["of_seeds"][meeting.seed] = meeting.valid
+    for known in attacks.values():
         by = list(known.pop("of_seeds").items())
         valid = [ok for _, ok in by]
         known |= {"seeds": sorted(seed for seed, _ in by), "invalid_seeds": sorted(s for s, ok in by if ok is False)}
         known["valid"] = False if all(ok is False for ok in valid) else True if True in valid else None
         known["counts"] = not known["probe"] and known["valid"] is not False
-    return found
+    return attacks
 
 
-def _after(one: Faced) -> _After | None:
-    course = one.course
-    kept = [place for place, value in enumerate(means(course.retain)) if value >= one.least - 1e-9]
+def _after(meeting: Faced) -> _After | None:
+    course = meeting.course
+    kept = [place for place, value in enumerate(means(course.retain)) if value >= meeting.least - 1e-9]
     chosen = selected([course.forget[place] for place in kept], course.clusters)
     if chosen is None:
         return None
@@ -148,8 +150,9 @@ def _after(one: Faced) -> _After | None:
 
 
 def _cell(group: str, attack: str, met: list[Faced], ends: dict[tuple[str, str], _After | None]) -> _Cell:
-    there = {(one.model, one.seed): end for one in met if (end := ends[one.model, one.configuration])}
-    lost = len({one.model for one in met} - {model for model, _ in there})
+    known = [(meeting, ends[meeting.model, meeting.configuration]) for meeting in met]
+    there = {(meeting.model, meeting.seed): end for meeting, end in known if end}
+    lost = len({meeting.model for meeting in met} - {model for model, _ in there})
     models, seeds = _grid(list(there))
     rise = _rises(met)
     if not models:
@@ -171,36 +174,38 @@ def _grid(met: list[tuple[str, int]]) -> tuple[list[str], list[int]]:
 
 
 def _rises(met: list[Faced]) -> tuple[np.ndarray, np.ndarray] | None:
-    found = {(one.model, one.seed): one.rise for one in met if one.rise is not None}
-    models, seeds = _grid(list(found))
+    rises = {(meeting.model, meeting.seed): meeting.rise for meeting in met if meeting.rise is not None}
+    models, seeds = _grid(list(rises))
     if not models:
         return None
-    values = np.array([[found[model, seed].values for seed in seeds] for model in models])
-    return clustered(values, found[models[0], seeds[0]].clusters)
+    values = np.array([[rises[model, seed].values for seed in seeds] for model in models])
+    return clustered(values, rises[models[0], seeds[0]].clusters)
 
 
-def _row(one: Faced, after: _After | None) -> dict[str, Any]:
+def _row(meeting: Faced, after: _After | None) -> dict[str, Any]:
     """One model under one configuration."""
     return {
-        "model": one.model, "method": one.method, "role": one.role, "attack": one.readable, "seed": one.seed,
-        "valid": one.valid, "probe": one.probe, "before": float(one.course.forget[0].mean()),
-        "retain_before": float(one.course.retain[0].mean()), "after": after and float(after.right.mean()),
+        "model": meeting.model, "method": meeting.method, "role": meeting.role, "attack": meeting.readable,
+        "seed": meeting.seed, "valid": meeting.valid, "probe": meeting.probe,
+        "before": float(meeting.course.forget[0].mean()),
+        "retain_before": float(meeting.course.retain[0].mean()), "after": after and float(after.right.mean()),
         "step": after and after.step, "retain_after": after and after.retain,
-        "latent": None if one.rise is None else float(one.rise.values.mean()),
+        "latent": None if meeting.rise is None else float(meeting.rise.values.mean()),
     }  # fmt: skip
 
 
-def _told(cell: _Cell, met: list[Faced], ends: dict[tuple[str, str], _After | None]) -> dict[str, Any]:
+def _entry_of(cell: _Cell, met: list[Faced], ends: dict[tuple[str, str], _After | None]) -> dict[str, Any]:
     every = [end for row in cell.ends for end in row]
-    reached = [one.reached for one in met if one.reached is not None and one.model in cell.models]
+    known = [(meeting, ends[meeting.model, meeting.configuration]) for meeting in met]
+    reached = [meeting.reached for meeting in met if meeting.reached is not None and meeting.model in cell.models]
     rise = None if cell.rise is None or met[0].role == "filtered" else crossed(*cell.rise, resamples=RESAMPLES)
     return {
         "group": cell.group, "attack": cell.attack, "models": len(cell.models), "seeds": cell.seeds, "lost": cell.lost,
         "after": _listed(crossed(cell.right, cell.sizes, resamples=RESAMPLES) if every else None),
         "steps": [end.step for end in every],
         "retain_after": float(np.mean([end.retain for end in every])) if every else None,
-        "latent": _listed(rise), "half_back": [one["step"] for one in reached],
-        "runs": [run_behind(one, end and end.step) for one in met for end in [ends[one.model, one.configuration]]],
+        "latent": _listed(rise), "half_back": [recovery["step"] for recovery in reached],
+        "runs": [run_behind(meeting, end and end.step) for meeting, end in known],
     }  # fmt: skip
 
 
@@ -216,9 +221,9 @@ def _pairs(cells: dict[tuple[str, str], _Cell], role: dict[str, str]) -> Any:
         if whole := _over_attacks(list(met.values())):
             of_each.append((None, whole, len(met)))
         for attack, (a, b, sizes), count in of_each:
-            found = crossed_difference(a, b, sizes, resamples=RESAMPLES)
-            yield {"attack": attack, "first": first, "second": second, "difference": found.value,
-                   "interval": [found.low, found.high], "attacks": count}  # fmt: skip
+            difference = crossed_difference(a, b, sizes, resamples=RESAMPLES)
+            yield {"attack": attack, "first": first, "second": second, "difference": difference.value,
+                   "interval": [difference.low, difference.high], "attacks": count}  # fmt: skip
 
 
 _Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -254,9 +259,10 @@ def _fronts(grouped: dict[tuple[str, str], list[Faced]], cells: dict[tuple[str, 
     """Forget and retain of every group before attacks and after its worst one, and which groups are on the front."""
     before: dict[str, dict[str, Any]] = {}
     for group in dict.fromkeys(group for group, _ in grouped):
-        starts = {one.model: one.course for (other, _), met in grouped.items() if other == group for one in met}
-        forget = clustered(np.array([one.forget[0] for one in starts.values()]), next(iter(starts.values())).clusters)
-        retain = np.array([one.retain[0] for one in starts.values()])
+        own_meetings = [meeting for (other, _), met in grouped.items() if other == group for meeting in met]
+        starts = list({meeting.model: meeting.course for meeting in own_meetings}.values())
+        forget = clustered(np.array([course.forget[0] for course in starts]), starts[0].clusters)
+        retain = np.array([course.retain[0] for course in starts])
         before[group] = {"forget": _listed(crossed(*forget, resamples=RESAMPLES)), "attack": None,
                          "retain": _listed(crossed(retain, resamples=RESAMPLES))}  # fmt: skip
     after: dict[str, dict[str, Any]] = {}
@@ -267,8 +273,8 @@ def _fronts(grouped: dict[tuple[str, str], list[Faced]], cells: dict[tuple[str, 
             retain_after = float(np.mean([end.retain for row in worst.ends for end in row]))
             after[group] = {"forget": _listed(crossed(worst.right, worst.sizes, resamples=RESAMPLES)),
                             "retain": [retain_after, None, None], "attack": worst.attack}  # fmt: skip
-    return {name: {"points": points, "front": front({group: (one["forget"][0], one["retain"][0])
-                                                     for group, one in points.items()})}
+    return {name: {"points": points, "front": front({group: (point["forget"][0], point["retain"][0])
+                                                     for group, point in points.items()})}
             for name, points in (("before", before), ("after", after))}  # fmt: skip
 
 
@@ -287,17 +293,17 @@ def _ranks(cells: dict[tuple[str, str], _Cell]) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     of_attacks, of_seeds, of_clusters = (drawn_counts(draw, RESAMPLES, n) for n in (len(attacks), count, len(sizes)))
     once, all_clusters = np.ones((1, count)), np.ones((1, len(sizes)))
-    whole, drawn = [], []
+    whole, drawn = [], []  # by group: of each attack's accuracies a, [models, seeds, clusters]
     for group in groups:
-        of_models = [drawn_counts(draw, RESAMPLES, n) for n in {len(one) for one in right[group]}]
+        of_models = [drawn_counts(draw, RESAMPLES, n) for n in {len(a) for a in right[group]}]
         by_size = {axis.shape[1]: axis for axis in of_models}
-        whole.append([_meaned(one, np.ones((1, len(one))), once, all_clusters, sizes) for one in right[group]])
-        drawn.append([_meaned(one, by_size[len(one)], of_seeds, of_clusters, sizes) for one in right[group]])
+        whole.append([_meaned(a, np.ones((1, len(a))), once, all_clusters, sizes) for a in right[group]])
+        drawn.append([_meaned(a, by_size[len(a)], of_seeds, of_clusters, sizes) for a in right[group]])
     value = _ranked(np.array(whole)).mean(1)[:, 0]
     ranks = (_ranked(np.array(drawn)) * of_attacks.T).sum(1) / of_attacks.sum(1)  # [groups, resamples]
     low, high = np.quantile(ranks, [0.025, 0.975], axis=1)
     return {"ranks": {group: {"rank": float(value[k]), "interval": [float(low[k]), float(high[k])],
-                              "models": max(len(one) for one in right[group]), "attacks": len(attacks), "seeds": count}
+                              "models": max(len(a) for a in right[group]), "attacks": len(attacks), "seeds": count}
                       for k, group in enumerate(groups)}, "unranked": sorted(lost)}  # fmt: skip
 
 
@@ -318,5 +324,5 @@ def _ranked(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _listed(one: Estimate | None) -> list[float] | None:
-    return None if one is None else list(one)
+def _listed(estimate: Estimate | None) -> list[float] | None:
+    return None if estimate is None else list(estimate)

@@ -72,18 +72,18 @@ def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Ta
     Args:
         tasks: By name, those of the folder.
     """
-    one: Configuration = folder.configurations[name]
+    configuration: Configuration = folder.configurations[name]
     place = folder.place(target, name)
     asked = {key: task for key, task in tasks.items() if task.ordinary}
     strengths: list[float] | None = None
-    if isinstance(one, Untrained):
+    if isinstance(configuration, Untrained):
         evaluations, strengths = _of_strengths(place, asked)
         ended = bool(evaluations)
-    elif isinstance(one, Prompted):
+    elif isinstance(configuration, Prompted):
         evaluations = _of_search(place, asked)
-        ended = bool(evaluations) and evaluations[-1].step == one.steps
+        ended = bool(evaluations) and evaluations[-1].step == configuration.steps
     else:
-        evaluations, ended = _of_phases(place, asked, one.runs)
+        evaluations, ended = _of_phases(place, asked, configuration.runs)
     if not evaluations:
         return None
     return _course(evaluations, asked, folder, strengths, ended)
@@ -91,25 +91,25 @@ def read_course(folder: Folder, target: Attacked, name: str, tasks: dict[str, Ta
 
 def _of_phases(place: Path, tasks: dict[str, Task], runs: Sequence[str]) -> tuple[list[_Evaluation], bool]:
     """The evaluations, and whether the last is the attack's last."""
-    found: list[_Evaluation] = []
+    evaluations: list[_Evaluation] = []
     step = tokens = 0
     flops = 0.0
     for name in runs:
         run = place / name
         manifest = Manifest(run / "manifest.json").values
         for own, line in sorted(read_evaluations(run / "metrics.jsonl").items()):
-            if own == 0 and found:  # the same weights as at the end of the phase before
+            if own == 0 and evaluations:  # the same weights as at the end of the phase before
                 continue
             trained = manifest["tokens"].get(str(own), 0)
             spent = trained * manifest["flops_per_token"]
             results, why = _results(run, own, tasks, line.get("tasks", {}))
-            found.append(_Evaluation(step + own, results, tokens + trained, flops + spent, why, (run, own)))
+            evaluations.append(_Evaluation(step + own, results, tokens + trained, flops + spent, why, (run, own)))
         if not manifest.get("finished"):
-            return found, False
+            return evaluations, False
         last = str(manifest["steps"])
         step, tokens = step + manifest["steps"], tokens + manifest["tokens"][last]
         flops += manifest["tokens"][last] * manifest["flops_per_token"]
-    return found, bool(found) and found[-1].step == step
+    return evaluations, bool(evaluations) and evaluations[-1].step == step
 
 
 def _of_strengths(place: Path, tasks: dict[str, Task]) -> tuple[list[_Evaluation], list[float]]:
@@ -117,29 +117,29 @@ def _of_strengths(place: Path, tasks: dict[str, Task]) -> tuple[list[_Evaluation
     if not path.exists():
         return [], []
     strengths = json.loads(path.read_text(encoding="utf8"))["strengths"]
-    found = []
+    evaluations = []
     for number in range(len(strengths)):
         results, why = _results(place, number, tasks, {})
-        found.append(_Evaluation(number, results, 0, 0.0, why, (place, number)))
-    return found, strengths
+        evaluations.append(_Evaluation(number, results, 0, 0.0, why, (place, number)))
+    return evaluations, strengths
 
 
 def _of_search(place: Path, tasks: dict[str, Task]) -> list[_Evaluation]:
     path = place / "search.json"
-    told = json.loads(path.read_text(encoding="utf8")).get("found", {}) if path.exists() else {}
-    found = []
-    for step in sorted(map(int, told)):
+    searched = json.loads(path.read_text(encoding="utf8")).get("found", {}) if path.exists() else {}
+    evaluations = []
+    for step in sorted(map(int, searched)):
         results, why = _results(place, step, tasks, {})
-        spent = told[str(step)]
-        found.append(_Evaluation(step, results, spent["tokens"], float(spent["flops"]), why, (place, step)))
-    return found
+        spent = searched[str(step)]
+        evaluations.append(_Evaluation(step, results, spent["tokens"], float(spent["flops"]), why, (place, step)))
+    return evaluations
 
 
 def _results(
     run: Path, step: int, tasks: dict[str, Task], line: dict[str, Any]
 ) -> tuple[dict[str, Measured | None], str | None]:
     """What was measured at a step by task, None where it is missing; and why the first of these is."""
-    found: dict[str, Measured | None] = {}
+    results: dict[str, Measured | None] = {}
     why: str | None = None
     for name, task in tasks.items():
         path = answers_path(run, step, name)
@@ -149,9 +149,9 @@ def _results(
             if measured is not None
             else line.get(name, {}).get("missing", "it was not measured")
         )
-        found[name] = measured
+        results[name] = measured
         why = why or (f"{name}: {bad}" if bad else None)
-    return found, why
+    return results, why
 
 
 def _course(
@@ -166,27 +166,27 @@ def _course(
     retain = [name for name, task in tasks.items() if task.role != "forget" and task.choices]
     if evaluations[0].step != 0 or any(not isinstance(start[name], Answers) for name in forget):
         return None
-    told = [(name, subject) for name in forget for subject in _answers(start[name]).subjects]
-    clusters = [f"{name}/{subject}" for name, subject in told] if folder.clustered else range(len(told))
+    questions = [(name, subject) for name in forget for subject in _answers(start[name]).subjects]
+    clusters = [f"{name}/{subject}" for name, subject in questions] if folder.clustered else range(len(questions))
     return Course(
-        steps=[one.step for one in evaluations],
-        forget=np.stack([_right(one.results, forget, tasks, len(told)) for one in evaluations]),
+        steps=[evaluation.step for evaluation in evaluations],
+        forget=np.stack([_right(evaluation.results, forget, tasks, len(questions)) for evaluation in evaluations]),
         retain=_retained(evaluations, retain, tasks),
         nats={
-            name: [_nats(one.results[name]) for one in evaluations]
+            name: [_nats(evaluation.results[name]) for evaluation in evaluations]
             for name, task in tasks.items()
             if task.form == "text"
         },
-        first=np.array([name in folder.half or subject in folder.half for name, subject in told], bool),
+        first=np.array([name in folder.half or subject in folder.half for name, subject in questions], bool),
         clusters=np.array(list(clusters)),
         chance=_chance([_answers(start[name]) for name in forget]),
-        tokens=[one.tokens for one in evaluations],
-        flops=[one.flops for one in evaluations],
+        tokens=[evaluation.tokens for evaluation in evaluations],
+        flops=[evaluation.flops for evaluation in evaluations],
         start=start,
         strengths=strengths,
-        missing={one.step: one.why for one in evaluations if one.why},
+        missing={evaluation.step: evaluation.why for evaluation in evaluations if evaluation.why},
         ended=ended,
-        places=[one.place for one in evaluations],
+        places=[evaluation.place for evaluation in evaluations],
     )
 
 
@@ -198,7 +198,7 @@ def _answers(measured: Measured | None) -> Answers:
 def _right(results: dict[str, Measured | None], names: Sequence[str], tasks: dict[str, Task], n: int) -> np.ndarray:
     """1 or 0 for each question of some tasks, [n]; all NaN if one is missing or failed."""
     parts = [
-        found.rights(tasks[name]).double().numpy() for name in names if isinstance(found := results[name], Answers)
+        answers.rights(tasks[name]).double().numpy() for name in names if isinstance(answers := results[name], Answers)
     ]
     whole = np.concatenate(parts) if parts else np.full(n, np.nan)
     return whole if len(whole) == n and not np.isnan(whole).any() else np.full(n, np.nan)
@@ -206,9 +206,11 @@ def _right(results: dict[str, Measured | None], names: Sequence[str], tasks: dic
 
 def _retained(evaluations: list[_Evaluation], names: Sequence[str], tasks: dict[str, Task]) -> np.ndarray:
     counts = [
-        len(one.rights(tasks[name])) for name in names if isinstance(one := evaluations[0].results[name], Answers)
+        len(answers.rights(tasks[name]))
+        for name in names
+        if isinstance(answers := evaluations[0].results[name], Answers)
     ]
-    return np.stack([_right(one.results, names, tasks, sum(counts)) for one in evaluations])
+    return np.stack([_right(evaluation.results, names, tasks, sum(counts)) for evaluation in evaluations])
 
 
 def _nats(measured: Measured | None) -> float | None:
@@ -216,5 +218,5 @@ def _nats(measured: Measured | None) -> float | None:
 
 
 def _chance(answers: list[Answers]) -> float:
-    options = np.concatenate([(one.scored.widths > 0).sum(1).double().numpy() for one in answers])
+    options = np.concatenate([(of_task.scored.widths > 0).sum(1).double().numpy() for of_task in answers])
     return float((1 / options).mean())

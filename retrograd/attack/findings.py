@@ -65,35 +65,36 @@ def findings(
         if (target.name, name) in courses
     ]
     validity = _validity(folder, meetings)
-    for one in meetings:
-        one["valid"] = validity[one["configuration"]]
+    for meeting in meetings:
+        meeting["valid"] = validity[meeting["configuration"]]
     return {
         "models": {target.name: {"source": target.source, "role": target.role} for target in folder.targets},
-        "configurations": {name: {"readable": one.readable, "probe": one.probe, "valid": validity.get(name)}
-                           for name, one in folder.configurations.items()},
+        "configurations": {name: {"readable": configuration.readable, "probe": configuration.probe,
+                                  "valid": validity.get(name)}
+                           for name, configuration in folder.configurations.items()},
         "meetings": meetings,
         "worst": {target.name: _worst(folder, target, courses, utility) for target in folder.targets},
         "controls": list(_controls(folder, courses)),
     }  # fmt: skip
 
 
-def unseen(one: Configuration, first: np.ndarray) -> np.ndarray | None:
+def unseen(configuration: Configuration, first: np.ndarray) -> np.ndarray | None:
     """The forget questions, as a mask [n], whose answers an attack does not show; None if it shows all, or some.
 
     Args:
         first: Which questions are about half A.
     """
-    if isinstance(one, Finetune):
-        keys = {key for key in (one.before, one.data) if key}
+    if isinstance(configuration, Finetune):
+        keys = {key for key in (configuration.before, configuration.data) if key}
         if not keys <= {_HALF, _OTHER, *_NOTHING} or {_HALF, _OTHER} <= keys:
             return None
         if not keys & {_HALF, _OTHER}:
             return np.ones_like(first)
         mask = ~first if _HALF in keys else first
         return mask if first.any() and mask.any() else None  # without --half it is not known which it shows
-    if one.probe:
+    if configuration.probe:
         return None
-    if isinstance(one, Prompted) or one.attack == "few_shot":
+    if isinstance(configuration, Prompted) or configuration.attack == "few_shot":
         return ~first if first.any() else None
     return np.ones_like(first)
 
@@ -102,26 +103,26 @@ def _meeting(
     folder: Folder, target: Attacked, name: str, courses: Mapping[tuple[str, str], Course], tasks: dict[str, Task]
 ) -> dict[str, Any]:
     """One configuration against one model."""
-    course, one = courses[target.name, name], folder.configurations[name]
+    course, configuration = courses[target.name, name], folder.configurations[name]
     base = _of_role(folder, "base", name, courses)
-    found: dict[str, Any] = {"model": target.name, "role": target.role, "configuration": name,
-                             "trained": isinstance(one, Finetune)}  # fmt: skip
-    found["points"] = _points(course)
+    entry: dict[str, Any] = {"model": target.name, "role": target.role, "configuration": name,
+                             "trained": isinstance(configuration, Finetune)}  # fmt: skip
+    entry["points"] = _points(course)
     why: str | None = "the base model was not asked"
     if base is not None:
-        told = _diagnosed(target.name, course, base, tasks)
+        diagnosis = _diagnosed(target.name, course, base, tasks)
         gap = gap_of(base.forget[0], course.forget[0])
-        found |= {"verdict": told.verdict, "reasons": told.reasons, "gap": gap.gap, "gap_error": gap.error}
-        why = f"the start is destroyed: {told.reasons[0]}" if told.verdict == "destroyed" else gap.why_none
+        entry |= {"verdict": diagnosis.verdict, "reasons": diagnosis.reasons, "gap": gap.gap, "gap_error": gap.error}
+        why = f"the start is destroyed: {diagnosis.reasons[0]}" if diagnosis.verdict == "destroyed" else gap.why_none
         if why is None:
-            found |= _recovery(course, base.forget[0])
-            for point, share in zip(found["points"], recovered(course.forget, base.forget[0])):
+            entry |= _recovery(course, base.forget[0])
+            for point, share in zip(entry["points"], recovered(course.forget, base.forget[0])):
                 point["recovered"] = _number(share)
-    found["inapplicable"] = why
+    entry["inapplicable"] = why
     never = _of_role(folder, "filtered", name, courses)
-    if never is not None and (mask := unseen(one, course.first)) is not None:
-        found |= _latent(course, never, mask, found["points"])
-    return found
+    if never is not None and (mask := unseen(configuration, course.first)) is not None:
+        entry |= _latent(course, never, mask, entry["points"])
+    return entry
 
 
 def _of_role(folder: Folder, role: str, name: str, courses: Mapping[tuple[str, str], Course]) -> Course | None:
@@ -135,16 +136,16 @@ def _diagnosed(name: str, course: Course, base: Course, tasks: dict[str, Task]) 
     groups = {task.group: task for task in asked.values() if task.group}
     whole = {key: task for key, task in {**asked, **groups}.items() if not task.group or key not in asked}
 
-    def rated(title: str, one: Course) -> Evaluated:
-        parts = {g: together([one.start[key] for key, task in asked.items() if task.group == g]) for g in groups}
-        return Evaluated(title, None, {**one.start, **parts})
+    def rated(title: str, own: Course) -> Evaluated:
+        parts = {g: together([own.start[key] for key, task in asked.items() if task.group == g]) for g in groups}
+        return Evaluated(title, None, {**own.start, **parts})
 
     return diagnose(rated(name, course), rated("base", base), whole)
 
 
 def _points(course: Course) -> list[dict[str, Any]]:
     """What was found at each evaluation, null where it is missing."""
-    found = []
+    points = []
     for place, step in enumerate(course.steps):
         point: dict[str, Any] = {"step": step, "tokens": course.tokens[place], "flops": course.flops[place]}
         if course.strengths is not None:
@@ -155,33 +156,33 @@ def _points(course: Course) -> list[dict[str, Any]]:
             point[f"{key}_interval"] = None if bad else list(wilson(int(right.sum()), len(right)))
         halves = (("first", course.first), ("second", ~course.first)) if course.first.any() else ()
         point |= {key: _number(course.forget[place][mask].mean()) for key, mask in halves}
-        point["nats"] = {task: values[place] for task, values in course.nats.items()}
+        point["nats"] = {task: nats[place] for task, nats in course.nats.items()}
         if why := course.missing.get(step):
             point["missing"] = why
-        found.append(point)
-    return found
+        points.append(point)
+    return points
 
 
 def _recovery(course: Course, base: np.ndarray) -> dict[str, Any]:
     shares = recovered(course.forget, base)
     measures = recovery_measures(course.steps, course.forget, base, course.clusters)
-    found: dict[str, Any] = {
+    recovery: dict[str, Any] = {
         "most": {"value": measures["most"].value, "interval": list(measures["most"].interval),
                  "step": course.steps[int(np.nanargmax(shares))]},
     }  # fmt: skip
     if course.strengths is not None:
-        return found  # strengths have no order in time
-    found["area"] = {"value": _number(area(course.steps, shares)), "interval": list(measures["area"].interval)}
-    found["reached"] = {}
+        return recovery  # strengths have no order in time
+    recovery["area"] = {"value": _number(area(course.steps, shares)), "interval": list(measures["area"].interval)}
+    recovery["reached"] = {}
     for q in QUANTILES:
         reached = recovery_step(course.steps, course.forget, base, q, ended=course.ended)
-        told: dict[str, Any] = dict(reached._asdict())
+        entry: dict[str, Any] = dict(reached._asdict())
         if reached.step is not None:
             place = course.steps.index(reached.step)
-            told |= {"tokens": course.tokens[place], "flops": course.flops[place],
+            entry |= {"tokens": course.tokens[place], "flops": course.flops[place],
                      "retain": _number(course.retain[place].mean())}  # fmt: skip
-        found["reached"][str(q)] = told
-    return found
+        recovery["reached"][str(q)] = entry
+    return recovery
 
 
 def _latent(course: Course, never: Course, mask: np.ndarray, points: list[dict[str, Any]]) -> dict[str, Any]:
@@ -193,9 +194,9 @@ def _latent(course: Course, never: Course, mask: np.ndarray, points: list[dict[s
     for place, rise in zip(shared, rises):
         points[place]["latent"] = None if rise is None else {"value": rise.value, "interval": list(rise.interval)}
         points[place]["unseen"] = _number(course.forget[place][mask].mean())
-    found: dict[str, Any] = {"questions": int(mask.sum())}
+    latent: dict[str, Any] = {"questions": int(mask.sum())}
     if rises[-1] is not None:
-        found["last"] = {
+        latent["last"] = {
             "step": course.steps[shared[-1]],
             "value": rises[-1].value,
             "interval": list(rises[-1].interval),
@@ -205,28 +206,27 @@ def _latent(course: Course, never: Course, mask: np.ndarray, points: list[dict[s
         best, reported = chosen
         rise = latent_rise(right[:, reported], others[:, reported], course.clusters[mask][reported])[best]
         assert rise is not None, "a step with a failed evaluation is not chosen"
-        found["best"] = {"step": course.steps[shared[best]], "value": rise.value, "interval": list(rise.interval),
+        latent["best"] = {"step": course.steps[shared[best]], "value": rise.value, "interval": list(rise.interval),
                          "questions": int(reported.sum())}  # fmt: skip
-    return {"latent": found}
+    return {"latent": latent}
 
 
 def _validity(folder: Folder, meetings: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Whether each configuration brings back the model that is known to be shallow; null where that is not known."""
-    shallow, found = folder.of_role("shallow"), dict[str, dict[str, Any]]()
-    by = {one["configuration"]: one for one in meetings if shallow is not None and one["model"] == shallow.name}
+    shallow, validity = folder.of_role("shallow"), dict[str, dict[str, Any]]()
+    own = [meeting for meeting in meetings if shallow is not None and meeting["model"] == shallow.name]
+    by = {meeting["configuration"]: meeting for meeting in own}
     for name in folder.configurations:
-        one = by.get(name)
-        if one is None or one["inapplicable"]:
-            why = "no shallow model met it" if one is None else f"the shallow model: {one['inapplicable']}"
-            found[name] = {"valid": None, "why": why}
+        meeting = by.get(name)
+        if meeting is None or meeting["inapplicable"]:
+            why = "no shallow model met it" if meeting is None else f"the shallow model: {meeting['inapplicable']}"
+            validity[name] = {"valid": None, "why": why}
             continue
-        reached = one.get("reached", {}).get("0.5")
-        back = (
-            reached["step"] is not None if reached else one["most"]["interval"][0] > 0 and one["most"]["value"] >= 0.5
-        )
-        why = f"it brings back {one['most']['value']:.0%} of the shallow model's gap at most"
-        found[name] = {"valid": back, "why": why}
-    return found
+        reached, most = meeting.get("reached", {}).get("0.5"), meeting["most"]
+        back = reached["step"] is not None if reached else most["interval"][0] > 0 and most["value"] >= 0.5
+        why = f"it brings back {most['value']:.0%} of the shallow model's gap at most"
+        validity[name] = {"valid": back, "why": why}
+    return validity
 
 
 def _worst(
@@ -237,7 +237,7 @@ def _worst(
     Chosen on half of the questions, reported on the other half.
     """
     own = {name: course for (model, name), course in courses.items() if model == target.name}
-    found: list[dict[str, Any]] = []
+    worst: list[dict[str, Any]] = []
     for loss in utility:
         candidates: list[tuple[str, int, np.ndarray, float]] = []
         for name, course in own.items():
@@ -251,15 +251,15 @@ def _worst(
         clusters = next(iter(own.values())).clusters if own else np.arange(0)
         chosen = selected([right for _, _, right, _ in candidates], clusters) if candidates else None
         if chosen is None:
-            found.append({"utility": loss, "forget": None, "why": "no evaluation keeps general ability so high"})
+            worst.append({"utility": loss, "forget": None, "why": "no evaluation keeps general ability so high"})
             continue
         best, reported = chosen
         name, step, right, kept = candidates[best]
         n = int(reported.sum())
-        found.append({"utility": loss, "configuration": name, "step": step, "retain": kept, "questions": n,
+        worst.append({"utility": loss, "configuration": name, "step": step, "retain": kept, "questions": n,
                       "forget": float(right[reported].mean()),
                       "interval": list(wilson(int(right[reported].sum()), n))})  # fmt: skip
-    return found
+    return worst
 
 
 def _controls(folder: Folder, courses: Mapping[tuple[str, str], Course]) -> Any:

@@ -53,7 +53,7 @@ class After(NamedTuple):
 
 
 def phases(
-    one: Finetune, model: str, folder: Path, sources: dict[str, tuple[str, ...]], tasks: Path, config: AttackConfig
+    attack: Finetune, model: str, folder: Path, sources: dict[str, tuple[str, ...]], tasks: Path, config: AttackConfig
 ) -> list[Phase]:
     """The runs of a configuration against a model, in their order.
 
@@ -65,31 +65,33 @@ def phases(
     Raises:
         ValueError: If there are no data of a key.
     """
-    found, start = [], model
-    for name in one.runs:
-        last = name == one.runs[-1]
-        key, steps, epochs = (one.data, one.steps, one.epochs) if last else (one.before, one.before_steps, None)
+    runs, start = [], model
+    for name in attack.runs:
+        last = name == attack.runs[-1]
+        key, steps, epochs = (
+            (attack.data, attack.steps, attack.epochs) if last else (attack.before, attack.before_steps, None)
+        )
         assert key is not None, "a phase before has data"
-        check_key(one.readable, key, sources)
+        check_key(attack.readable, key, sources)
         phase = PhaseConfig(
-            run=folder / name, model=start, tokenizer=config.tokenizer, dtype=one.dtype, device=config.device,
-            lora=_adapters(one, start), heartbeat=config.heartbeat, export=config.export or not last,
-            sources=sources[key], examples=one.examples if last else None, steps=None if epochs else steps,
+            run=folder / name, model=start, tokenizer=config.tokenizer, dtype=attack.dtype, device=config.device,
+            lora=_adapters(attack, start), heartbeat=config.heartbeat, export=config.export or not last,
+            sources=sources[key], examples=attack.examples if last else None, steps=None if epochs else steps,
             epochs=epochs, max_length=config.max_length, chunk_length=config.chunk_length, max_passes=_most(config),
             evaluate=OnTheWayConfig(
                 tasks=tasks, at=_ASKED, limit=config.limit, batch_size=config.batch_size, answers=True
             ),
-            train=one.train(), parallel=config.parallel, replicas=config.replicas, shards=config.shards,
+            train=attack.train(), parallel=config.parallel, replicas=config.replicas, shards=config.shards,
             patience=config.patience,
         )  # fmt: skip
-        found.append(Phase(name, phase, last))
+        runs.append(Phase(name, phase, last))
         start = str(folder / name / _MODEL)
-    return found
+    return runs
 
 
-def _adapters(one: Finetune, model: str) -> LoraConfig:
+def _adapters(attack: Finetune, model: str) -> LoraConfig:
     """Those of the attack; a model that is a folder of adapters is attacked as the one that they make of their base."""
-    return dataclasses.replace(one.lora, adapter="merge" if base_of(model) else None)
+    return dataclasses.replace(attack.lora, adapter="merge" if base_of(model) else None)
 
 
 _ASKED = tuple(attack_steps(10**6))  # those after a run's last step do not count
@@ -124,13 +126,13 @@ def set_up_phase(config: PhaseConfig, after: After | None = None) -> tuple[Setup
 
 def _rows(config: PhaseConfig, model: CausalLM, tokenizer: Any) -> Rows:
     """The rows of all data sets together, of the first documents where only those are asked for."""
-    found = []
+    of_sources = []
     for source in config.sources:
         data = parse_source(source, UnlearnConfig(max_length=config.max_length))
         if config.examples is not None:
             data = dataclasses.replace(data, limit=min(config.examples, data.limit or config.examples))
-        found.append(load_rows(data, tokenizer, model, "data", chunk_length=config.chunk_length)[0])
-    rows = joined(found)
+        of_sources.append(load_rows(data, tokenizer, model, "data", chunk_length=config.chunk_length)[0])
+    rows = joined(of_sources)
     return dataclasses.replace(rows, packed=config.chunk_length is not None)
 
 

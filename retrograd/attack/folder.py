@@ -79,8 +79,8 @@ def target_name(source: str) -> str:
     whole = plain(source)
     parts = [part for part in whole.split("/") if part][-2:]
     readable = re.sub(r"[^\w.-]", "-", "-".join(parts)).lstrip(".-") or "model"
-    told = hashlib.sha256(f"{whole} {content(source)}".encode()).hexdigest()
-    return f"{readable}-{told[:8]}"
+    digest = hashlib.sha256(f"{whole} {content(source)}".encode()).hexdigest()
+    return f"{readable}-{digest[:8]}"
 
 
 def claim_folder(
@@ -106,23 +106,28 @@ def claim_folder(
             "put them back."
         )
     targets = old.get("models", {})
-    for name, one in targets.items():
-        if target_name(one["source"]) != name:
+    for name, target in targets.items():
+        if target_name(target["source"]) != name:
             raise ValueError(
-                f"{one['source']} is gone or has changed since {path} attacked it; put it back, or use another folder"
+                f"{target['source']} is gone or has changed since {path} attacked it; put it back, or use another "
+                "folder"
             )
     for role, source in sources:
         name = target_name(source)
         known = targets.get(name)
         if known and known["role"] != role:
             raise ValueError(f"{source} is {known['role']} and {role} at once; a model has one role")
-        taken = [other for other, one in targets.items() if one["role"] == role and other != name and role != "model"]
+        taken = [
+            other for other, target in targets.items() if target["role"] == role and other != name and role != "model"
+        ]
         if taken:
             raise ValueError(f"{path} has {taken[0]} as its {role}, now it is {source}; use another folder")
         targets[name] = {"source": plain(source), "role": role}
         if groups and source in groups:
             targets[name]["groups"] = list(groups[source])
-    named = old.get("configurations", {}) | {name_of(one): values_of(one) for one in configurations}
+    named = old.get("configurations", {}) | {
+        name_of(configuration): values_of(configuration) for configuration in configurations
+    }
     asked = {"tasks": str(tasks), **questions}
     write_json(path / "attack.json", {"models": targets, "configurations": named, "questions": asked})
     return read_folder(path)
@@ -138,12 +143,12 @@ def forget_unmet(folder: Folder, target: Attacked, configuration: str, asked: Co
     """
     path = folder.path / "attack.json"
     with locked(folder.path, f"{LOCK}-unmet", patience=60, tidy=False):  # other processes may fail too
-        found = json.loads(path.read_text(encoding="utf8"))
-        if configuration in asked or not any(_met(folder.place(one, configuration)) for one in folder.targets):
-            found["configurations"].pop(configuration, None)
+        record = json.loads(path.read_text(encoding="utf8"))
+        if configuration in asked or not any(_met(folder.place(other, configuration)) for other in folder.targets):
+            record["configurations"].pop(configuration, None)
         if target.source in asked or not any(_met(folder.place(target, name)) for name in folder.configurations):
-            found["models"].pop(target.name, None)
-        write_json(path, found)
+            record["models"].pop(target.name, None)
+        write_json(path, record)
 
 
 def begun_meetings(folder: Folder) -> set[tuple[str, str]]:
@@ -169,26 +174,28 @@ def read_folder(path: Path) -> Folder:
     """
     if not (path / "attack.json").exists():
         raise ValueError(f"{path} has no attack.json: it is no folder of `retrograd attack`")
-    found = json.loads((path / "attack.json").read_text(encoding="utf8"))
-    targets = [Attacked(name, one["source"], one["role"], tuple(one.get("groups", ())))
-               for name, one in found["models"].items()]  # fmt: skip
-    asked = found["questions"]
-    configurations = {name: configuration_from(one, f"{path}: {name}") for name, one in found["configurations"].items()}
+    record = json.loads((path / "attack.json").read_text(encoding="utf8"))
+    targets = [Attacked(name, target["source"], target["role"], tuple(target.get("groups", ())))
+               for name, target in record["models"].items()]  # fmt: skip
+    asked = record["questions"]
+    configurations = {
+        name: configuration_from(settings, f"{path}: {name}") for name, settings in record["configurations"].items()
+    }
     return Folder(path, targets, configurations, path / asked["tasks"], tuple(asked["half"]), asked["clustered"])
 
 
-def values_of(one: Configuration) -> dict[str, Any]:
+def values_of(configuration: Configuration) -> dict[str, Any]:
     """A configuration as plain values."""
-    kind = next(name for name, known in _KINDS.items() if isinstance(one, known))
-    return {"kind": kind, **dataclasses.asdict(one)}
+    kind = next(name for name, known in _KINDS.items() if isinstance(configuration, known))
+    return {"kind": kind, **dataclasses.asdict(configuration)}
 
 
 def configuration_from(values: dict[str, Any], where: str) -> Configuration:
     """The configuration of plain values."""
     values = dict(values)
     kind: Any = _KINDS[values.pop("kind")]
-    found: Configuration = build(kind, values, where)
-    return found
+    configuration: Configuration = build(kind, values, where)
+    return configuration
 
 
 _KINDS: dict[str, type] = {"finetune": Finetune, "untrained": Untrained, "prompted": Prompted}

@@ -80,8 +80,8 @@ class Ascent(NamedTuple):
 def documents_of(stream: PairStream) -> Documents:
     """The forget documents of a stream."""
     places, longest = forget_places(stream), stream.weights.shape[1]
-    found = np.array([stream.rows.doc_ids[place // longest][place % longest] for place in places.tolist()])
-    names, number = np.unique(found, return_inverse=True)
+    ids = np.array([stream.rows.doc_ids[place // longest][place % longest] for place in places.tolist()])
+    names, number = np.unique(ids, return_inverse=True)
     first = stream.offsets[RETAIN]
     retain = slice(first, first + stream.sizes[RETAIN])
     return Documents(torch.from_numpy(places), torch.from_numpy(number), len(names), retain)
@@ -112,18 +112,18 @@ def gradient_of(
     """
     live = u.detach().clone().requires_grad_()
     weights = weights_of(live, documents, scores)
-    found = torch.autograd.grad((weights * scores).sum(), live)[0]
-    found[-1] = slope
-    return found * asked(u, learnt)
+    gradient = torch.autograd.grad((weights * scores).sum(), live)[0]
+    gradient[-1] = slope
+    return gradient * asked(u, learnt)
 
 
 def asked(u: Tensor, learnt: Sequence[str]) -> Tensor:
     """1 for what is learnt of u, 0 for the rest, [documents + 3]."""
     places = {"weights": slice(0, -3), "coefficients": slice(-3, -1), "lr": slice(-1, None)}
-    found = torch.zeros_like(u)
+    mask = torch.zeros_like(u)
     for name in learnt:
-        found[places[name]] = 1
-    return found
+        mask[places[name]] = 1
+    return mask
 
 
 def faster(recipe: Recipe, factor: float) -> Recipe:
@@ -138,14 +138,14 @@ def drawn(attacks: Sequence[Finetune], number: int, sample: int, jitter: float) 
     """The attacks of an iteration: some of all, each with a seed, a rate and a half of the facts of its own."""
     draw = random.Random(f"harden/{number}")
     other = {"half": "other_half", "other_half": "half"}
-    found = []
-    for one in draw.sample(list(attacks), min(sample, len(attacks))):
+    taken = []
+    for attack in draw.sample(list(attacks), min(sample, len(attacks))):
         swapped = other if draw.random() < 0.5 else {}
-        found.append(replace(
-            one, seed=draw.randrange(2**31), lr=one.lr * math.exp(draw.uniform(-1, 1) * math.log(jitter)),
-            data=swapped.get(one.data, one.data), before=swapped.get(one.before or "", one.before),
+        taken.append(replace(
+            attack, seed=draw.randrange(2**31), lr=attack.lr * math.exp(draw.uniform(-1, 1) * math.log(jitter)),
+            data=swapped.get(attack.data, attack.data), before=swapped.get(attack.before or "", attack.before),
         ))  # fmt: skip
-    return found
+    return taken
 
 
 def ascended(state: Ascent, gradient: Tensor, lr: float) -> Ascent:
@@ -196,9 +196,9 @@ def part_rows(rows: Rows, part: Part) -> Rows:
     """The rows of one data set by themselves, as they were before they were joined."""
     chosen = slice(part.first_row, part.first_row + part.rows)
     documents = [ids - part.first_document for ids in rows.doc_ids[chosen]]
-    found = Rows(rows.input_ids[chosen], rows.target_mask[chosen], documents, part.documents, {})
-    assert found.digest().startswith(part.digest), "a part tells the digest of its rows"
-    return found
+    own = Rows(rows.input_ids[chosen], rows.target_mask[chosen], documents, part.documents, {})
+    assert own.digest().startswith(part.digest), "a part tells the digest of its rows"
+    return own
 
 
 def combined(parts: Sequence[tuple[float, Params]]) -> Params:

@@ -11,7 +11,7 @@ from retrograd.runs.files import write_json
 __all__ = ["claim_answers"]
 
 
-def claim_answers(path: Path, told: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:
+def claim_answers(path: Path, about: dict[str, Any], made_of: dict[str, Any]) -> dict[str, Any]:
     """Let the answers beside a file be of one set of questions and data; gives what the file says then.
 
     Raises:
@@ -24,6 +24,6 @@ def claim_answers(path: Path, told: dict[str, Any], made_of: dict[str, Any]) -> 
         raise ValueError(
             f"{path.parent} has answers of another attack:\n  {lines}\nUse another folder, or put it back."
         )
-    found = {**old, **told, "made_of": made_of}
-    write_json(path, found)
-    return found
+    record = {**old, **about, "made_of": made_of}
+    write_json(path, record)
+    return record

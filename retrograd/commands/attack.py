@@ -77,9 +77,9 @@ def attack(config: AttackConfig, console: Console | None = None) -> dict[str, An
             f"--attribute goes back through unlearning and attack in one process, and {here().world} share the steps "
             f"of this job (--parallel {config.parallel}): leave it out, or leave --parallel out, where rank 0 does it"
         )
-    for one in configurations(config):
-        if config.attribute and isinstance(one, Finetune):
-            check_attribution(config, one)
+    for configuration in configurations(config):
+        if config.attribute and isinstance(configuration, Finetune):
+            check_attribution(config, configuration)
     refuse_foreign(config.out)
     if here().rank:
         _follow(config)
@@ -104,12 +104,12 @@ def _attack(config: AttackConfig, deal: Deal, console: Console) -> dict[str, Any
         _refuse_other_shards(config, folder)
         _carry_out(config, folder, material, deal, deal.told(begun_meetings(folder)), console)
         deal.meet()
-        found = findings(folder, config.utility)
-        write_findings(found, config.out)
-        show_findings(found, config.out, console)
+        recovery = findings(folder, config.utility)
+        write_findings(recovery, config.out)
+        show_findings(recovery, config.out, console)
         if config.attribute:
             _attribute(config, folder, material, console)
-    return found
+    return recovery
 
 
 def _shallow(config: AttackConfig, lab: Path) -> str:
@@ -142,22 +142,26 @@ def _carry_out(
     """This process's share of the folder's meetings: of those that nobody has begun, and of the rest."""
     every = _meetings(folder)
     here().agreed([(target.name, name) for target, name in every if _trains(folder, target, name)])
-    new = [one for one in every if (one[0].name, one[1]) not in begun]
-    meetings = [*deal.mine(new), *deal.mine([one for one in every if one not in new])] if deal.world > 1 else every
-    for place, (target, name) in enumerate(meetings, start=1):
+    new = [meeting for meeting in every if (meeting[0].name, meeting[1]) not in begun]
+    meetings = (
+        [*deal.mine(new), *deal.mine([meeting for meeting in every if meeting not in new])] if deal.world > 1 else every
+    )
+    for number, (target, name) in enumerate(meetings, start=1):
         start = time.monotonic()
         try:
             _meet(config, folder, material, target, name)
         except ValueError:
-            asked = {plain(model) for model in config.model} | {name_of(one) for one in configurations(config)}
+            asked = {plain(model) for model in config.model} | {
+                name_of(configuration) for configuration in configurations(config)
+            }
             forget_unmet(folder, target, name, asked)
             raise
-        console.print(f"{place}/{len(meetings)} {name} × {target.name}: {time.monotonic() - start:.0f} s")
+        console.print(f"{number}/{len(meetings)} {name} × {target.name}: {time.monotonic() - start:.0f} s")
 
 
 def _attribute(config: AttackConfig, folder: Folder, material: Material, console: Console) -> None:
     """Scores through every fine-tuning attack of this call, for every model of it."""
-    asked = {name_of(one) for one in configurations(config) if isinstance(one, Finetune)}
+    asked = {name_of(configuration) for configuration in configurations(config) if isinstance(configuration, Finetune)}
     sources = {plain(model) for model in config.model}
     for target in folder.targets:
         for name in folder.configurations if target.source in sources else ():
@@ -174,9 +178,9 @@ def _meetings(folder: Folder) -> list[tuple[Attacked, str]]:
 
 def _trains(folder: Folder, target: Attacked, name: str) -> bool:
     """Whether a meeting has training to do."""
-    one, place = folder.configurations[name], folder.place(target, name)
-    return isinstance(one, Finetune) and not all(
-        Manifest(place / run / "manifest.json").values.get("finished") for run in one.runs
+    configuration, place = folder.configurations[name], folder.place(target, name)
+    return isinstance(configuration, Finetune) and not all(
+        Manifest(place / run / "manifest.json").values.get("finished") for run in configuration.runs
     )
 
 
@@ -212,7 +216,7 @@ def _meet(config: AttackConfig, folder: Folder, material: Material, target: Atta
 
 
 def meet(
-    config: AttackConfig, one: Configuration, model: str, base: str | None, place: Path, material: Material
+    config: AttackConfig, configuration: Configuration, model: str, base: str | None, place: Path, material: Material
 ) -> None:
     """One configuration against one model, resumed where a kill left it.
 
@@ -223,12 +227,12 @@ def meet(
         ValueError: For anything the user can mend.
         RunError: For a failure of the machine; the same call resumes.
     """
-    if isinstance(one, Untrained):
-        carry_out_untrained(one, model, base, place, material.sources, material.tasks, config)
+    if isinstance(configuration, Untrained):
+        carry_out_untrained(configuration, model, base, place, material.sources, material.tasks, config)
         return
-    if isinstance(one, Prompted):
-        carry_out_prompted(one, model, place, material.tasks, material.half, config)
+    if isinstance(configuration, Prompted):
+        carry_out_prompted(configuration, model, place, material.tasks, material.half, config)
         return
-    for phase in phases(one, model, place, material.sources, material.tasks, config):
+    for phase in phases(configuration, model, place, material.sources, material.tasks, config):
         carry_out(phase.config, "attack", partial(set_up_phase, phase.config), Console(quiet=True))
         gc.collect()  # its model is in a cycle, and would be there beside the next one

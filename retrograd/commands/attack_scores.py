@@ -41,7 +41,7 @@ __all__ = ["attribute", "check_attribution"]
 _COTANGENT = "cotangent.safetensors"  # λ at the end of the unlearning; a resume point
 
 
-def check_attribution(config: AttackConfig, one: Finetune) -> None:
+def check_attribution(config: AttackConfig, attack: Finetune) -> None:
     """Refuse, before anything is trained, a model or configuration that derivatives cannot pass through.
 
     Raises:
@@ -49,7 +49,7 @@ def check_attribution(config: AttackConfig, one: Finetune) -> None:
     """
     for model in config.model:
         unlearning = unlearning_of(model)
-        check_chain(one, unlearning, whole=find_method(unlearning.method).trained is None)
+        check_chain(attack, unlearning, whole=find_method(unlearning.method).trained is None)
 
 
 def attribute(
@@ -61,17 +61,17 @@ def attribute(
         ValueError: For anything the user can mend.
         RunError: For a failure of the machine; the same call resumes.
     """
-    one = folder.configurations[name]
-    assert isinstance(one, Finetune), "an attack without training is not differentiated"
+    attack = folder.configurations[name]
+    assert isinstance(attack, Finetune), "an attack without training is not differentiated"
     place = folder.path / "attributed" / target.name / name
-    runs = phases(one, target.source, place, material.sources, material.tasks, config)
+    runs = phases(attack, target.source, place, material.sources, material.tasks, config)
     chained = [_alone(phase.config) for phase in runs]
     unlearning = chain_config(_unlearning(config, place / "unlearn", target.source, folder.tasks), chained)
 
     def begun() -> tuple[Loaded, dict[str, Any]]:
         loaded = assemble(unlearning)
-        told = {"meaning": SIGN, "then": name, "parts": [part._asdict() for part in loaded.parts]}
-        return loaded, told
+        about = {"meaning": SIGN, "then": name, "parts": [part._asdict() for part in loaded.parts]}
+        return loaded, about
 
     def done(manifest: Manifest) -> str:
         return "; these are its scores." if manifest.done("scores") else ""
@@ -106,13 +106,13 @@ def _validate(
     if not config.subsets:
         return
     with counting("retrain", config.subsets) as tick:
-        found = validate_chain(
+        validation = validate_chain(
             loaded, runs, outcome.scores, outcome.values, config.subsets, config.fraction, unlearning.run,
             lambda number: tick(1),
         )  # fmt: skip
-    low, high = found["interval"]
-    console.print(f"LDS over {found['sets']} sets of {found['fraction']:.0%} of the forget tokens: {found['lds']:.3f} "
-                  f"({low:.3f} to {high:.3f})")  # fmt: skip
+    low, high = validation["interval"]
+    console.print(f"LDS over {validation['sets']} sets of {validation['fraction']:.0%} of the forget tokens: "
+                  f"{validation['lds']:.3f} ({low:.3f} to {high:.3f})")  # fmt: skip
 
 
 def _unlearning(config: AttackConfig, run: Path, source: str, tasks: Path) -> UnlearnConfig:
@@ -141,20 +141,20 @@ def _through(
     runs: list[PhaseConfig], unlearning: UnlearnConfig, loaded: Loaded, final: State, console: Console
 ) -> tuple[Tensor, Params]:
     """φ after the attack, and its gradient at the end of the unlearning; read again if it is on disk."""
-    path, identity = unlearning.run / _COTANGENT, f"{loaded.identity} {[one.digest for one in loaded.asked]}"
+    path, identity = unlearning.run / _COTANGENT, f"{loaded.identity} {[query.digest for query in loaded.asked]}"
     if path.exists():
         tensors, about = read_tensors(path)
         if about.get("identity") == identity:
             values, gradient = tensors.pop("values"), {n.removeprefix("gradient."): leaf for n, leaf in tensors.items()}
             _leave_gradients(unlearning, loaded, values, gradient)
             return values, gradient
-    queries = sum(len(one.columns) for one in loaded.asked)
+    queries = sum(len(query.columns) for query in loaded.asked)
     links = [Link(partial(_set_up, run, loaded, queries), partial(_open, run, unlearning, console)) for run in runs]
 
     def asked(setup: Setup, state: State) -> tuple[Tensor, Params]:
-        found, slopes = ask(unlearning.run, setup, loaded.asked, state)
+        phi, slopes = ask(unlearning.run, setup, loaded.asked, state)
         assert isinstance(slopes, dict), "one process has them whole"
-        return found, slopes
+        return phi, slopes
 
     values, gradient = pulled_back(links, final.params, asked)
     named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}
@@ -168,12 +168,12 @@ def _through(
 def _leave_gradients(unlearning: UnlearnConfig, loaded: Loaded, values: Tensor, gradient: Params) -> None:
     """The queries' values and gradients at the end of the unlearning, as any attributed run has them on disk."""
     start = 0
-    for one in loaded.asked:
-        part = slice(start, start := start + len(one.columns))
-        named = {f"gradient.{name}": leaf[part] for name, leaf in gradient.items()}
-        path = unlearning.run / "queries" / one.name / "gradient.safetensors"
-        about = {"identity": f"{loaded.identity}/{one.digest}", "layout": "whole"}
-        write_tensors(path, {"values": values[part], **named}, about)
+    for query in loaded.asked:
+        columns = slice(start, start := start + len(query.columns))
+        named = {f"gradient.{name}": leaf[columns] for name, leaf in gradient.items()}
+        path = unlearning.run / "queries" / query.name / "gradient.safetensors"
+        about = {"identity": f"{loaded.identity}/{query.digest}", "layout": "whole"}
+        write_tensors(path, {"values": values[columns], **named}, about)
 
 
 def _set_up(run: PhaseConfig, loaded: Loaded, queries: int, params: Params) -> Setup:

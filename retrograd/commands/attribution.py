@@ -40,7 +40,7 @@ def carry_out_attributed(
         RunError: For a failure of the machine; the same call resumes.
     """
 
-    def told(manifest: Manifest) -> str:
+    def finished_words(manifest: Manifest) -> str:
         finished = manifest.done("scores") and done()
         return "; these are its scores. Use --overwrite to compute them again." if finished else ""
 
@@ -48,7 +48,7 @@ def carry_out_attributed(
         loaded, record = load()
         return loaded, {**record, "meaning": SIGN, **_parts(loaded)}
 
-    with open_folder(config, command, begun, told, console) as opened:
+    with open_folder(config, command, begun, finished_words, console) as opened:
         loaded, manifest = opened.setup, opened.manifest
         if opened.done:
             loaded.settle(config.run / "checkpoints")
@@ -86,11 +86,11 @@ def _tell_forecast(config: AttributedConfig, loaded: Loaded, console: Console) -
     """What LDS to expect, or that nothing is known of it."""
     from retrograd.trust.forecast import read_forecast
 
-    found = read_forecast(config.run, loaded.identity)
+    forecast = read_forecast(config.run, loaded.identity)
     unknown = (
         f"none yet. `retrograd metasmoothness {config.run}` retrains without six sets, and says what LDS to expect."
     )
-    console.print(f"Forecast: {found.told if found else unknown}", highlight=False)
+    console.print(f"Forecast: {forecast.told if forecast else unknown}", highlight=False)
 
 
 def _parts(loaded: Loaded) -> dict[str, Any]:

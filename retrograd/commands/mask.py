@@ -43,18 +43,18 @@ def mask(config: MaskConfig, console: Console | None = None) -> dict[str, Any]:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         rows = load_rows(config.data, tokenizer, lm, "data", min_chars=config.data.min_chars)[0]
         places = places_of(rows)
-        found = keyword_tokens(places, rows.input_ids, read_keywords(config.keywords), tokenizer)
+        hits = keyword_tokens(places, rows.input_ids, read_keywords(config.keywords), tokenizer)
         if config.depth is not None:
-            found = activation_tokens(lm, rows, places, found, config.depth, config.threshold)
+            hits = activation_tokens(lm, rows, places, hits, config.depth, config.threshold)
         rule = "keywords" if config.depth is None else "activation"
-        record = {"rule": rule, "use": "removal", "settings": settings, "kept": int(found.sum())}
+        record = {"rule": rule, "use": "removal", "settings": settings, "kept": int(hits.sum())}
         with locked(config.out):
             if not _done(config, settings):  # by another process, while this one was reading
-                files.write(config.out, finish("removal", found, places), None, places, record)
+                files.write(config.out, finish("removal", hits, places), None, places, record)
     said = files.info(config.out)
     kept, real = said["kept"], said["data"]["real_tokens"]
-    told = f"{config.out}: {kept} of {real} real tokens ({kept / real:.1%}) by {said['rule']}"
-    console.print(told, markup=False, soft_wrap=True)
+    line = f"{config.out}: {kept} of {real} real tokens ({kept / real:.1%}) by {said['rule']}"
+    console.print(line, markup=False, soft_wrap=True)
     return said
 
 

@@ -28,13 +28,13 @@ def plan(asked: PlanOf, console: Console | None = None) -> None:
     """
     console = console or Console()
     check_plan(asked.plan)
-    found = _planned(asked, console)
-    if isinstance(found, Planned):
-        show(found, console)
+    planned = _planned(asked, console)
+    if isinstance(planned, Planned):
+        show(planned, console)
     else:
-        show_many(found, console)
+        show_many(planned, console)
     if asked.plan.json is not None:
-        write_json(asked.plan.json, values_of(found) if isinstance(found, Planned) else values_of_many(found))
+        write_json(asked.plan.json, values_of(planned) if isinstance(planned, Planned) else values_of_many(planned))
 
 
 def _planned(asked: PlanOf, console: Console) -> Planned | PlannedMany:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from rich.console import Console
 
+from retrograd.parallel.group import here
 from retrograd.runs.attribute import Outcome, ask, stored, summarise, write_results
 from retrograd.runs.files import file_digest, write_atomic
 from retrograd.runs.identity import fingerprint
-from retrograd.runs.run_folder import Opened, holding, open_run, recorded, replay_of
+from retrograd.runs.run_folder import Opened, finished, holding, open_run, recorded, replay_of
 from retrograd.runs.session import open_session
 from retrograd.settings.commands import QueryRunConfig
 from retrograd.settings.parse import dump_yaml
 from retrograd.settings.run import QueryConfig, query_file, refuse_code
+from retrograd.settings.train import check_ranks
+from retrograd.settings.unlearn import ChainConfig
 
 __all__ = ["query"]
 
@@ -25,15 +29,35 @@ def query(config: QueryRunConfig, console: Console | None = None) -> Outcome:
 
     Raises:
         ValueError: For anything the user can mend; nothing has been changed then.
+        SystemExit: On ranks of a job other than 0, once that one is done.
     """
     console = console or Console()
-    wanted = _wanted(config)
+    wanted, (run, _) = _wanted(config), finished(config.run)
+    check_ranks(dataclasses.replace(run, **_shared(config)))
+    if here().world > 1 and isinstance(run, ChainConfig):
+        raise ValueError(
+            f"{config.run} goes through an attack, which is one process's: ask it without torchrun, and not by "
+            f"{here().world} processes"
+        )
+    if here().rank:
+        _opened(config, wanted).loaded.follow()
+        raise SystemExit(0)
     with holding(config.run):
         return _query(config, wanted, console)
 
 
+def _opened(config: QueryRunConfig, wanted: dict[str, QueryConfig]) -> Opened:
+    return open_run(config.run, wanted, trust_code=config.trust_code, shared=_shared(config))
+
+
+def _shared(config: QueryRunConfig) -> dict[str, Any]:
+    """How the steps are shared, in place of what the run says."""
+    given = {"replicas": config.replicas, "patience": config.patience}
+    return given if config.parallel == "auto" else {**given, "parallel": config.parallel}
+
+
 def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Console) -> Outcome:
-    run = open_run(config.run, wanted, trust_code=config.trust_code)
+    run = _opened(config, wanted)
     asked = [one for one in run.loaded.asked if one.name in wanted]
     key = fingerprint(*(one.digest for one in asked))
     label = ",".join(wanted)

@@ -56,7 +56,8 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
     record = {
         "rule": config.rule, "use": config.use, "settings": settings, "scores": forget.records,
         "against": retain.records if retain else [], "normaliser": _normaliser(config, arms.by_document),
-        "selected": [{"file": str(one), "sha256": file_digest(one)} for one in (config.selection,) if one is not None],
+        "selected": [{"file": str(path), "sha256": file_digest(path)}
+                     for path in (config.selection,) if path is not None],
     }  # fmt: skip
     if retain is not None:
         record["analysis"] = analyse(
@@ -95,14 +96,14 @@ def _done(out: Path, settings: dict[str, Any]) -> bool:
         if not out.is_dir() or set(foreign(out)) - _OURS:
             raise ValueError(f"{out} exists and is no selection; choose another folder")
         return False
-    found = files.info(out)
-    old = found["settings"]
+    stored = files.info(out)
+    old = stored["settings"]
     changed = [f"{name}: {old.get(name)!r} → {value!r}" for name, value in settings.items() if old.get(name) != value]
     if changed:
         lines = "\n  ".join(changed)
         raise ValueError(f"{out} holds another selection:\n  {lines}\nUse another folder, or delete this one.")
-    sources = [*found["scores"], *found["against"], *found.get("selected", ())]
-    for source in (*sources, *(one["query_gradient"] for one in sources if "query_gradient" in one)):
+    sources = [*stored["scores"], *stored["against"], *stored.get("selected", ())]
+    for source in (*sources, *(given["query_gradient"] for given in sources if "query_gradient" in given)):
         now = file_digest(Path(source["file"])) if Path(source["file"]).exists() else "missing"
         if now != source["sha256"]:
             raise ValueError(
@@ -131,15 +132,15 @@ def _check(config: SelectConfig) -> None:
     if config.k is not None and config.rule != "documents":
         raise ValueError(f"--k is for --rule documents, and the rule is {config.rule}; leave it out")
     if (config.selection is None) != (config.rule != "selection"):
-        told = "needs --selection, a file" if config.selection is None else "takes none, and --selection gives one"
-        raise ValueError(f"--rule {config.rule} {told}; the map of `retrograd report` saves such files")
+        trouble = "needs --selection, a file" if config.selection is None else "takes none, and --selection gives one"
+        raise ValueError(f"--rule {config.rule} {trouble}; the map of `retrograd report` saves such files")
     if not config.against and (config.against_sign or config.against_alignment):
         raise ValueError("--against_sign and --against_alignment speak of --against, which names nothing")
 
 
 def _same_level(forget: Scored, retain: Scored) -> tuple[Scored, Scored]:
     if forget.per_token != retain.per_token:
-        levels = ["tokens" if one.per_token else "documents" for one in (forget, retain)]
+        levels = ["tokens" if scored.per_token else "documents" for scored in (forget, retain)]
         raise ValueError(
             f"--scores are of {levels[0]} and --against of {levels[1]}; both have to be of the same: a run with "
             "--attribute tokens, or one without, for both"
@@ -171,12 +172,12 @@ def _write(arms: Arms, forget: Scored, record: dict[str, Any]) -> None:
     arm, known = arms.arm(), dict[str, dict[str, Any]]()
     about = {name: value for name, value in record.items() if name != "analysis"}
     with counting("controls", len(arms.controls), "controls") as tick:
-        for one in arms.each_control():
-            same = float((arm.weights == one.weights)[arm.weights != 0].double().mean())
-            known[one.name] = {**counted(one.weights, one.kept), "same_as_arm": same}
-            said = {**about, "control": one.control, "seed": one.seed, "counts": known[one.name]}
-            files.write(out / "controls" / one.name, one.weights, one.kept, data.places, said)
-            tick(int(one.last), note=one.name)
+        for control in arms.each_control():
+            same = float((arm.weights == control.weights)[arm.weights != 0].double().mean())
+            known[control.name] = {**counted(control.weights, control.kept), "same_as_arm": same}
+            said = {**about, "control": control.control, "seed": control.seed, "counts": known[control.name]}
+            files.write(out / "controls" / control.name, control.weights, control.kept, data.places, said)
+            tick(int(control.last), note=control.name)
     if arm.kept is not None:
         _write_documents(out / "documents.jsonl", data, arm.kept)
     everything = {**record, "counts": counted(arm.weights, arm.kept), "controls": known, "signs": _signs(forget)}

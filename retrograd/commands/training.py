@@ -75,7 +75,7 @@ def open_folder(
     check_folder(config, command)  # before anything is made there
     with locked(config.run):
         check_folder(config, command)
-        setup, told = load()
+        setup, about = load()
         finished = "" if config.overwrite else done(Manifest(config.run / "manifest.json"))
         prepared = prepare_on_the_way(OnTheWayConfig() if finished else config.evaluate, setup.model, setup.tokenizer)
         if config.overwrite:
@@ -86,7 +86,7 @@ def open_folder(
             console.print(f"{config.run} is done{finished}")
             show_again(config.run, config.log, config.evaluate, console)
         else:
-            begin(config, command, manifest, setup, **told)
+            begin(config, command, manifest, setup, **about)
             console.print(f"engine: {setup.engine.name} ({setup.engine.why})")
             for finding in setup.findings:
                 warnings.warn(str(finding), stacklevel=2)

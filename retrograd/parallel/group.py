@@ -217,6 +217,7 @@ class Group:
                 self._store.wait([f"left/{rank}" for rank in range(1, self.world)], timedelta(seconds=5))
             elif error is not None and not self._ended():
                 self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
+                self._store.set(f"left/{self.rank}", "")
             else:
                 told = error is not None
                 self._store.set(f"left/{self.rank}", "")
@@ -344,11 +345,11 @@ def joined(patience: float) -> Iterator[Group]:
         dist.init_process_group(
             backend, store=dist.PrefixStore("torch", store), rank=rank, world_size=world, timeout=wait
         )
+        _here = Group(rank, world, store, patience)
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"the processes of this job did not come together within {patience:g} s: {error}. Start them with torchrun"
         ) from error
-    _here = Group(rank, world, store, patience)
     try:
         yield _here
     except BaseException as error:

@@ -25,6 +25,7 @@ from retrograd.runs.states.direct import read_direct, write_direct
 __all__ = [
     "append_line",
     "file_digest",
+    "read_about",
     "read_lines",
     "read_tensors",
     "sync",
@@ -117,11 +118,22 @@ def read_tensors(
                 return {name: tensor.clone() for name, tensor in mapped.items()}, metadata
         return _read_into(rooms(mapped), path), metadata
     except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise RunError(
-            f"{path} is broken or truncated ({size} bytes): {error}. Delete this file and run the same command again; "
-            "what it held is computed again from an earlier state."
-        ) from error
+        raise _broken(path, error) from error
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        RunError: As `read_tensors`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
 
 
 def file_digest(path: Path) -> str:
@@ -220,6 +232,14 @@ def _machine_errors(path: Path) -> Iterator[None]:
             raise RunError(_full(path, None, free)) from error
         why = f"cannot write {path}: {error}. Nothing was lost; run the same command again to resume."
         raise RunError(why) from error
+
+
+def _broken(path: Path, error: Exception) -> RunError:
+    size = path.stat().st_size if path.exists() else 0
+    return RunError(
+        f"{path} is broken or truncated ({size} bytes): {error}. Delete this file and run the same command again; "
+        "what it held is computed again from an earlier state."
+    )
 
 
 def _full(path: Path, need: int | None, free: int) -> str:

@@ -23,7 +23,7 @@ from retrograd.core.sweep import Reversed
 from retrograd.durable import remove, remove_leftovers
 from retrograd.parallel.group import ALONE, Group
 from retrograd.runs.errors import RunError, StoppedError, asked_to_stop
-from retrograd.runs.files import append_line, read_lines, read_tensors, sync, write_tensors
+from retrograd.runs.files import append_line, read_about, read_lines, read_tensors, sync, write_tensors
 from retrograd.runs.identity import told_apart
 from retrograd.runs.states.budget import Layout, Replay
 from retrograd.runs.states.store import Gradients, Store
@@ -259,7 +259,7 @@ class Durable:
 
     def _reverse_step(self, path: Path) -> int | None:
         """The step of a durable cotangent, if there is one."""
-        return int(read_tensors(path)[1]["step"]) if path.exists() else None
+        return int(read_about(path)["step"]) if path.exists() else None
 
     def _due(self) -> bool:
         waited, asked = time.monotonic() - self._beat >= self.replay.heartbeat, asked_to_stop()

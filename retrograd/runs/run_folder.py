@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,18 +58,23 @@ class Opened(NamedTuple):
 
 
 def open_run(
-    folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None, trust_code: bool = False
-) -> Opened:
+    folder: Path, more: dict[str, QueryConfig] | None = None, *, threads: int | None = None, trust_code: bool = False,
+    shared: Mapping[str, Any] | None = None,
+) -> Opened:  # fmt: skip
     """Load a finished run, with the queries added to it and `more` new ones.
 
     Args:
         threads: Thread count to use; the run's own, and so its own bits, when None.
+        shared: Settings of how the processes of a job share it, in place of its own.
         trust_code: Run the functions that the folder's queries name; those of `more` are the caller's own.
     Raises:
         ValueError: If there is no finished run, it names code that is not trusted, a name is taken, or data, model or
             recipe have changed since.
     """
-    run = load_run(*finished(folder), more, threads=threads, trust_code=trust_code)
+    config, manifest = finished(folder)
+    run = load_run(
+        dataclasses.replace(config, **(shared or {})), manifest, more, threads=threads, trust_code=trust_code
+    )
     refuse_other(folder, run.manifest, run.loaded)
     known, added = recorded(folder, run.manifest), added_queries(folder).keys() - (more or {}).keys()
     for name in added & known.keys():

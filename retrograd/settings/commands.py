@@ -35,6 +35,13 @@ class QueryRunConfig:
     """As in `retrograd magic`."""
     trust_code: bool = False
     """As in `retrograd magic`."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """How the processes of a torchrun job share the steps, as in `retrograd magic`; auto is as the run was begun. The
+    bits are the same. Their number has to divide the run's logical shards."""
+    replicas: int = 1
+    """As in `retrograd magic`."""
+    patience: float = 600.0
+    """As in `retrograd magic`."""
 
 
 @dataclass(frozen=True)

@@ -125,12 +125,12 @@ def tasks_on_the_way(config: OnTheWayConfig) -> dict[str, Task]:
     Raises:
         ValueError: As `tasks_from` and `tasks_of_lab`.
     """
-    found: dict[str, Task] = {}
+    tasks: dict[str, Task] = {}
     if config.tasks is not None:
-        found = tasks_from(config.tasks)
+        tasks = tasks_from(config.tasks)
     elif config.lab is not None:
-        found = tasks_of_lab(config.lab)
-    return {name: task.limited(config.limit) for name, task in found.items()}
+        tasks = tasks_of_lab(config.lab)
+    return {name: task.limited(config.limit) for name, task in tasks.items()}
 
 
 def tasks_of_lab(folder: Path) -> dict[str, Task]:

@@ -308,8 +308,8 @@ def test_ranks_that_loaded_other_things_are_refused() -> None:
 
 
 def test_what_one_process_does_is_refused_in_a_job(world: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert command(2, ["query", str(world / "alone"), "--name", "x"]) == [2, 2]
-    assert "retrograd query is one process, and this is one of 2" in capfd.readouterr().err
+    assert command(2, ["verify", str(world / "alone")]) == [2, 2]
+    assert "retrograd verify is one process, and this is one of 2" in capfd.readouterr().err
     assert command(2, arguments(world, world / "gpu", "blocks", "--device", "cuda:1"))[0] == 2
     assert "would be the device of every rank" in capfd.readouterr().err
     assert command(2, arguments(world, world / "none", "blocks", *SHARD, "--replicas", "3"))[0] == 2
@@ -379,6 +379,7 @@ def test_a_job_that_does_not_come_together_says_so() -> None:
 def test_whoever_finds_rank_0_gone_says_so() -> None:
     def asked(rank: int) -> str:
         with joined(5) as group:
+            group.collected(None)  # both are there
             if rank == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             with pytest.raises(RankError, match="the job's store is gone, and with it rank 0"):

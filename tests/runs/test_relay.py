@@ -76,6 +76,25 @@ def test_what_not_every_process_has_is_left_behind(folder: Path) -> None:
     assert list(read(folder)) == ["final.safetensors"]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_cotangent_that_processes_have_of_two_steps_is_of_none(folder: Path, lost: bool) -> None:
+    laid(folder, 2)
+    first, second = (part_of(folder, 1, 2, rank) / "reverse.safetensors" for rank in range(2))
+    laid(folder, 2)
+    assert first.exists()
+    assert second.exists()
+    tensors, metadata = read_tensors(second)
+    second.unlink()
+    if not lost:
+        write_tensors(second, tensors, {**metadata, "step": "3"})
+    laid(folder, 2)
+    assert not first.exists()
+    assert not second.exists()
+    second.write_bytes(b"torn")
+    with pytest.raises(RunError, match=r"broken or truncated \(4 bytes\)"):
+        laid(folder, 2)
+
+
 def test_what_every_process_of_one_replica_has_is_taken(folder: Path) -> None:
     laid(folder, 2, 2)
     first, second = (part_of(folder, 2, 2, rank) for rank in (0, 3))

@@ -63,8 +63,8 @@ class Given:
 
     def generator(self, *purpose: Any) -> torch.Generator:
         """Random numbers of one purpose, the same on every device."""
-        told = hashlib.sha256(repr((self.one.seed, *purpose)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(told[:7], "big"))
+        digest = hashlib.sha256(repr((self.one.seed, *purpose)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def drawn(self, step: int) -> list[Part]:
         """The questions of a step: so many of all, each once."""

@@ -40,13 +40,13 @@ from retrograd.settings.tasks import Task, tasks_from
 
 __all__ = ["SEARCHES", "carry_out_prompted", "given_of"]
 
-SEARCHES: dict[str, Search] = {one.SEARCH.name: one.SEARCH for one in (suffix, latent)}
+SEARCHES: dict[str, Search] = {module.SEARCH.name: module.SEARCH for module in (suffix, latent)}
 
 _STATE = "state.safetensors"
 
 
 def carry_out_prompted(
-    one: Prompted, model: str, folder: Path, tasks: Path, half: Sequence[str], config: AttackConfig
+    attack: Prompted, model: str, folder: Path, tasks: Path, half: Sequence[str], config: AttackConfig
 ) -> None:
     """Search from where it was left, and ask at every evaluation that is missing.
 
@@ -55,39 +55,39 @@ def carry_out_prompted(
         folder: Of this configuration against this model.
         half: The forget tasks or subjects that the search may see.
     """
-    search, steps = SEARCHES[one.prompt], attack_steps(one.steps)
+    search, steps = SEARCHES[attack.prompt], attack_steps(attack.steps)
     asked = {name: task.limited(config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
-    told = {"attack": search.name, "formula": search.formula, "steps": steps}
-    record = claim_answers(folder / "search.json", told, {
+    header = {"attack": search.name, "formula": search.formula, "steps": steps}
+    record = claim_answers(folder / "search.json", header, {
         "limit": config.limit, "tokenizer": config.tokenizer, "half": list(half), "tasks": content(str(tasks)),
     })  # fmt: skip
-    found: dict[str, Any] = record.setdefault("found", {})
-    missing = [step for step in steps if str(step) not in found
+    by_step: dict[str, Any] = record.setdefault("found", {})
+    missing = [step for step in steps if str(step) not in by_step
                or not all(answers_path(folder, step, name).exists() for name in asked)]  # fmt: skip
     if not missing:
         return
     lm, tokenizer = load_causal_lm(model, device=find_device(config.device)), load_tokenizer(config.tokenizer or model)
     ready = {name: prepare(task, lm, tokenizer, config.batch_size) for name, task in asked.items()}
-    given = given_of(one, lm, tokenizer, ready, half, config.batch_size)
+    given = given_of(attack, lm, tokenizer, ready, half, config.batch_size)
     about = {"model": model, "dtype": "float32", "digest": tree.digest(dict(sorted(lm.params.items())))}
     state, beat = _resumed(folder / _STATE, search, given, missing[0]), time.monotonic()
-    with counting("search", one.steps - state.step, "steps") as tick:
-        for step in range(state.step, one.steps + 1):
+    with counting("search", attack.steps - state.step, "steps") as tick:
+        for step in range(state.step, attack.steps + 1):
             if step in missing:
                 _keep(folder / _STATE, state)
                 ask(folder, given, search, state, ready, about)
-                found[str(step)] = _told(given, search, state, tokenizer)
+                by_step[str(step)] = _told(given, search, state, tokenizer)
                 write_json(folder / "search.json", record)
             elif time.monotonic() - beat > config.heartbeat:
                 _keep(folder / _STATE, state)
                 beat = time.monotonic()
-            if step < one.steps:
+            if step < attack.steps:
                 state = search.advance(given, state)
                 tick()
 
 
 def given_of(
-    one: Prompted, lm: CausalLM, tokenizer: Any, ready: Mapping[str, Prepared], half: Sequence[str], batch_size: int
+    attack: Prompted, lm: CausalLM, tokenizer: Any, ready: Mapping[str, Prepared], half: Sequence[str], batch_size: int
 ) -> Given:
     """What the search sees: the forget questions of one half."""
     parts, others = [], 0
@@ -102,7 +102,7 @@ def given_of(
             parts.append(Part(some(questions, mine), task.normalise, longest))
     assert parts, "check_attack and check_half were here"
     assert others, "check_half was here"
-    return Given(one, lm, parts, tokenizer.bos_token_id, _allowed(lm, tokenizer), batch_size)
+    return Given(attack, lm, parts, tokenizer.bos_token_id, _allowed(lm, tokenizer), batch_size)
 
 
 def _allowed(lm: CausalLM, tokenizer: Any) -> torch.Tensor:

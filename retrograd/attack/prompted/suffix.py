@@ -46,16 +46,16 @@ def _advance(given: Given, state: State) -> State:
 
 def _exchanges(given: Given, ids: Tensor, gradient: Tensor, step: int) -> Tensor:
     """Prompts with one other token each, [candidates, m]."""
-    one = given.one
+    settings = given.one
     table = embedded(given.lm, torch.arange(len(given.allowed)))
     change = (gradient.double() @ table.double().T).cpu()  # [m, V], the loss's change but for a constant of each place
     change = change.masked_fill(~given.allowed, torch.inf)
-    best = change.topk(min(one.best, int(given.allowed.sum())), largest=False).indices
+    best = change.topk(min(settings.best, int(given.allowed.sum())), largest=False).indices
     draw = given.generator("exchanges", step)
-    places = torch.randint(len(ids), (one.candidates,), generator=draw)
-    ranks = torch.randint(best.shape[1], (one.candidates,), generator=draw)
-    tried = ids.repeat(one.candidates, 1)
-    tried[torch.arange(one.candidates), places] = best[places, ranks]
+    places = torch.randint(len(ids), (settings.candidates,), generator=draw)
+    ranks = torch.randint(best.shape[1], (settings.candidates,), generator=draw)
+    tried = ids.repeat(settings.candidates, 1)
+    tried[torch.arange(settings.candidates), places] = best[places, ranks]
     return tried
 
 
@@ -67,8 +67,8 @@ def _losses(given: Given, parts: Sequence[Part], prompts: Tensor) -> tuple[Tenso
         scored = score_questions(given.lm, given.lm.params, questions, given.batch_size, failures="mark")
         total += _four_way(scored, normalise=part.normalise).reshape(len(prompts), -1).sum(1)
         read += tokens_of(questions)
-    found = total / sum(len(part.questions) for part in parts)
-    return found.nan_to_num(nan=torch.inf), read
+    loss = total / sum(len(part.questions) for part in parts)
+    return loss.nan_to_num(nan=torch.inf), read
 
 
 def _four_way(scored: Scored, *, normalise: bool) -> Tensor:
@@ -78,8 +78,8 @@ def _four_way(scored: Scored, *, normalise: bool) -> Tensor:
 
 
 def _ids(given: Given, state: State) -> np.ndarray:
-    found: np.ndarray = state.tensors["ids"].numpy()
-    return found
+    ids: np.ndarray = state.tensors["ids"].numpy()
+    return ids
 
 
 SEARCH = Search(

@@ -83,5 +83,5 @@ def delta(given: Given, name: str) -> Tensor:
 
 def generator(given: Given, *parts: Any) -> torch.Generator:
     """Random numbers of one purpose, the same on every device."""
-    told = hashlib.sha256(repr((given.seed, *parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(told[:7], "big"))
+    digest = hashlib.sha256(repr((given.seed, *parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

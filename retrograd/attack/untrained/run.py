@@ -35,7 +35,7 @@ __all__ = ["carry_out_untrained"]
 
 
 def carry_out_untrained(
-    one: Untrained, model: str, base: str | None, folder: Path, sources: dict[str, tuple[str, ...]], tasks: Path,
+    attack: Untrained, model: str, base: str | None, folder: Path, sources: dict[str, tuple[str, ...]], tasks: Path,
     config: AttackConfig,
 ) -> None:  # fmt: skip
     """Ask a model at every strength of an attack that is not asked yet.
@@ -46,16 +46,16 @@ def carry_out_untrained(
     Raises:
         ValueError: If the attack lacks what it needs.
     """
-    kind, strengths = find_untraining(one), strengths_of(one)
+    kind, strengths = find_untraining(attack), strengths_of(attack)
     asked = {name: task.limited(config.limit) for name, task in tasks_from(tasks).items() if task.ordinary}
-    told = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
+    header = {"attack": kind.name, "formula": kind.formula, "strengths": strengths}
     for key in kind.reads:
         check_key(kind.name, key, sources)
     texts = {key: sources[key] for key in kind.reads}
-    claim_answers(folder / "strengths.json", told, {
+    claim_answers(folder / "strengths.json", header, {
         "limit": config.limit, "tokenizer": config.tokenizer, "max_length": config.max_length if texts else None,
         "base": base and content(base) if kind.needs_base else None,
-        "data": [content(str(_data(text).dataset)) or text for found in texts.values() for text in found],
+        "data": [content(str(_data(text).dataset)) or text for listed in texts.values() for text in listed],
     })  # fmt: skip
     left = [
         number
@@ -66,11 +66,11 @@ def carry_out_untrained(
         return
     device = find_device(config.device)
     lm, tokenizer = load_causal_lm(model, device=device), load_tokenizer(config.tokenizer or model)
-    given = Given(lm, _base(lm, base, kind.name) if kind.needs_base else None, {}, [], one.seed)
+    given = Given(lm, _base(lm, base, kind.name) if kind.needs_base else None, {}, [], attack.seed)
     if "shots" in texts:
         given = given._replace(shots=[text for source in texts.pop("shots") for text in _solved(source)])
         _say_fewer(kind.name, strengths, len(given.shots))
-    given = given._replace(rows={key: _rows(found, lm, tokenizer, config.max_length) for key, found in texts.items()})
+    given = given._replace(rows={key: _rows(listed, lm, tokenizer, config.max_length) for key, listed in texts.items()})
     ready = {name: prepare(task, lm, tokenizer, config.batch_size) for name, task in asked.items()}
     with counting("ask", len(left), "strengths") as tick:
         for number in left:
@@ -114,11 +114,11 @@ def _base(lm: CausalLM, base: str | None, name: str) -> Params:
     if base is None:
         raise ValueError(f"{name} needs the model before unlearning: give --base")
     device = next(iter(lm.params.values())).device
-    found = load_causal_lm(base, device=device).params
-    shapes = [{key: leaf.shape for key, leaf in params.items()} for params in (found, lm.params)]
+    before = load_causal_lm(base, device=device).params
+    shapes = [{key: leaf.shape for key, leaf in params.items()} for params in (before, lm.params)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{name}: the parameters of {base} are not those of the attacked model, by name and shape")
-    return found
+    return before
 
 
 def _solved(source: str) -> list[str]:
@@ -132,4 +132,4 @@ def _solved(source: str) -> list[str]:
 
 def _rows(sources: tuple[str, ...], lm: CausalLM, tokenizer: Any, longest: int | None) -> Rows:
     given = UnlearnConfig(max_length=longest)
-    return joined([load_rows(parse_source(one, given), tokenizer, lm, "data")[0] for one in sources])
+    return joined([load_rows(parse_source(source, given), tokenizer, lm, "data")[0] for source in sources])

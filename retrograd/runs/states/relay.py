@@ -27,7 +27,7 @@ from retrograd.durable import remove, rename, temporary_name
 from retrograd.parallel.group import Group
 from retrograd.parallel.pieces import Pieces, name_of
 from retrograd.runs.errors import RunError
-from retrograd.runs.files import read_tensors, write_tensors
+from retrograd.runs.files import read_about, read_tensors, write_tensors
 
 __all__ = ["part_of", "relay"]
 
@@ -59,6 +59,7 @@ def relay(folder: Path, initial: State, recipe: Recipe, form: tuple[int, int], i
     if others == [folder / _name(*form)]:
         for path in _files(folder):  # a kill left them
             remove(path)
+        _drop_apart([part_of(folder, *form, rank) for rank in range(math.prod(form))])
         return
     if not others and (form == (1, 1) or not any(_files(folder))):
         return
@@ -92,6 +93,15 @@ class _Kinds:
             return [tensors[name] for name in tree.named(like)]
         cotangent = tree.named(Cotangent(like.params, like.moments))
         return [tensors[name] for name in (*cotangent, "scores")]
+
+
+def _drop_apart(parts: list[Path]) -> None:
+    """Remove cotangents of a sweep that the processes did not all come to write: it starts over."""
+    for name in {path.name for part in parts for path in part.glob("reverse*.safetensors")}:
+        files = [part / name for part in parts]
+        if len({read_about(file)["step"] if file.exists() else None for file in files}) > 1:
+            for file in files:
+                remove(file)
 
 
 def _files(folder: Path) -> Iterator[Path]:
