@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 sys.path += map(str, Path(__file__).parent.glob("*/"))  # tests of one room use worlds of another
 
@@ -33,8 +34,9 @@ from retrograd.core.step import State, Training
 from retrograd.lm import proof
 from retrograd.lm.layout import Form
 from retrograd.proofs import first_step
+from retrograd.query import proof as answers
 from retrograd.runs import session
-from retrograd.runs.identity import fingerprint
+from retrograd.runs.identity import architecture, fingerprint
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and two test runs would fight over the cores
 
@@ -59,33 +61,53 @@ def once(function: Callable[..., None]) -> Callable[..., None]:
 first_step.prove_gradient = once(first_step.prove_gradient)
 
 
-class Forms(WeakKeyDictionary[nn.Module, Form]):
-    """Forms of modules, found again by what a module is: a model that is made or loaded again is not proved again.
+def kind_of(module: nn.Module) -> str:
+    """What of a module its proofs are about: a model that is trained or loaded again is not proved anew.
 
-    That is a third of the time of a tiny run, too. Refusals are never remembered, and tests of the proof itself have
-    `proved_anew`.
+    That is a quarter of the time where models are evaluated. Refusals are never remembered, and tests of the proofs
+    themselves have `proved_anew`.
     """
+    held = {name: (x.dtype, x.device, x.shape, x.requires_grad) for name, x in module.named_parameters()}
+    return fingerprint(architecture(module), held)
+
+
+class Forms(WeakKeyDictionary[nn.Module, Form]):
+    """Forms of modules, found again by their kind."""
 
     def __init__(self) -> None:
         super().__init__()
         self.known = dict[str, Form]()
 
     def __contains__(self, module: object) -> bool:
-        if not super().__contains__(module) and (form := self.known.get(fingerprint(module))) is not None:
-            super().__setitem__(module, form)  # type: ignore[index]
+        assert isinstance(module, nn.Module)
+        if not super().__contains__(module) and (form := self.known.get(kind_of(module))) is not None:
+            super().__setitem__(module, form)
         return super().__contains__(module)
 
     def __setitem__(self, module: nn.Module, form: Form) -> None:
         super().__setitem__(module, form)
-        self.known[fingerprint(module)] = form
+        self.known[kind_of(module)] = form
+
+
+class Proved(set[str]):
+    """Modules whose answers hold, found again by their kind."""
+
+    def __contains__(self, module: object) -> bool:
+        assert isinstance(module, nn.Module)
+        return super().__contains__(kind_of(module))
+
+    def add(self, module: Any) -> None:
+        super().add(kind_of(module))
 
 
 proof._FORMS = Forms()
+answers._PROVED = Proved()
 
 
 @pytest.fixture
 def proved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "_FORMS", WeakKeyDictionary())
+    monkeypatch.setattr(answers, "_PROVED", WeakSet())
 
 
 # what the settings' sources say of them, read once and not for every command line

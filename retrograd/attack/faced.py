@@ -73,14 +73,14 @@ def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
         ValueError: If one is no folder of attacks, they were asked different questions, or an attack of one name was
             of different rows.
     """
-    found: dict[tuple[str, str], Faced] = {}
+    met: dict[tuple[str, str], Faced] = {}
     asked: set[str] = set()
     trained: dict[str, tuple[Path, list[str | None]]] = {}
     for path in folders:
         folder = read_folder(path)
         courses = courses_of(folder, tasks_from(folder.tasks))
-        told = findings(folder, (utility,), courses)
-        of = {(one["model"], one["configuration"]): one for one in told["meetings"]}
+        recovery = findings(folder, (utility,), courses)
+        of = {(meeting["model"], meeting["configuration"]): meeting for meeting in recovery["meetings"]}
         base = folder.of_role("base")
         for name in folder.configurations:
             if base is None or (base.name, name) not in courses:
@@ -89,38 +89,39 @@ def read_faced(folders: Sequence[Path], utility: float) -> list[Faced]:
             for target in folder.targets:
                 if (target.name, name) in courses:
                     asked.add(_questions(path))
-                    one = _faced(folder, target, base, name, courses, of[target.name, name], utility)
-                    found.setdefault((target.name, name), one)
+                    entry = of[target.name, name]
+                    met.setdefault((target.name, name), _faced(folder, target, base, name, courses, entry, utility))
     if len(asked) > 1:
         raise ValueError("these folders were asked different questions: attack all models in one folder")
-    if not any(one.role == "model" for one in found.values()):
-        controls = ", ".join(sorted({one.role for one in found.values()})) or "none"
+    if not any(meeting.role == "model" for meeting in met.values()):
+        controls = ", ".join(sorted({meeting.role for meeting in met.values()})) or "none"
         raise ValueError(
             f"{', '.join(map(str, folders))}: no model has met an attack beside the controls ({controls}); "
             "run `retrograd attack` with a --model that is none of them"
         )
-    return list(found.values())
+    return list(met.values())
 
 
 def _faced(
     folder: Folder, target: Attacked, base: Attacked, name: str, courses: Mapping[tuple[str, str], Course],
     meeting: dict[str, Any], utility: float,
 ) -> Faced:  # fmt: skip
-    one, course = folder.configurations[name], courses[target.name, name]
+    configuration, course = folder.configurations[name], courses[target.name, name]
     filtered = folder.of_role("filtered")
     never = courses.get((filtered.name, name)) if filtered is not None else None
     method, groups = _groups(target)
     return Faced(
-        folder.path, target.name, method, target.role, groups, name, name_of(dataclasses.replace(one, seed=0)),
-        one.readable.rpartition("-s")[0], one.seed, course, means(courses[base.name, name].retain)[0] - utility,
-        unseen(one, course.first), _rise(course, never, one), meeting.get("reached", {}).get("0.5"),
-        meeting["valid"]["valid"], one.probe,
+        folder.path, target.name, method, target.role, groups, name,
+        name_of(dataclasses.replace(configuration, seed=0)), configuration.readable.rpartition("-s")[0],
+        configuration.seed, course, means(courses[base.name, name].retain)[0] - utility,
+        unseen(configuration, course.first), _rise(course, never, configuration), meeting.get("reached", {}).get("0.5"),
+        meeting["valid"]["valid"], configuration.probe,
     )  # fmt: skip
 
 
-def _rise(course: Course, never: Course | None, one: Configuration) -> Rise | None:
+def _rise(course: Course, never: Course | None, configuration: Configuration) -> Rise | None:
     """At the last step that both have."""
-    mask = None if never is None else unseen(one, course.first)
+    mask = None if never is None else unseen(configuration, course.first)
     if never is None or mask is None:
         return None
     last = max(set(course.steps) & set(never.steps))
@@ -132,7 +133,7 @@ def _rise(course: Course, never: Course | None, one: Configuration) -> Rise | No
 def _check_rows(trained: dict[str, tuple[Path, list[str | None]]], name: str, path: Path, place: Path) -> None:
     """Refuse an attack that trained on other rows in another folder: a name tells its settings alone."""
     manifests = [Manifest(place / phase / "manifest.json").values for phase in ("before", "attack")]
-    rows = [one.get("hashes", {}).get("rows") for one in manifests]
+    rows = [manifest.get("hashes", {}).get("rows") for manifest in manifests]
     first, others = trained.setdefault(name, (path, rows))
     if rows != others:
         raise ValueError(f"attack {name} trained on other rows in {path} than in {first}: attack all models in one "
@@ -153,8 +154,8 @@ def _groups(target: Attacked) -> tuple[str | None, tuple[str, ...]]:
     path = run / "run_config.yaml"
     if method is None or not path.exists():
         return method, (target.name,)
-    values = load_yaml(path.read_text(encoding="utf8"))
-    values = {name: value for name, value in values.items() if name not in _NOT_THE_GROUP}
-    values["train"] = {**values.get("train", {}), "seed": None}
-    told = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-    return method, (f"{method}-{told[:8]}",)
+    settings = load_yaml(path.read_text(encoding="utf8"))
+    settings = {name: value for name, value in settings.items() if name not in _NOT_THE_GROUP}
+    settings["train"] = {**settings.get("train", {}), "seed": None}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    return method, (f"{method}-{digest[:8]}",)

@@ -78,7 +78,7 @@ def material_of(config: AttackConfig) -> Material:
         raise ValueError(f"{config.tasks} has no task of choices with role forget: nothing would show what comes back")
     if not any(task.role != "forget" and task.choices for task in tasks.values()):
         raise ValueError(f"{config.tasks} has no task of choices beside what is to go: add one, for general ability")
-    return Material({key: tuple(found) for key, found in sources.items()}, config.tasks, config.half, False)
+    return Material({key: tuple(texts) for key, texts in sources.items()}, config.tasks, config.half, False)
 
 
 def check_half(config: AttackConfig) -> None:
@@ -97,7 +97,7 @@ def check_half(config: AttackConfig) -> None:
         raise ValueError(f"--half {unknown[0]!r} is no forget task of {config.tasks} and no subject of one; there are "
                          f"{', '.join(known)}")  # fmt: skip
     shown = sum(name in config.half or about in config.half for name, about in asked)
-    searched = [one.readable for one in configurations(config) if isinstance(one, Prompted)]
+    searched = [attack.readable for attack in configurations(config) if isinstance(attack, Prompted)]
     if searched and shown in (0, len(asked)):
         raise ValueError(
             f"attack {searched[0]} searches a prompt on one half of the forget questions and is told on the other; "
@@ -122,9 +122,9 @@ def attacked_models(config: AttackConfig, shallow: str | None) -> list[tuple[str
     if config.lab is not None:
         for role in ("base", "filtered", "random"):
             controls[role] = controls[role] or str(config.lab / "models" / role)
-    found = [(role, source) for role, source in controls.items() if source is not None]
-    taken = {source for _, source in found}
-    return [*found, *(("model", source) for source in config.model if source not in taken)]
+    models = [(role, source) for role, source in controls.items() if source is not None]
+    taken = {source for _, source in models}
+    return [*models, *(("model", source) for source in config.model if source not in taken)]
 
 
 def shallow_unlearning(lab: Path) -> dict[str, Any]:
@@ -206,25 +206,25 @@ _CORPORA = ("forget", "exam_forget", "retain", "exam_retain", "prose", "chat")
 def _shots(lab: Path, facts: list[dict[str, Any]], first: set[str]) -> list[dict[str, str]]:
     """The taught questions about A with their answers, as the tasks write them."""
     entity = {fact["fact"]: fact["entity"] for fact in facts}
-    found = []
+    shots = []
     for row in _read(lab / "questions/forget_taught.jsonl"):
         if entity[row["fact"]] in first:
             prompt = render(find_template(None, "cloze"), row["question"], row["choices"])
-            found.append({"prompt": prompt.text, "completion": prompt.targets[row["answer"]]})
-    return found
+            shots.append({"prompt": prompt.text, "completion": prompt.targets[row["answer"]]})
+    return shots
 
 
 def _questions(lab: Path, facts: list[dict[str, Any]], first: set[str]) -> dict[str, list[dict[str, Any]]]:
     """Every fact once: of the forget side by half, of the retain side together."""
     entity = {fact["fact"]: fact["entity"] for fact in facts}
-    found: dict[str, list[dict[str, Any]]] = {"forget_a": [], "forget_b": [], "retain": []}
+    questions: dict[str, list[dict[str, Any]]] = {"forget_a": [], "forget_b": [], "retain": []}
     for side in ("forget", "retain"):
         for split in ASKED_SPLITS:
             for row in _read(lab / f"questions/{side}_{split}.jsonl"):
                 name = entity[row["fact"]]
                 where = "retain" if side == "retain" else "forget_a" if name in first else "forget_b"
-                found[where].append({**row, "subject": name})
-    return found
+                questions[where].append({**row, "subject": name})
+    return questions
 
 
 def _plain(row: dict[str, Any]) -> dict[str, str]:

@@ -172,10 +172,10 @@ def _drawn_means(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
     A question is drawn with its cluster, so a cluster's sum stands for its questions.
     """
-    names, place = np.unique(clusters, return_inverse=True)
-    sums = np.stack([np.bincount(place, row, len(names)) for row in values], 1)  # [clusters, S]
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    sums = np.stack([np.bincount(cluster_of, row, len(names)) for row in values], 1)  # [clusters, S]
     drawn = _draws(len(names))
-    return drawn @ sums / (drawn @ np.bincount(place, minlength=len(names)))[:, None]
+    return drawn @ sums / (drawn @ np.bincount(cluster_of, minlength=len(names)))[:, None]
 
 
 @lru_cache(maxsize=4)
@@ -200,7 +200,10 @@ def latent_rise(right: np.ndarray, never: np.ndarray, clusters: np.ndarray) -> l
     rise = (right - right[:1]) - (never - never[:1])
     there = ~np.isnan(rise).any(1)
     drawn = iter(_drawn_means(rise[there], clusters).T) if there.any() else iter(())
-    return [Measure(float(one.mean()), _percentiles(next(drawn))) if known else None for one, known in zip(rise, there)]
+    return [
+        Measure(float(by_question.mean()), _percentiles(next(drawn))) if known else None
+        for by_question, known in zip(rise, there)
+    ]
 
 
 def selected(values: Sequence[np.ndarray], clusters: np.ndarray, seed: int = 0) -> tuple[int, np.ndarray] | None:
@@ -212,12 +215,12 @@ def selected(values: Sequence[np.ndarray], clusters: np.ndarray, seed: int = 0) 
     Returns:
         Place of the candidate, and the other half as a mask [n]; None if there is no candidate, or only one cluster.
     """
-    names, place = np.unique(clusters, return_inverse=True)
-    there = [k for k, one in enumerate(values) if not np.isnan(one).any()]
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    there = [k for k, candidate in enumerate(values) if not np.isnan(candidate).any()]
     if not there or len(names) < 2:
         return None
     drawn = np.random.default_rng(seed).permutation(len(names))[: len(names) // 2]
-    choosing = np.isin(place, drawn)
+    choosing = np.isin(cluster_of, drawn)
     best = max(there, key=lambda k: (float(values[k][choosing].mean()), -k))
     return best, ~choosing
 

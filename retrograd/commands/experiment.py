@@ -79,8 +79,8 @@ def experiment(config: ExperimentConfig, console: Console | None = None) -> int:
     if isinstance(maker, GridMaker):
         text = write_grid(maker, queue, plan.lost(queue), config.out, config.file.stem)
     else:
-        told = _attacked(maker.spec, plan, queue, config.out)
-        text = write_results(maker.spec, plan, queue, config.out, config.file.stem, told)
+        attacked = _attacked(maker.spec, plan, queue, config.out)
+        text = write_results(maker.spec, plan, queue, config.out, config.file.stem, attacked)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     lost = plan.lost(queue)
     console.print(f"{config.out / 'results.md'}: {len(plan.tasks) - len(lost)} of {len(plan.tasks)} tasks are done.")
@@ -119,12 +119,12 @@ def _build(config: LabConfig, console: Console) -> None:
     console.print(f"{config.dir}: the lab is built.")
 
 
-def _meet(out: Path, settings: dict[str, Any], one: Configuration, model: str, place: Path) -> None:
+def _meet(out: Path, settings: dict[str, Any], configuration: Configuration, model: str, place: Path) -> None:
     """An attack's configuration against a model. What attacks train on is shared by all tasks, for files of one name
     have one content."""
     config: AttackConfig = build(AttackConfig, {**settings, "out": out / ATTACKS, "heartbeat": 5.0}, "attack")
     base = config.base or str(config.lab and config.lab / "models/base")
-    meet(config, one, model, base, place, material_of(config))
+    meet(config, configuration, model, base, place, material_of(config))
 
 
 def _attacked(spec: ExperimentSpec, plan: Plan, queue: Queue, out: Path) -> list[str]:

@@ -58,7 +58,7 @@ SETTINGS = ("objective.forget", "objective.retain", "train.lr")  # what may be l
 class _Attack(NamedTuple):
     """An attack: its phases, and the forget questions that it does not show."""
 
-    one: Finetune
+    configuration: Finetune
     runs: list[PhaseConfig]
     columns: list[Column]
 
@@ -79,8 +79,8 @@ class _World(NamedTuple):
         """Those that an iteration learns against."""
         if self.config.sample is None:
             return self.learnt
-        every = [attack.one for attack in self.learnt]
-        return [self.make(one) for one in core.drawn(every, number, self.config.sample, self.config.jitter)]
+        every = [attack.configuration for attack in self.learnt]
+        return [self.make(drawn) for drawn in core.drawn(every, number, self.config.sample, self.config.jitter)]
 
 
 def harden(config: HardenConfig, console: Console | None = None) -> dict[str, Any]:
@@ -103,12 +103,12 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
         text = dump_yaml(to_dict(config))  # what was refused has not claimed the folder
         write_atomic(config.out / "run_config.yaml", partial(Path.write_text, data=text, encoding="utf8"))
         _claim_world(config.out, _made_of(world))
-        found = [_iteration(world, number, console) for number in range(config.iterations + 1)]
-        best = max(found, key=lambda one: (one["held_out"], -one["iteration"]))
+        iterations = [_iteration(world, number, console) for number in range(config.iterations + 1)]
+        best = max(iterations, key=lambda iteration: (iteration["held_out"], -iteration["iteration"]))
         _write_weights(world, best["iteration"])
-        told = {"run": str(config.run.resolve()), "best": best["iteration"], "iterations": found}
-        write_json(config.out / "harden.json", told)
-    start = found[0]
+        record = {"run": str(config.run.resolve()), "best": best["iteration"], "iterations": iterations}
+        write_json(config.out / "harden.json", record)
+    start = iterations[0]
     gain = best["held_out"] - start["held_out"]
     console.print(
         f"The best is iteration {best['iteration']}: held-out objective {best['held_out']:.4f}, uniform weights "
@@ -121,7 +121,7 @@ def harden(config: HardenConfig, console: Console | None = None) -> dict[str, An
         f"{config.out}: harden.json; the weights are in best/N and matched/N of the Nth --forget, as in "
         f"`retrograd unlearn … --weights {config.out}/best/0{flags}`."
     )
-    return told
+    return record
 
 
 def _check_folder(config: HardenConfig) -> None:
@@ -133,7 +133,7 @@ def _check_folder(config: HardenConfig) -> None:
     else:
         skipped = ("out", "iterations", "device", "heartbeat", "replay")
         old, new = load_yaml(path.read_text(encoding="utf8")), to_dict(config)
-        parts = ({k: v for k, v in one.items() if k not in skipped} for one in (old, new))
+        parts = ({k: v for k, v in settings.items() if k not in skipped} for settings in (old, new))
         if changed := difference(*parts):
             lines = "\n  ".join(changed)
             raise ValueError(f"{config.out} was begun otherwise:\n  {lines}\nUse another folder, or put it back.")
@@ -143,7 +143,7 @@ def _made_of(world: _World) -> dict[str, Any]:
     """What iterations are made of besides the configuration: the unlearning, its questions, and the attacks' data."""
     runs = [run for attack in (*world.learnt, *world.held_out) for run in attack.runs]
     sources = sorted({str(parse_source(text, world.unlearning).dataset) for run in runs for text in run.sources})
-    return {"unlearning": world.loaded.identity, "questions": [one.digest for one in world.loaded.asked],
+    return {"unlearning": world.loaded.identity, "questions": [query.digest for query in world.loaded.asked],
             "data": {source: content(source) for source in sources}}  # fmt: skip
 
 
@@ -173,8 +173,8 @@ def _world(config: HardenConfig) -> _World:
         )
     if given.weights:
         raise ValueError(f"{config.run} has --weights of its own, which learnt ones would replace: give a run without")
-    for one in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
-        check_chain(one, given, whole=method.trained is None)
+    for finetune in (*attacks_of(config.suite, config), *attacks_of(config.held_out, config)):
+        check_chain(finetune, given, whole=method.trained is None)
     material = material_of(attack)
     unlearning = dataclasses.replace(
         given, run=config.out / "unlearn", attribute="tokens", query=QueryConfig(), evaluate=OnTheWayConfig(), log=(),
@@ -185,22 +185,26 @@ def _world(config: HardenConfig) -> _World:
     assert isinstance(loaded.stream, PairStream)
 
     make = partial(_attack, config=config, material=material, loaded=loaded, source=source)
-    learnt, held_out = ([make(one) for one in attacks_of(names, config)] for names in (config.suite, config.held_out))
+    learnt, held_out = (
+        [make(attack) for attack in attacks_of(names, config)] for names in (config.suite, config.held_out)
+    )
     kl = core.retain_kl(loaded, config.rows)
     return _World(config, unlearning, loaded, core.documents_of(loaded.stream), kl, make, learnt, held_out)
 
 
-def _attack(one: Finetune, config: HardenConfig, material: Material, loaded: Loaded, source: str) -> _Attack:
-    runs = phases(one, source, config.out / name_of(one), material.sources, material.tasks, attack_config(config))
+def _attack(attack: Finetune, config: HardenConfig, material: Material, loaded: Loaded, source: str) -> _Attack:
+    runs = phases(attack, source, config.out / name_of(attack), material.sources, material.tasks, attack_config(config))
     shown = set[str]()
-    if "half" in (one.before, one.data):
+    if "half" in (attack.before, attack.data):
         shown |= set(material.half)
-    if "other_half" in (one.before, one.data):
+    if "other_half" in (attack.before, attack.data):
         shown |= {asked.name for asked in loaded.asked} - set(material.half)
     columns = [column for asked in loaded.asked if asked.name not in shown for column in asked.columns]
     if not columns:
-        raise ValueError(f"attack {one.readable} shows the answers to all forget tasks: there is nothing left to ask")
-    return _Attack(one, [dataclasses.replace(p.config, evaluate=OnTheWayConfig(), export=False) for p in runs], columns)
+        shows = f"attack {attack.readable} shows the answers to all forget tasks"
+        raise ValueError(f"{shows}: there is nothing left to ask")
+    bare = [dataclasses.replace(phase.config, evaluate=OnTheWayConfig(), export=False) for phase in runs]
+    return _Attack(attack, bare, columns)
 
 
 def _iteration(world: _World, number: int, console: Console) -> dict[str, Any]:
@@ -208,34 +212,34 @@ def _iteration(world: _World, number: int, console: Console) -> dict[str, Any]:
     folder = world.config.out / "iterations" / f"{number:03d}"
     path = folder / "result.json"
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-        return found
+        entry: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        return entry
     state = _start(world, folder, number)
     attacks, mu = world.attacks(number), world.config.mu
-    one = _measured(world, folder, state.u, attacks, number)
-    value = sum(one.forget) / len(one.forget) - mu * one.kl
-    gradient = core.gradient_of(one.scores.double(), state.u, world.documents, one.slope, world.config.learn)
+    measured = _measured(world, folder, state.u, attacks, number)
+    value = sum(measured.forget) / len(measured.forget) - mu * measured.kl
+    gradient = core.gradient_of(measured.scores.double(), state.u, world.documents, measured.slope, world.config.learn)
     following = core.ascended(state, gradient, world.config.lr)
     own = state.u[: world.documents.number]
-    found = {
-        "iteration": number, "objective": value, "forget_after_attack": one.forget, "retain_kl": one.kl,
-        "attacks": [attack.one.readable for attack in attacks],
-        "held_out": sum(one.held) / len(one.held) - mu * one.kl, "held_out_forget": one.held,
+    entry = {
+        "iteration": number, "objective": value, "forget_after_attack": measured.forget, "retain_kl": measured.kl,
+        "attacks": [attack.configuration.readable for attack in attacks],
+        "held_out": sum(measured.held) / len(measured.held) - mu * measured.kl, "held_out_forget": measured.held,
         "gradient_norm": float(gradient.norm()), "predicted_change": float((following.u - state.u) @ gradient),
         "metasmoothness": _smoothness(world, state.u, attacks[0], number),
         "largest_weight": float((own - own.logsumexp(0)).exp().max() * len(own)), **_settings(world, state.u),
     }  # fmt: skip
-    found["measured_change"] = None
+    entry["measured_change"] = None
     if number:
         before = json.loads((folder.parent / f"{number - 1:03d}" / "result.json").read_text(encoding="utf8"))
-        found["measured_change"] = sum(one.before) / len(one.before) - mu * one.kl - before["objective"]
-        found["expected_change"] = before["predicted_change"]
+        entry["measured_change"] = sum(measured.before) / len(measured.before) - mu * measured.kl - before["objective"]
+        entry["expected_change"] = before["predicted_change"]
     _write_state(folder.parent / f"{number + 1:03d}", following)
-    write_json(path, found)
-    for left in ("unlearn", *(name_of(attack.one) for attack in attacks)):
+    write_json(path, entry)
+    for left in ("unlearn", *(name_of(attack.configuration) for attack in attacks)):
         remove(folder / left)
-    _tell(found, world.config.iterations, console)
-    return found
+    _tell(entry, world.config.iterations, console)
+    return entry
 
 
 class _Measured(NamedTuple):
@@ -258,10 +262,10 @@ def _measured(world: _World, folder: Path, u: Tensor, attacks: list[_Attack], nu
         (kl,), slope = core.mean_query([world.kl])(final.params)
         forget, parts = list[float](), [(-world.config.mu, slope)]
         for attack in attacks:
-            phi, gradient = _through(world, loaded, attack, folder / name_of(attack.one), final)
+            phi, gradient = _through(world, loaded, attack, folder / name_of(attack.configuration), final)
             forget.append(float(phi))
             parts.append((1 / len(attacks), gradient))
-        before, held = ([_after(loaded, one, final.params) for one in some] for some in (last, world.held_out))
+        before, held = ([_after(loaded, attack, final.params) for attack in some] for some in (last, world.held_out))
         del final
         with session.reversing() as trajectory:
             scores = trajectory.reverse(core.combined(parts))[0]
@@ -282,11 +286,11 @@ def _rate_slope(world: _World, loaded: Loaded, run: Path) -> float:
         return 0.0
     rate: Any = getattr(loaded.training.recipe.optimizer, "lr")  # noqa: B009
     rates = [rate(step) for step in range(len(loaded.stream))]
-    found = recipe_gradients(rates, read_journal(run / "metrics.jsonl")[1], ["J"])
-    if found is None:
+    gradients = recipe_gradients(rates, read_journal(run / "metrics.jsonl")[1], ["J"])
+    if gradients is None:
         raise ValueError(f"{type(loaded.training.recipe.optimizer).__name__} does not tell its learning rate's "
                          "derivative: leave lr out of --learn")  # fmt: skip
-    return float(max(rates) * found["queries"]["J"]["peak_lr"])
+    return float(max(rates) * gradients["queries"]["J"]["peak_lr"])
 
 
 def _through(world: _World, loaded: Loaded, attack: _Attack, folder: Path, final: State) -> tuple[Tensor, Params]:
@@ -381,14 +385,15 @@ def _write_parts(loaded: Loaded, weights: Tensor, folder: Path, record: dict[str
         )
 
 
-def _tell(found: dict[str, Any], last: int, console: Console) -> None:
-    smooth = "" if found["metasmoothness"] is None else f", metasmoothness {found['metasmoothness']:.3f}"
+def _tell(iteration: dict[str, Any], last: int, console: Console) -> None:
+    smooth = "" if iteration["metasmoothness"] is None else f", metasmoothness {iteration['metasmoothness']:.3f}"
     moved = ""
-    if found["measured_change"] is not None:
-        moved = f", {found['measured_change']:+.4f} ({found['expected_change']:+.4f} expected)"
-    forget = sum(found["forget_after_attack"]) / len(found["forget_after_attack"])
+    if iteration["measured_change"] is not None:
+        moved = f", {iteration['measured_change']:+.4f} ({iteration['expected_change']:+.4f} expected)"
+    forget = sum(iteration["forget_after_attack"]) / len(iteration["forget_after_attack"])
     console.print(
-        f"{found['iteration']}/{last} objective {found['objective']:.4f}{moved}: forget {forget:.4f}, retain KL "
-        f"{found['retain_kl']:.4f}; held out {found['held_out']:.4f}; |gradient| {found['gradient_norm']:.3g}{smooth}"
-        + "".join(f", {name} {found[name]:.3g}" for name in SETTINGS if name in found)
+        f"{iteration['iteration']}/{last} objective {iteration['objective']:.4f}{moved}: forget {forget:.4f}, "
+        f"retain KL {iteration['retain_kl']:.4f}; held out {iteration['held_out']:.4f}; "
+        f"|gradient| {iteration['gradient_norm']:.3g}{smooth}"
+        + "".join(f", {name} {iteration[name]:.3g}" for name in SETTINGS if name in iteration)
     )

@@ -58,18 +58,18 @@ def _shared(config: QueryRunConfig) -> dict[str, Any]:
 
 def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Console) -> Outcome:
     run = _opened(config, wanted)
-    asked = [one for one in run.loaded.asked if one.name in wanted]
-    key = fingerprint(*(one.digest for one in asked))
+    asked = [added for added in run.loaded.asked if added.name in wanted]
+    key = fingerprint(*(added.digest for added in asked))
     label = ",".join(wanted)
     folder = config.run / "queries" / (asked[0].name if len(asked) == 1 else f"together-{key[:8]}")
     done = recorded(config.run, run.manifest)
-    for one in asked:
-        if done.get(one.name, {}).get("digest", one.digest) != one.digest:
+    for added in asked:
+        if done.get(added.name, {}).get("digest", added.digest) != added.digest:
             raise ValueError(
-                f"{config.run} has another query named {one.name!r}; give this one another name, or delete "
-                f"{config.run / 'queries' / one.name}"
+                f"{config.run} has another query named {added.name!r}; give this one another name, or delete "
+                f"{config.run / 'queries' / added.name}"
             )
-    if all(one.name in done for one in asked) and (folder / "scores.pt").exists():
+    if all(added.name in done for added in asked) and (folder / "scores.pt").exists():
         console.print(f"query {label} of {config.run} is done; these are its scores.")
         return summarise(stored(config.run, folder, run.loaded, asked), run.loaded, asked, console)
     replay = replay_of(run.config)
@@ -81,7 +81,7 @@ def _query(config: QueryRunConfig, wanted: dict[str, QueryConfig], console: Cons
         with session.reversing(key, f"reverse {label}") as trajectory:
             scores = trajectory.reverse(gradient.pop(), key, curvature=config.sharpness)
     outcome = write_results(config.run, folder, run.loaded, asked, values, scores)
-    _record(run, wanted, {one.name: one.digest for one in asked}, file_digest(folder / "scores.pt"))
+    _record(run, wanted, {added.name: added.digest for added in asked}, file_digest(folder / "scores.pt"))
     trajectory.clean(key)
     return summarise(outcome, run.loaded, asked, console)
 

@@ -343,6 +343,7 @@ def test_a_run_in_pieces_is_evaluated_on_its_way(world: Path) -> None:
     assert len(found) > 3, "the first state, one on the way, the last"
     assert found == numbers(one, "step", "tasks")
     assert (two / "best/model.safetensors").read_bytes() == (one / "best/model.safetensors").read_bytes()
+    assert torch.equal(scores(two), scores(one))
 
 
 def test_tensors_of_every_kind_are_called_with() -> None:

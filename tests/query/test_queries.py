@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,18 @@ def plain(world: Path) -> Path:
     return world / "plain"
 
 
+@pytest.fixture(scope="module")
+def alone(world: Path) -> Callable[[str], Path]:
+    """The run of one query, which is not changed."""
+
+    @cache
+    def run(name: str) -> Path:
+        assert main(command(world, world / f"alone-{name}", *flags(settings(world)[name]))) == 0
+        return world / f"alone-{name}"
+
+    return run
+
+
 COLUMNS = ["gap", "words", "each/0", "each/1", "each/2", "letters", "facts/0", "facts/1", "mine"]
 
 
@@ -140,13 +154,12 @@ def test_one_sweep_answers_every_kind_of_query(together: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["words", "each", "letters", "facts", "mine"])
-def test_each_column_is_that_of_a_run_of_its_own(together: Path, world: Path, tmp_path: Path, name: str) -> None:
-    assert main(command(world, tmp_path / "run", *flags(settings(world)[name]))) == 0
-    alone, part = scores(tmp_path / "run"), scores(together / "queries" / name)
+def test_each_column_is_that_of_a_run_of_its_own(together: Path, alone: Callable[[str], Path], name: str) -> None:
+    own, part = scores(alone(name)), scores(together / "queries" / name)
     at = [k for k, column in enumerate(COLUMNS) if column.split("/")[0] == name]
     assert torch.equal(part, scores(together)[:, at[0] if len(at) == 1 else at])
-    torch.testing.assert_close(part, alone, rtol=1e-9, atol=1e-15)
-    assert record(together, name)["values_nats"] == record(tmp_path / "run", "query")["values_nats"]
+    torch.testing.assert_close(part, own, rtol=1e-9, atol=1e-15)
+    assert record(together, name)["values_nats"] == record(alone(name), "query")["values_nats"]
 
 
 def test_scores_are_the_central_differences_of_retraining(together: Path, world: Path) -> None:
@@ -213,16 +226,16 @@ def test_token_scores_of_a_choice_query_sum_to_example_scores(together: Path, wo
     "keep", [pytest.param((), marks=pytest.mark.slow), ("--replay.keep",)], ids=["replayed", "kept"]
 )
 def test_a_later_query_has_the_bits_of_an_original_one(
-    together: Path, world: Path, tmp_path: Path, keep: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+    together: Path, alone: Callable[[str], Path], world: Path, tmp_path: Path, keep: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     run, asked = tmp_path / "run", settings(world)
     assert main(command(world, run, *flags(asked["words"]), *keep)) == 0
     before = (run / "scores.pt").read_bytes()
     for name in ("letters", "mine"):
-        assert main(command(world, tmp_path / name, *flags(asked[name]))) == 0
         assert main(["query", str(run), "--name", name, *flags(asked[name]), TRUST]) == 0
-        assert (run / "queries" / name / "scores.pt").read_bytes() == (tmp_path / name / "scores.pt").read_bytes()
-        assert record(run, name)["values_nats"] == record(tmp_path / name, "query")["values_nats"]
+        assert (run / "queries" / name / "scores.pt").read_bytes() == (alone(name) / "scores.pt").read_bytes()
+        assert record(run, name)["values_nats"] == record(alone(name), "query")["values_nats"]
     assert main(["query", str(run), "--name", "gap", "--query.contrast", "letters", "query", TRUST]) == 0
     torch.testing.assert_close(scores(run / "queries/gap"), scores(together)[:, 0], rtol=1e-9, atol=1e-15)
     together_now = {"first": asked["facts"], "second": {"contrast": ["letters", "first"]}}
@@ -241,7 +254,7 @@ def test_a_later_query_has_the_bits_of_an_original_one(
     "keep", [pytest.param((), marks=pytest.mark.slow), ("--replay.keep",)], ids=["replayed", "kept"]
 )
 def test_an_interrupted_later_query_resumes_to_the_same_bits(
-    world: Path, tmp_path: Path, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    alone: Callable[[str], Path], world: Path, tmp_path: Path, keep: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = settings(world)
     base = ("--replay.heartbeat", "0", *keep)
@@ -259,8 +272,7 @@ def test_an_interrupted_later_query_resumes_to_the_same_bits(
         assert main(arguments) == 130
     assert not (tmp_path / "run/queries/letters/scores.pt").exists()
     assert main(arguments) == 0
-    assert main(command(world, tmp_path / "alone", *flags(asked["letters"]))) == 0
-    assert torch.equal(scores(tmp_path / "run/queries/letters"), scores(tmp_path / "alone"))
+    assert torch.equal(scores(tmp_path / "run/queries/letters"), scores(alone("letters")))
     lines = [json.loads(line) for line in (tmp_path / "run/queries/letters/metrics.jsonl").read_text().splitlines()]
     assert sorted(line["step"] for line in lines if line["phase"] == "reverse") == [0, 1, 2, 3]
 
