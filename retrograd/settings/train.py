@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import tyro
 
@@ -27,6 +27,7 @@ __all__ = [
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
 
 
+@runtime_checkable
 class Shared(Protocol):
     """How processes share steps: settings of every command that lets them."""
 
