@@ -180,7 +180,7 @@ class RunConfig:
     parallel: Literal["auto", "replicate", "shard"] = "auto"
     """How the processes of a torchrun job share a run. Each takes some of the rows of every micro-batch. replicate:
     rank 0 has the optimizer and the states between steps; shard: each has its pieces of them, and where the engine is
-    blocks, one layer whole at a time. The bits are the same. auto is replicate; without torchrun there is one
+    blocks, two layers whole at a time. The bits are the same. auto is replicate; without torchrun there is one
     process."""
     replicas: int = 1
     """Copies of the pieces of --parallel shard, each over neighbouring ranks, which gather parameters from each other
