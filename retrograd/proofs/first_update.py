@@ -75,9 +75,10 @@ def _compare_update(optimizer: Optimizer, params: Params, grads: Params, draw: D
         if not compared.agrees:
             raise ValueError(
                 f"the derivative of {_title(optimizer)}'s update by its {what} is {compared.measured:.6g} by "
-                f"differences and {compared.pulled:.6g} by its pullback (at {some(probe.leaves(along))}): scores would be wrong by "
-                "as much. Something in it hides from autograd what it does, such as torchopt.clip_grad_norm or "
-                "use_accelerated_op; clip with max_grad_norm instead, or take an optimizer from retrograd.optim"
+                f"differences and {compared.pulled:.6g} by its pullback (at {some(probe.leaves(along))}): scores would "
+                "be wrong by as much. Something in it hides from autograd what it does, such as "
+                "torchopt.clip_grad_norm or use_accelerated_op; clip with max_grad_norm instead, or take an optimizer "
+                "from retrograd.optim"
             )
 
 
