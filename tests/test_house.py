@@ -100,3 +100,11 @@ def test_one_place_makes_trajectories() -> None:
         if any(isinstance(call.func, ast.Name) and call.func.id == "Trajectory" for call in calls):
             makers.add(str(path.relative_to(PACKAGE)))
     assert makers == {"runs/trajectory.py"}
+
+
+def test_protocols_can_be_checked_at_run_time() -> None:
+    """Or the rooms whose annotations `make test-all` checks cannot even be imported there."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases):
+                assert "runtime_checkable" in map(ast.unparse, node.decorator_list), f"{path.name}: {node.name}"

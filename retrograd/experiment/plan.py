@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from retrograd.attack.material import attacked_models
 from retrograd.experiment.grid import GridMaker
@@ -23,6 +23,7 @@ from retrograd.settings.experiment import Match, TuneSpec
 __all__ = ["Arm", "ArmPlan", "Meeting", "Plan", "Results", "planned"]
 
 
+@runtime_checkable
 class Results(Protocol):
     """What is settled, such as `lease.Queue`."""
 

@@ -26,6 +26,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from retrograd.parallel.pulses import Pulses
 from retrograd.parallel.wire import Pickler, Unpickler, as_bytes, neighbours
 
 __all__ = ["ALONE", "Group", "RankError", "alone", "here", "joined"]
@@ -159,16 +160,26 @@ class Group:
 
     def shared(self, part: Tensor, among: Any = None) -> list[Tensor]:
         """Every rank's tensor of one shape, in the order of ranks, on every rank; `among` as for `exchanged`."""
+        return self.sharing(part, among)()
+
+    def sharing(self, part: Tensor, among: Any = None) -> Callable[[], list[Tensor]]:
+        """As `shared`, begun: what this returns waits for the others, and may be called later."""
         import torch.distributed as dist
 
         count = self.world if among is None else dist.get_world_size(among)
         if count == 1:
-            return [part]
+            return lambda: [part]
         part = part.contiguous()
         found = [torch.empty_like(part) for _ in range(count)]
         with self._together():
-            dist.all_gather(found, part, group=among)
-        return found
+            work = dist.all_gather(found, part, group=among, async_op=True)
+
+        def arrived() -> list[Tensor]:
+            with self._together():
+                work.wait()
+            return found
+
+        return arrived
 
     def gathered(self, part: Tensor) -> list[Tensor]:
         """Every rank's tensor of one shape, in the order of ranks; of rank 0's use only, the others get none."""
@@ -262,7 +273,7 @@ class Group:
     def _wait(self, key: str, *, ends: bool = False) -> Any:
         """The value of a key, once another rank has set it; None once rank 0 has ended, if that may be."""
         with _reaching():
-            pulses = _Pulses(self)
+            pulses = Pulses(self)
             while True:
                 try:
                     self._store.wait([key], timedelta(seconds=_PULSE))
@@ -280,7 +291,7 @@ class Group:
     def _missed(self, error: RuntimeError) -> NoReturn:
         """Why something did not come about."""
         with _reaching():
-            pulses = _Pulses(self)
+            pulses = Pulses(self)
             until = time.monotonic() + 4 * _PULSE
             while time.monotonic() < until:
                 if self._store.check(["failed"]):
@@ -373,28 +384,3 @@ def _reaching() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise RankError("the job's store is gone, and with it rank 0; see what that one says") from error
-
-
-class _Pulses:
-    """Which ranks beat, from now on."""
-
-    def __init__(self, group: Group) -> None:
-        self.group, self.since = group, time.monotonic()
-        self.first = self._read()
-
-    def still(self) -> list[int]:
-        """Ranks that have not beaten since."""
-        return [rank for rank, count in self._read().items() if count == self.first[rank]]
-
-    def late(self) -> str:
-        """What to say of ranks that have not beaten for longer than patience; empty if there is none."""
-        if time.monotonic() - self.since < self.group.patience:
-            return ""
-        if still := self.still():
-            return f"rank {', '.join(map(str, still))} has stopped for {self.group.patience:g} s (--patience)"
-        self.since, self.first = time.monotonic(), self._read()
-        return ""
-
-    def _read(self) -> dict[int, bytes]:
-        store, ranks = self.group._store, [r for r in range(self.group.world) if r != self.group.rank]
-        return {r: store.get(f"pulse/{r}") if store.check([f"pulse/{r}"]) else b"" for r in ranks}

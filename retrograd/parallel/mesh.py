@@ -8,6 +8,7 @@ processes. Between replicas goes what each holder of a piece has summed up, in t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,10 @@ class Mesh:
     def shared(self, part: Tensor) -> list[Tensor]:
         """As `Group.shared`, inside a replica."""
         return self.group.shared(part, self._inside)
+
+    def sharing(self, part: Tensor) -> Callable[[], list[Tensor]]:
+        """As `Group.sharing`, inside a replica."""
+        return self.group.sharing(part, self._inside)
 
     def sent(self, tensor: Tensor, replica: int) -> None:
         """Send a tensor to this place in another replica, which has to know its shape (`received`)."""

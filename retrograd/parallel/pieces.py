@@ -70,14 +70,29 @@ class Pieces:
         slabs = {name: self.slab(name, own) for name in names}
         found: Params = {}
         for bucket in buckets(slabs):
-            flats = [slabs[name].flatten() for name in bucket]
-            ranks = self.mesh.shared(flats[0] if len(flats) == 1 else torch.cat(flats))
-            start = 0
-            for name, flat in zip(bucket, flats, strict=True):
-                each = [one[start : start + len(flat)].view_as(slabs[name]) for one in ranks]
-                found[name] = self.joined(name, each, self.wide(name, own))
-                start += len(flat)
+            found |= self._coming(own, {name: slabs[name] for name in bucket})()
         return found
+
+    def coming(self, own: Params, names: Iterable[str]) -> Callable[[], Params]:
+        """As `some`, all of them begun: what this returns waits for the other processes, and may be called later."""
+        slabs = {name: self.slab(name, own) for name in names}
+        begun = [self._coming(own, {name: slabs[name] for name in bucket}) for bucket in buckets(slabs)]
+        return lambda: {name: x for arrived in begun for name, x in arrived().items()}
+
+    def _coming(self, own: Params, slabs: Params) -> Callable[[], Params]:
+        flats = [slab.flatten() for slab in slabs.values()]
+        sharing = self.mesh.sharing(flats[0] if len(flats) == 1 else torch.cat(flats))
+        shapes = {name: (slab.shape, self.wide(name, own)) for name, slab in slabs.items()}
+        sizes = [len(flat) for flat in flats]
+
+        def arrived() -> Params:
+            parts = [one.split(sizes) for one in sharing()]
+            found = zip(shapes.items(), zip(*parts, strict=True), strict=True)
+            return {
+                name: self.joined(name, [x.view(shape) for x in each], wide) for (name, (shape, wide)), each in found
+            }
+
+        return arrived
 
     def zeros(self, name: str, own: Params) -> Tensor:
         """A whole tensor of zeros like one whose pieces are here."""

@@ -11,9 +11,8 @@ moments, cotangents, kept states and gradients, is its pieces.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from retrograd.parallel.group import RankError
 from retrograd.parallel.pieces import Pieces, PieceSum
 from retrograd.parallel.split import Split, cut
 
-__all__ = ["ByBlock", "Sharded", "release"]
+__all__ = ["Ahead", "ByBlock", "Sharded", "release"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,7 +64,8 @@ class Sharded(Split):
 class ByBlock(Sharded):
     """`Sharded` for the `blocks` engine: what a link needs is gathered when it runs, and let go of after it.
 
-    A rank has a link's parameters, cotangents and gradient whole, and of all others its pieces. In every round all
+    A rank has a link's parameters, cotangents and gradient whole, and of all others its pieces; but for the parameters
+    and cotangents of the next link, which are on their way while this one is passed. In every round all
     ranks go over the chain in step, those without rows too. All micro-batches of a shard pass a link before the next
     one is gathered: their states are held together.
     """
@@ -131,7 +131,34 @@ class ByBlock(Sharded):
         return torch.cat(scores, dim=1) if scores else None
 
     def _reading(self, own: Params) -> Read:
-        return partial(self.lying.some, own)
+        return Ahead(self.lying, own, self.blocks.chain.passed)
+
+
+class Ahead:
+    """Leaves of places in the order that a pass comes to them: those of the next are on their way meanwhile. A `Read`.
+
+    Args:
+        lying: How leaves lie.
+        own: This process's pieces.
+        places: The leaves of every place, in order.
+    """
+
+    def __init__(self, lying: Pieces, own: Params, places: Iterable[Sequence[str]]) -> None:
+        self.lying, self.own, self.places = lying, own, iter(places)
+        self.coming = self._next()
+
+    def __call__(self, names: Iterable[str]) -> Params:
+        wanted = list(names)
+        if not wanted:
+            return {}
+        found = self.coming()
+        assert list(found) == wanted, "every rank passes the places in one order"
+        self.coming = self._next()
+        return found
+
+    def _next(self) -> Callable[[], Params]:
+        place = next(self.places, None)
+        return dict if place is None else self.lying.coming(self.own, place)
 
 
 class _ElsewhereError(Exception):

@@ -213,8 +213,9 @@ def device_bytes(work: Work, machine: Machine, engine: str, activations: int) ->
     found["state"] = work.matter.state // shards
     found |= step_bytes(work, shards)
     if shards > 1 and engine == "blocks" and model.block is not None:
-        # of one block parameters, and ḡ and H ḡ or the gradient, whole; the sum once more while it is exchanged
-        found["gathered"] = model.block * (1 + (3 * work.queries or 2))
+        # of one block parameters, and ḡ and H ḡ or the gradient, whole; the sum once more while it is exchanged; and
+        # of the next one parameters and ḡ, which are on their way
+        found["gathered"] = model.block * (2 + (4 * work.queries or 2))
     elif shards > 1:  # the same of the model while a rank passes over its rows
         found["gathered"] = model.trained_bytes * (1 + (2 * work.queries or 1))
     found["activations"] = activations

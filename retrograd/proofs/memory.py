@@ -12,7 +12,7 @@ __all__ = ["FULL", "Sizes", "held_in_pieces", "held_whole"]
 
 FULL = 1 << 26  # parameters, frozen ones too, up to which a float64 copy is made, and a second row is read
 _WIDE = 8  # bytes of a float64
-_BLOCKS = 4  # whole at once: parameters, ḡ, and H ḡ twice while it is dealt out
+_BLOCKS = 6  # whole at once: parameters, ḡ, H ḡ twice while it is dealt out; and parameters and ḡ of the next one
 
 
 class Sizes(NamedTuple):

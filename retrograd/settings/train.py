@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import tyro
 
@@ -28,6 +28,7 @@ __all__ = [
 LrSchedule = Literal["constant", "linear", "cosine", "polynomial", "one-cycle", "one-cycle-linear"]
 
 
+@runtime_checkable
 class Shared(Protocol):
     """How processes share steps: settings of every command that lets them."""
 
@@ -180,7 +181,7 @@ class RunConfig:
     parallel: Literal["auto", "replicate", "shard"] = "auto"
     """How the processes of a torchrun job share a run. Each takes some of the rows of every micro-batch. replicate:
     rank 0 has the optimizer and the states between steps; shard: each has its pieces of them, and where the engine is
-    blocks, one layer whole at a time. The bits are the same. auto is replicate; without torchrun there is one
+    blocks, two layers whole at a time. The bits are the same. auto is replicate; without torchrun there is one
     process."""
     replicas: int = 1
     """Copies of the pieces of --parallel shard, each over neighbouring ranks, which gather parameters from each other
@@ -246,9 +247,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     off: dict[type, Any] = {bool: False, list: []}
     without = {name: off[type(value)] for name, value in flat_new.items() if type(value) in off}
     flat_old = {**without, **_flatten(old)}
-    names = [
-        name for name in {**flat_old, **flat_new} if _PHASE.sub("", name).split(".")[0] not in (*_NOT_THE_RUN, *GONE)
-    ]
+    names = [n for n in {**flat_old, **flat_new} if _PHASE.sub("", n).split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
     return [
         f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
         for name in names

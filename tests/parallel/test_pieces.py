@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -28,7 +30,7 @@ from retrograd.lm.engines import Load
 from retrograd.lm.model import CausalLM, causal_objective, trainable
 from retrograd.parallel.group import ALONE, Group, RankError
 from retrograd.parallel.pieces import PieceLedger, Pieces, parameter_of
-from retrograd.parallel.shard import ByBlock, Sharded, release
+from retrograd.parallel.shard import Ahead, ByBlock, Sharded, release
 from retrograd.parallel.split import Split
 from retrograd.proofs import first_step
 from retrograd.proofs.memory import FULL, Sizes, held_in_pieces, held_whole
@@ -201,6 +203,35 @@ def test_an_engine_over_pieces_has_the_bits_of_one_over_whole_parameters(
         assert tree.digest(found) == tree.digest(alone)
 
 
+def test_the_next_place_is_begun_when_one_has_arrived() -> None:
+    told = list[str]()
+
+    class Lying:
+        def coming(self, own: Params, names: list[str]) -> Any:
+            told.append(f"begun {names[0]}")
+            return lambda: told.append(f"arrived {names[0]}") or {name: own[name] for name in names}
+
+    own = {name: torch.ones(()) for name in "abc"}
+    read = Ahead(Lying(), own, [["a"], ["b", "c"], ["a"]])  # type: ignore[arg-type]
+    assert read([]) == {}
+    assert [list(read(names)) for names in (["a"], ["b", "c"], ["a"])] == [["a"], ["b", "c"], ["a"]]
+    assert told == ["begun a", "arrived a", "begun b", "arrived b", "begun a", "arrived a"]
+    with pytest.raises(AssertionError, match="in one order"):
+        Ahead(Lying(), own, [["a"], ["b"]])(["b"])  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_rank_whose_pieces_do_not_come_is_named() -> None:
+    def waits(group: Group) -> str:
+        if group.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(RankError, match="rank 1 has stopped") as told:
+            group.sharing(torch.ones(3))()
+        return str(told.value)
+
+    assert on_ranks(2, waits, patience=20)[1] == -signal.SIGKILL
+
+
 @cache
 def deep(width: int = 48, layers: int = 12) -> tuple[CausalLM, Blocks]:
     """A model of so many layers, and their chain."""
@@ -232,7 +263,7 @@ def test_a_pass_by_block_never_has_the_whole_model() -> None:
     for *by_block, gradient, pullback in on_ranks(2, most):
         assert gradient > 2, "parameters and their gradient"
         assert pullback > 3, "parameters, ḡ and H ḡ"
-        assert max(by_block) < 1.1, "half of the gradient or of H ḡ, and what one layer of 12 takes"
+        assert max(by_block) < 1.1, "half of the gradient or of H ḡ, one layer of 12 and the next"
 
 
 def proved(group: Group, width: int, layers: int, wrong: str = "") -> tuple[list[float], str]:

@@ -60,6 +60,12 @@ class Chain:
         places = [self.embed.names, *(link.names for link in self.links), self.head.names]
         return Counter(leaf for names in places for leaf in set(names.values()))
 
+    @property
+    def passed(self) -> list[list[str]]:
+        """The leaves of each place that has some, in the order that `first` and `second` ask for them."""
+        forward: list[Link | Head] = [self.embed, *self.links, self.head]
+        return [names for place in (*forward, *forward[-2::-1]) if (names := _leaves(place))]
+
 
 class Micro(NamedTuple):
     """A micro-batch that goes along a chain. factors: its losses' coefficients; draws: its random numbers."""
