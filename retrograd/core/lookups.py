@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Passing", "transposed", "twice", "whole"]
+__all__ = ["Passing", "suspended", "transposed", "twice", "whole"]
 
 _TRANSPOSED = ContextVar("transposed", default=False)
+_DEPTH = ContextVar("depth", default=0)  # of what is suspended
 
 
 class Passing:
@@ -68,16 +69,28 @@ def whole() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def suspended() -> Iterator[None]:
+    """In which what stands around it counts for nothing: for a training within a query."""
+    before = _DEPTH.set(_DEPTH.get() + 1)
+    try:
+        yield
+    finally:
+        _DEPTH.reset(before)
+
+
 class _Lookups(TorchFunctionMode):
-    """Lookups by x = κ + s·(E − κ), or with every share 1."""
+    """Lookups by x = κ + s·(E − κ), or with every share 1; without effect where it is suspended."""
 
     def __init__(self, passing: Passing | None) -> None:
         super().__init__()
-        self.passing = passing
+        self.passing, self.depth = passing, _DEPTH.get()
 
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
+        if self.depth < _DEPTH.get():
+            return function(*arguments, **(options or {}))
         if function is F.embedding:
             return self._embedding(*arguments, **(options or {}))
         if function is torch.embedding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,12 +121,13 @@ def stored(run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked]) -> O
 def summarise(outcome: Outcome, loaded: Loaded, asked: Sequence[Asked], console: Console) -> Outcome:
     """The query values, the spread of the scores, the ends of the ranking with their text, and what to beware of."""
     shown = list(zip(outcome.names, outcome.values.tolist(), strict=True))
-    after = f"after training{_further(asked)}"
     if len(shown) == 1:
-        console.print(f"Query loss {after}: {shown[0][1]:.4f} nats")
+        console.print(f"Query loss after training: {shown[0][1]:.4f} nats")
     else:
         listed = ", ".join(f"{name} {value:.4f}" for name, value in shown[:8])
-        console.print(f"Query losses {after}, nats: {listed}{' …' if len(shown) > 8 else ''}")
+        console.print(f"Query losses after training, nats: {listed}{' …' if len(shown) > 8 else ''}")
+    for line in _further(asked):
+        console.print(line)
     totals = torch.tensor([record.score for record in outcome.order], dtype=torch.float64)
     skipped = f", {len(loaded.rows.skipped)} documents without a target skipped" if loaded.rows.skipped else ""
     about = f" for {asked[0].name!r}" if len(asked) > 1 else ""
@@ -142,10 +143,13 @@ def summarise(outcome: Outcome, loaded: Loaded, asked: Sequence[Asked], console:
     return outcome
 
 
-def _further(asked: Sequence[Asked]) -> str:
-    """What some of the queries are asked after besides the run."""
-    phases = {phase["path"]: phase["steps"] for one in asked for phase in one.record.get("then", ())}
-    return "".join(f" and {steps} further steps ({path})" for path, steps in phases.items())
+def _further(asked: Sequence[Asked]) -> Iterator[str]:
+    """Which queries are asked after what besides the run."""
+    for query in asked:
+        phases = query.record.get("then", ())
+        if phases:
+            told = ", then ".join(f"{phase['steps']} further steps of {phase['path']}" for phase in phases)
+            yield f"{query.name} is asked after {told}."
 
 
 def show_ends(order: Sequence[Ranked], console: Console) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from retrograd.core.optim import Params
@@ -23,9 +24,10 @@ from retrograd.runs.first_step import prove_first_step
 from retrograd.runs.identity import fingerprint
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.phases import asked_after
+from retrograd.runs.recipe import recipe_of
 from retrograd.runs.setup import Differentiated, Setup, Sources, load_recipe, set_up, visits
 from retrograd.settings.run import MagicConfig, queries_of, settings_from
-from retrograd.settings.train import RecipeConfig, TrainRunConfig
+from retrograd.settings.train import RecipeConfig, TrainRunConfig, check_recipe
 from retrograd.settings.unlearn import UnlearnConfig
 
 __all__ = ["with_further_training"]
@@ -41,20 +43,19 @@ def with_further_training(config: Config, setup: Setup, asked: list[Asked]) -> l
     Raises:
         ValueError: If what is to be trained on cannot be loaded, or does not go on from this run.
     """
-    queries = queries_of(config)
-    together: dict[tuple[str, ...], list[str]] = {}  # they share what is trained
-    for name, query in queries.items():
-        if query.then:
-            together.setdefault(query.then, []).append(name)
-    if not together:
-        return asked
-    if here().world > 1:
-        raise ValueError("--query.then trains on by one process: start this command without torchrun")
-    _refuse_partial(setup.model.module, setup.initial.params, config)
-    known = {query.name: query for query in asked}
-    for then, names in together.items():
+    queries, known = queries_of(config), {query.name: query for query in asked}
+    for (then, answered), names in _together(config).items():
+        if here().world > 1 and not answered:
+            raise ValueError(f"query {names[0]!r} trains on by one process: start this command without torchrun")
+        _refuse_partial(setup.model.module, setup.initial.params)
         columns = sum(len(known[name].columns) for name in names)
-        phases = [_Phase(Path(path), config, setup, columns) for path in then]
+        try:
+            phases = [_Phase(Path(path), config, setup, columns) for path in then]
+        except ValueError as error:
+            mend = (
+                f". It has scores by that: put it back, or delete {config.run}/queries/{names[0]}" if answered else ""
+            )
+            raise ValueError(f"query {names[0]!r}: {error}{mend}") from error
         behind = asked_after([known[name] for name in names], [phase.begin for phase in phases], setup.stream.weights)
         known.update({query.name: _told(query, phases) for query in behind})
     for name, query in queries.items():
@@ -63,30 +64,47 @@ def with_further_training(config: Config, setup: Setup, asked: list[Asked]) -> l
     return [known[name] for name in queries]
 
 
+def _together(config: Config) -> dict[tuple[tuple[str, ...], bool], list[str]]:
+    """Names of queries that share what is trained: by what that is, and whether they have been answered.
+
+    What is answered is not pulled back again when another one is.
+    """
+    found: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+    for name, query in queries_of(config).items():
+        if query.then:
+            answered = isinstance(config.run, Path) and (config.run / f"queries/{name}/gradient.safetensors").exists()
+            found.setdefault((query.then, answered), []).append(name)
+    return found
+
+
 class _Phase:
     """A training that goes on from a run; tried when it is made, where the run is not begun."""
 
     def __init__(self, path: Path, config: Config, setup: Setup, columns: int) -> None:
-        self.path, self.setup = path, setup
+        self.path, self.setup, self.columns, self.run = path, setup, columns, config.run
         self.recipe = _recipe(path)
-        _refuse_other(path, self.recipe, config)
+        _refuse_other(path, self.recipe, config, setup.model.module)
         given = dataclasses.replace(
             self.recipe, model="", tokenizer="", dtype=config.dtype, device=config.device, tf32=config.tf32
         )
         sources = Sources(tokenizer=lambda name: setup.tokenizer, model=lambda *given: setup.model)
-        stream: DataStream = load_recipe(given, sources=sources)[2]
-        self.stream, self.visited = stream, visits(stream, "examples", config.dtype)
-        begun = dataclasses.replace(setup.arithmetic, compiled=False)
-        self.how = Differentiated(queries=columns, run=config.run, begun=begun)
-        first = self.begin(setup.initial.params)
+        self.stream: DataStream = load_recipe(given, sources=sources)[2]
+        self.visited = visits(self.stream, "examples", config.dtype)
         if config.overwrite or begun_with(config.run) is None:
+            first = self.begin(setup.initial.params)
             prove_first_step(first.training, first.initial, setup.model, None, attributed=True)
-        self.digest = hashed(first.hashes["recipe"], first.hashes["rows"], repr(self.visited))
-        self.record = {"path": str(path), "steps": len(stream), "rows": len(stream.rows)}
+        recipe = recipe_of(self.recipe.train, setup.model, len(self.stream), setup.arithmetic.shards)
+        self.digest = hashed(fingerprint(recipe), self.stream.rows.digest(), repr(self.visited))
+        self.record = {"path": str(path), "steps": len(self.stream), "rows": len(self.stream.rows)}
 
     def begin(self, params: Params) -> Setup:
         """The training that begins with some parameters."""
-        given = (self.setup.model, self.setup.tokenizer, self.stream, self.recipe.train, self.how)
+        if here().world > 1:
+            raise ValueError(f"--query.then {self.path} is trained on by one process: leave torchrun out")
+        # as the run, but by as many threads as whoever asks computes with
+        begun = dataclasses.replace(self.setup.arithmetic, compiled=False, threads=torch.get_num_threads())
+        how = Differentiated(queries=self.columns, run=self.run, begun=begun, shards=None)
+        given = (self.setup.model, self.setup.tokenizer, self.stream, self.recipe.train, how)
         return set_up(*given, visited=self.visited, start=params)
 
     def say_other_start(self, params: Params) -> None:
@@ -133,15 +151,20 @@ def _recipe(path: Path) -> TrainRunConfig:
     recipe = settings_from(TrainRunConfig, file)
     if not isinstance(recipe.data.dataset, str):
         raise ValueError(f"--query.then {path}: {file} names no data set; write {{data: {{dataset: …}}}} into it")
+    try:
+        check_recipe(recipe)
+    except ValueError as error:
+        raise ValueError(f"--query.then {path}: {error}") from error
     return recipe
 
 
-def _refuse_other(path: Path, recipe: RecipeConfig, config: Config) -> None:
+def _refuse_other(path: Path, recipe: RecipeConfig, config: Config, module: nn.Module) -> None:
     """Refuse what would train other parameters than the run does."""
-    if recipe.lora.rank and (recipe.lora.rank, recipe.lora.adapter) != (config.lora.rank, "continue"):
+    own, lora = _adapted(module), recipe.lora
+    if lora.rank or (lora.adapter == "continue" and not own):
         raise ValueError(
-            f"--query.then {path} trains adapters of rank {recipe.lora.rank} of its own, and derivatives go through "
-            f"phases that train the same parameters, here {_trained(config)}: leave --lora out of it"
+            f"--query.then {path} trains adapters of its own, and derivatives go through phases that train the same "
+            f"parameters, here {'the adapters of the run' if own else 'the whole model'}: leave --lora out of it"
         )
     for who, train in ((f"--query.then {path}", recipe.train), ("a run with --query.then", config.train)):
         if train.dropout:
@@ -150,14 +173,15 @@ def _refuse_other(path: Path, recipe: RecipeConfig, config: Config) -> None:
             )
 
 
-def _refuse_partial(module: nn.Module, params: Params, config: Config) -> None:
+def _refuse_partial(module: nn.Module, params: Params) -> None:
     every, own = sum(x.numel() for x in module.parameters()), sum(x.numel() for x in params.values())
-    if not config.lora.rank and own < every:
+    if own < every and not _adapted(module):
         raise ValueError(
             f"--query.then: this run trains {own:,} of {every:,} parameters, and what follows trains all; take a run "
             "that trains the whole model"
         )
 
 
-def _trained(config: Config) -> str:
-    return f"the run's adapters of rank {config.lora.rank}" if config.lora.rank else "all of the model's"
+def _adapted(module: nn.Module) -> bool:
+    """Whether what a model trains is adapters."""
+    return any("lora_" in name for name, _ in module.named_parameters())

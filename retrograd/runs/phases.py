@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrograd.core import tree
+from retrograd.core import lookups, tree
 from retrograd.core.optim import Cotangent, Params
 from retrograd.core.step import Batch
 from retrograd.query.columns import Column, Part, Queries
@@ -36,10 +36,11 @@ _LEAST = Replay(plan="binomial", slots=1)  # nothing is reversed
 
 def trained(phases: Sequence[Begin], params: Params) -> Params:
     """Parameters after all phases."""
-    for begin in phases:
-        setup = begin(params)
-        with Bars(len(setup.stream)) as bars:
-            params = setup.trajectory(_LEAST, observe=bars).train().params
+    with lookups.suspended():
+        for begin in phases:
+            setup = begin(params)
+            with Bars(len(setup.stream)) as bars:
+                params = setup.trajectory(_LEAST, observe=bars).train().params
     return params
 
 
@@ -55,18 +56,23 @@ def asked_after(asked: Sequence[Asked], phases: Sequence[Begin], like: Tensor) -
     for query in asked:
         places = range(start, start := start + len(query.columns))
         columns = [Column(later.columns[k].name, [Part(_Objective(later, k), batch)]) for k in places]
-        behind.append(query._replace(columns=columns, measure=_measured_after(query.measure, later)))
+        behind.append(query._replace(columns=columns, measure=_measured_after(query.measure, phases)))
     return behind
 
 
-def _measured_after(measure: Callable[[Params], dict[str, Any]], later: Phases) -> Callable[[Params], dict[str, Any]]:
-    return lambda params: measure(later.reached(params))
+def _measured_after(
+    measure: Callable[[Params], dict[str, Any]], phases: Sequence[Begin]
+) -> Callable[[Params], dict[str, Any]]:
+    """A query's further numbers after the phases, which are trained for them where there are any."""
+    nothing = measure is Asked._field_defaults["measure"]
+    return measure if nothing else lambda params: measure(trained(phases, params))
 
 
 class Phases:
     """K query columns after phases, of parameters before them.
 
-    What was asked last is kept, for columns ask one by one: values, gradient and the parameters that were reached.
+    Columns ask one by one. So their values are kept until other parameters are asked, and their gradients until each
+    column has had its own.
 
     Args:
         phases: In their order.
@@ -75,40 +81,41 @@ class Phases:
 
     def __init__(self, phases: Sequence[Begin], columns: Sequence[Column]) -> None:
         self.phases, self.columns, self.queries = phases, columns, Queries(columns)
-        self.start = ""  # digest of the parameters that the kept ones began with
-        self.final: Params = {}
+        self.start = ""  # digest of the parameters that what is kept began with
         self.values: Tensor | None = None
-        self.gradient: Params | None = None
+        self.gradients: dict[int, Params] = {}
 
-    def reached(self, params: Params) -> Params:
-        """Parameters after the phases."""
+    def value(self, column: int, params: Params) -> Tensor:
+        """φ' of a column, [] in nats."""
         self._begin(params)
-        if not self.final:
-            self.final = trained(self.phases, params)
-        return self.final
-
-    def ask(self, params: Params, *, slopes: bool) -> tuple[Tensor, Params | None]:
-        """φ' [K] in nats, and its gradient [K, *shape] if it is wanted."""
-        self._begin(params)
-        if slopes and self.gradient is None:
-            self.values, self.gradient = self._pulled(self.phases, params)
         if self.values is None:
-            self.values = self.queries.values(self.reached(params))
-        return self.values, self.gradient
+            self.values = self.queries.values(trained(self.phases, params))
+        return self.values[column].clone()
+
+    def gradient(self, column: int, params: Params) -> tuple[Tensor, Params]:
+        """φ' of a column, [] in nats, and its gradient, which is given away."""
+        self._begin(params)
+        if column not in self.gradients:
+            with lookups.suspended():
+                self.values, gradient = self._pulled(self.phases, params)
+            self.gradients = {k: {name: leaf[k] for name, leaf in gradient.items()} for k in range(len(self.columns))}
+        assert self.values is not None, "values come with gradients"
+        return self.values[column].clone(), self.gradients.pop(column)
 
     def _begin(self, params: Params) -> None:
         start = tree.digest(params)
         if start != self.start:
-            self.start, self.final, self.values, self.gradient = start, {}, None, None
+            self.start, self.values, self.gradients = start, None, {}
 
     def _pulled(self, phases: Sequence[Begin], params: Params) -> tuple[Tensor, Params]:
-        setup, reached = phases[0](params), list[Cotangent]()
+        setup, cotangents = phases[0](params), list[Cotangent]()
         with Bars(len(setup.stream)) as bars:
             trajectory = setup.trajectory(Replay(memory=free_memory() // 4, disk=0), observe=bars)
-            self.final = trajectory.train().params
-            values, gradient = self._pulled(phases[1:], self.final) if len(phases) > 1 else self.queries(self.final)
-            trajectory.reverse(gradient, reached=reached.append)
-        return values, reached.pop().params
+            final = trajectory.train().params
+            values, *gradient = self._pulled(phases[1:], final) if len(phases) > 1 else self.queries(final)
+            del final
+            trajectory.reverse(gradient.pop(), reached=cotangents.append)  # handed over: only the sweep holds it
+        return values, cotangents.pop().params
 
 
 class _Objective:
@@ -127,13 +134,13 @@ class _Asked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, later: Phases, column: int, names: tuple[str, ...], *leaves: Tensor) -> Tensor:
-        slopes = any(ctx.needs_input_grad)
         params = {name: leaf.detach() for name, leaf in zip(names, leaves)}
         with torch.enable_grad():
-            values, gradient = later.ask(params, slopes=slopes)
-        if gradient is not None:
-            ctx.save_for_backward(*(gradient[name][column] for name in names))
-        return values[column].clone()
+            if not any(ctx.needs_input_grad):
+                return later.value(column, params)
+            value, gradient = later.gradient(column, params)
+        ctx.save_for_backward(*(gradient[name] for name in names))
+        return value
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Any:

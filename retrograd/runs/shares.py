@@ -31,12 +31,11 @@ def logical_shards(
         ValueError: If a run that was begun has others, or they cannot be dealt out evenly, with the worlds that can; or
             the processes cannot be so many replicas.
     """
-    if group.world % replicas:
+    if group.world > 1 and group.world % replicas:  # one process has all whole, as with --parallel shard
         able = ", ".join(str(n) for n in range(1, group.world + 1) if group.world % n == 0)
         raise ValueError(
-            f"--replicas is {replicas} and this job has {group.world} process{'es' * (group.world > 1)}: each replica "
-            f"is as many processes, which have the pieces of all parameters. Take --replicas {able}; the bits are the "
-            "same with each."
+            f"--replicas is {replicas} and this job has {group.world} processes: each replica is as many processes, "
+            f"which have the pieces of all parameters. Take --replicas {able}; the bits are the same with each."
         )
     if begun is not None and asked not in (None, begun.shards):
         raise ValueError(

@@ -78,14 +78,15 @@ def forecast(run: Opened, console: Console) -> Forecast:
 
 
 def read_forecast(folder: Path, identity: str) -> Forecast | None:
-    """The forecast of a run of this identity, if one was made; None of an earlier version's, which says less."""
+    """The forecast of a run of this identity, if one was made; what the grid says is said anew."""
     path = folder / FILE
     if not path.exists():
         return None
     stored = json.loads(path.read_text(encoding="utf8"))
     if stored["identity"] != identity or not stored.keys() >= set(Forecast._fields):
         return None
-    return Forecast(**{name: stored[name] for name in Forecast._fields})
+    known = Forecast(**{name: stored[name] for name in Forecast._fields})
+    return known if known.correlation is None else expected(known.correlation)
 
 
 def correlation(prediction: np.ndarray, measurement: np.ndarray) -> float:

@@ -263,7 +263,7 @@ def _retrained(config: VerifyConfig, run: Opened, scores: Tensor, bars: Bars) ->
         nonlocal taken
         taken += 1
         steps = len(training.stream)
-        bars.move("retrain", taken, f"run {-(-taken // steps)}", 12 * config.directions * steps)
+        bars.move("retrain", taken, f"run {-(-taken // steps)}", 18 * config.directions * steps)
 
     precision = run.loaded.initial.params
     return _differences(
@@ -299,7 +299,7 @@ def _differences(
 def _sizes(dtype: torch.dtype) -> list[float]:
     if dtype == torch.float64:
         return [1e-2 / 4**i for i in range(7)]
-    return [2e-2 / 2**i for i in range(6)]
+    return [0.16 / 2**i for i in range(9)]
 
 
 @dataclasses.dataclass(frozen=True)

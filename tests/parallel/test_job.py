@@ -176,6 +176,9 @@ def test_two_replicas_of_two_give_the_scores_of_one_process(world: Path, engine:
     assert main(given[2]) == 0
     assert torch.equal(scores(runs[0]), scores(runs[1]))
     assert distance(scores(runs[0]), scores(runs[2])) < 1e-10
+    assert main([*given[0], *MESH]) == 0, "it is done, for one process too"
+    opened = open_run(runs[0]).loaded.training
+    assert type(opened.engine) is Split, "as verify and validate read it"
     final = [read_tensors(run / "checkpoints/final.safetensors")[1]["digest"] for run in runs[:2]]
     assert final[0] == final[1]
 

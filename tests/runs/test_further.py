@@ -80,12 +80,15 @@ def settings(world: Path, **more: Any) -> MagicConfig:
     return MagicConfig(run=world / "nowhere", **{**given, **more})
 
 
-def followed(world: Path, first: Setup, weights: Tensor) -> Params:
+def followed(world: Path, first: Setup, weights: Tensor, model: Path | None = None) -> Params:
     """The twin: the run at some weights, then the two phases by hand, each a run of its own."""
     params = first.trajectory(PLAN, weights=weights, identity="w").train().params
     for file in (world / "fine/run_config.yaml", world / "last.yaml"):
         recipe = dataclasses.replace(
-            settings_from(TrainRunConfig, file), model=str(world / "model"), dtype="float64", run=world / "nowhere"
+            settings_from(TrainRunConfig, file),
+            model=str(model or world / "model"),
+            dtype="float64",
+            run=world / "nowhere",
         )
         setup = set_up_recipe(recipe)
         begun = setup.initial._replace(params=params)
@@ -116,19 +119,77 @@ def test_scores_are_the_derivatives_of_all_trainings_in_a_row(world: Path) -> No
 
 
 def test_columns_share_what_is_trained(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = list[bool]()
-    ask = Phases._pulled
-    monkeypatch.setattr(Phases, "_pulled", lambda *given: calls.append(True) or ask(*given))
+    calls = list[int]()
+    pull = Phases._pulled
+    monkeypatch.setattr(Phases, "_pulled", lambda own, *given: calls.append(len(own.columns)) or pull(own, *given))
     query = QueryConfig(str(world / "query.jsonl"), reduction="none", then=(str(world / "last.yaml"),))
     loaded = assemble(
         settings(world, queries={"a": query, "b": QueryConfig(str(world / "pre.jsonl"), then=query.then)})
     )
     values, _ = loaded.queries(loaded.initial.params)
     assert len(values) == 4
-    assert len(calls) == 1
+    assert calls == [4]
     assert loaded.asked[0].digest != assemble(
         settings(world, queries={"a": dataclasses.replace(query, then=())})
     ).asked[0].digest  # fmt: skip
+
+
+def test_phases_train_as_they_do_by_themselves(world: Path, tmp_path: Path) -> None:
+    """A padding token that is a word: training gives it no gradient, and a query does."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = quiz.tokenizer()
+    torch.manual_seed(0)
+    settings_of = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=tokenizer(" cat")["input_ids"][0], initializer_range=0.3,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(settings_of).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    query = QueryConfig(str(world / "query.jsonl"), then=(str(world / "fine"), str(world / "last.yaml")))
+    loaded = assemble(settings(world, model=str(tmp_path / "model"), query=query))
+    start = dataclasses.replace(
+        settings(world), model=str(tmp_path / "model"), query=dataclasses.replace(query, then=())
+    )
+    plain = assemble(start)
+    by_hand = plain.queries.values(followed(world, plain, loaded.stream.weights, tmp_path / "model"))
+    final = loaded.trajectory(PLAN).train().params
+    assert torch.equal(loaded.queries.values(final), by_hand)
+    assert torch.equal(loaded.queries(final)[0], by_hand)
+
+
+def test_runs_of_several_shards_and_other_threads_have_them(world: Path) -> None:
+    query = QueryConfig(str(world / "query.jsonl"), then=(str(world / "last.yaml"),))
+    one, two = (assemble(settings(world, query=query, shards=shards)) for shards in (1, 2))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        values = two.queries.values(two.initial.params)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(one.queries.values(one.initial.params), values, rtol=1e-12)
+
+
+def test_what_has_been_answered_is_not_pulled_back_again(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    run = Path(shutil.copytree(world / "scores", tmp_path / "run"))
+    calls = list[int]()
+    pull = Phases._pulled
+    monkeypatch.setattr(Phases, "_pulled", lambda own, *given: calls.append(len(own.columns)) or pull(own, *given))
+    asked = ["--query.dataset", str(world / "pre.jsonl"), "--query.then", str(world / "fine")]
+    assert main(["query", str(run), "--name", "other", *asked]) == 0
+    assert calls == [1]
+
+
+def test_a_recipe_that_is_gone_is_told_with_its_query(world: Path, tmp_path: Path, capsys: Any) -> None:
+    run = Path(shutil.copytree(world / "scores", tmp_path / "run"))
+    config = (run / "run_config.yaml").read_text()
+    (run / "run_config.yaml").write_text(config.replace(str(world / "fine"), str(tmp_path / "gone")))
+    plain = ["query", str(run), "--name", "plain", "--query.dataset", str(world / "pre.jsonl")]
+    assert main(plain) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "query 'later': --query.then" in error
+    assert "It has scores by that: put it back" in error
 
 
 def test_later_queries_verify_and_retraining_take_it(
@@ -137,7 +198,7 @@ def test_later_queries_verify_and_retraining_take_it(
     run = Path(shutil.copytree(world / "scores", tmp_path / "run"))
     asked = ["--query.dataset", str(world / "query.jsonl"), "--query.then", str(world / "fine")]
     assert main(["query", str(run), "--name", "again", *asked]) == 0
-    assert f"and 2 further steps ({world}/fine)" in "".join(capsys.readouterr().out.splitlines())
+    assert f"again is asked after 2 further steps of {world}/fine." in " ".join(capsys.readouterr().out.split())
     again, first = (torch.load(p, weights_only=True) for p in (run / "queries/again/scores.pt", run / "scores.pt"))
     assert torch.equal(again, first[:, 0])
     assert main(["verify", str(run), "--steps", "2", "--directions", "1"]) == 0
@@ -164,8 +225,10 @@ def test_another_start_is_told(world: Path, tmp_path: Path, capsys: pytest.Captu
         ({}, {"train": {"lr": 1e-3}}, "names no data set"),
         ({}, {"train": {"dropout": True}}, "recipe.yaml trains with dropout"),
         ({"train": dataclasses.replace(RECIPE, dropout=True)}, {}, "a run with --query.then trains with dropout"),
-        ({}, {"lora": {"rank": 2}}, "trains adapters of rank 2 of its own"),
+        ({}, {"lora": {"rank": 2}}, "trains adapters of its own"),
         ({}, {"data": {"chunk": 3}}, "chunk"),
+        ({}, {"lora": {"adapter": "continue"}}, "trains adapters of its own"),
+        ({}, {"train": {"warmup_ratio": 3.0}}, "recipe.yaml: --train.warmup_ratio"),
     ],
 )
 def test_what_cannot_follow_is_refused(world: Path, tmp_path: Path, more: dict, recipe: object, match: str) -> None:
