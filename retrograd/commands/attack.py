@@ -97,11 +97,12 @@ def _attack(config: AttackConfig, deal: Deal, console: Console) -> dict[str, Any
     """What one process does, or rank 0 of several."""
     with locked(config.out):
         refuse_foreign(config.out)
+        if (config.out / "attack.json").exists():
+            _refuse_other_shards(config, read_folder(config.out))
         material = material_of(config)
         check_models([source for _, source in attacked_models(config, config.shallow)], config.tokenizer)
         shallow = config.shallow or (_shallow(config, config.lab) if config.lab is not None else None)
         folder = claim_folder(config.out, attacked_models(config, shallow), configurations(config), material)
-        _refuse_other_shards(config, folder)
         _carry_out(config, folder, material, deal, deal.told(begun_meetings(folder)), console)
         deal.meet()
         recovery = findings(folder, config.utility)
@@ -185,7 +186,7 @@ def _trains(folder: Folder, target: Attacked, name: str) -> bool:
 
 
 def _refuse_other_shards(config: AttackConfig, folder: Folder) -> None:
-    """Refuse, before the first meeting, one that was begun with other logical shards and is not done.
+    """Refuse, before anything is written, a meeting that was begun with other logical shards and is not done.
 
     Raises:
         ValueError: With its numbers, and how it can go on.
@@ -194,13 +195,17 @@ def _refuse_other_shards(config: AttackConfig, folder: Folder) -> None:
     begun = [(run, begun_with(run)) for target, name in _meetings(folder) if _trains(folder, target, name)
              for run in sorted(path.parent for path in folder.place(target, name).glob("*/manifest.json"))]  # fmt: skip
     for run, kind in begun:
-        if kind and (config.shards not in (None, kind.shards) or kind.shards % world):
-            asked = "" if config.shards is None else f" and --shards is {config.shards}"
+        apart = []
+        if kind and config.shards not in (None, kind.shards):
+            apart.append((f"--shards is {config.shards}", "leave --shards out"))
+        if kind and kind.shards % world:
+            whole = "leave --parallel out: then each process takes whole meetings"
+            apart.append((f"{world} processes share steps", f"take as many as divide {kind.shards}, or {whole}"))
+        if kind and apart:
+            why, ways = (" and ".join(words) for words in zip(*apart, strict=True))
             raise ValueError(
-                f"{run} was begun with {kind.shards} logical shards, now {world} processes share steps{asked}: a "
-                "meeting that was begun goes on with its own order of sums. Leave --shards out, and take a number of "
-                f"processes that divides {kind.shards}, or leave --parallel out: then each process takes whole "
-                f"meetings. Or remove {run} to begin it anew"
+                f"{run} was begun with {kind.shards} logical shards, now {why}: a meeting that was begun goes on with "
+                f"its own order of sums. To go on, {ways}. Or remove {run} to begin it anew."
             )
 
 

@@ -126,6 +126,9 @@ class _Declared(NamedTuple):
 
     linear: bool
 
+    def __call__(self, *given: Any) -> Any:
+        raise AssertionError("a plan without weights computes no loss")
+
 
 def _work(
     config: RunConfig, stream: DataStream | PairStream, model: Any, matter: Matter, asks: Asks, engine: str

@@ -37,7 +37,6 @@ __all__ = ["loss_of", "prove", "prove_gradient", "prove_pure", "prove_reached"]
 
 _NEAR = {torch.float64: 1e-8, torch.float32: 1e-3}  # of an engine's loss to the objective's, relative
 _DIRECTIONS = 2
-_FULL = FULL
 
 
 def prove(
@@ -146,7 +145,7 @@ def prove_gradient(training: Training, state: State, module: nn.Module | None = 
     if dtype not in (torch.float32, torch.float64):
         return  # coarser than any difference that would tell
     whole = state.params.values() if module is None else module.parameters()
-    small = sum(theta.numel() for theta in whole) <= _FULL
+    small = sum(theta.numel() for theta in whole) <= FULL
     if dtype == torch.float64 or (small and _runs_in_float64(training, state.params, batch, seed, module)):
         with _in_float64(module):
             given = tree.map(wide, (state.params, batch, training.weights))
@@ -159,7 +158,7 @@ def _on_few(training: Training, module: nn.Module, rows: int | None) -> Training
     """The training whose first micro-batch has so many rows; of a large model one, of None all."""
     if rows is None:
         return training
-    rows = rows if sum(theta.numel() for theta in module.parameters()) <= _FULL else 1
+    rows = rows if sum(theta.numel() for theta in module.parameters()) <= FULL else 1
     size = min(rows, training.recipe.micro_batch_size or rows)
     return training._replace(recipe=dataclasses.replace(training.recipe, micro_batch_size=size))
 

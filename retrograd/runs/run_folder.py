@@ -17,6 +17,7 @@ from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.setup import Loaded, Setup
 from retrograd.runs.states.budget import Layout, Replay, free_memory
+from retrograd.runs.states.relay import parted
 from retrograd.runs.trajectory import Trajectory
 from retrograd.settings import run as configs
 from retrograd.settings.parse import build, parse_size, read_yaml
@@ -32,6 +33,7 @@ __all__ = [
     "free_disk",
     "heartbeat_of",
     "holding",
+    "lay_out_whole",
     "load_run",
     "open_run",
     "recorded",
@@ -158,15 +160,31 @@ def finished(folder: Path) -> tuple[AttributedConfig, Manifest]:
 
 
 @contextmanager
-def holding(folder: Path, *, shared: bool = False) -> Iterator[tuple[AttributedConfig, Manifest]]:
-    """Configuration and manifest of a finished run, locked meanwhile.
+def holding(
+    folder: Path, *, shared: bool = False, patience: float = 0.3
+) -> Iterator[tuple[AttributedConfig, Manifest]]:
+    """Configuration and manifest of a finished run, locked meanwhile; `shared` and `patience` as for `locked`.
 
     Raises:
         ValueError: If there is none in the folder, or another process works on it.
     """
     finished(folder)  # before anything is made there
-    with locked(folder, shared=shared):
+    with locked(folder, shared=shared, patience=patience):
         yield finished(folder)
+
+
+def lay_out_whole(folder: Path, *, trust_code: bool = False) -> None:
+    """Lay out whole what a query by several processes left in pieces of a finished run when it was stopped.
+
+    Raises:
+        ValueError: As `open_run`, or if another process works on the run.
+        RunError: If a file is broken.
+    """
+    if not parted(folder / "checkpoints"):
+        return
+    with holding(folder, patience=60):
+        if parted(folder / "checkpoints"):  # another process may have been faster
+            open_run(folder, trust_code=trust_code).loaded.settle(folder / "checkpoints")
 
 
 def added_queries(folder: Path) -> dict[str, QueryConfig]:

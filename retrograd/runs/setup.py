@@ -42,7 +42,7 @@ from retrograd.runs.health import Finding, recipe_findings
 from retrograd.runs.identity import architecture, fingerprint, held_tensors, identify
 from retrograd.runs.recipe import recipe_of
 from retrograd.runs.shares import in_pieces, logical_shards, prove_while_whole, refuse_unequal, shared
-from retrograd.runs.states.budget import free_memory
+from retrograd.runs.states.budget import free_on
 from retrograd.runs.trajectory import Ready
 from retrograd.settings.train import RecipeConfig, TrainConfig
 
@@ -327,7 +327,7 @@ def _proofs(stream: DataStream | PairStream, size: int | None) -> list[Batch]:
 
 def _free(device: torch.device) -> int:
     """Bytes that steps may take: all of a GPU's, half of the host's, for the other half is for states."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory() // 2
+    return free_on(device) // (1 if device.type == "cuda" else 2)
 
 
 class Sources(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from retrograd.runs.run_folder import added_queries, holding, open_run
+from retrograd.runs.run_folder import added_queries, holding, lay_out_whole, open_run
 from retrograd.select.controls import RANDOM, drawn, groups, matched
 from retrograd.select.files import original_gradient
 from retrograd.select.rivals import Gradients, gradients, query_gradient
@@ -136,6 +136,7 @@ class Arms:
             )
         folder = native.folder if native else rows
         assert folder is not None, "of a run"
+        lay_out_whole(folder, trust_code=self.config.trust_code)
         with holding(folder, shared=True):
             run = open_run(folder, trust_code=self.config.trust_code)
             if native:

@@ -39,7 +39,7 @@ class QueryRunConfig:
     """How the processes of a torchrun job share the steps, as in `retrograd magic`; auto is as the run was begun. The
     bits are the same. Their number has to divide the run's logical shards."""
     replicas: int = 1
-    """As in `retrograd magic`."""
+    """As in `retrograd magic`, of this query; those that the run was begun with do not count."""
     patience: float = 600.0
     """As in `retrograd magic`."""
 

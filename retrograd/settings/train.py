@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,10 +227,10 @@ class TrainRunConfig(RecipeConfig, ExportConfig):
 # The engine that training took, compiled or not, is in the manifest; it is compared there, for "auto" does not tell.
 _NOT_THE_RUN = (
     "run", "config", "overwrite", "trust_code", "replay", "heartbeat", "sharpness", "engine", "compile", "evaluate",
-    "log", "export", "parallel", "replicas", "shards",
-    "patience",
+    "log", "export", "parallel", "replicas", "shards", "patience",
 )  # fmt: skip
 _NOT_STORED = {"run", "config", "overwrite", "query_file", "trust_code"}
+_PHASE = re.compile(r"^chain\.\d+\.")  # of an attack that follows: settings of a run of its own
 GONE = ("matmul",)  # settings of earlier versions; a run's manifest says what it took
 
 
@@ -246,7 +247,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     off: dict[type, Any] = {bool: False, list: []}
     without = {name: off[type(value)] for name, value in flat_new.items() if type(value) in off}
     flat_old = {**without, **_flatten(old)}
-    names = [name for name in {**flat_old, **flat_new} if name.split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
+    names = [n for n in {**flat_old, **flat_new} if _PHASE.sub("", n).split(".")[0] not in (*_NOT_THE_RUN, *GONE)]
     return [
         f"{name}: {flat_old.get(name)!r} → {flat_new.get(name)!r}"
         for name in names
@@ -389,7 +390,10 @@ def _plain(value: Any) -> Any:
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name; a list of dicts is taken apart by number."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(inner, dict) for inner in value):
+            value = dict(zip(map(str, range(len(value))), value, strict=True))
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

@@ -100,7 +100,10 @@ def _finals(config: MetasmoothnessConfig, loaded: Loaded, manifest: Manifest, fo
     """Final parameters at the three data weights; those of a finished run are the first."""
     weights, finals = loaded.training.weights, []
     own = config.run / "checkpoints"
-    reused = manifest.values.get("identity") == loaded.identity and (own / "final.safetensors").exists()
+    same = manifest.values.get("identity") == loaded.identity
+    if same and manifest.done("scores"):
+        loaded.settle(own)
+    reused = same and (own / "final.safetensors").exists()
     with counting("train", (2 if reused else 3) * len(loaded.stream), "steps") as tick:
         for k in range(3):
             shifted = perturbed(weights, k * config.h, config.noise_seed)

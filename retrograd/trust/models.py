@@ -21,6 +21,7 @@ from torch import Tensor
 
 from retrograd.core import tree
 from retrograd.core.optim import Params
+from retrograd.core.step import NonFiniteError
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_tensors, write_tensors
 from retrograd.runs.run_folder import Opened
@@ -123,7 +124,10 @@ def restored(packed: Tensor, base: Tensor) -> Tensor:
 
 def answers(run: Opened, params: Params) -> list[float] | Failed:
     """The query values of a trained model, [K] nats, or which of them is none."""
-    values = run.loaded.queries.values(params).tolist()
+    try:
+        values = run.loaded.queries.values(params).tolist()
+    except NonFiniteError as error:  # of what comes before a query is asked, such as an attack
+        return Failed(str(error))
     bad = [name for name, value in zip(run.loaded.queries.names, values) if not math.isfinite(value)]
     if not bad:
         return values

@@ -17,7 +17,7 @@ from retrograd.runs.files import read_tensors
 from retrograd.runs.lock import locked
 from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import counting
-from retrograd.runs.run_folder import Opened, holding, open_run
+from retrograd.runs.run_folder import Opened, holding, lay_out_whole, open_run
 from retrograd.settings.commands import ValidateConfig
 from retrograd.trust.agreement import Compared, Validation, show, validation, write_validation
 from retrograd.trust.bank import BASELINE, Bank, LeftOut, Retrained
@@ -48,6 +48,7 @@ def validate(config: ValidateConfig, console: Console | None = None) -> Validati
     check_validate(config)
     with dealt() as deal:
         lock = f"{LOCK}{_suffix(config, deal.rank, deal.world)}"
+        lay_out_whole(config.run, trust_code=config.trust_code)
         with holding(config.run, shared=True) as run, locked(config.run / "validation", lock, tidy=False):
             return _validate(config, run[1], deal, console)
 

@@ -38,7 +38,8 @@ from retrograd.runs.manifest import Manifest
 from retrograd.runs.progress import Bars
 from retrograd.runs.run_folder import Opened, holding, load_run, refuse_stored_code, with_queries
 from retrograd.runs.setup import Loaded
-from retrograd.runs.states.budget import free_memory
+from retrograd.runs.states.budget import free_on
+from retrograd.runs.states.relay import parted
 from retrograd.settings.commands import VerifyConfig
 from retrograd.settings.run import AttributedConfig
 from retrograd.trust.certificate import Check, attempt, certified, compare, missing, record, table, told
@@ -72,7 +73,7 @@ def verify(config: VerifyConfig, console: Console | None = None) -> int:
     console, start = console or Console(), time.monotonic()
     if min(config.steps, config.directions) < 0:
         raise ValueError(f"--steps {config.steps} and --directions {config.directions} have to be 0 or more")
-    with holding(config.run, shared=True) as run:
+    with holding(config.run, shared=not parted(config.run / "checkpoints")) as run:
         return _verify(config, *run, console, start)
 
 
@@ -109,7 +110,7 @@ def _checks(config: VerifyConfig, settings: AttributedConfig, manifest: Manifest
         return
     inputs = input_check(run)
     yield inputs
-    yield from attempt("states", lambda: state_checks(run))
+    yield from attempt("states", lambda: _states(run))
     if inputs.verdict == "failed":
         yield from _left_out("the inputs are not the run's")
         return
@@ -126,6 +127,12 @@ def _checks(config: VerifyConfig, settings: AttributedConfig, manifest: Manifest
         else:
             yield from attempt("retraining", lambda: _retrained(config, run, scores, bars))
         yield from attempt("float64", lambda: _shortened(config, run, bars))
+
+
+def _states(run: Opened) -> Iterator[Check]:
+    """The states on disk, whole again where a query by several processes was stopped."""
+    run.loaded.settle(run.folder / "checkpoints")
+    yield from state_checks(run)
 
 
 def _left_out(reason: str) -> Iterator[Check]:
@@ -218,12 +225,13 @@ def _replayed(config: VerifyConfig, run: Opened, scores: Tensor | None, bars: Ba
 
 
 def _groups(directions: Tensor, initial: State) -> list[Tensor]:
-    """Directions that the forward tangent carries at once: as many as fit in half of the memory there is.
+    """Directions that the forward tangent carries at once: as many as fit in half of its device's free memory.
 
     A direction takes a tangent of the state and one of the gradient, and a step four states besides its activations.
     """
     state = tree.nbytes((initial.params, initial.moments))
-    fit = (free_memory() // 2 - 4 * state) // (state + tree.nbytes(initial.params))
+    free = free_on(next(iter(initial.params.values())).device)
+    fit = (free // 2 - 4 * state) // (state + tree.nbytes(initial.params))
     return list(directions.split(max(1, fit)))
 
 

@@ -97,8 +97,12 @@ def test_what_was_begun_otherwise_goes_on_its_own_way(
         manifest.write_text(json.dumps({**values, "finished": False}))
         assert command(2, attack(world, alone, *shared("replicate"))) == [2, 0]
         assert "begun with 1 logical shards, now 2 processes share steps" in capfd.readouterr().err
-        assert main(attack(world, alone, "--shards", "4")) == 2
-        assert "and --shards is 4" in capfd.readouterr().err
+        known = (alone / "attack.json").read_text()
+        assert main(attack(world, alone, "--shards", "4", suite="{data: forget, steps: 1}")) == 2
+        told = capfd.readouterr().err
+        assert "begun with 1 logical shards, now --shards is 4:" in told
+        assert "To go on, leave --shards out. Or remove" in told
+        assert (alone / "attack.json").read_text() == known, "nothing joins in a call that is refused"
     finally:
         manifest.write_text(json.dumps(values))
 

@@ -15,7 +15,7 @@ import torch
 from retrograd.cli import main
 from retrograd.core import plan as plans
 from retrograd.core import tree
-from retrograd.plan.described import described, loaded
+from retrograd.plan.described import _Declared, described, loaded
 from retrograd.plan.probe import probe
 from retrograd.runs.run_folder import describe
 from retrograd.settings.plan import PlanConfig
@@ -216,3 +216,10 @@ def test_what_is_described_of_a_layout_is_what_its_plan_does() -> None:
                     advances += stop - start
         told = describe(found)
         assert (told["slots"], told["replays"]) == (most, advances - 16)
+
+
+def test_what_stands_for_an_objective_is_a_function_that_is_not_called() -> None:
+    declared = _Declared(linear=True)
+    assert callable(declared)  # as the kernel's annotation says, which `make test-all` checks
+    with pytest.raises(AssertionError, match="a plan without weights computes no loss"):
+        declared({}, {}, None)

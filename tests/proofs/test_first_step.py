@@ -120,7 +120,7 @@ def test_tensors_of_float32_that_a_loss_holds_are_raised_to_float64() -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", ["weight-norm", "old-weight-norm", "detached-norm", "once-differentiable"])
 def test_and_refused_at_float32_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_step, "_FULL", -1)
+    monkeypatch.setattr(first_step, "FULL", -1)
     with pytest.raises(ValueError, match="Something there hides from autograd"):
         tried(seeded(WRONG[name][0]), vectors(), torch.float32)
 
@@ -198,7 +198,7 @@ def test_honest_models_pass(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", list(HONEST))
 def test_honest_models_pass_at_float32_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a loss does not run in float64, with five seeds."""
-    monkeypatch.setattr(first_step, "_FULL", -1)
+    monkeypatch.setattr(first_step, "FULL", -1)
     for seed in range(4):
         torch.manual_seed(seed)
         tried(HONEST[name](), vectors(12, 16), torch.float32)
@@ -207,7 +207,7 @@ def test_honest_models_pass_at_float32_itself(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("full", [1 << 27, -1], ids=["float64", "float32"])
 def test_wide_layers_with_kinks_pass(full: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of thousands of kinks: some lie between θ − hu and θ + hu at most sizes."""
-    monkeypatch.setattr(first_step, "_FULL", full)
+    monkeypatch.setattr(first_step, "FULL", full)
     wide = lambda: nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 3))  # noqa: E731
     tried(seeded(wide), vectors(256, 16), torch.float32)
 
@@ -343,7 +343,7 @@ def test_a_loss_that_no_parameter_reaches_is_refused() -> None:
 
 @pytest.mark.parametrize(("full", "rows"), [(1 << 26, 2), (1, 1)])
 def test_of_a_large_model_one_row_is_tried(full: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_step, "_FULL", full)
+    monkeypatch.setattr(first_step, "FULL", full)
     module, read = seeded(lambda: nn.Linear(8, 3)), set[int]()
     stream = DataStream({"x": vectors(), "y": torch.arange(6) % 3}, 6)
 

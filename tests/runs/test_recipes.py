@@ -17,6 +17,7 @@ from retrograd.lm.model import load_causal_lm, norms_and_biases, trainable
 from retrograd.runs.files import read_tensors
 from retrograd.runs.identity import canonical
 from retrograd.runs.recipe import optimizer
+from retrograd.settings.attack import PhaseConfig
 from retrograd.settings.train import LoraConfig, RecipeConfig, TrainConfig, check_training, difference, to_dict
 
 PUBLISHED = {
@@ -157,3 +158,13 @@ def test_a_setting_that_a_begun_run_did_not_know_and_that_is_off_is_no_differenc
         old = {**new, "data": {key: value for key, value in new["data"].items() if key != name}}
         assert difference(old, new) == []
         assert difference(old, {**new, "data": {**new["data"], name: on}}) == [f"data.{name}: {off} → {on}"]
+
+
+def test_how_processes_share_a_phase_of_an_attack_is_no_difference() -> None:
+    phase = to_dict(PhaseConfig(model="m"))
+    earlier = {key: value for key, value in phase.items() if key not in ("parallel", "replicas", "shards", "patience")}
+    assert difference({"chain": [earlier]}, {"chain": [phase]}) == []
+    other = {**phase, "train": {**phase["train"], "lr": 0.5}}
+    assert difference({"chain": [earlier, phase]}, {"chain": [phase, other]}) == [
+        f"chain.1.train.lr: {phase['train']['lr']} → 0.5"
+    ]

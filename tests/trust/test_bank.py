@@ -15,6 +15,7 @@ import torch
 from retrograd.cli import main
 from retrograd.runs.files import read_tensors, write_tensors
 from retrograd.runs.run_folder import open_run
+from retrograd.runs.states.relay import relay
 from retrograd.runs.trajectory import Ready
 from retrograd.trust import bank as banks
 from retrograd.trust import models, retrain
@@ -116,6 +117,15 @@ def test_differences_keep_every_bit(dtype: torch.dtype) -> None:
     packed = packed_difference(scalar + 1, scalar)
     assert packed is not None
     assert torch.equal(restored(packed, scalar), scalar + 1)
+
+
+def test_models_are_kept_of_a_run_that_lies_in_pieces(small: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(small / "run", tmp_path / "run"))
+    loaded = open_run(run).loaded
+    relay(run / "checkpoints", loaded.initial, loaded.training.recipe, (2, 1), loaded.identity)
+    assert not (run / "checkpoints" / "final.safetensors").exists()
+    assert main(["validate", str(run), "--subsets", "2", "--fraction", "0.2", "--save_models"]) == 0
+    assert [path.name for path in (run / "checkpoints").glob("of-*")] == []
 
 
 def test_differences_of_near_models_are_small() -> None:

@@ -20,6 +20,7 @@ from scipy import stats
 
 from retrograd.cli import main
 from retrograd.core.check import train
+from retrograd.core.optim import Params
 from retrograd.core.step import NonFiniteError, State, left_finite
 from retrograd.query.columns import Queries
 from retrograd.runs.files import read_tensors, write_tensors
@@ -340,6 +341,20 @@ def test_a_query_that_is_not_finite_fails_its_retraining(
     found = retrain._values(opened, [retrain.NOTHING], together)
     told = "after step 2, the last, query 'query/1' is NaN or infinite."
     assert [one.values for one in found] == [Failed(told, "query")] * len(found)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_phase_before_a_query_that_diverges_fails_its_retraining(
+    run: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_run(run)
+
+    def values(queries: Queries, params: Params) -> torch.Tensor:
+        raise NonFiniteError("in the attack's step 1 the loss is nan")
+
+    monkeypatch.setattr(Queries, "values", values)
+    found = retrain._values(opened, [retrain.NOTHING], together)
+    assert [one.values for one in found] == [Failed("in the attack's step 1 the loss is nan")] * len(found)
 
 
 def test_numbers_of_an_older_bank_that_are_none_are_measured_again(run: Path) -> None:

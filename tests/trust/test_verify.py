@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from retrograd.cli import main
 from retrograd.core import check
+from retrograd.core.step import State
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import file_digest
+from retrograd.runs.run_folder import open_run
+from retrograd.runs.states.relay import relay
 from retrograd.trust import verify as verifying
 from retrograd.trust.certificate import REQUIRED, Check, attempt, certified, compare, missing
 
@@ -113,13 +117,32 @@ def test_in_little_memory_directions_are_carried_one_by_one(run: Path, monkeypat
     passes = list[int]()
     carry = check.forward_tangent
     monkeypatch.setattr(check, "forward_tangent", lambda *given: passes.append(len(given[2])) or carry(*given))
-    monkeypatch.setattr(verifying, "free_memory", lambda: 0)
+    monkeypatch.setattr(verifying, "free_on", lambda device: 0)
     apart = certificate(run, "--directions", "0", code=0)
     assert set(passes) == {1}
     assert len(passes) >= 6  # three directions at least, of the run and of its first steps in float64
     for name in ("adjoint", "float64 adjoint"):
         assert apart[name]["verdict"] == together[name]["verdict"] == "passed"
         assert apart[name]["error"] == pytest.approx(together[name]["error"], abs=1e-6)
+
+
+def test_directions_are_carried_where_the_parameters_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "free_on", lambda device: 0 if device.type == "meta" else 1 << 40)
+    for device, groups in (("meta", 3), ("cpu", 1)):
+        state = State(0, {"x": torch.zeros(2, device=device)}, {})
+        assert len(verifying._groups(torch.ones(3, 2), state)) == groups
+
+
+def test_a_run_that_a_query_by_replicas_left_in_pieces_is_no_broken_one(run: Path) -> None:
+    loaded = open_run(run).loaded
+    settings = yaml.safe_load((run / "run_config.yaml").read_text())
+    settings.update(parallel="shard", replicas=2)
+    (run / "run_config.yaml").write_text(yaml.safe_dump(settings))
+    relay(run / "checkpoints", loaded.initial, loaded.training.recipe, (2, 1), loaded.identity)
+    assert not (run / "checkpoints" / "digests.txt").exists()
+    checks = certificate(run, "--steps", "0", "--directions", "0", code=0)
+    assert checks["inputs"]["verdict"] == checks["states"]["verdict"] == checks["replay"]["verdict"] == "passed"
+    assert (run / "checkpoints" / "digests.txt").exists()
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["bytes", "bytes-and-hash"])

@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from retrograd.core import plan as plans
 from retrograd.core import tree
 from retrograd.core.optim import ELEMENTWISE
 from retrograd.core.step import Recipe, State
 
-__all__ = ["TRAINED_ONLY", "Layout", "Replay", "free_memory", "layout", "layout_of"]
+__all__ = ["TRAINED_ONLY", "Layout", "Replay", "free_memory", "free_on", "layout", "layout_of"]
 
 _REMADE = 0.25  # of a step's time, for a state made again; 0.28 by bench/overhead.py, 0.09 since there is accel.pool
 _WORTH = 2 / 3  # of the bytes that all states take: what else is kept has to be as small, for the time it takes
@@ -119,6 +121,11 @@ def free_memory() -> int:
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return 4 << 30
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that are free where a device's tensors lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 @dataclass(frozen=True)

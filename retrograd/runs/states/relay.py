@@ -29,7 +29,7 @@ from retrograd.parallel.pieces import Pieces, name_of
 from retrograd.runs.errors import RunError
 from retrograd.runs.files import read_about, read_tensors, write_tensors
 
-__all__ = ["part_of", "relay"]
+__all__ = ["part_of", "parted", "relay"]
 
 _KINDS = ("state-*.safetensors", "final.safetensors", "reverse*.safetensors")
 _LOG = "digests.txt"
@@ -42,6 +42,11 @@ def part_of(folder: Path, replicas: int, size: int, rank: int) -> Path:
 
 def _name(replicas: int, size: int) -> str:
     return f"of-{size}" if replicas == 1 else f"of-{replicas}x{size}"
+
+
+def parted(folder: Path) -> bool:
+    """Whether files lie in pieces."""
+    return any(path.is_dir() for path in folder.glob("of-*"))
 
 
 def relay(folder: Path, initial: State, recipe: Recipe, form: tuple[int, int], identity: str) -> None:
