@@ -133,7 +133,7 @@ class _FusedCE(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         h, w, b, y, c, ce, pw = ctx.saved_tensors
         # given away once: whoever gets a gradient may write into it, so a retained graph computes its own
-        unscaled, ctx.unscaled = ctx.found, None
+        unscaled, ctx.unscaled = ctx.unscaled, None
         if unscaled is None:
             unscaled = _FusedCE.found((h, w, b, y, c), ctx.needs_input_grad, ctx.chunk, ctx.again, pw)[2]
         dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, ce, pw, ctx.chunk, unscaled)
