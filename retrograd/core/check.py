@@ -161,9 +161,9 @@ def taylor_errors(
     return torch.stack([(phi - here - e * slope).abs() for phi, e in zip(there, sizes)])
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖/‖expected‖."""
-    return float((found - expected).norm() / expected.norm())
+def relative_error(measured: Tensor, expected: Tensor) -> float:
+    """‖measured − expected‖/‖expected‖."""
+    return float((measured - expected).norm() / expected.norm())
 
 
 def _parts(training: Training, t: int) -> list[Batch]:
@@ -194,8 +194,8 @@ def _weight_tangent(
         return training.engine.gradient(params, batches, direction, seed)[1]
     tangent = getattr(training.engine, "tangent", None)
     assert tangent is not None, "the engine of objectives that are not linear in their coefficients has one"
-    found: Params = tangent(params, batches, training.weights, direction, seed)
-    return found
+    dots: Params = tangent(params, batches, training.weights, direction, seed)
+    return dots
 
 
 def _update_tangent(

@@ -20,9 +20,9 @@ class Residual(NamedTuple):
     found: Any
 
     @classmethod
-    def of(cls, x: Tensor, found: Any) -> Residual | None:
-        """None where nothing was found."""
-        return None if found is None else cls(tree.bit_sums(x), found)
+    def of(cls, x: Tensor, left: Any) -> Residual | None:
+        """None where nothing was left."""
+        return None if left is None else cls(tree.bit_sums(x), left)
 
     def at(self, x: Tensor) -> Any:
         return self.found if torch.equal(self.place, tree.bit_sums(x)) else None

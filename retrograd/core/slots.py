@@ -83,11 +83,11 @@ class Ledger:
         Raises:
             ReplayDriftError: If it was recorded with other bits.
         """
-        found = self.digest(state)
-        expected = self.digests.setdefault(state.step, found)
-        if found != expected:
+        digest = self.digest(state)
+        expected = self.digests.setdefault(state.step, digest)
+        if digest != expected:
             raise ReplayDriftError(
-                f"replayed state {state.step} has digest {found[-12:]}, the original run had {expected[-12:]}: scores "
+                f"replayed state {state.step} has digest {digest[-12:]}, the original run had {expected[-12:]}: scores "
                 "from it would be another run's. The arithmetic changed between training and replay (another "
                 "machine, thread count or library, or a nondeterministic kernel); train again on one configuration."
             )

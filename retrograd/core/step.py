@@ -320,13 +320,13 @@ def pullback(
         weights = training.weights.flatten()[index.to(training.weights.device)].double()
         along = (scores[:queries].double() * weights.to(scores.device)).flatten(1).sum(1)
         numbers = {**numbers, "lr": numbers["lr"] + half.slope * along}
-    found = Pulled(Cotangent(params, half.cotangent.moments), index, scores[:queries], numbers)
+    pulled = Pulled(Cotangent(params, half.cotangent.moments), index, scores[:queries], numbers)
     if probe is None:
-        return found
+        return pulled
     product, metric = {name: bar[queries] for name, bar in curvature.items()}, half.metric
     scaled = product if metric is None else {name: metric[name] * x for name, x in product.items()}
     weighed = probe if metric is None else {name: x / metric[name] for name, x in probe.items()}
-    return found._replace(probe=scaled, sharpness=float(tree.dot(probe, product) / tree.dot(probe, weighed)))
+    return pulled._replace(probe=scaled, sharpness=float(tree.dot(probe, product) / tree.dot(probe, weighed)))
 
 
 class _Half(NamedTuple):

@@ -265,9 +265,9 @@ class _Steps:
 
     def gradient(self, state: State, after: Moments) -> Params | None:
         """The step's gradient if it is known: the same bits whether or not it is kept."""
-        found = recovered(self.training.recipe, state, after)
-        if found is not None or self.gradients is None or not needs_gradient(self.training, state.step):
-            return found
+        grads = recovered(self.training.recipe, state, after)
+        if grads is not None or self.gradients is None or not needs_gradient(self.training, state.step):
+            return grads
         batches, _ = micro_batches_of(self.training, state.step)
         return self.gradients.get(state.step) if self.training.engine.repeats(batches) else None
 

@@ -163,8 +163,8 @@ class Frame:
 
 def frame(tree: Any) -> Frame:
     """What is left of a tree without its tensors; `leaves` are the tensors, in order."""
-    found, spec = _pytree.tree_flatten(tree)
-    return Frame([_HOLE if isinstance(leaf, Tensor) else leaf for leaf in found], spec)
+    flat, spec = _pytree.tree_flatten(tree)
+    return Frame([_HOLE if isinstance(leaf, Tensor) else leaf for leaf in flat], spec)
 
 
 def dot(first: Any, second: Any) -> Tensor:
@@ -238,14 +238,14 @@ def digest(tree: Any) -> str:
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
     """The digest of a tree with these tensors, which are asked for one by one."""
-    found, kinds = [], []
+    sums, kinds = [], []
     for leaf in tensors:
-        found.append(bit_sums(leaf))
+        sums.append(bit_sums(leaf))
         kinds.append(f"{leaf.dtype}{tuple(leaf.shape)};")
     hashed = hashlib.blake2b(digest_size=16)
-    if found:
-        one_device = len({x.device for x in found}) == 1
-        together = torch.cat(found if one_device else [x.cpu() for x in found])  # a GPU is waited for once
+    if sums:
+        one_device = len({x.device for x in sums}) == 1
+        together = torch.cat(sums if one_device else [x.cpu() for x in sums])  # a GPU is waited for once
         hashed.update("".join(kinds).encode())
         hashed.update(together.cpu().numpy().data)
     return hashed.hexdigest()
@@ -289,14 +289,14 @@ def _sums_on_cpu(raw: Tensor) -> list[int]:
 
     By numpy's products, which are twice as fast as torch's.
     """
-    bits, factors, found = raw.numpy(), _factors("cpu").numpy(), []
+    bits, factors, sums = raw.numpy(), _factors("cpu").numpy(), []
     size = len(bits) // 8 * 8
     for start in range(0, size, _BLOCK):
         block = bits[start : min(start + _BLOCK, size)]
         words = (block[:-8] ^ block[_AHEAD : _AHEAD - 8]).view("int64")
         words *= factors[: len(words)]
-        found += [int(words.sum()), int(block[-8:].view("int64")[0])]
-    return found + bits[size:].tolist()
+        sums += [int(words.sum()), int(block[-8:].view("int64")[0])]
+    return sums + bits[size:].tolist()
 
 
 @lru_cache

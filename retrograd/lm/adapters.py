@@ -136,9 +136,9 @@ def _logits(model: Any) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-def _check_merged(expected: Tensor, found: Tensor) -> None:
+def _check_merged(expected: Tensor, logits: Tensor) -> None:
     near = min(1000 * torch.finfo(expected.dtype).eps, 0.05)
-    off = float((found.double() - expected.double()).norm() / expected.double().norm())
+    off = float((logits.double() - expected.double()).norm() / expected.double().norm())
     if off > near:  # not finite in both: a diverged model is saved as such
         raise ValueError(
             f"the adapters cannot be merged into the model that was measured: its logits move by {off:.1e} of their "

@@ -104,9 +104,9 @@ class VocabularyHead:
         assert dh is not None
         each = [self._grads(params, dw, db) for _, dw, db, _ in along]
         slopes = factors.new_zeros((len(dots), *factors.shape))
-        for k, found in enumerate(along):
-            slopes[k][after] = found[3].to(slopes)
-        back = torch.stack([_spread(found[0], x, place) for found in along if found[0] is not None])
+        for k, (*_, slope) in enumerate(along):
+            slopes[k][after] = slope.to(slopes)
+        back = torch.stack([_spread(moved, x, place) for moved, *_ in along if moved is not None])
         return _spread(dh, x, place), back, {name: tree.stacked([g[name] for g in each]) for name in each[0]}, slopes
 
     def _wanted(self) -> tuple[bool, bool, bool]:
@@ -122,8 +122,8 @@ class VocabularyHead:
         return (x[place], weight, bias, targets, factors[after]), place, after
 
     def _grads(self, params: Params, dw: Tensor | None, db: Tensor | None) -> Params:
-        found = {"weight": dw, "bias": db}
-        return {leaf: g.to(params[leaf]) for name, leaf in self.names.items() if (g := found[name]) is not None}
+        grads = {"weight": dw, "bias": db}
+        return {leaf: g.to(params[leaf]) for name, leaf in self.names.items() if (g := grads[name]) is not None}
 
 
 def _spread(chosen: Tensor, like: Tensor, place: _Index) -> Tensor:
@@ -135,12 +135,12 @@ def _spread(chosen: Tensor, like: Tensor, place: _Index) -> Tensor:
 
 def _candidates(base: nn.Module) -> list[tuple[str, list[nn.Module]]]:
     """Lists of layers of one type, the largest first."""
-    found = [
+    lists = [
         (name, list(child))
         for name, child in base.named_modules()
         if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1
     ]
-    return sorted(found, key=lambda pair: -sum(p.numel() for layer in pair[1] for p in layer.parameters()))
+    return sorted(lists, key=lambda pair: -sum(p.numel() for layer in pair[1] for p in layer.parameters()))
 
 
 class _Parts:
@@ -211,14 +211,14 @@ class _Parts:
 
     def _names(self, part: nn.Module) -> dict[str, str]:
         """The leaf behind each of a part's parameters that has one."""
-        found = part.named_parameters(remove_duplicate=False)
-        return {name: self.leaf_of[id(p)] for name, p in found if id(p) in self.leaf_of}
+        named = part.named_parameters(remove_duplicate=False)
+        return {name: self.leaf_of[id(p)] for name, p in named if id(p) in self.leaf_of}
 
     def _around(self, part: nn.Module) -> tuple[dict[str, str], Params]:
         """The parameters of a part that are not its layers', and live copies of them."""
         inside = {id(p) for layer in self.layers for p in layer.parameters()}
-        found = part.named_parameters(remove_duplicate=False)
-        names = {n: self.leaf_of[id(p)] for n, p in found if id(p) in self.leaf_of and id(p) not in inside}
+        named = part.named_parameters(remove_duplicate=False)
+        names = {n: self.leaf_of[id(p)] for n, p in named if id(p) in self.leaf_of and id(p) not in inside}
         return names, {name: self.leaves[leaf].detach().requires_grad_() for name, leaf in names.items()}
 
     def _used(self, part: nn.Module, function: Callable[[Params], Tensor]) -> dict[str, str]:
@@ -228,8 +228,8 @@ class _Parts:
             y = function(live)
         if not (live and y.requires_grad):
             return {}
-        found = torch.autograd.grad(y.sum(), list(live.values()), allow_unused=True)
-        return {name: names[name] for name, g in zip(live, found) if g is not None}
+        grads = torch.autograd.grad(y.sum(), list(live.values()), allow_unused=True)
+        return {name: names[name] for name, g in zip(live, grads) if g is not None}
 
     def _enter(self, inputs: Any) -> Tensor:
         """What enters the first layer, once it is clear that the layers are called as a chain."""
@@ -290,7 +290,7 @@ def _layer_call(layer: nn.Module) -> Callable[[Params, Tensor, Any], Tensor]:
 
 def _structure(layer: nn.Module, names: Mapping[str, str]) -> tuple[Any, ...]:
     """What two layers must have in common to be one function; that it was enough is for the trial to tell."""
-    found: list[Any] = [tuple(names)]
+    traits: list[Any] = [tuple(names)]
     for name, part in layer.named_modules():
         plain = {
             key: value
@@ -298,10 +298,10 @@ def _structure(layer: nn.Module, names: Mapping[str, str]) -> tuple[Any, ...]:
             if isinstance(value, (bool, int, float, str, type(None))) and key != "layer_idx"
         }
         hooked = id(part) if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) else None
-        found.append((name, type(part), repr(sorted(plain.items(), key=lambda item: item[0])), hooked))
+        traits.append((name, type(part), repr(sorted(plain.items(), key=lambda item: item[0])), hooked))
     for name, x in (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)):
-        found.append((name, x.shape, x.dtype))
-    return tuple(found)
+        traits.append((name, x.shape, x.dtype))
+    return tuple(traits)
 
 
 def _is_lookup(embed: Link, leaves: Params, inputs: Any) -> bool:

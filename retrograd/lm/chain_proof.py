@@ -147,10 +147,10 @@ class _Comparison:
         self.held: Params = {}
         self.ready: Params = {}
         self.seen = Counter[str]()
-        self.found = list[tuple[str, float, float]]()  # name, difference, norm of the model's own
+        self.differences = list[tuple[str, float, float]]()  # name, difference, norm of the model's own
 
-    def add(self, part: int, found: Params) -> None:
-        for name, x in found.items():
+    def add(self, part: int, terms: Params) -> None:
+        for name, x in terms.items():
             self.held[name] = self.held[name] + x if name in self.held else x
 
     def done(self, names: Sequence[str]) -> None:
@@ -159,9 +159,9 @@ class _Comparison:
             if self.seen[name] == self.left[name]:
                 self._finish(name, self.held.pop(name, None))
 
-    def note(self, name: str, one: Tensor, own: Tensor) -> None:
+    def note(self, name: str, chained: Tensor, own: Tensor) -> None:
         """Compare what is no leaf, or one that is whole."""
-        self.found.append((name, float((one.view_as(own) - own).norm()), float(own.norm())))
+        self.differences.append((name, float((chained.view_as(own) - own).norm()), float(own.norm())))
 
     def judge(self, what: str) -> None:
         """Refuse the chain if anything differs; a leaf that no place has has to be without a derivative."""
@@ -169,18 +169,18 @@ class _Comparison:
             if name not in self.seen:
                 self._finish(name, None)
         self._compare()
-        whole = sum(size**2 for _, _, size in self.found) ** 0.5
+        whole = sum(size**2 for _, _, size in self.differences) ** 0.5
         tolerance = TOLERANCE.get(next(iter(self.params.values())).dtype, 0.2)
-        for name, difference, size in self.found:
+        for name, difference, size in self.differences:
             # a mathematically zero entry (a key's bias under softmax) is rounding in both
             if not difference <= tolerance * (size + 1e-3 * whole):
                 raise ValueError(
                     f"the chain's {what} differs from the model's own by {difference:.2g} of {size:.2g} in {name}"
                 )
 
-    def _finish(self, name: str, found: Tensor | None) -> None:
+    def _finish(self, name: str, total: Tensor | None) -> None:
         theta = self.params[name]
-        self.ready[name] = torch.zeros_like(theta) if found is None else found.view_as(theta)
+        self.ready[name] = torch.zeros_like(theta) if total is None else total.view_as(theta)
         if tree.nbytes(self.ready) >= self.most:
             self._compare()
 

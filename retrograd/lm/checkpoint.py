@@ -118,9 +118,9 @@ def refuse_no_folder(name: str, what: str) -> None:
         )
     if (name.startswith((".", "/", "~")) or len(path.parts) > 2) and not path.is_dir():
         there = next(folder for folder in path.absolute().parents if folder.exists())
-        found = "is a file" if path.exists() else f"does not exist; {there} does"
+        why = "is a file" if path.exists() else f"does not exist; {there} does"
         raise ValueError(
-            f"cannot load {what} {name!r}: the folder {found}. Give a folder, or a hub name such as org/name"
+            f"cannot load {what} {name!r}: the folder {why}. Give a folder, or a hub name such as org/name"
         )
 
 
@@ -147,14 +147,15 @@ def _check_causal(name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = read_config(name)
-    found = getattr(config, "architectures", None) or []
+    architectures = getattr(config, "architectures", None) or []
     known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     causal = set(_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
-    fits = not found or any(one in causal or one.endswith(_COMPOSITE) for one in found)
+    fits = not architectures or any(kind in causal or kind.endswith(_COMPOSITE) for kind in architectures)
     if not known or not fits or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"model {name!r} is not a causal language model: its type is {config.model_type!r}, its architecture "
-            f"{', '.join(found) or 'not named'}. Give one that predicts the next token, such as a ...ForCausalLM."
+            f"{', '.join(architectures) or 'not named'}. Give one that predicts the next token, such as a "
+            "...ForCausalLM."
         )
 
 

@@ -179,9 +179,9 @@ def _prove_equal(module: nn.Module, chosen: Engine, eager: Engine, batch: Batch,
         grads, pull = engine.linearize(params, [batch], weights, None)
         return pull(along(grads))
 
-    found, expected = second(chosen), second(eager)
-    for what, one, other in zip(("H ḡ", "scores"), found, expected, strict=True):
-        difference, size = float(tree.norm(tree.map(torch.sub, one, other))), float(tree.norm(other))
+    pulled, expected = second(chosen), second(eager)
+    for what, compiled, plain in zip(("H ḡ", "scores"), pulled, expected, strict=True):
+        difference, size = float(tree.norm(tree.map(torch.sub, compiled, plain))), float(tree.norm(plain))
         if not difference <= _ROUNDING.get(next(iter(params.values())).dtype, 0.1) * size:
             raise ValueError(
                 f"--compile changes the results of {type(inner(module)).__name__} beyond rounding: {what} by "

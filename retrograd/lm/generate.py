@@ -45,10 +45,10 @@ def continuations(
         for row, i in enumerate(left):
             ids[row, : len(texts[i])] = torch.tensor(texts[i])
         last = torch.tensor([len(texts[i]) - 1 for i in left])
-        found = logits(params, ids.to(device), torch.arange(len(left), device=device), last.to(device)).cpu()
-        for i, scores in zip(left, found):
-            failed[i] = not bool(torch.isfinite(scores).all())
-            token = int(scores.argmax())
+        predicted = logits(params, ids.to(device), torch.arange(len(left), device=device), last.to(device)).cpu()
+        for i, row_logits in zip(left, predicted):
+            failed[i] = not bool(torch.isfinite(row_logits).all())
+            token = int(row_logits.argmax())
             done[i] = failed[i] or token == end
             if not done[i]:
                 texts[i].append(token)

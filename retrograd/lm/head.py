@@ -107,7 +107,7 @@ class _FusedCE(torch.autograd.Function):
         residual: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         ctx.chunk, ctx.again = chunk, again
-        ce, pw, ctx.found = _FusedCE.found((h, w, b, y, c), ctx.needs_input_grad, chunk, again, residual)
+        ce, pw, ctx.unscaled = _FusedCE.found((h, w, b, y, c), ctx.needs_input_grad, chunk, again, residual)
         ctx.save_for_backward(h, w, b, y, c, ce, pw)
         if pw is not None:
             ctx.mark_non_differentiable(pw)
@@ -133,10 +133,10 @@ class _FusedCE(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         h, w, b, y, c, ce, pw = ctx.saved_tensors
         # given away once: whoever gets a gradient may write into it, so a retained graph computes its own
-        found, ctx.found = ctx.found, None
-        if found is None:
-            found = _FusedCE.found((h, w, b, y, c), ctx.needs_input_grad, ctx.chunk, ctx.again, pw)[2]
-        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, ce, pw, ctx.chunk, found)
+        unscaled, ctx.unscaled = ctx.unscaled, None
+        if unscaled is None:
+            unscaled = _FusedCE.found((h, w, b, y, c), ctx.needs_input_grad, ctx.chunk, ctx.again, pw)[2]
+        dh, dw, db, dc = _FusedGrad.apply(h, w, b, c, scale, y, ce, pw, ctx.chunk, unscaled)
         return dh, dw, db, None, dc, None, None, None
 
 
@@ -146,15 +146,15 @@ class _FusedGrad(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, c: Tensor, scale: Tensor, y: Tensor, ce: Tensor,
-        pw: Tensor | None, chunk: int, found: _Grads,
+        pw: Tensor | None, chunk: int, unscaled: _Grads,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.save_for_backward(h, w, b, c, scale, y, ce, pw)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
-        one = scale.device.type == "cpu" and float(scale) == 1.0  # spare three passes over the gradient
+        unit = scale.device.type == "cpu" and float(scale) == 1.0  # spare three passes over the gradient
         grads = (
-            None if x is None or like is None else x.detach().to(like.dtype) if one else (x * scale).to(like.dtype)
-            for x, like in zip(found, (h, w, b))
+            None if x is None or like is None else x.detach().to(like.dtype) if unit else (x * scale).to(like.dtype)
+            for x, like in zip(unscaled, (h, w, b))
         )
         return *grads, (ce * scale).to(c.dtype)
 
@@ -167,8 +167,8 @@ class _FusedGrad(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         _, [(dh, dw, db, slopes)] = head_second((h, w, b, y, c), [(uh, uw, ub, uc)], wanted, pw, ctx.chunk)
         dscale = torch.dot(slopes, c.to(slopes)) + (torch.dot(uc.to(ce), ce) if uc is not None else 0)
-        one = scale.device.type == "cpu" and float(scale) == 1.0
-        outs = [None if x is None else (x if one else x * scale).to(like.dtype) for x, like in
+        unit = scale.device.type == "cpu" and float(scale) == 1.0
+        outs = [None if x is None else (x if unit else x * scale).to(like.dtype) for x, like in
                 ((dh, h), (dw, w), (db, b), (slopes, c))]  # fmt: skip
         return (*outs, dscale.to(scale), None, None, None, None, None)
 
@@ -232,7 +232,7 @@ def head_second(
     h, w, b, c = _work(operands)
     chunk = chunk or _chunk(w)
     moved = [[None if u is None else u.to(h) for u in each] for each in tangents]
-    found = [(*_accumulators(h, w, b, wanted), h.new_empty(len(h))) for _ in tangents]
+    sums = [(*_accumulators(h, w, b, wanted), h.new_empty(len(h))) for _ in tangents]
     first = torch.empty_like(h) if wanted[0] else None
     room = _room(h, w, chunk)
     for start in range(0, len(h), chunk):
@@ -249,7 +249,7 @@ def head_second(
                 torch.mm(p, w, out=pw)
             else:
                 pw.copy_(known[part])
-        for (uh, uw, ub, uc), (dh, dw, db, slopes) in zip(moved, found, strict=True):
+        for (uh, uw, ub, uc), (dh, dw, db, slopes) in zip(moved, sums, strict=True):
             uhk, uck = None if uh is None else uh[part], None if uc is None else uc[part, None]
             pu = None if uw is None else p @ uw
             slope = _dots(h.new_zeros(len(p)) if ub is None else p @ ub, (uhk, pw), (hk, pu))
@@ -270,7 +270,7 @@ def head_second(
                 db.addmv_(d.t(), c[part])
                 if uc is not None:
                     db.addmv_(p.t(), uc[part])
-    return None if first is None else c[:, None] * first, found
+    return None if first is None else c[:, None] * first, sums
 
 
 def _dots(start: Tensor, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:

@@ -128,8 +128,8 @@ class Layout:
                     f"the other ({self.why_alone}): use the engine 'double' for them, or one row at a time"
                 )
             return {"input_ids": rows.ids[:, : int(rows.lengths[0])], "use_cache": False}
-        if (found := self._reaching(rows)) is not None:
-            return {**_entering(rows.ids, found), "use_cache": False}
+        if (reaching := self._reaching(rows)) is not None:
+            return {**_entering(rows.ids, reaching), "use_cache": False}
         return {"input_ids": rows.ids, "use_cache": False}
 
     def predicting(self, inputs: dict[str, Tensor]) -> Predicting:
@@ -140,8 +140,8 @@ class Layout:
         states: tuple[Any, Tensor] = (places, columns)
         if not masked and self.alone(rows.ids.shape[1]):
             states = (0, (rows.lengths.cumsum(0) - rows.lengths)[places] + columns)
-        elif not masked and (found := self._reaching(rows)) is not None and not found.even:
-            states = (0, found.start[places] + columns)
+        elif not masked and (reaching := self._reaching(rows)) is not None and not reaching.even:
+            states = (0, reaching.start[places] + columns)
         return Predicting(states, rows.place(places, columns + 1), rows.ids[places, columns + 1])
 
     def loss(self, logits: Tensor, inputs: dict[str, Tensor], coefficients: Tensor) -> Tensor:
@@ -235,24 +235,24 @@ def _rows(inputs: dict[str, Tensor], apart: bool = True) -> _Rows:
     columns = torch.arange(int(lengths.max()), device=ids.device)
     at = (row[:, None], (start[:, None] + columns).clamp(max=ids.shape[1] - 1))
     inside = columns < lengths[:, None]
-    found = mask[at] & inside
-    kept = found.any(1) if found.any() else torch.ones_like(row, dtype=torch.bool)
+    targets = mask[at] & inside
+    kept = targets.any(1) if targets.any() else torch.ones_like(row, dtype=torch.bool)
     kept_ids = ids[at].where(inside, 0)[kept]
-    return _Rows(kept_ids, found[kept], lengths[kept], (row[kept], start[kept]))
+    return _Rows(kept_ids, targets[kept], lengths[kept], (row[kept], start[kept]))
 
 
-def _entering(ids: Tensor, found: _Reaching) -> dict[str, Tensor]:
+def _entering(ids: Tensor, reaching: _Reaching) -> dict[str, Tensor]:
     """Rows [B, longest] if they are even, else one row [1, N] with its positions.
 
     As a mask the joined row has the place of each state, [1, 1, B, longest], N where there is none.
     """
-    if found.even:
-        return {"input_ids": ids[:, : found.longest]}
-    columns, counts = torch.arange(ids.shape[1], device=ids.device), found.counts[:, None]
-    place = torch.where(columns < counts, found.start[:, None] + columns, found.total)[:, : found.longest]
-    positions = columns[:-1].expand_as(found.which)[found.which]
+    if reaching.even:
+        return {"input_ids": ids[:, : reaching.longest]}
+    columns, counts = torch.arange(ids.shape[1], device=ids.device), reaching.counts[:, None]
+    place = torch.where(columns < counts, reaching.start[:, None] + columns, reaching.total)[:, : reaching.longest]
+    positions = columns[:-1].expand_as(reaching.which)[reaching.which]
     return {
-        "input_ids": ids[:, :-1][found.which][None],
+        "input_ids": ids[:, :-1][reaching.which][None],
         "position_ids": positions[None],
         "attention_mask": place[None, None],
     }
@@ -269,8 +269,8 @@ def twice_differentiable(dtype: torch.dtype) -> Iterator[None]:
 def _attending(module: nn.Module) -> Iterator[None]:
     """The model with our attention."""
     _register()
-    found: dict[int, Any] = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-    configs = [config for config in found.values() if hasattr(config, "_attn_implementation")]
+    by_id: dict[int, Any] = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    configs = [config for config in by_id.values() if hasattr(config, "_attn_implementation")]
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
@@ -323,8 +323,8 @@ def _attention(
 
     def shared(x: Tensor, dim: int) -> Tensor:
         """With a copy of each head for all that share it."""
-        found = x.to(wide)
-        return found if found.shape[dim] == heads else found.repeat_interleave(heads // found.shape[dim], dim)
+        widened = x.to(wide)
+        return widened if widened.shape[dim] == heads else widened.repeat_interleave(heads // widened.shape[dim], dim)
 
     def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[*, T, E] each."""
@@ -346,8 +346,8 @@ def _attention(
         """[1, H', N, E] as [H B, longest, E]."""
         return shared(x[0].index_select(1, read), 0).view(heads * several, longest, -1)
 
-    found = mixed(*(apart(x) for x in (query, key, value))).view(heads, several * longest, -1)
-    return found.index_select(1, written).to(value.dtype).transpose(0, 1)[None], None
+    attended = mixed(*(apart(x) for x in (query, key, value))).view(heads, several * longest, -1)
+    return attended.index_select(1, written).to(value.dtype).transpose(0, 1)[None], None
 
 
 class _Softmax(torch.autograd.Function):

@@ -96,15 +96,15 @@ def refuse_other_loss(function: Callable[..., Any]) -> None:
         expected = weighted_causal_lm_ce(logits, labels, weights)
         given = {} if weights is None else {"example_weight": weights}
         try:
-            found = torch.as_tensor(function(logits=logits, labels=labels, vocab_size=5, **given))
+            returned = torch.as_tensor(function(logits=logits, labels=labels, vocab_size=5, **given))
         except Exception as error:  # a foreign function raises what it likes
             raise ValueError(
                 f"model.loss_function ({name}) cannot be called with logits, labels, vocab_size and the data weights "
                 f"as example_weight: {type(error).__name__}: {error}. {advice}"
             ) from error
-        if found.shape != expected.shape or not torch.allclose(found.to(expected), expected, rtol=1e-5):
+        if returned.shape != expected.shape or not torch.allclose(returned.to(expected), expected, rtol=1e-5):
             raise ValueError(
                 f"model.loss_function ({name}) is not the objective that is trained: with{'out' * (not given)} weights "
-                f"it gave {found.tolist()} where the sum of w·ce, divided by the number of valid targets, is "
+                f"it gave {returned.tolist()} where the sum of w·ce, divided by the number of valid targets, is "
                 f"{float(expected):.6g}. {advice}"
             )

@@ -240,8 +240,8 @@ def causal_logits(lm: CausalLM) -> Callable[[Params, Tensor, Tensor, Tensor], Te
 
     def logits(params: Params, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         with evaluating(lm.module):
-            found = call(params, next(iter(params.values())).dtype, input_ids, rows, columns)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+            chosen = call(params, next(iter(params.values())).dtype, input_ids, rows, columns)
+        return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
     return logits
 
@@ -300,8 +300,8 @@ class _Scored(nn.Module):
         self, inputs: dict[str, Tensor], coefficients: Tensor, again: bool = False, residual: Residual | None = None
     ) -> tuple[Tensor, Residual | None]:
         model, fused, calls = inner(self.module), self.layout.form.fused, self.layout.calls(inputs)
-        found = [model.base_model(**one).last_hidden_state if fused else model(**one).logits for one in calls]
-        whole = found[0] if len(found) == 1 else torch.cat(found, 1)
+        outputs = [model.base_model(**call).last_hidden_state if fused else model(**call).logits for call in calls]
+        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         if not fused:
             return self.layout.loss(whole, inputs, coefficients), None
         head = model.get_output_embeddings()
@@ -326,13 +326,13 @@ class _Chosen(nn.Module):
     def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if not self.layout.alone(input_ids.shape[1]):
             return self._read(input_ids, rows, columns)
-        found, places = [], []
+        parts, places = [], []
         for row in rows.unique().tolist():
             places.append((rows == row).nonzero()[:, 0])
             mine = columns[places[-1]]
             # a row ends where the last of its predictions is asked for
-            found.append(self._read(input_ids[row, None, : int(mine.max()) + 1], torch.zeros_like(mine), mine))
-        return torch.cat(found)[torch.cat(places).argsort()]
+            parts.append(self._read(input_ids[row, None, : int(mine.max()) + 1], torch.zeros_like(mine), mine))
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
     def _read(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         model = inner(self.module)

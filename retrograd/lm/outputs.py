@@ -76,14 +76,14 @@ def decoder_blocks(module: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: If there is none.
     """
-    found = [
+    lists = [
         list(part)
         for part in inner(module).modules()
         if isinstance(part, nn.ModuleList) and len({type(block) for block in part}) == 1
     ]
-    if not found:
+    if not lists:
         raise ValueError(f"{type(inner(module)).__name__} has no list of blocks of one type, so no hidden states")
-    return max(found, key=lambda blocks: sum(p.numel() for block in blocks for p in block.parameters()))
+    return max(lists, key=lambda blocks: sum(p.numel() for block in blocks for p in block.parameters()))
 
 
 class _Watched(nn.Module):
@@ -97,17 +97,17 @@ class _Watched(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Outputs:
         model, calls = inner(self.module), self.layout.calls(inputs)
         place, (rows, columns), targets = self.layout.predicting(inputs)
-        found: Tensor | None
+        logits: Tensor | None
         with recorded(self.blocks) as states:
             if self.layout.form.fused:
-                hidden = torch.cat([model.base_model(**one).last_hidden_state for one in calls], 1)
-                found = model.get_output_embeddings()(hidden[place]) if self.logits else None
+                hidden = torch.cat([model.base_model(**call).last_hidden_state for call in calls], 1)
+                logits = model.get_output_embeddings()(hidden[place]) if self.logits else None
             else:
-                found = torch.cat([model(**one).logits for one in calls], 1)[place]
-        if found is not None:
-            found = found.to(torch.promote_types(found.dtype, torch.float32))
+                logits = torch.cat([model(**call).logits for call in calls], 1)[place]
+        if logits is not None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         each = {block: torch.cat(parts, 1)[place] for block, parts in states.items()}
-        return Outputs(found, each, rows, columns, targets)
+        return Outputs(logits, each, rows, columns, targets)
 
 
 @contextmanager

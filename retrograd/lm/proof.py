@@ -109,7 +109,7 @@ def prove(lm: CausalLM, *, longest: int | None = None) -> Proof:
         ValueError: If they differ.
     """
     start, form = time.monotonic(), form_of(lm.module)
-    found: list[tuple[float, float]] = []
+    errors: list[tuple[float, float]] = []
     lengths, sizes = set[int](), [0.0]
 
     def hold(point: Point, trials: Iterator[Trial]) -> None:
@@ -121,10 +121,10 @@ def prove(lm: CausalLM, *, longest: int | None = None) -> Proof:
                 error = _error(Layout(lm.module, form), trial, *batch, lm.objective)
                 if not error <= trial.tolerance:
                     raise differs(lm.module, what, error, trial, point)
-                found.append((error, trial.tolerance))
+                errors.append((error, trial.tolerance))
 
     at_each_point(lm.module, hold, longest)
-    worst = max(found, key=lambda pair: pair[0] / pair[1])
+    worst = max(errors, key=lambda pair: pair[0] / pair[1])
     return Proof(form, tuple(sorted(lengths)), max(sizes), *worst, time.monotonic() - start)
 
 
@@ -167,7 +167,7 @@ def _trial(module: nn.Module, documents: list[Tensor]) -> Trial:
             "derivative; take another model."
         )
     noise = float((_noisy(module, documents[0]) - losses[0]).abs().max())
-    size = max(1.0, *(float(one.abs().max()) for one in losses))
+    size = max(1.0, *(float(own.abs().max()) for own in losses))
     if not 32 * noise <= _SURE * size:
         raise ValueError(
             f"the losses of {name}, up to {size:.3g} nats, are moved by {noise:.2g} nats when token embeddings change "
@@ -182,21 +182,21 @@ def _narrowed(module: nn.Module, form: Form, trial: Trial, point: Point) -> Form
     _check_causality(module, trial, point)
     inputs, places = trial.rows()
 
-    def agrees(one: Form, inputs: Any = inputs, places: Any = places) -> bool:
-        return _error(Layout(module, one), trial, inputs, places) <= trial.tolerance
+    def agrees(narrower: Form, inputs: Any = inputs, places: Any = places) -> bool:
+        return _error(Layout(module, narrower), trial, inputs, places) <= trial.tolerance
 
     form = form._replace(fused=form.fused and agrees(Form(True, batches=False)))
     alone = Form(form.fused, batches=False)
-    if not form.fused and not (found := _error(Layout(module, alone), trial, inputs, places)) <= trial.tolerance:
-        raise differs(module, "rows one after the other", found, trial, point)
+    if not form.fused and not (error := _error(Layout(module, alone), trial, inputs, places)) <= trial.tolerance:
+        raise differs(module, "rows one after the other", error, trial, point)
     form = form._replace(batches=form.batches and agrees(alone._replace(batches=True)))
     joined = form._replace(masks=False)
     joins = form.fused and form.joins and form.batches and agrees(joined) and agrees(joined, *trial.packed())
     form = form._replace(joins=joins)
     form = form._replace(masks=form.masks and form.batches and agrees(form._replace(masks=True), *trial.packed()))
-    found = _error(Layout(module, form._replace(masks=False)), trial, *trial.packed())
-    if not found <= trial.tolerance:
-        raise differs(module, "packed documents taken apart", found, trial, point)
+    error = _error(Layout(module, form._replace(masks=False)), trial, *trial.packed())
+    if not error <= trial.tolerance:
+        raise differs(module, "packed documents taken apart", error, trial, point)
     return form
 
 
@@ -213,7 +213,7 @@ def _error(
     try:
         with torch.enable_grad():
             loss = objective(trainable(layout.module)[0], inputs, factors)
-        (found,) = torch.autograd.grad(loss, factors)
+        (slopes,) = torch.autograd.grad(loss, factors)
     except torch.OutOfMemoryError:  # says nothing of the model, and another run would take another form
         raise
     except Exception:  # a model that cannot be called like this raises what it likes
@@ -222,7 +222,7 @@ def _error(
     errors = [abs(float(loss) - whole) / max(1, int(inputs["target_mask"].sum()))]
     for document, row, column in places:
         own = trial.losses[document]
-        errors.append(float((found[row, column + 1 : column + 1 + len(own)] - own).abs().max()))
+        errors.append(float((slopes[row, column + 1 : column + 1 + len(own)] - own).abs().max()))
     return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
@@ -243,11 +243,11 @@ def _check_causality(module: nn.Module, trial: Trial, point: Point) -> None:
             )
 
 
-def differs(module: nn.Module, what: str, found: float, trial: Trial, point: Point) -> ValueError:
+def differs(module: nn.Module, what: str, error: float, trial: Trial, point: Point) -> ValueError:
     """The error of a model whose losses here are not those of its own forward pass."""
     return ValueError(
         f"the losses of {type(inner(module)).__name__} cannot be attributed: its {what} give other losses than its own "
-        f"forward pass does, document by document, by {found:.2g} nats for a token ({point.words}; rounding explains "
+        f"forward pass does, document by document, by {error:.2g} nats for a token ({point.words}; rounding explains "
         f"{trial.tolerance:.2g}). Take another model, or the Trainer with a loss of your own."
     )
 
@@ -265,10 +265,10 @@ def plain_logits(module: nn.Module, document: Tensor) -> tuple[Tensor, float]:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            told = str(error).strip().splitlines()
+            lines = str(error).strip().splitlines()
             raise ValueError(
                 f"{type(inner(module)).__name__} cannot read a document of {len(document)} tokens by itself, so no "
-                f"objective of it can be proved: {type(error).__name__}: {told[0] if told else 'no reason given'}"
+                f"objective of it can be proved: {type(error).__name__}: {lines[0] if lines else 'no reason given'}"
             ) from error
     return logits, max(seen, default=float(logits.abs().max()))
 

@@ -64,23 +64,23 @@ def save_causal_lm(
 def _whole(module: nn.Module, params: Params | None) -> tuple[Any, dict[str, Any] | None]:
     """A Hugging Face model, and the tensors to save for it if they are not its own."""
     readers = trainable(module)[1] if params is not None else {}
-    found = {name: params[leaf].detach() for name, leaf in readers.items()} if params is not None else {}
+    trained = {name: params[leaf].detach() for name, leaf in readers.items()} if params is not None else {}
     if not hasattr(module, "merge_and_unload"):
-        return module, {**module.state_dict(), **found} if found else None
+        return module, {**module.state_dict(), **trained} if trained else None
     adapted: Any = copy.deepcopy(module).eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if name in found:
-                parameter.copy_(found[name])
+            if name in trained:
+                parameter.copy_(trained[name])
     return merged(adapted), None
 
 
 def _check_saved(folder: Path, written: Path, expected: dict[str, Tensor]) -> None:
     """Refuse what does not read back as what was measured, bit for bit."""
     dtype = next(x.dtype for x in expected.values() if x.is_floating_point())
-    found = load_module(str(written), dtype).state_dict()
-    wrong = sorted(expected.keys() ^ found.keys())
-    wrong += [name for name in expected.keys() & found.keys() if not _same_bits(expected[name], found[name])]
+    read = load_module(str(written), dtype).state_dict()
+    wrong = sorted(expected.keys() ^ read.keys())
+    wrong += [name for name in expected.keys() & read.keys() if not _same_bits(expected[name], read[name])]
     if wrong:
         raise ValueError(
             f"the model saved for {folder} does not read back as the one measured: {len(wrong)} of {len(expected)} "
@@ -89,9 +89,9 @@ def _check_saved(folder: Path, written: Path, expected: dict[str, Tensor]) -> No
         )
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def _same_bits(first: Tensor, second: Tensor) -> bool:
     """Equal bytes, so that NaN equals itself and 0 is not −0."""
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    a, b = (x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (one, other))
+    a, b = (x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (first, second))
     return torch.equal(a, b)

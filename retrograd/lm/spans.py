@@ -45,18 +45,18 @@ def beside(module: nn.Module) -> dict[str, int]:
     """
     config = text_config(module)
     context = getattr(config, "max_position_embeddings", None)
-    found: dict[str, int] = {}
-    for one in _rotary(config):
-        kind = str(one.get("rope_type"))
+    bounds: dict[str, int] = {}
+    for rope in _rotary(config):
+        kind = str(rope.get("rope_type"))
         name = "dynamic" if "dynamic" in kind else kind
-        bound = context if name == "dynamic" else one.get("original_max_position_embeddings") or context
+        bound = context if name == "dynamic" else rope.get("original_max_position_embeddings") or context
         if name in ("dynamic", "longrope") and bound:
-            found[name] = min(bound, found.get(name, bound))
+            bounds[name] = min(bound, bounds.get(name, bound))
     blocks = (getattr(config, "index_topk_blocks", None) or 0) * (getattr(config, "index_block_size", None) or 0)
     picked = [getattr(config, name, None) for name in ("index_topk", "keep_window_size")]
     if keys := [count for count in (blocks, *picked) if count]:
-        found["top-k"] = min(keys)
-    return found
+        bounds["top-k"] = min(keys)
+    return bounds
 
 
 def _rotary(config: Any) -> list[dict[str, Any]]:
@@ -67,10 +67,10 @@ def _rotary(config: Any) -> list[dict[str, Any]]:
 
 def _lengths(module: nn.Module, names: re.Pattern[str]) -> list[int]:
     config = text_config(module)
-    found = {
+    lengths = {
         value
         for settings in (vars(config), *_rotary(config))
         for name, value in settings.items()
         if names.search(name) and not _NO_LENGTH.search(name) and type(value) is int and value > 1
     }
-    return sorted(found)
+    return sorted(lengths)

@@ -43,10 +43,10 @@ def virtual_tokens(lm: CausalLM, vectors: Tensor) -> Iterator[None]:
         asked.append(given[0])
         return (given[0].clamp(max=first - 1), *given[1:])
 
-    def after(module: Any, given: tuple[Any, ...], found: Tensor) -> Tensor:
+    def after(module: Any, given: tuple[Any, ...], embeddings: Tensor) -> Tensor:
         ids = asked.pop()
-        own = vectors.to(found.dtype)[(ids - first).clamp(min=0)]
-        return torch.where((ids >= first)[..., None], own, found)
+        own = vectors.to(embeddings.dtype)[(ids - first).clamp(min=0)]
+        return torch.where((ids >= first)[..., None], own, embeddings)
 
     hooks = [embedding.register_forward_pre_hook(before), embedding.register_forward_hook(after)]
     try:

@@ -52,9 +52,9 @@ class Deal:
         if not distributed.is_initialized():
             distributed.init_process_group("gloo", timeout=datetime.timedelta(days=14))
         distributed.barrier()
-        told = [value]
-        distributed.broadcast_object_list(told, src=0)
-        return told[0]
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 @contextlib.contextmanager

@@ -77,11 +77,11 @@ class Group:
             with _reaching():
                 self._store.set(f"{key}/{self.rank}", pickle.dumps(value))
             return []
-        found = [value]
+        values = [value]
         for rank in range(1, self.world):
-            found.append(pickle.loads(self._wait(f"{key}/{rank}")))
+            values.append(pickle.loads(self._wait(f"{key}/{rank}")))
             self._store.delete_key(f"{key}/{rank}")
-        return found
+        return values
 
     def everywhere(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks, on every rank."""
@@ -99,9 +99,9 @@ class Group:
         text = io.BytesIO()
         pickler = Pickler(text)
         pickler.dump(arguments)
-        told = [(x.shape, x.dtype, x.device.type) for x in pickler.tensors]
+        layouts = [(x.shape, x.dtype, x.device.type) for x in pickler.tensors]
         self._calls += 1
-        self._store.set(f"call/{self._calls}", pickle.dumps((name, told, text.getvalue())))
+        self._store.set(f"call/{self._calls}", pickle.dumps((name, layouts, text.getvalue())))
         self._broadcast(pickler.tensors)
         self._store.delete_key(f"call/{self._calls - 1}")
 
@@ -127,8 +127,8 @@ class Group:
             del arguments  # or they would live until the next
 
     def _called(self, called: bytes) -> tuple[str, Any]:
-        name, told, text = pickle.loads(called)
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in told]
+        name, layouts, text = pickle.loads(called)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in layouts]
         self._broadcast(tensors)
         return name, Unpickler(io.BytesIO(text), tensors).load()
 
@@ -140,7 +140,7 @@ class Group:
         if key not in self._sets:  # a job may train several models
             with self._together():
                 made = [dist.new_group(list(ranks), timeout=wait) for ranks in sets]
-            self._sets[key] = next(one for one, ranks in zip(made, sets) if self.rank in ranks)
+            self._sets[key] = next(group for group, ranks in zip(made, sets) if self.rank in ranks)
         return self._sets[key]
 
     def exchanged(self, parts: Tensor, among: Any = None) -> Tensor:
@@ -153,10 +153,10 @@ class Group:
             return parts
         import torch.distributed as dist
 
-        found = torch.empty_like(parts)
+        rows = torch.empty_like(parts)
         with self._together():
-            dist.all_to_all_single(found, parts, group=among)
-        return found
+            dist.all_to_all_single(rows, parts, group=among)
+        return rows
 
     def shared(self, part: Tensor, among: Any = None) -> list[Tensor]:
         """Every rank's tensor of one shape, in the order of ranks, on every rank; `among` as for `exchanged`."""
@@ -170,14 +170,14 @@ class Group:
         if count == 1:
             return lambda: [part]
         part = part.contiguous()
-        found = [torch.empty_like(part) for _ in range(count)]
+        parts = [torch.empty_like(part) for _ in range(count)]
         with self._together():
-            work = dist.all_gather(found, part, group=among, async_op=True)
+            work = dist.all_gather(parts, part, group=among, async_op=True)
 
         def arrived() -> list[Tensor]:
             with self._together():
                 work.wait()
-            return found
+            return parts
 
         return arrived
 
@@ -187,10 +187,10 @@ class Group:
             return [part]
         import torch.distributed as dist
 
-        found = [torch.empty_like(part) for _ in range(self.world)] if self.rank == 0 else None
+        parts = [torch.empty_like(part) for _ in range(self.world)] if self.rank == 0 else None
         with self._together():
-            dist.gather(part, found)
-        return found or []
+            dist.gather(part, parts)
+        return parts or []
 
     def sent(self, tensor: Tensor, rank: int = 0) -> None:
         """Send a tensor to a rank, which has to know its shape (`received`)."""
@@ -203,10 +203,10 @@ class Group:
         """What a rank has sent, of the shape and dtype of `like`."""
         import torch.distributed as dist
 
-        found = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         with self._together():
-            dist.recv(found, rank)
-        return found
+            dist.recv(tensor, rank)
+        return tensor
 
     def told(self, tensor: Tensor, rank: int, among: Any) -> None:
         """A rank's tensor, into that of all others of its set."""
@@ -221,7 +221,7 @@ class Group:
         Returns:
             Whether rank 0 has failed too, and says what of.
         """
-        told = False
+        reported = False
         with contextlib.suppress(RuntimeError):  # whoever has the store may be gone
             if self.rank == 0:
                 self._store.set("ended", "")
@@ -230,10 +230,10 @@ class Group:
                 self._store.set("failed", f"rank {self.rank} failed: {type(error).__name__}: {error}")
                 self._store.set(f"left/{self.rank}", "")
             else:
-                told = error is not None
+                reported = error is not None
                 self._store.set(f"left/{self.rank}", "")
         self._stop.set()
-        return told
+        return reported
 
     def _ended(self) -> bool:
         """Whether rank 0 ends too, in a moment."""

@@ -54,12 +54,12 @@ class Pieces:
 
     def own(self, whole: Params) -> Params:
         """Copies of this process's pieces of tensors that it has whole."""
-        found: Params = {}
+        pieces: Params = {}
         for name, x in whole.items():
             rows = self._rows(name, x)
             start, stop = self._bounds(name, self.mesh.place)
-            found.update(self._pieces(name, rows[:, start:stop], x.ndim > len(self.shapes[name])))
-        return found
+            pieces.update(self._pieces(name, rows[:, start:stop], x.ndim > len(self.shapes[name])))
+        return pieces
 
     def whole(self, own: Params) -> Params:
         """The whole tensors of the pieces that every process has, on all of them."""
@@ -68,10 +68,10 @@ class Pieces:
     def some(self, own: Params, names: Iterable[str]) -> Params:
         """As `whole`, of some parameters; small ones are sent together."""
         slabs = {name: self.slab(name, own) for name in names}
-        found: Params = {}
+        gathered: Params = {}
         for bucket in buckets(slabs):
-            found |= self._coming(own, {name: slabs[name] for name in bucket})()
-        return found
+            gathered |= self._coming(own, {name: slabs[name] for name in bucket})()
+        return gathered
 
     def coming(self, own: Params, names: Iterable[str]) -> Callable[[], Params]:
         """As `some`, all of them begun: what this returns waits for the other processes, and may be called later."""
@@ -86,10 +86,10 @@ class Pieces:
         sizes = [len(flat) for flat in flats]
 
         def arrived() -> Params:
-            parts = [one.split(sizes) for one in sharing()]
-            found = zip(shapes.items(), zip(*parts, strict=True), strict=True)
+            parts = [flat.split(sizes) for flat in sharing()]
+            leaves = zip(shapes.items(), zip(*parts, strict=True), strict=True)
             return {
-                name: self.joined(name, [x.view(shape) for x in each], wide) for (name, (shape, wide)), each in found
+                name: self.joined(name, [x.view(shape) for x in each], wide) for (name, (shape, wide)), each in leaves
             }
 
         return arrived
@@ -104,11 +104,11 @@ class Pieces:
         rows, world, height = self._rows(name, whole), self.mesh.size, self._height(name) * self.each
         if world * height == self._count(name):
             return rows.reshape(len(rows), world, -1).transpose(0, 1).reshape(world, -1)
-        found = rows.new_zeros((world, len(rows), height, self._columns(name)))
+        padded = rows.new_zeros((world, len(rows), height, self._columns(name)))
         for rank in range(world):
             start, stop = self._bounds(name, rank)
-            found[rank, :, : stop - start] = rows[:, start:stop]
-        return found.view(world, -1)
+            padded[rank, :, : stop - start] = rows[:, start:stop]
+        return padded.view(world, -1)
 
     def taken(self, name: str, dealt: Tensor, wide: bool) -> Iterator[tuple[str, Tensor]]:
         """The pieces in this process's row of `dealt`; `wide` says whether there are K."""
@@ -207,14 +207,14 @@ class PieceSum(OrderedSum):
 
     def result(self, number: int = 0) -> Params:
         """The pieces of a sum that are this process's."""
-        found: Params = {}
+        pieces: Params = {}
         for bucket, shapes in enumerate(self.shapes):
             part, start = self._told(number, bucket), 0
             for name, shape in shapes:
                 width = self.pieces.width(name, shape)
-                found.update(self.pieces.taken(name, part[start : start + width], self.wide[name]))
+                pieces.update(self.pieces.taken(name, part[start : start + width], self.wide[name]))
                 start += width
-        return found
+        return pieces
 
     def _told(self, number: int, bucket: int) -> Tensor:
         """This process's part of a bucket, from the replica that has it."""
@@ -240,16 +240,16 @@ class PieceLedger(Ledger):
         leaves, each, mesh = tree.leaves((state.params, state.moments)), self.lying.each, self.lying.mesh
         own = [tree.digest(leaves[place::each]) for place in range(each)]
         every = self.lying.group.everywhere(own)
-        found = [joined_digest(x for rank in mesh.of_replica(every, k) for x in rank) for k in range(mesh.replicas)]
-        for replica, digest in enumerate(found):
-            if digest != found[0]:
+        digests = [joined_digest(x for rank in mesh.of_replica(every, k) for x in rank) for k in range(mesh.replicas)]
+        for replica, digest in enumerate(digests):
+            if digest != digests[0]:
                 ranks = mesh.of_replica(list(range(len(every))), replica)
                 raise RankError(
                     f"at step {state.step} replica {replica} ({_ranks(ranks)}) has a state of digest {digest[-12:]}, "
-                    f"replica 0 of {found[0][-12:]}: one of them computes otherwise, or its memory fails. The same "
+                    f"replica 0 of {digests[0][-12:]}: one of them computes otherwise, or its memory fails. The same "
                     "command resumes from the last durable state; if it happens again, leave those machines out."
                 )
-        return found[0]
+        return digests[0]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -48,16 +48,16 @@ class Sharded(Split):
         return PieceSum(self.lying, like)
 
     def _told(self, mine: list[tuple[int, float, dict[str, float]]]) -> Tensor:
-        return self._added([one for rank in self.group.everywhere(mine) for one in rank])
+        return self._added([shard for rank in self.group.everywhere(mine) for shard in rank])
 
     def _scores(self, batches: Sequence[Batch], mine: list[Tensor]) -> list[Tensor]:
         """The scores of every shard in order, [K, rows of the shard (, L)], on every process."""
         rows = [sum(len(part.index) for part in cut(batches, s, self.shards, self.unit)) for s in range(self.shards)]
-        found = list[Tensor]()
+        padded = list[Tensor]()
         for slopes in mine:
             ends = [0, 0] * (slopes.ndim - 2) + [0, max(rows) - slopes.shape[1]]
-            found += self.group.shared(F.pad(slopes, ends))
-        return [slopes[:, :count] for slopes, count in zip(found, rows, strict=True)]
+            padded += self.group.shared(F.pad(slopes, ends))
+        return [slopes[:, :count] for slopes, count in zip(padded, rows, strict=True)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,9 +88,9 @@ class ByBlock(Sharded):
                 raise _ElsewhereError
             return self.lying.some(params, names)
 
-        found = _Dtypes()
+        dtypes = _Dtypes()
         try:
-            self.blocks.first(read, micros(batches, weights, seed), found)
+            self.blocks.first(read, micros(batches, weights, seed), dtypes)
         except _ElsewhereError:
             return False
         except (RankError, torch.OutOfMemoryError):
@@ -98,7 +98,7 @@ class ByBlock(Sharded):
         except Exception:  # a loss raises what it likes
             self._somewhere(True)
             return False
-        return not self._somewhere(found.dtypes != {next(iter(params.values())).dtype})
+        return not self._somewhere(dtypes.dtypes != {next(iter(params.values())).dtype})
 
     def _somewhere(self, here: bool) -> bool:
         return any(self.group.shared(torch.tensor(int(here))))
@@ -151,10 +151,10 @@ class Ahead:
         wanted = list(names)
         if not wanted:
             return {}
-        found = self.coming()
-        assert list(found) == wanted, "every rank passes the places in one order"
+        params = self.coming()
+        assert list(params) == wanted, "every rank passes the places in one order"
         self.coming = self._next()
-        return found
+        return params
 
     def _next(self) -> Callable[[], Params]:
         place = next(self.places, None)
@@ -171,8 +171,8 @@ class _Dtypes:
     def __init__(self) -> None:
         self.dtypes = set[torch.dtype]()
 
-    def add(self, part: int, found: Params) -> None:
-        self.dtypes.update(x.dtype for x in found.values())
+    def add(self, part: int, terms: Params) -> None:
+        self.dtypes.update(x.dtype for x in terms.values())
 
     def done(self, names: Sequence[str]) -> None:
         pass
@@ -197,8 +197,8 @@ class BlockSum:
         self.held: dict[str, dict[int, Tensor]] = {}  # by leaf and micro-batch; of a single place, their sum
         self.sums: dict[tuple[str, ...], PieceSum] = {}
 
-    def add(self, part: int, found: Params) -> None:
-        for name, x in found.items():
+    def add(self, part: int, terms: Params) -> None:
+        for name, x in terms.items():
             parts, key = self.held.setdefault(name, {}), part if self.uses[name] > 1 else 0
             parts[key] = parts[key] + x if key in parts else x
 
@@ -214,10 +214,10 @@ class BlockSum:
 
     def result(self) -> Params:
         """The pieces of the sum that are this process's; it is given away."""
-        found: Params = {}
+        pieces: Params = {}
         while self.sums:
-            found.update(self.sums.popitem()[1].result())
-        return {label: found[label] if label in found else torch.zeros_like(x) for label, x in self.like.items()}
+            pieces.update(self.sums.popitem()[1].result())
+        return {label: pieces[label] if label in pieces else torch.zeros_like(x) for label, x in self.like.items()}
 
     def _taken(self, name: str) -> Tensor:
         """A leaf's sum over micro-batches; zeros of a shard without rows."""

@@ -62,9 +62,9 @@ class Split:
 
     def noted(self) -> dict[str, float]:
         """The terms of the loss over all shards, since it was asked last; see `Noting`."""
-        found = dict(self._terms)
+        terms = dict(self._terms)
         self._terms.clear()
-        return found
+        return terms
 
     def gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
@@ -99,8 +99,8 @@ class Split:
         """ġ = ∂g/∂w · direction, as the engine has it (`Double.tangent`)."""
         own, ones = _alone(batches, weights)
         along = _alone(batches, direction)[1]
-        found: Params = self._all("tangent", params, own, ones, along, seed)
-        return found
+        dots: Params = self._all("tangent", params, own, ones, along, seed)
+        return dots
 
     def repeats(self, batches: Sequence[Batch]) -> bool:
         parts = [mine for shard in range(self.shards) if (mine := cut(batches, shard, self.shards, self.unit))]
@@ -131,12 +131,12 @@ class Split:
     def _gradient(
         self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None
     ) -> tuple[Tensor, Params]:
-        total, told = self._sum(params), []
+        total, shares = self._sum(params), []
         self._note()  # of what was tried before
         for shard, mine in self._own(batches):
             loss = self._first(total, params, mine, weights, _seed(seed, shard))
-            told.append((shard, loss, self._note()))
-        return self._told(told), total.result()
+            shares.append((shard, loss, self._note()))
+        return self._told(shares), total.result()
 
     def _linearize(self, params: Params, batches: Sequence[Batch], weights: Tensor, seed: str | None) -> Params:
         total = self._sum(params)
@@ -169,8 +169,8 @@ class Split:
             slopes = pull(total, shard, mine)
             none = batches[0].scale.new_zeros((queries, 0, *batches[0].scale.shape[1:]))
             scores.append(none if slopes is None else slopes)
-        found = total.result()
-        return found, self._scores(batches, scores)
+        curvature = total.result()
+        return curvature, self._scores(batches, scores)
 
     # What one shard adds to a sum. `mine` is empty where the shard has no rows.
 
@@ -206,16 +206,16 @@ class Split:
                 if slopes.numel():
                     self.group.sent(slopes)
             return []
-        found = list[Tensor]()
+        scores = list[Tensor]()
         for shard in range(self.shards):
             turn, rank = divmod(shard, self.group.world)
             if rank == 0:
-                found.append(mine[turn])
+                scores.append(mine[turn])
                 continue
             rows = sum(len(part.index) for part in cut(batches, shard, self.shards, self.unit))
             like = mine[0].new_empty((len(mine[0]), rows, *mine[0].shape[2:]))
-            found.append(self.group.received(like, rank) if like.numel() else like)
-        return found
+            scores.append(self.group.received(like, rank) if like.numel() else like)
+        return scores
 
     def _placed(self, batches: Sequence[Batch], pulled: tuple[Params, list[Tensor]]) -> tuple[Params, Tensor]:
         """The scores of all shards in the order of the batch's rows."""
@@ -231,11 +231,11 @@ class Split:
     ) -> Params:
         total = self._sum(params)
         for shard, mine in self._own(batches):
-            found = {name: torch.zeros_like(theta) for name, theta in params.items()}
+            dots = {name: torch.zeros_like(theta) for name, theta in params.items()}
             if mine:
                 engine: Any = self.engine
-                found = engine.tangent(params, mine, weights, direction, _seed(seed, shard))
-            total.add({name: found[name] for name in params})
+                dots = engine.tangent(params, mine, weights, direction, _seed(seed, shard))
+            total.add({name: dots[name] for name in params})
         return total.result()
 
     def _note(self) -> dict[str, float]:
@@ -244,13 +244,13 @@ class Split:
 
     def _told(self, mine: list[tuple[int, float, dict[str, float]]]) -> Tensor:
         """Σ loss [] in float64, in the order of shards, and the terms noted; of rank 0's use only."""
-        return self._added([one for rank in self.group.collected(mine) for one in rank])
+        return self._added([share for rank in self.group.collected(mine) for share in rank])
 
-    def _added(self, told: list[tuple[int, float, dict[str, float]]]) -> Tensor:
-        for _, _, terms in sorted(told, key=lambda one: one[0]):
+    def _added(self, shares: list[tuple[int, float, dict[str, float]]]) -> Tensor:
+        for _, _, terms in sorted(shares, key=lambda share: share[0]):
             for name, value in terms.items():
                 self._terms[name] = self._terms.get(name, 0.0) + value
-        losses = [loss for _, loss, _ in sorted(told, key=lambda one: one[0])]
+        losses = [loss for _, loss, _ in sorted(shares, key=lambda share: share[0])]
         return torch.tensor(sum(losses), dtype=torch.float64)
 
 
@@ -266,12 +266,12 @@ def _pulled_to(pull: Pull | None, total: Any, bars: Params) -> Tensor | None:
 
 def cut(batches: Sequence[Batch], shard: int, shards: int, unit: int = 1) -> list[Batch]:
     """A shard's rows of every micro-batch that has some for it."""
-    found = []
+    parts = []
     for batch in batches:
         start, stop = _bounds(len(batch.index), shard, shards, unit)
         if stop > start:
-            found.append(tree.map(lambda x, rows=slice(start, stop): x[rows], batch))
-    return found
+            parts.append(tree.map(lambda x, rows=slice(start, stop): x[rows], batch))
+    return parts
 
 
 def _bounds(rows: int, shard: int, shards: int, unit: int) -> tuple[int, int]:
@@ -294,14 +294,14 @@ def _places(rows: Sequence[int], shard: int, shards: int, unit: int) -> Tensor:
 
 def _alone(batches: Sequence[Batch], weights: Tensor) -> tuple[list[Batch], Tensor]:
     """The same batches with weights of their own, [entries], instead of the run's."""
-    found, own, start = [], [], 0
+    alone, own, start = [], [], 0
     for batch in batches:
         entries = batch.index.numel()
         place = torch.arange(start, start + entries, device=batch.index.device).view(batch.index.shape)
         own.append(weights.flatten()[batch.index.flatten().to(weights.device)])
-        found.append(batch._replace(index=place))
+        alone.append(batch._replace(index=place))
         start += entries
-    return found, torch.cat(own)
+    return alone, torch.cat(own)
 
 
 def _seed(seed: str | None, shard: int) -> str | None:

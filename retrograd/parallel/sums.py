@@ -86,7 +86,7 @@ class OrderedSum:
 
     def result(self, number: int = 0) -> Params:
         """A sum; of rank 0's use only, the others get nothing."""
-        found: Params = {}
+        leaves: Params = {}
         for bucket, shapes in enumerate(self.shapes):
             part = self.parts[number, bucket]
             rows = self.group.gathered(part)
@@ -94,9 +94,9 @@ class OrderedSum:
             start = 0
             for name, shape in shapes if rows else ():
                 x = flat[start : start + shape.numel()].view(shape)
-                found[name] = x if len(shapes) == 1 else x.clone()  # aligned, as a kept gradient is
+                leaves[name] = x if len(shapes) == 1 else x.clone()  # aligned, as a kept gradient is
                 start += shape.numel()
-        return found
+        return leaves
 
 
 def buckets(tensors: Params) -> Iterator[list[str]]:

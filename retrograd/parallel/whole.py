@@ -66,9 +66,9 @@ def _one_each(
     rows = [F.pad(row, (0, width - len(row))) for row in rows]
     there = Owned(mesh.exchanged(torch.stack(rows + [torch.zeros_like(rows[0])] * (mesh.size - len(rows)))))
     del rows, row
-    found = _computed(lying, function, parcels[mesh.place], there) if mesh.place < len(some) else there.take()
-    found = mesh.exchanged(F.pad(found, (0, width - found.shape[1])))
-    for parcel, row in zip(parcels, found):
+    results = _computed(lying, function, parcels[mesh.place], there) if mesh.place < len(some) else there.take()
+    results = mesh.exchanged(F.pad(results, (0, width - results.shape[1])))
+    for parcel, row in zip(parcels, results):
         yield from _pieces(lying, parcel, row)
 
 
@@ -83,8 +83,8 @@ def _packed(lying: Pieces, name: str, given: _Given) -> tuple[_Parcel, Tensor]:
 
 def _computed(lying: Pieces, function: _Function, parcel: _Parcel, there: Owned[Tensor]) -> Tensor:
     """What every process has sent of a parameter, [N, n] → what each gets of the function, [N, n]."""
-    found = function(*_joined(lying, parcel, there.take()))
-    return torch.cat([lying.dealt(parcel.name, x) for x in found], 1)
+    results = function(*_joined(lying, parcel, there.take()))
+    return torch.cat([lying.dealt(parcel.name, x) for x in results], 1)
 
 
 def _joined(lying: Pieces, parcel: _Parcel, there: Tensor) -> Iterator[Tensor]:

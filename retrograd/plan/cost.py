@@ -207,23 +207,23 @@ def step_bytes(work: Work, shards: int) -> dict[str, int]:
 def device_bytes(work: Work, machine: Machine, engine: str, activations: int) -> dict[str, int]:
     """Bytes where steps are taken, by what they are of, besides what a process takes anyway."""
     model, shards = work.model, machine.shards
-    found = {"model": model.trained_bytes // (1 if work.paired else shards) + model.frozen_bytes}
+    sizes = {"model": model.trained_bytes // (1 if work.paired else shards) + model.frozen_bytes}
     if work.references:
-        found["reference"] = model.trained_bytes + model.frozen_bytes
-    found["state"] = work.matter.state // shards
-    found |= step_bytes(work, shards)
+        sizes["reference"] = model.trained_bytes + model.frozen_bytes
+    sizes["state"] = work.matter.state // shards
+    sizes |= step_bytes(work, shards)
     if shards > 1 and engine == "blocks" and model.block is not None:
         # of one block parameters, and ḡ and H ḡ or the gradient, whole; the sum once more while it is exchanged; and
         # of the next one parameters and ḡ, which are on their way
-        found["gathered"] = model.block * (2 + (4 * work.queries or 2))
+        sizes["gathered"] = model.block * (2 + (4 * work.queries or 2))
     elif shards > 1:  # the same of the model while a rank passes over its rows
-        found["gathered"] = model.trained_bytes * (1 + (2 * work.queries or 1))
-    found["activations"] = activations
+        sizes["gathered"] = model.trained_bytes * (1 + (2 * work.queries or 1))
+    sizes["activations"] = activations
     if shards > 1:
-        found["more before the first step, or in the query"] = max(
-            0, apart_bytes(work, shards, engine) - sum(found.values())
+        sizes["more before the first step, or in the query"] = max(
+            0, apart_bytes(work, shards, engine) - sum(sizes.values())
         )
-    return found
+    return sizes
 
 
 def apart_bytes(work: Work, shards: int, engine: str) -> int:
@@ -253,27 +253,27 @@ def _seconds(work: Work, machine: Machine, layout: Layout | None, pace: Pace | N
     if pace is None:
         return {}
     steps = work.steps.steps
-    found = {"before": pace.before, "train": steps * pace.step}
+    seconds = {"before": pace.before, "train": steps * pace.step}
     if layout is None:
-        return found
+        return seconds
     back = layout.cost.replays * pace.again + steps * pace.reverse
     # copies run beside the computation, and are waited for where they take longer: half of them on each way
     copies = (kept.moved / 2 / machine.link if machine.link else 0.0,
               kept.written / 2 / machine.disk_rate if machine.disk_rate else 0.0)  # fmt: skip
-    found["train"], back = max(found["train"], *copies), max(back, *copies)
-    return {**found, "query": pace.query, "reverse": back}
+    seconds["train"], back = max(seconds["train"], *copies), max(back, *copies)
+    return {**seconds, "query": pace.query, "reverse": back}
 
 
 def _disk(work: Work, machine: Machine, layout: Layout | None, kept: Kept, seconds: float) -> dict[str, int]:
     """Final state, query gradients and scores stay; resume points are there meanwhile, if a heartbeat passes."""
     state, params, k = work.matter.state // machine.shards, work.matter.params // machine.shards, work.queries
-    found = {"final state": state, "states and gradients kept": kept.disk}
+    sizes = {"final state": state, "states and gradients kept": kept.disk}
     beats = 2.0 if not seconds else seconds / max(1e-9, work.heartbeat)
     if beats >= 1:  # on the way forward the last and those that became slots; on the way back the last two
         slots = 0 if layout is None else int(min(1.0, beats / work.steps.steps) * (layout.cost.slots - 1))
-        found["resume points"] = max(1 + slots, 1 + k * min(2, int(beats))) * state
+        sizes["resume points"] = max(1 + slots, 1 + k * min(2, int(beats))) * state
     if k:
-        found |= {"query gradients": k * params, "scores": 12 * work.scores}
+        sizes |= {"query gradients": k * params, "scores": 12 * work.scores}
     if work.exported:
-        found["model"] = work.model.trained_bytes + work.model.frozen_bytes
-    return found
+        sizes["model"] = work.model.trained_bytes + work.model.frozen_bytes
+    return sizes

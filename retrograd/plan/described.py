@@ -63,15 +63,15 @@ def loaded(config: RunConfig) -> Described:
     asked = list[Asked]()
     setup: Setup
     if isinstance(config, UnlearnConfig):
-        setup = found = unlearning.assemble(config)
-        asked = found.asked
+        setup = assembled = unlearning.assemble(config)
+        asked = assembled.asked
     elif isinstance(config, MagicConfig):
-        setup = found = assemble(config)
-        asked = found.asked
+        setup = assembled = assemble(config)
+        asked = assembled.asked
     else:
         assert isinstance(config, RecipeConfig), "checked by the command"
         setup = set_up_recipe(config)
-    params, columns = setup.initial.params, sum(len(one.columns) for one in asked)
+    params, columns = setup.initial.params, sum(len(query.columns) for query in asked)
     model = model_of(setup.model.module, params)
     try:
         curves = [graph_curve(setup.model.module, setup.model.objective, twice=twice) for twice in (True, False)]
@@ -79,7 +79,9 @@ def loaded(config: RunConfig) -> Described:
     except (ValueError, RuntimeError):  # as `choose_engine`, which says so: activations are not known
         pass
     matter = matter_of(setup.training, setup.initial)
-    asks = Asks(columns, sum(_read_by(one) for one in asked), sum(len(c.parts) for one in asked for c in one.columns))
+    asks = Asks(
+        columns, sum(_read_by(query) for query in asked), sum(len(c.parts) for query in asked for c in query.columns)
+    )
     work = _work(config, setup.stream, model, matter, asks, setup.engine.name)
     return Described(work, setup.training.recipe, setup.initial, setup, asked)
 
@@ -165,28 +167,28 @@ def _asks(config: AttributedConfig | RunConfig, plan: PlanConfig, tokenizer: Any
     queries = queries_of(config)
     if plan.questions is not None:
         assert plan.question_tokens is not None, "checked by the settings"
-        columns = sum(1 if one.reduction == "mean" else plan.questions for one in queries.values())
+        columns = sum(1 if query.reduction == "mean" else plan.questions for query in queries.values())
         return Asks(columns, plan.questions * plan.question_tokens, plan.questions)
-    if plan.rows is not None and any(one.dataset for one in queries.values()):
+    if plan.rows is not None and any(query.dataset for query in queries.values()):
         raise ValueError("--rows reads no data set: say with --questions and --question_tokens what the queries ask")
-    found = {name: _asked(name, one, tokenizer, model) for name, one in queries.items() if not one.contrast}
-    for name, one in queries.items():
-        if one.contrast:
-            pair = [found[other] for other in one.contrast]
-            found[name] = Asks(max(x.columns for x in pair), *(sum(x[i] for x in pair) for i in (1, 2)))
-    return Asks(*(sum(part) for part in zip(*found.values(), strict=True)))
+    asks = {name: _asked(name, query, tokenizer, model) for name, query in queries.items() if not query.contrast}
+    for name, query in queries.items():
+        if query.contrast:
+            pair = [asks[other] for other in query.contrast]
+            asks[name] = Asks(max(x.columns for x in pair), *(sum(x[i] for x in pair) for i in (1, 2)))
+    return Asks(*(sum(part) for part in zip(*asks.values(), strict=True)))
 
 
-def _asked(name: str, one: QueryConfig, tokenizer: Any, model: CausalLM) -> Asks:
-    if one.function:
+def _asked(name: str, query: QueryConfig, tokenizer: Any, model: CausalLM) -> Asks:
+    if query.function:
         return Asks(1, 0, 1)
     flag = "query" if name == "query" else f"queries.{name}"
     content: Rows | Questions
-    if one.choices:
-        content = load_choices(one, tokenizer, model, flag)
+    if query.choices:
+        content = load_choices(query, tokenizer, model, flag)
         tokens = sum(len(row) for rows in content.rows for row in rows)
         count = len(content)
     else:
-        content = load_rows(one, tokenizer, model, flag)[0]
+        content = load_rows(query, tokenizer, model, flag)[0]
         tokens, count = int(content.lengths.sum()), len(content)
-    return Asks(1 if one.reduction == "mean" else count, tokens, count)
+    return Asks(1 if query.reduction == "mean" else count, tokens, count)

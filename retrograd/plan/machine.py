@@ -97,16 +97,16 @@ def machine_of(
             base,
             config.disk_rate,
         )
-    found = HARDWARE[config.hardware]
+    sheet = HARDWARE[config.hardware]
     if precision is None and config.rate is None:
         raise ValueError(
-            f"--hardware {config.hardware} has rates of {', '.join(found.peak)} only, and this run is in float64: give "
+            f"--hardware {config.hardware} has rates of {', '.join(sheet.peak)} only, and this run is in float64: give "
             "--rate, or plan it in float32"
         )
-    peak = None if precision is None else found.peak[precision]
+    peak = None if precision is None else sheet.peak[precision]
     return Machine(
-        config.hardware.upper(), memory or found.memory, host or found.host, disk, config.ranks, shards,
-        config.rate or config.efficiency * (peak or 0.0), peak, found.bandwidth, found.link, _CONTEXT,
+        config.hardware.upper(), memory or sheet.memory, host or sheet.host, disk, config.ranks, shards,
+        config.rate or config.efficiency * (peak or 0.0), peak, sheet.bandwidth, sheet.link, _CONTEXT,
         config.disk_rate or DISK,
     )  # fmt: skip
 

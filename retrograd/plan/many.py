@@ -126,8 +126,8 @@ def plan_validate(
     )  # fmt: skip
     pace = probe(loaded, work, loaded.asked, None, clock)
     seconds = work.steps.steps * pace.step + pace.query / 3  # values alone
-    sets = {one.key for one in made.mine if not made.bank.done(one.key, model=config.save_models)}
-    number, source = len({one.key for one in made.mine}), "three steps timed here"
+    sets = {left_out.key for left_out in made.mine if not made.bank.done(left_out.key, model=config.save_models)}
+    number, source = len({left_out.key for left_out in made.mine}), "three steps timed here"
     if conditions.together > 1:
         stacked = stack_seconds(loaded, work, conditions.together, clock)
         seconds = work.steps.steps * stacked / max(1, conditions.together - 1) + pace.query / 3
@@ -175,9 +175,9 @@ def plan_experiment(
     host = machine_of(plan, config.out, torch.device("cpu"), None if plan.hardware == "here" else "float32").host
     parts, forward = list[Part](), None
     for name, members in sorted(groups.items(), key=lambda group: group[1][0].kind not in _TRAINED):
-        part, found = _part(name, members, config, plan, queue, forward, clock)
+        part, measured = _part(name, members, config, plan, queue, forward, clock)
         parts.append(part)
-        forward = forward or found
+        forward = forward or measured
     return PlannedMany(parts, config.workers, tasks.more, host)
 
 
@@ -229,17 +229,17 @@ def _part(
         return Part(name, len(members), done, seconds, source), None
     if done == len(members):
         return Part(name, len(members), done, seconds, source), None
-    found = plan_run(_configured(first, config.out), plan, clock).forecast
-    pace, tokens = found.pace, found.work.steps.tokens / found.work.steps.steps
-    if seconds is None and found.seconds:
-        seconds = found.total
+    forecast = plan_run(_configured(first, config.out), plan, clock).forecast
+    pace, tokens = forecast.pace, forecast.work.steps.tokens / forecast.work.steps.steps
+    if seconds is None and forecast.seconds:
+        seconds = forecast.total
         if (
             first.kind == "attribute"
         ):  # and three trainings for smoothness, and the retrainings with the one of everything
-            seconds += (4 + first.what["subsets"]) * found.seconds["train"]
+            seconds += (4 + first.what["subsets"]) * forecast.seconds["train"]
         source = "arithmetic" if plan.by_arithmetic else "three steps timed here"
-    disk = sum(found.disk.values()) if first.kind == "scores" else found.disk.get("model", 0)
-    part = Part(name, len(members), done, seconds, source, found.host_peak, disk)
+    disk = sum(forecast.disk.values()) if first.kind == "scores" else forecast.disk.get("model", 0)
+    part = Part(name, len(members), done, seconds, source, forecast.host_peak, disk)
     return part, None if pace is None else pace.step / 3 / tokens
 
 
@@ -262,8 +262,8 @@ def _read_by(what: dict[str, Any]) -> int:
         tokenizer = load_tokenizer(what["tokenizer"] or what["base"])
         lm = weightless(what["base"], what["dtype"], torch.device("cpu"), LoraConfig(), TrainConfig())
         total = 0
-        for name, one in what["tasks"].items():
-            question: Question = build(Question, one, name)
+        for name, settings in what["tasks"].items():
+            question: Question = build(Question, settings, name)
             if question.choices:
                 asked = load_choices(question, tokenizer, lm, None)
                 total += sum(len(row) for rows in asked.rows for row in rows)

@@ -151,16 +151,16 @@ def _directions(params: Params, queries: int) -> Params:
 def _query_seconds(params: Params, asked: Sequence[Asked], clock: Clock) -> float:
     """Of all queries' values and gradients, by some batches of each."""
     total = 0.0
-    for one in asked:
-        parts = [part for column in one.columns for part in column.parts]
+    for query in asked:
+        parts = [part for column in query.columns for part in column.parts]
         tried = parts[: _ASKED + 1]
         seconds = []
         for part in tried:
             start = clock()
-            Queries([one.columns[0]._replace(parts=[part])])(params)
+            Queries([query.columns[0]._replace(parts=[part])])(params)
             _settle(params)
             seconds.append(clock() - start)
-        measured = 4 / 3 if one.record.get("kind") == "choices" else 1.0  # answers are read once more, without slopes
+        measured = 4 / 3 if query.record.get("kind") == "choices" else 1.0  # answers are read once more, without slopes
         total += measured * _median(seconds) * len(parts)
     return total
 

@@ -42,8 +42,8 @@ def duration(seconds: float) -> str:
 
 def show(planned: Planned, console: Console) -> None:
     """Print a run's plan: what it is, what it takes, and what to change where it does not fit."""
-    found = planned.forecast
-    work, machine = found.work, found.machine
+    forecast = planned.forecast
+    work, machine = forecast.work, forecast.machine
     steps, model, table = work.steps, work.model, Table.grid(padding=(0, 2))
     line: Callable[[str, str], None] = lambda name, text: table.add_row(f"[bold]{name}", text)  # noqa: E731
     line("data", f"{steps.rows:,} rows; {steps.steps:,} steps of {steps.batch} rows, {steps.tokens:,} tokens, "
@@ -53,14 +53,14 @@ def show(planned: Planned, console: Console) -> None:
     line("state", f"{size(work.matter.state)}, a gradient {size(work.matter.params)}")
     if work.queries:
         line("queries", f"{work.queries} columns that read {work.asks.tokens:,} tokens")
-    line("kept", planned.why or _kept(found))
-    line("engine", f"{found.engine}, {found.rows} rows of {steps.largest[1]} tokens at once on a rank")
-    for place, parts in (("device", found.device), ("host", found.host), ("disk", found.disk)):
+    line("kept", planned.why or _kept(forecast))
+    line("engine", f"{forecast.engine}, {forecast.rows} rows of {steps.largest[1]} tokens at once on a rank")
+    for place, parts in (("device", forecast.device), ("host", forecast.host), ("disk", forecast.disk)):
         if parts:
-            line(f"{place} a rank", _parts(parts, found.peak if place == "host" else 0))
-    if not found.known:
+            line(f"{place} a rank", _parts(parts, forecast.peak if place == "host" else 0))
+    if not forecast.known:
         line("", "activations are not known and not counted")
-    line("time", _time(found))
+    line("time", _time(forecast))
     console.print(f"[bold]{machine.name}[/bold], {_ranks(machine)}")
     console.print(table)
     _verdict(planned, console)
@@ -120,17 +120,17 @@ def values_of_many(planned: PlannedMany) -> dict[str, Any]:
 
 def values_of(planned: Planned) -> dict[str, Any]:
     """All numbers, as JSON has them."""
-    found = planned.forecast
-    work = found.work
+    forecast = planned.forecast
+    work = forecast.work
     values = {
-        "machine": found.machine._asdict(), "steps": work.steps._asdict(), "model": work.model._asdict(),
+        "machine": forecast.machine._asdict(), "steps": work.steps._asdict(), "model": work.model._asdict(),
         "state_bytes": work.matter.state, "gradient_bytes": work.matter.params, "queries": work.queries,
-        "asked_tokens": work.asks.tokens, "engine": found.engine, "rows_at_once": found.rows,
-        "replay": None if found.layout is None else describe(found.layout), "seconds": found.seconds,
-        "total_seconds": found.total, "device_hours": found.device_hours, "floor_seconds": found.floor,
-        "device_bytes": found.device, "host_bytes": found.host, "host_peak_bytes": found.host_peak,
-        "disk_bytes": found.disk, "activations_known": found.known, "missing_bytes": found.missing,
-        "fits": not found.missing and not planned.why, "changes": found.changes,
+        "asked_tokens": work.asks.tokens, "engine": forecast.engine, "rows_at_once": forecast.rows,
+        "replay": None if forecast.layout is None else describe(forecast.layout), "seconds": forecast.seconds,
+        "total_seconds": forecast.total, "device_hours": forecast.device_hours, "floor_seconds": forecast.floor,
+        "device_bytes": forecast.device, "host_bytes": forecast.host, "host_peak_bytes": forecast.host_peak,
+        "disk_bytes": forecast.disk, "activations_known": forecast.known, "missing_bytes": forecast.missing,
+        "fits": not forecast.missing and not planned.why, "changes": forecast.changes,
     }  # fmt: skip
     if planned.why:
         values["refused"] = planned.why
@@ -139,11 +139,11 @@ def values_of(planned: Planned) -> dict[str, Any]:
     return values
 
 
-def _kept(found: Forecast) -> str:
-    layout = found.layout
+def _kept(forecast: Forecast) -> str:
+    layout = forecast.layout
     if layout is None:
         return "a resume point: there is no way back"
-    gradients = "" if layout.gradients_on_disk is None else f" and {found.work.steps.steps} gradients"
+    gradients = "" if layout.gradients_on_disk is None else f" and {forecast.work.steps.steps} gradients"
     again = "remade by the update alone" if layout.gradients_on_disk is not None else "taken again"
     files = f", {layout.on_disk} of them on disk" if layout.on_disk else ""
     return (
@@ -159,14 +159,14 @@ def _parts(parts: dict[str, int], peak: int) -> str:
     return f"{size(total)}: {listed}{before}"
 
 
-def _time(found: Forecast) -> str:
-    if not found.seconds:
+def _time(forecast: Forecast) -> str:
+    if not forecast.seconds:
         return "not predicted: give --rate, --hardware, or let three steps be timed"
-    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.seconds.items())
-    floor = f"; the arithmetic alone is {duration(found.floor)} at {_rate(found)}" if found.floor else ""
-    return f"{duration(found.total)} ({phases}), {found.device_hours:.3g} device hours{floor}"
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in forecast.seconds.items())
+    floor = f"; the arithmetic alone is {duration(forecast.floor)} at {_rate(forecast)}" if forecast.floor else ""
+    return f"{duration(forecast.total)} ({phases}), {forecast.device_hours:.3g} device hours{floor}"
 
 
-def _rate(found: Forecast) -> str:
-    rate = found.machine.peak or found.machine.rate or 0.0
-    return f"{rate / 1e12:.3g}·10¹² operations a second{' a rank' if found.machine.ranks > 1 else ''}"
+def _rate(forecast: Forecast) -> str:
+    rate = forecast.machine.peak or forecast.machine.rate or 0.0
+    return f"{rate / 1e12:.3g}·10¹² operations a second{' a rank' if forecast.machine.ranks > 1 else ''}"

@@ -76,19 +76,19 @@ def activations_of(name: str, dtype: str) -> tuple[Curve, Curve] | None:
         near, far = (_small(whole, layers) for layers in (1, 2))
         curves = [(graph_curve(*near, twice=twice), graph_curve(*far, twice=twice)) for twice in (True, False)]
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(f"activations are left out, for no small model of {name!r} can be made: {told}", stacklevel=2)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(f"activations are left out, for no small model of {name!r} can be made: {reason}", stacklevel=2)
         return None
     scale = DTYPES[dtype].itemsize / 4
-    twice, once = (_scaled(one, other, whole, near[0], far[0], scale) for one, other in curves)
+    twice, once = (_scaled(*pair, whole, near[0], far[0], scale) for pair in curves)
     return twice, once
 
 
-def _scaled(one: Curve, two: Curve, whole: Any, near: nn.Module, far: nn.Module, scale: float) -> Curve:
+def _scaled(near_curve: Curve, far_curve: Curve, whole: Any, near: nn.Module, far: nn.Module, scale: float) -> Curve:
     """Of a small model of one layer and of two, to the layers, width and heads of the whole one."""
     small, large = text_config(near), whole.get_text_config(decoder=True)
-    layer = Curve(*(b - a for a, b in zip(one, two)))
-    rest = Curve(*(a - b for a, b in zip(one, layer)))
+    layer = Curve(*(b - a for a, b in zip(near_curve, far_curve)))
+    rest = Curve(*(a - b for a, b in zip(near_curve, layer)))
     width = large.hidden_size / small.hidden_size
     heads = large.num_attention_heads / small.num_attention_heads
     by = Curve(width**2, width, heads)

@@ -62,9 +62,9 @@ def prove(
     training = _on_few(training, module, rows)
     if objective is not None:
         prove_reached(training, state, objective, module)
-    found, grads = prove_pure(training, state, module)
+    engine_loss, grads = prove_pure(training, state, module)
     if loss is not None:
-        _refuse_another(found, loss, next(iter(state.params.values())).dtype)
+        _refuse_another(engine_loss, loss, next(iter(state.params.values())).dtype)
     prove_update(training.recipe.optimizer, state.params, grads)
     del grads  # as large as the model
     prove_gradient(training, state, module)
@@ -183,12 +183,12 @@ def _unchanged(state: State, module: nn.Module | None) -> Iterator[None]:
         )
 
 
-def _refuse_another(found: Tensor, own: Tensor, dtype: torch.dtype) -> None:
+def _refuse_another(engine_loss: Tensor, own: Tensor, dtype: torch.dtype) -> None:
     """Refuses an engine whose loss is not the objective's."""
-    difference = abs(float(found) - float(own))
+    difference = abs(float(engine_loss) - float(own))
     if not difference <= _NEAR.get(dtype, 0.1) * (abs(float(own)) + 1e-3):
         raise ValueError(
-            f"the engine's loss on the first rows is {float(found):.6g}, the model's own forward pass gives "
+            f"the engine's loss on the first rows is {float(engine_loss):.6g}, the model's own forward pass gives "
             f"{float(own):.6g}: it would train another function. Take --engine double"
         )
 
@@ -219,18 +219,18 @@ def _compare_gradient(
     refuse_infinite("H ḡ", products, module)
 
     def value(point: Params) -> float:
-        found = engine.gradient(point, [batch], weights, seed)[1]
-        return float(tree.dot(found, {name: bar[0] for name, bar in bars.items()}))
+        moved = engine.gradient(point, [batch], weights, seed)[1]
+        return float(tree.dot(moved, {name: bar[0] for name, bar in bars.items()}))
 
     probe = Slopes(value, params, {name: x[0] for name, x in products.items()}, draw)
     for _ in range(_DIRECTIONS):
         along = scaled(params, 0.02, draw)
-        found = probe.along(along)
-        if not found.agrees:
+        compared = probe.along(along)
+        if not compared.agrees:
             wrong = probe.leaves(along)
             raise ValueError(
                 f"the second derivative of the loss is not that of the step: along {some(wrong, module)} the "
-                f"derivative of the gradient is {found.measured:.6g} by differences and {found.pulled:.6g} by "
+                f"derivative of the gradient is {compared.measured:.6g} by differences and {compared.pulled:.6g} by "
                 "autograd, and scores would be wrong by as much. Something there hides from autograd what it does: "
                 "detach, straight-through estimates, once_differentiable, .item(), or a fused kernel with a backward "
                 "of its own. Write it in plain differentiable operations"
@@ -291,8 +291,8 @@ def _runs_in_float64(
     return all(g.dtype == torch.float64 for g in grads.values())
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+def _same(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first, second) or torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def _nodes(start: Any) -> Iterator[Any]:

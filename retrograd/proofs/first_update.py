@@ -71,13 +71,14 @@ def _compare_update(optimizer: Optimizer, params: Params, grads: Params, draw: D
         probe = Slopes(value, point, slopes, draw)
         # in proportion to each entry: an update is smooth there even where it divides by √v
         along = {name: x * draw.like(name, x) for name, x in point.items()}
-        found = probe.along(along)
-        if not found.agrees:
+        compared = probe.along(along)
+        if not compared.agrees:
             raise ValueError(
-                f"the derivative of {_title(optimizer)}'s update by its {what} is {found.measured:.6g} by differences "
-                f"and {found.pulled:.6g} by its pullback (at {some(probe.leaves(along))}): scores would be wrong by "
-                "as much. Something in it hides from autograd what it does, such as torchopt.clip_grad_norm or "
-                "use_accelerated_op; clip with max_grad_norm instead, or take an optimizer from retrograd.optim"
+                f"the derivative of {_title(optimizer)}'s update by its {what} is {compared.measured:.6g} by "
+                f"differences and {compared.pulled:.6g} by its pullback (at {some(probe.leaves(along))}): scores would "
+                "be wrong by as much. Something in it hides from autograd what it does, such as "
+                "torchopt.clip_grad_norm or use_accelerated_op; clip with max_grad_norm instead, or take an optimizer "
+                "from retrograd.optim"
             )
 
 
@@ -91,8 +92,8 @@ def _after_two(optimizer: Optimizer, params: Params, grads: Params, draw: Draws)
             now, moments = optimizer.update(now, moments, moved, t)
             now, moments = tree.map(torch.detach, (now, moments))
         ends.append((now, moments))
-    one, other = (_numbered(moments) for _, moments in ends)
-    varying = [name for name, x in one.items() if x.is_floating_point() and not torch.equal(x, other[name])]
+    first, second = (_numbered(moments) for _, moments in ends)
+    varying = [name for name, x in first.items() if x.is_floating_point() and not torch.equal(x, second[name])]
     return *ends[0], varying
 
 
@@ -113,7 +114,7 @@ def _pure_update(optimizer: Optimizer, params: Params, moments: Moments, grads: 
 
 
 def _floating(*trees: Any) -> list[list[Tensor]]:
-    return [[x for x in tree.leaves(one) if x.is_floating_point()] for one in trees]
+    return [[x for x in tree.leaves(nested) if x.is_floating_point()] for nested in trees]
 
 
 def _numbered(moments: Moments) -> Params:
@@ -126,5 +127,5 @@ def _placed(moments: Moments, flat: Params) -> Moments:
 
 
 def _title(optimizer: Optimizer) -> str:
-    one = optimizer.pair if isinstance(optimizer, Pair) else optimizer
-    return f"the optimizer {type(one).__module__.split('.')[0]}.{type(one).__name__}"
+    named = optimizer.pair if isinstance(optimizer, Pair) else optimizer
+    return f"the optimizer {type(named).__module__.split('.')[0]}.{type(named).__name__}"

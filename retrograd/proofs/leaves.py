@@ -22,13 +22,13 @@ def anywhere(leaves: dict[str, bool]) -> list[str]:
     return list(dict.fromkeys(names[place // processes] for place in every.nonzero().flatten().tolist()))
 
 
-def refuse_infinite(what: str, found: Params, module: nn.Module | None = None) -> None:
+def refuse_infinite(what: str, derivative: Params, module: nn.Module | None = None) -> None:
     """Refuse a derivative that is not finite.
 
     Raises:
         ValueError: With the first such leaf.
     """
-    bad = anywhere({name: not bool(torch.isfinite(x).all()) for name, x in found.items()})
+    bad = anywhere({name: not bool(torch.isfinite(x).all()) for name, x in derivative.items()})
     if bad:
         raise ValueError(
             f"{what} is not finite in {named(module, bad[0])} at the first step, where the gradient is: a function "
@@ -44,7 +44,7 @@ def named(module: nn.Module | None, name: str) -> str:
     if owner is None:
         return name
     held = list(owner) if isinstance(owner, ParametrizationList) else [owner]
-    return f"{name} ({', '.join(type(one).__name__.lstrip('_') for one in held)})"
+    return f"{name} ({', '.join(type(part).__name__.lstrip('_') for part in held)})"
 
 
 def some(names: Sequence[str], module: nn.Module | None = None) -> str:

@@ -89,8 +89,8 @@ class Slopes:
             sure.append(measured)
         fine = self.sizes is _FINE  # small enough for every kink
         spread = max(sure) - min(sure) if sure else 0.0
-        told = bool(sure) and (fine or (len(sure) > 2 and spread <= 0.1 * min(abs(x - pulled) for x in sure)))
-        return Compared(pulled, sure[0] if sure else pulled, not told)
+        certain = bool(sure) and (fine or (len(sure) > 2 and spread <= 0.1 * min(abs(x - pulled) for x in sure)))
+        return Compared(pulled, sure[0] if sure else pulled, not certain)
 
     def leaves(self, direction: Params) -> list[str]:
         """Leaves along which alone the slopes differ, the most wrong first; of many leaves one, found by halves."""
@@ -176,11 +176,11 @@ def _ladder(
         smooth = (earlier / later / factor).log().abs() <= math.log(1.7)  # NaN for opposite signs: not smooth
         counts = smooth | (torch.maximum(earlier.abs(), later.abs()) <= rounding)
         settled, counted = settled | (counts & counted), counts
-        found = now + later / (factor - 1)
-        error = (found - last - earlier / (factor - 1)).abs() + rounding
+        extrapolated = now + later / (factor - 1)
+        error = (extrapolated - last - earlier / (factor - 1)).abs() + rounding
         better = counts & (error < uncertainty)
-        slope, uncertainty = torch.where(better, found, slope), torch.where(better, error, uncertainty)
-        distance = torch.where(better, (now - found).abs(), distance)
+        slope, uncertainty = torch.where(better, extrapolated, slope), torch.where(better, error, uncertainty)
+        distance = torch.where(better, (now - extrapolated).abs(), distance)
         spread = torch.where(better, (now - before).abs(), spread)
         if ((uncertainty <= goal) & ((slope - expected).abs() <= 2 * goal)).all():
             break

@@ -19,7 +19,7 @@ def assemble(config: MagicConfig) -> Loaded:
     model, tokenizer, stream, texts = load_recipe(config, per_token=config.attribute == "tokens")
     size = config.train.micro_batch_size or config.train.batch_size
     asked = load_queries(queries_of(config), model, tokenizer, batch_size=size, like=stream.weights)
-    queries = sum(len(one.columns) for one in asked) + config.sharpness
+    queries = sum(len(query.columns) for query in asked) + config.sharpness
     how = differentiated(config, queries)
     visited = visits(stream, config.attribute, config.dtype)
     setup = set_up(model, tokenizer, stream, config.train, how, visited=visited)

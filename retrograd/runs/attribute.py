@@ -66,15 +66,15 @@ def ask(
     Of a run in pieces the gradients are on disk alone.
     """
     if isinstance(loaded.training.engine, Sharded):
-        paths = [run / "queries" / one.name / "gradient.safetensors" for one in asked]
-        each = [_ask_in_pieces(path, loaded, one, final) for path, one in zip(paths, asked)]
+        paths = [run / "queries" / query.name / "gradient.safetensors" for query in asked]
+        each = [_ask_in_pieces(path, loaded, query, final) for path, query in zip(paths, asked)]
         return torch.cat(each), StoredGradient(tuple(paths), tuple(final.params))
-    found = [_ask_one(run / "queries" / one.name, loaded, one, final) for one in asked]
-    values = torch.cat([values for values, _ in found])
-    if len(found) == 1:
-        return values, {name: found[0][1][name].to(loaded.stream.device) for name in final.params}
+    answers = [_ask_one(run / "queries" / query.name, loaded, query, final) for query in asked]
+    values = torch.cat([values for values, _ in answers])
+    if len(answers) == 1:
+        return values, {name: answers[0][1][name].to(loaded.stream.device) for name in final.params}
     # leaf by leaf, each given up as it is copied
-    parts = {name: [grads.pop(name) for _, grads in found] for name in final.params}
+    parts = {name: [grads.pop(name) for _, grads in answers] for name in final.params}
     return values, {name: torch.cat(parts.pop(name)).to(loaded.stream.device) for name in final.params}
 
 
@@ -87,7 +87,7 @@ def write_results(
         run: Folder of the run, whose journal has the training steps.
         folder: Where the score files go; its metrics.jsonl has the sweep.
     """
-    names = [column.name for one in asked for column in one.columns]
+    names = [column.name for query in asked for column in query.columns]
     train, _ = read_journal(run / "metrics.jsonl")
     _, reverse = read_journal(folder / "metrics.jsonl")
     lr = getattr(loaded.training.recipe.optimizer, "lr")  # noqa: B009
@@ -98,9 +98,9 @@ def write_results(
     findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
     write_json(folder / "health.json", {"findings": [vars(finding) for finding in findings]})
     start = 0
-    for one in asked if len(asked) > 1 else ():
-        part = slice(start, start := start + len(one.columns))
-        _write(run / "queries" / one.name, loaded, scores[part], names[part], None)
+    for query in asked if len(asked) > 1 else ():
+        part = slice(start, start := start + len(query.columns))
+        _write(run / "queries" / query.name, loaded, scores[part], names[part], None)
     leading = len(asked[0].columns)
     order = _write(folder, loaded, scores, names, leading)
     return Outcome(names, values, scores, order, findings)
@@ -110,12 +110,12 @@ def stored(run: Path, folder: Path, loaded: Loaded, asked: Sequence[Asked]) -> O
     """The outcome of a sweep that is done, from its files."""
     scores = read_scores(folder / "scores.pt", loaded.stream.per_token)
     values = torch.cat(
-        [read_tensors(run / "queries" / one.name / "gradient.safetensors")[0]["values"] for one in asked]
+        [read_tensors(run / "queries" / query.name / "gradient.safetensors")[0]["values"] for query in asked]
     )
     order = _ranked(loaded, scores, len(asked[0].columns))
     train, reverse = read_journal(run / "metrics.jsonl")[0], read_journal(folder / "metrics.jsonl")[1]
     findings = [*loaded.findings, *sweep_findings(train, reverse, loaded.training.recipe)]
-    return Outcome([column.name for one in asked for column in one.columns], values, scores, order, findings)
+    return Outcome([column.name for query in asked for column in query.columns], values, scores, order, findings)
 
 
 def summarise(outcome: Outcome, loaded: Loaded, asked: Sequence[Asked], console: Console) -> Outcome:
@@ -148,8 +148,8 @@ def _further(asked: Sequence[Asked]) -> Iterator[str]:
     for query in asked:
         phases = query.record.get("then", ())
         if phases:
-            told = ", then ".join(f"{phase['steps']} further steps of {phase['path']}" for phase in phases)
-            yield f"{query.name} is asked after {told}."
+            phrases = ", then ".join(f"{phase['steps']} further steps of {phase['path']}" for phase in phases)
+            yield f"{query.name} is asked after {phrases}."
 
 
 def show_ends(order: Sequence[Ranked], console: Console) -> None:
@@ -165,43 +165,45 @@ def show_ends(order: Sequence[Ranked], console: Console) -> None:
             console.print(f"No {kind}: no document has a {sign} score.")
 
 
-def _ask_one(folder: Path, loaded: Setup, one: Asked, final: State) -> tuple[Tensor, dict[str, Tensor]]:
-    path, identity = folder / "gradient.safetensors", f"{loaded.identity}/{one.digest}"
+def _ask_one(folder: Path, loaded: Setup, query: Asked, final: State) -> tuple[Tensor, dict[str, Tensor]]:
+    path, identity = folder / "gradient.safetensors", f"{loaded.identity}/{query.digest}"
     if path.exists():
         tensors, metadata = read_tensors(path)
         if metadata.get("identity") == identity:
             return tensors.pop("values"), {name.removeprefix("gradient."): g for name, g in tensors.items()}
-    values, gradient = ask_together(here(), one, final.params)
+    values, gradient = ask_together(here(), query, final.params)
     named = {f"gradient.{name}": leaf for name, leaf in gradient.items()}
-    _record(folder, one, values, final)
+    _record(folder, query, values, final)
     write_tensors(path, {"values": values, **named}, {"identity": identity, "layout": "whole"})
     return values, gradient
 
 
-def _ask_in_pieces(path: Path, loaded: Setup, one: Asked, final: State) -> Tensor:
+def _ask_in_pieces(path: Path, loaded: Setup, query: Asked, final: State) -> Tensor:
     """The values; the gradient goes to disk leaf by leaf."""
-    engine, identity = loaded.training.engine, f"{loaded.identity}/{one.digest}"
+    engine, identity = loaded.training.engine, f"{loaded.identity}/{query.digest}"
     assert isinstance(engine, Sharded)
     known = values_of(path, identity)
     if known is not None:
         return known
-    values, own = ask_together(here(), one, final.params, engine.lying)
-    _record(path.parent, one, values, final)
+    values, own = ask_together(here(), query, final.params, engine.lying)
+    _record(path.parent, query, values, final)
     write_gradient(path, values, final.params, given(engine.lying, own), identity)
     return values
 
 
-def _record(folder: Path, one: Asked, values: Tensor, final: State) -> None:
+def _record(folder: Path, query: Asked, values: Tensor, final: State) -> None:
     """What query.json says.
 
     Raises:
         ValueError: If a value is not finite.
     """
     if not torch.isfinite(values).all():
-        raise ValueError(f"query {one.name!r} after training is {values.tolist()}; lower the learning rate")
-    record = {**one.record, **one.measure(final.params)}
-    columns = [column.name for column in one.columns]
-    write_json(folder / "query.json", {"name": one.name, "columns": columns, "values_nats": values.tolist(), **record})
+        raise ValueError(f"query {query.name!r} after training is {values.tolist()}; lower the learning rate")
+    record = {**query.record, **query.measure(final.params)}
+    columns = [column.name for column in query.columns]
+    write_json(
+        folder / "query.json", {"name": query.name, "columns": columns, "values_nats": values.tolist(), **record}
+    )
 
 
 def _write(folder: Path, loaded: Loaded, scores: Tensor, names: Sequence[str], leading: int | None) -> list[Ranked]:

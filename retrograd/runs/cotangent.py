@@ -81,14 +81,14 @@ def _moments(given: Any, like: State, queries: int, single: bool) -> Moments:
     """∂φ/∂(moments) of the moments' structure, [K, *shape]: from a tree of it, or a list of the floating ones'."""
     if given is None:
         return None
-    wanted, found = tree.leaves(like.moments), tree.leaves(given)
+    wanted, bars = tree.leaves(like.moments), tree.leaves(given)
     floating = [leaf for leaf in wanted if leaf.is_floating_point()]
-    if len(found) not in (len(wanted), len(floating)):
-        raise ValueError(f"opt_grads has {len(found)} tensors; this optimizer's moments have {len(floating)}")
-    left = iter(found)
+    if len(bars) not in (len(wanted), len(floating)):
+        raise ValueError(f"opt_grads has {len(bars)} tensors; this optimizer's moments have {len(floating)}")
+    left = iter(bars)
 
     def place(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point() and len(found) < len(wanted):
+        if not leaf.is_floating_point() and len(bars) < len(wanted):
             return torch.zeros((), device=leaf.device).expand(queries, *leaf.shape)
         bar = next(left)[None] if single else next(left)
         return _same_shape("a tensor of opt_grads", bar, (queries, *leaf.shape))
@@ -105,7 +105,7 @@ def _same_names(gradient: Params, params: Params) -> None:
         )
 
 
-def _same_shape(what: str, found: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tuple(found.shape) != shape:
-        raise ValueError(f"{what} has shape {tuple(found.shape)}; for this run it has to be {shape}")
-    return found
+def _same_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; for this run it has to be {shape}")
+    return tensor

@@ -69,12 +69,12 @@ def _together(config: Config) -> dict[tuple[tuple[str, ...], bool], list[str]]:
 
     What is answered is not pulled back again when another one is.
     """
-    found: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+    together: dict[tuple[tuple[str, ...], bool], list[str]] = {}
     for name, query in queries_of(config).items():
         if query.then:
             answered = isinstance(config.run, Path) and (config.run / f"queries/{name}/gradient.safetensors").exists()
-            found.setdefault((query.then, answered), []).append(name)
-    return found
+            together.setdefault((query.then, answered), []).append(name)
+    return together
 
 
 class _Phase:
@@ -110,7 +110,7 @@ class _Phase:
     def say_other_start(self, params: Params) -> None:
         """Warn if the run whose recipe this is began with other parameters than these."""
         known = Manifest(self.path / "manifest.json").values.get("hashes", {}) if self.path.is_dir() else {}
-        if known.get("model", found := fingerprint(params)) != found:
+        if known.get("model", own := fingerprint(params)) != own:
             warnings.warn(
                 f"{self.path} began with other parameters than this run ends with, so its own losses are others: its "
                 "data and recipe are what was taken. To follow a run of its own, train it from the model of this one",

@@ -44,10 +44,10 @@ class StoredGradient(NamedTuple):
 
     def own(self, lying: Pieces, device: torch.device) -> Params:
         """This process's pieces."""
-        found: Params = {}
+        pieces: Params = {}
         for name, leaf in self.leaves():
-            found.update({label: piece.to(device) for label, piece in lying.own({name: leaf}).items()})
-        return found
+            pieces.update({label: piece.to(device) for label, piece in lying.own({name: leaf}).items()})
+        return pieces
 
 
 def write_gradient(path: Path, values: Tensor, like: Params, leaves: Iterable[Tensor], identity: str) -> None:
@@ -68,8 +68,8 @@ def values_of(path: Path, identity: str) -> Tensor | None:
     if not path.exists():
         return None
     with _opened(path) as file:
-        found: Tensor = file.get_tensor("values").clone()
-        return found if (file.metadata() or {}).get("identity") == identity else None
+        values: Tensor = file.get_tensor("values").clone()
+        return values if (file.metadata() or {}).get("identity") == identity else None
 
 
 @contextmanager

@@ -73,12 +73,12 @@ def held_tensors(module: nn.Module) -> dict[str, Tensor]:
     Buffers that a library makes of its configuration and does not save are left out: the configuration is told.
     """
     readers = trainable(module)[1]
-    found = {name: x for name, x in module.named_parameters(remove_duplicate=False) if name not in readers}
+    held = {name: x for name, x in module.named_parameters(remove_duplicate=False) if name not in readers}
     for place, part in module.named_modules():
         made = part._non_persistent_buffers_set if _is_library(type(part)) else set()
         own = part.named_buffers(prefix=place, recurse=False, remove_duplicate=False)
-        found |= {name: x for name, x in own if name.rpartition(".")[2] not in made}
-    return {name: x.detach() for name, x in found.items()}
+        held |= {name: x for name, x in own if name.rpartition(".")[2] not in made}
+    return {name: x.detach() for name, x in held.items()}
 
 
 def architecture(module: nn.Module) -> str:
@@ -86,17 +86,17 @@ def architecture(module: nn.Module) -> str:
     return fingerprint(_Writer().parts(module))
 
 
-def told_apart(found: str | None, expected: str) -> str:
-    """Why a file of identity `found` is no file of the run `expected`, in words, with what to do."""
-    if found and not found.startswith(f"{EDITION}-"):
+def told_apart(writer: str | None, expected: str) -> str:
+    """Why a file of identity `writer` is no file of the run `expected`, in words, with what to do."""
+    if writer and not writer.startswith(f"{EDITION}-"):
         return (
-            f"was written by an earlier version of retrograd (run {found}), whose hash of a run covered less "
+            f"was written by an earlier version of retrograd (run {writer}), whose hash of a run covered less "
             "than now (its arithmetic; before that also frozen weights, buffers and code), so that it cannot be told "
             f"whether it belongs to this run, {expected}. Go on with the version it was begun with, or start afresh in "
             "another folder"
         )
     return (
-        f"was written by another run ({found}; this run is {expected}): model, frozen weights, data, recipe or loss "
+        f"was written by another run ({writer}; this run is {expected}): model, frozen weights, data, recipe or loss "
         "differ. Put back what has changed, or use another folder"
     )
 

@@ -88,7 +88,7 @@ class Journal:
         if any(("reverse", step) not in entries for step in range(left, durable.steps)):
             durable.clean_reverse(key)
             left = durable.steps
-        self._rewrite({(phase, n): one for (phase, n), one in entries.items() if phase != "reverse" or n >= left})
+        self._rewrite({(phase, n): entry for (phase, n), entry in entries.items() if phase != "reverse" or n >= left})
         mirror(self.path, self.loggers, lambda entry: entry["phase"] == "reverse")
 
     def _rewrite(self, entries: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -112,15 +112,15 @@ def mirror(path: Path, loggers: Sequence[Logger], wanted: Callable[[dict], bool]
 
 def _entries(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """What is told by phase and step, in the order of the file; the last of several. A broken line tells nothing."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    entries: dict[tuple[str, int], dict[str, Any]] = {}
     lines = read_lines(path)
     for line in lines:
         try:
             entry = json.loads(line)
-            found[entry["phase"], entry["step"]] = entry
+            entries[entry["phase"], entry["step"]] = entry
         except (ValueError, KeyError, TypeError):
             warnings.warn(f"{path} has a broken line, which counts as lost: {line[:60]!r}", stacklevel=2)
-    return found
+    return entries
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -152,14 +152,14 @@ def recipe_gradients(rates: list[float], reverse: list[dict[str, Any]], names: l
         )
     if not reverse or "lr_gradient" not in reverse[0]:
         return None
-    peak, found = max(rates), {}
+    peak, gradients = max(rates), {}
     for k, name in enumerate(names):
         by_step = [entry["lr_gradient"][k] for entry in reverse]
         scaled = sum(lr / peak * slope for lr, slope in zip(rates, by_step, strict=True)) if peak else None
         decay = sum(entry["weight_decay_gradient"][k] for entry in reverse)
-        found[name] = {"lr_by_step": by_step, "peak_lr": scaled, "weight_decay": decay}
+        gradients[name] = {"lr_by_step": by_step, "peak_lr": scaled, "weight_decay": decay}
     meaning = (
         "Derivatives of the query value after training, in nats per unit of: each step's learning rate (lr_by_step), "
         "the schedule's peak (peak_lr), the coefficient of weight decay. Negative: raising it lowers the query value."
     )
-    return {"meaning": meaning, "lr": rates, "queries": found}
+    return {"meaning": meaning, "lr": rates, "queries": gradients}

@@ -121,22 +121,22 @@ def _is(file: int, path: Path) -> bool:
 
 
 def _myself() -> bytes:
-    told = {
+    holder = {
         "pid": os.getpid(), "host": platform.node(), "since": datetime.now().astimezone().isoformat(" ", "seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
     }  # fmt: skip
-    return json.dumps(told).encode() + b"\n"
+    return json.dumps(holder).encode() + b"\n"
 
 
 def _holders(file: int) -> list[dict[str, Any]]:
     """Who says that it holds the lock and is not known to be dead."""
-    found = []
+    holders = []
     for line in os.pread(file, 1 << 20, 0).split(b"\n"):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            one = json.loads(line)
-            if one["host"] != platform.node() or _lives(int(one["pid"])):
-                found.append(one)
-    return found
+            holder = json.loads(line)
+            if holder["host"] != platform.node() or _lives(int(holder["pid"])):
+                holders.append(holder)
+    return holders
 
 
 def _lives(pid: int) -> bool:
@@ -150,9 +150,12 @@ def _lives(pid: int) -> bool:
 
 
 def _refusal(folder: Path, holders: list[dict[str, Any]]) -> str:
-    told = [f"process {one['pid']} on {one['host']} since {one['since']} ({one['command']})" for one in holders]
+    words = [
+        f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
+        for holder in holders
+    ]
     return (
-        f"{folder} is in use by {'; '.join(told) or 'another process'}. Two writers would spoil it: wait until that "
+        f"{folder} is in use by {'; '.join(words) or 'another process'}. Two writers would spoil it: wait until that "
         "one has ended, or use another folder."
     )
 

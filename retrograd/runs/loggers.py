@@ -61,12 +61,12 @@ def open_loggers(names: Sequence[str], run: Path) -> Iterator[list[Logger]]:
         run: Folder of the run; TensorBoard and wandb write inside it.
     """
     with contextlib.ExitStack() as stack:
-        found: list[Logger] = []
+        loggers: list[Logger] = []
         for name in dict.fromkeys(names):
             with _quiet():
-                found.append(LOGGERS[name](run))
-            stack.callback(_close, found[-1])
-        yield found
+                loggers.append(LOGGERS[name](run))
+            stack.callback(_close, loggers[-1])
+        yield loggers
 
 
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -77,17 +77,17 @@ def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
     >>> scalars({"phase": "train", "step": 3, "loss": 1.5, "terms": {"forget": -0.5}})
     {'loss': 1.5, 'terms/forget': -0.5}
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in entry.items():
         if name == "terms":
-            found |= {f"terms/{term}": float(x) for term, x in value.items()}
+            numbers |= {f"terms/{term}": float(x) for term, x in value.items()}
         elif name == "tasks":
-            found |= {f"{task}/{n}": x for task, values in value.items() for n, x in scalars(values).items()}
+            numbers |= {f"{task}/{n}": x for task, values in value.items() for n, x in scalars(values).items()}
         elif isinstance(value, list) and name not in _NO_CURVES:
-            found |= {name if len(value) == 1 else f"{name}/{k}": float(x) for k, x in enumerate(value)}
+            numbers |= {name if len(value) == 1 else f"{name}/{k}": float(x) for k, x in enumerate(value)}
         elif isinstance(value, (int, float)) and name not in _NO_CURVES:
-            found[name] = float(value)
-    return found
+            numbers[name] = float(value)
+    return numbers
 
 
 _NO_CURVES = ("step", "phase", "samples", "interval", "questions", "tokens", "documents", "failed", "right")

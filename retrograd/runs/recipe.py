@@ -54,5 +54,5 @@ def _embeddings(model: CausalLM) -> tuple[str, ...]:
     ends = (model.module.get_input_embeddings(), model.module.get_output_embeddings())  # type: ignore[operator]
     weights = {id(end.weight) for end in ends if hasattr(end, "weight")}
     named, readers = model.module.named_parameters(remove_duplicate=False), trainable(model.module)[1]
-    found = {readers[name] for name, parameter in named if id(parameter) in weights and name in readers}
-    return tuple(name for name in model.params if name in found)
+    leaves = {readers[name] for name, parameter in named if id(parameter) in weights and name in readers}
+    return tuple(name for name in model.params if name in leaves)

@@ -54,11 +54,11 @@ def origins_of(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 def doc_ids(rows: Rows) -> Tensor:
     """Original document id of every position, [rows, length]; padding carries its row's last document."""
-    found = torch.empty((len(rows), rows.max_length), dtype=torch.int64)
+    ids = torch.empty((len(rows), rows.max_length), dtype=torch.int64)
     for number, documents in enumerate(rows.doc_ids):
-        found[number, : len(documents)] = torch.from_numpy(np.asarray(documents))
-        found[number, len(documents) :] = int(documents[-1])
-    return found
+        ids[number, : len(documents)] = torch.from_numpy(np.asarray(documents))
+        ids[number, len(documents) :] = int(documents[-1])
+    return ids
 
 
 def per_document(scores: Tensor, rows: Rows) -> Tensor:
@@ -87,7 +87,7 @@ def ranked(
         for document in np.unique(documents):
             where.setdefault(int(document), set()).update(steps[row])
             targets[int(document)] = targets.get(int(document), 0) + int(mask[documents == document].sum())
-    found = [
+    records = [
         Ranked(
             doc,
             float(scores[:leading, doc].mean()),
@@ -99,7 +99,7 @@ def ranked(
         )
         for doc in where
     ]
-    return sorted(found, key=lambda record: record.score)
+    return sorted(records, key=lambda record: record.score)
 
 
 def proponents(order: Sequence[Ranked], count: int) -> list[Ranked]:

@@ -83,7 +83,7 @@ class Sums(Protocol):
     nothing to add too.
     """
 
-    def add(self, part: int, found: Params) -> None:
+    def add(self, part: int, terms: Params) -> None:
         """What a micro-batch gives at this place."""
 
     def done(self, names: Sequence[str]) -> None:
@@ -117,10 +117,10 @@ class Blocks:
         assert batches, "a step needs at least one batch"
         loss, sums, residual = torch.zeros(()), dict[str, Tensor](), []
         for part in micros(batches, weights, seed):
-            found = _Found()
-            value, left = self.first(_at_hand(params), [part], found)
+            micro_grads = _MicroSums()
+            value, left = self.first(_at_hand(params), [part], micro_grads)
             loss = loss.to(value) + value
-            _add(sums, found)
+            _add(sums, micro_grads)
             residual += left
         grads = {name: sums[name] if name in sums else torch.zeros_like(theta) for name, theta in params.items()}
         return loss, grads, residual
@@ -146,10 +146,10 @@ class Blocks:
         scores, queries = [], len(next(iter(bars.values())))
         read = _at_hand(params), _at_hand(bars)
         for place, (part, batch) in enumerate(zip(micros(batches, weights, seed), batches)):
-            found = _Found()
+            products = _MicroSums()
             left = [None] if residual is None else residual[place : place + 1]
-            (slopes,) = self.second(*read, queries, [part], found, left)
-            _add(curvature, found)
+            (slopes,) = self.second(*read, queries, [part], products, left)
+            _add(curvature, products)
             scores.append(slopes * batch.scale)
         zeros = {name: torch.zeros_like(bar) for name, bar in bars.items() if name not in curvature}
         return {name: (zeros if name in zeros else curvature)[name] for name in params}, torch.cat(scores, dim=1)
@@ -232,11 +232,11 @@ class Blocks:
         point = read(_leaves(head))
         for part, way in enumerate(ways):
             with way.micro.draws(len(self.chain.links) + 1):
-                found = head.first(point, way.x, way.micro.inputs, way.micro.factors)
-            loss = loss.to(found.loss) + found.loss
-            residual.append(Residual.of(found.x, found.kept))
-            way.bar = found.bar
-            sums.add(part, found.grads)
+                at_head = head.first(point, way.x, way.micro.inputs, way.micro.factors)
+            loss = loss.to(at_head.loss) + at_head.loss
+            residual.append(Residual.of(at_head.x, at_head.kept))
+            way.bar = at_head.bar
+            sums.add(part, at_head.grads)
         sums.done(_leaves(head))
         return loss, residual
 
@@ -293,11 +293,11 @@ class Blocks:
         for part, (way, left) in enumerate(zip(ways, residual, strict=True)):
             kept, micro = None if left is None else left.at(way.x), way.micro
             with micro.draws(len(self.chain.links) + 1):
-                way.bar, way.dots, found, slope = head.second(
+                way.bar, way.dots, tangents, slope = head.second(
                     point, way.x, micro.inputs, micro.factors, kept, bars, way.dots
                 )
             slopes.append(slope)
-            sums.add(part, found)
+            sums.add(part, tangents)
         sums.done(_leaves(head))
         return slopes
 
@@ -307,9 +307,9 @@ class Blocks:
             x, dots, kept = way.path.pop()
             here, there, context = {**point, X: x}, {**bars, X: dots}, way.contexts[place - 1]
             with way.micro.draws(place):
-                way.bar, found = self.passes.vjp_along(link, here, context, there, way.bar, way.dots, kept)
-            way.dots = found[X]
-            sums.add(part, by_leaf(link.names, found))
+                way.bar, tangents = self.passes.vjp_along(link, here, context, there, way.bar, way.dots, kept)
+            way.dots = tangents[X]
+            sums.add(part, by_leaf(link.names, tangents))
         sums.done(_leaves(link))
 
     def _left_along(self, read: Read, along: Read, ways: list[_Way], sums: Sums) -> None:
@@ -320,11 +320,11 @@ class Blocks:
         for part, way in enumerate(ways):
             start = _start(embed, way.micro)
             if self.chain.lookup:
-                each = [vjp(start, point, one) for one in way.dots]
-                found = {name: tree.stacked([pulled[name] for pulled in each]) for name in point}
+                each = [vjp(start, point, dots) for dots in way.dots]
+                tangents = {name: tree.stacked([pulled[name] for pulled in each]) for name in point}
             else:
-                _, found = vjp_along(start, point, bars, way.bar, way.dots)
-            sums.add(part, by_leaf(embed.names, found))
+                _, tangents = vjp_along(start, point, bars, way.bar, way.dots)
+            sums.add(part, by_leaf(embed.names, tangents))
         sums.done(_leaves(embed))
 
     def _scope(self, parts: Sequence[Micro]) -> AbstractContextManager[Any]:
@@ -336,11 +336,11 @@ def micros(batches: Sequence[Batch], weights: Tensor, seed: str | None) -> list[
     return [Micro(batch.inputs, coefficients(batch, weights), _Draws(seed, part)) for part, batch in enumerate(batches)]
 
 
-class _Found(dict[str, Tensor]):
+class _MicroSums(dict[str, Tensor]):
     """Sums of one micro-batch, held until all of them are there."""
 
-    def add(self, part: int, found: Params) -> None:
-        _add(self, found)
+    def add(self, part: int, terms: Params) -> None:
+        _add(self, terms)
 
     def done(self, names: Sequence[str]) -> None:
         """They stay."""

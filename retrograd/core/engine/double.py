@@ -67,9 +67,9 @@ class Double:
                 objective = self.objective
                 loss, more = objective.leaving(*given) if isinstance(objective, Leaving) else (objective(*given), None)
             residual.append(more)
-            found = grad(loss, list(leaves.values()), materialize_grads=True)
+            grads = grad(loss, list(leaves.values()), materialize_grads=True)
             total = loss.detach() if total is None else total + loss.detach()
-            sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
+            sums = [a + b for a, b in zip(sums, grads)] if sums else list(grads)
         assert total is not None, "a step needs at least one batch"
         return total, dict(zip(names, sums)), residual
 
@@ -118,8 +118,8 @@ class Double:
             with torch.enable_grad(), random_draws(seed, part):
                 slopes = grad(self.objective(leaves, batch.inputs, factors), factors, create_graph=True)[0]
                 along = torch.sum(slopes * coefficients(batch, direction))
-            found = grad(along, list(leaves.values()), materialize_grads=True)
-            sums = [a + b for a, b in zip(sums, found)] if sums else list(found)
+            tangents = grad(along, list(leaves.values()), materialize_grads=True)
+            sums = [a + b for a, b in zip(sums, tangents)] if sums else list(tangents)
         return dict(zip(params, sums))
 
     def repeats(self, batches: Sequence[Batch]) -> bool:
@@ -156,10 +156,10 @@ class _Graph(NamedTuple):
         self.passing.turn()
         live = [(g, bars[name]) for name, g in zip(self.leaves, self.grads) if g.requires_grad]
         queries = next(iter(bars.values())).shape[0]
-        found = []
+        pulled = []
         for k in range(queries):
             outputs, seeds = [g for g, _ in live], [bar[k] for _, bar in live]
             wanted = [*self.leaves.values(), self.factors]
-            found.append(grad(outputs, wanted, seeds, retain_graph=k + 1 < queries, materialize_grads=True))
-        *products, slopes = [tree.stacked(group) for group in zip(*found)]
+            pulled.append(grad(outputs, wanted, seeds, retain_graph=k + 1 < queries, materialize_grads=True))
+        *products, slopes = [tree.stacked(group) for group in zip(*pulled)]
         return dict(zip(self.leaves, products)), slopes * self.scale

@@ -57,8 +57,8 @@ class PlainHead:
         point = live({**local(self.names, params), X: x})
         with torch.enable_grad():
             loss = self.call(without(point), point[X], inputs, factors)
-        found = dict(zip(point, grad(loss, list(point.values()), materialize_grads=True)))
-        return Found(x, loss.detach(), found[X], by_leaf(self.names, found), None)
+        grads = dict(zip(point, grad(loss, list(point.values()), materialize_grads=True)))
+        return Found(x, loss.detach(), grads[X], by_leaf(self.names, grads), None)
 
     def second(
         self, params: Params, x: Tensor, inputs: Any, factors: Tensor, kept: Any, bars: Params, dots: Tensor
@@ -70,8 +70,8 @@ class PlainHead:
             first = grad(loss, list(point.values()), create_graph=True, materialize_grads=True)
         seeds = {**local(self.names, bars), X: dots}
         wanted = [*point.values(), factors]
-        *found, slopes = pullbacks(list(first), [seeds[name] for name in point], wanted)
-        named = dict(zip(point, found))
+        *tangents, slopes = pullbacks(list(first), [seeds[name] for name in point], wanted)
+        named = dict(zip(point, tangents))
         return dict(zip(point, first))[X].detach(), named[X], by_leaf(self.names, named), slopes
 
 
@@ -80,9 +80,9 @@ def local(names: Mapping[str, str], leaves: Params) -> Params:
     return {name: leaves[leaf] for name, leaf in names.items()}
 
 
-def by_leaf(names: Mapping[str, str], found: Params) -> Params:
+def by_leaf(names: Mapping[str, str], terms: Params) -> Params:
     """Sums over the parameters that share a leaf."""
     sums: Params = {}
     for name, leaf in names.items():
-        sums[leaf] = sums[leaf] + found[name] if leaf in sums else found[name]
+        sums[leaf] = sums[leaf] + terms[name] if leaf in sums else terms[name]
     return sums

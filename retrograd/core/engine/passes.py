@@ -104,11 +104,11 @@ def _jvp(function: _Function, point: Params, along: Params) -> tuple[Tensor, Ten
     if queries == 1:
         y, dots = push({name: tangent[0] for name, tangent in along.items()})
         return y, dots.unsqueeze(0)
-    many, found = vmap(push, out_dims=(None, 0), randomness="same"), []  # type: ignore[arg-type]  # None: shared
+    many, chunks = vmap(push, out_dims=(None, 0), randomness="same"), []  # type: ignore[arg-type]  # None: shared
     for start in range(0, queries, _CHUNK):
         y, dots = many({name: tangent[start : start + _CHUNK] for name, tangent in along.items()})
-        found.append(dots)
-    return y, torch.cat(found)
+        chunks.append(dots)
+    return y, torch.cat(chunks)
 
 
 def adjoint_jvp(function: _Function, point: Params, along: Params) -> tuple[Tensor, Tensor]:
@@ -131,19 +131,19 @@ def vjp_along(function: _Function, point: Params, along: Params, bar: Tensor, ba
         y = function(leaves)
         first = grad(y, list(leaves.values()), bar, create_graph=True, materialize_grads=True)
     passing.turn()
-    found = pullbacks([*first, y], [*(along[name] for name in leaves), bardots], list(leaves.values()))
+    tangents = pullbacks([*first, y], [*(along[name] for name in leaves), bardots], list(leaves.values()))
     back = dict(zip(leaves, first)).get(X)
-    return None if back is None else back.detach(), dict(zip(leaves, found))
+    return None if back is None else back.detach(), dict(zip(leaves, tangents))
 
 
 def pullbacks(outputs: Sequence[Tensor], seeds: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
     """Pullbacks to `wanted` of seeds [K, …] at the outputs, [K, …], over one graph."""
     live = [(y, seed) for y, seed in zip(outputs, seeds, strict=True) if y.requires_grad]
-    queries, found = len(seeds[0]), []
+    queries, pulled = len(seeds[0]), []
     for k in range(queries):
         ys, bars = [y for y, _ in live], [seed[k] for _, seed in live]
-        found.append(grad(ys, wanted, bars, retain_graph=k + 1 < queries, materialize_grads=True))
-    return [tree.stacked(group) for group in zip(*found)]
+        pulled.append(grad(ys, wanted, bars, retain_graph=k + 1 < queries, materialize_grads=True))
+    return [tree.stacked(group) for group in zip(*pulled)]
 
 
 def at(link: Link, context: Any) -> _Function:

@@ -50,15 +50,15 @@ class Adam:
         if self.spared:
             return spared.pullback(self, params, moments, grads, step, cotangent)
         assert grads is not None, "Adam is not linear in the gradient"
-        found = self._plain().pullback(params, moments, self._coupled(params, grads), step, cotangent)
-        recipe = {"lr": found.recipe["lr"], "weight_decay": inner(found.bars, params)}
+        plain = self._plain().pullback(params, moments, self._coupled(params, grads), step, cotangent)
+        recipe = {"lr": plain.recipe["lr"], "weight_decay": inner(plain.bars, params)}
         if not self.weight_decay:
-            return found._replace(recipe=recipe)
+            return plain._replace(recipe=recipe)
         thetas = {
-            name: torch.add(bar, found.bars[name], alpha=self.weight_decay)
-            for name, bar in found.cotangent.params.items()
+            name: torch.add(bar, plain.bars[name], alpha=self.weight_decay)
+            for name, bar in plain.cotangent.params.items()
         }
-        return found._replace(cotangent=found.cotangent._replace(params=thetas), recipe=recipe)
+        return plain._replace(cotangent=plain.cotangent._replace(params=thetas), recipe=recipe)
 
     def needs_gradient(self, step: int) -> bool:
         return True
@@ -66,10 +66,10 @@ class Adam:
     def recovered(self, params: Params, moments: Moments, after: Moments) -> Params | None:
         if self.spared:
             return spared.recovered(self, params, moments, after)
-        found = self._plain().recovered(params, moments, after)
-        if found is None or not self.weight_decay:
-            return found
-        return {name: g.sub_(params[name], alpha=self.weight_decay) for name, g in found.items()}
+        coupled = self._plain().recovered(params, moments, after)
+        if coupled is None or not self.weight_decay:
+            return coupled
+        return {name: g.sub_(params[name], alpha=self.weight_decay) for name, g in coupled.items()}
 
     def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params:
         if self.spared:
@@ -88,5 +88,5 @@ class Adam:
             theta, g = leaves
             return (torch.add(g, theta, alpha=self.weight_decay),)
 
-        ((found,), _) = elementwise(formula, (params, grads), (), (grads,))  # type: ignore[arg-type]
-        return found
+        ((coupled,), _) = elementwise(formula, (params, grads), (), (grads,))  # type: ignore[arg-type]
+        return coupled

@@ -40,11 +40,11 @@ def elementwise(
         results = formula(leaves, wide)
         return results[: len(like)], results[len(like) :]
 
-    queries = max((len(x) for one in bar for x in one.values()), default=1)
-    found: list[Params] = [{} for _ in like]
+    queries = max((len(x) for bars in bar for x in bars.values()), default=1)
+    gathered: list[Params] = [{} for _ in like]
     sums: list[Tensor] = []
     for names in _groups([*at, *bar]):
-        leaves, wide, patterns = ([[one[name] for name in names] for one in trees] for trees in (at, bar, like))
+        leaves, wide, patterns = ([[params[name] for name in names] for params in trees] for trees in (at, bar, like))
         if len(names) == 1:
             single = ([x[0] for x in leaves], [x[0] for x in wide], [x[0] for x in patterns])
             results, more = _in_pieces(apply, *single, queries)
@@ -54,10 +54,10 @@ def elementwise(
             results, more = apply([torch.cat([x.flatten() for x in each]) for each in leaves], joined)
             sizes = [x.numel() for x in leaves[0]] if leaves else [x[0].numel() for x in wide[0]]
             parts = [list(x.split(sizes, -1)) for x in results]
-        for result, each, pattern in zip(found, parts, patterns, strict=True):
+        for result, each, pattern in zip(gathered, parts, patterns, strict=True):
             result.update({name: x.view(p.shape) for name, x, p in zip(names, each, pattern, strict=True)})
         sums = _added(sums, more)
-    return found, [tree.total(x) for x in sums]
+    return gathered, [tree.total(x) for x in sums]
 
 
 def is_traced(x: Tensor) -> bool:
@@ -77,10 +77,10 @@ def _groups(trees: Sequence[Params]) -> list[list[str]]:
     """
     groups, filled, before = list[list[str]](), 0, None
     for name, leaf in trees[0].items():
-        traced = all(type(one[name]) is Tensor and is_traced(one[name]) for one in trees)
+        traced = all(type(params[name]) is Tensor and is_traced(params[name]) for params in trees)
         odd = leaf.numel() * leaf.element_size() % 64 != 0
-        plain = not odd and leaf.device.type in _JOINED and not any(is_traced(one[name]) for one in trees)
-        kind = [(traced, one[name].dtype, one[name].device) for one in trees] if traced or plain else None
+        plain = not odd and leaf.device.type in _JOINED and not any(is_traced(params[name]) for params in trees)
+        kind = [(traced, params[name].dtype, params[name].device) for params in trees] if traced or plain else None
         filled += leaf.numel()
         if kind is None or kind != before or filled > _BUCKET:
             groups.append([])

@@ -81,7 +81,7 @@ def autograd_pullback(function: Callable[..., Any], inputs: tuple[Any, ...], bar
     wanted = [x for x in tree.leaves(live) if x.requires_grad]
     pairs = [(out, bar) for out, bar in zip(outputs, tree.leaves(bars), strict=True) if out.requires_grad]
     queries = tree.leaves(bars)[0].shape[0]
-    found = [
+    pulled = [
         torch.autograd.grad(
             [out for out, _ in pairs],
             wanted,
@@ -91,7 +91,7 @@ def autograd_pullback(function: Callable[..., Any], inputs: tuple[Any, ...], bar
         )
         for k in range(queries)
     ]
-    stacked = iter([torch.stack(group) for group in zip(*found)])
+    stacked = iter([torch.stack(group) for group in zip(*pulled)])
 
     def place(x: Tensor) -> Tensor:
         return next(stacked) if x.requires_grad else torch.zeros((queries, *x.shape), device=x.device)

@@ -98,11 +98,11 @@ class Muon:
             thetas[name], buffers[name] = bar * (1 - lr * self.weight_decay), momentum * after
             gs[name] = (1 - momentum) * (after + along if self.nesterov else after)
             moved = moved - product(bar, turned)
-        found = Cotangent(_in_order(thetas, params), {"momentum": _in_order(buffers, params), **others.moments})
+        pulled_back = Cotangent(_in_order(thetas, params), {"momentum": _in_order(buffers, params), **others.moments})
         # θ' is affine in lr and in lr·wd: its slope is the update of rate 1 without θ's own share
         moved, decayed = tree.total(moved), inner(_only(cotangent.params, matrices), params)
         lr_slope, decay = recipe["lr"] + moved - self.weight_decay * decayed, recipe["weight_decay"] - lr * decayed
-        return Updated(found, _in_order(gs, params), {"lr": lr_slope, "weight_decay": decay})
+        return Updated(pulled_back, _in_order(gs, params), {"lr": lr_slope, "weight_decay": decay})
 
     def needs_gradient(self, step: int) -> bool:
         return True

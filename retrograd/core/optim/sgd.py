@@ -112,11 +112,11 @@ class SGD:
         if mu:
             slope = slope * (1 + mu if self.nesterov else 1)
             slope = slope + inner(bars, moments["momentum"]) * (mu * mu if self.nesterov else mu)
-        found = Updated(pulled, gs, {"lr": -slope, "weight_decay": inner(gs, params)})
+        updated = Updated(pulled, gs, {"lr": -slope, "weight_decay": inner(gs, params)})
         if grads is None:  # ḡ = −lr·λ, so that −⟨λ, g⟩ = ⟨ḡ, g⟩/lr
             assert not self.needs_gradient(step), "a gradient is left out only where it is not needed"
-            return found._replace(slope=1 / lr)
-        return found
+            return updated._replace(slope=1 / lr)
+        return updated
 
     def needs_gradient(self, step: int) -> bool:
         return self.momentum > 0 or rate(self.lr, step) == 0
@@ -126,11 +126,11 @@ class SGD:
             return spared.recovered(self, params, moments, after)
         if not holds_gradient(moments.get("momentum", {}), self.momentum):
             return None
-        found = {}
+        grads = {}
         for name, buffer in after["momentum"].items():
             g = torch.sub(buffer, moments["momentum"][name], alpha=self.momentum)
-            found[name] = g.sub_(params[name], alpha=self.weight_decay) if self.weight_decay else g
-        return found
+            grads[name] = g.sub_(params[name], alpha=self.weight_decay) if self.weight_decay else g
+        return grads
 
     def preconditioner(self, params: Params, moments: Moments, grads: Params, step: int) -> Params | None:
         return None

@@ -16,46 +16,48 @@ __all__ = ["pullback", "preconditioner", "recovered", "update"]
 
 def update(optimizer: Any, params: Params, moments: Moments, grads: Params, step: int) -> tuple[Params, Moments]:
     """As the optimizer's."""
-    found = [
+    updated = [
         half.update(_only(params, names), _each(moments, names), _only(grads, names), step)
         for half, names in _halves(optimizer, params)
     ]
-    return _joined(params, [new for new, _ in found]), _all(params, [after for _, after in found])
+    return _joined(params, [new for new, _ in updated]), _all(params, [after for _, after in updated])
 
 
 def pullback(
     optimizer: Any, params: Params, moments: Moments, grads: Params | None, step: int, cotangent: Cotangent
 ) -> Updated:
     """As the optimizer's; ∂φ/∂wd is that of the decay which is applied."""
-    found = []
+    pulled = []
     for half, names in _halves(optimizer, params):
         bars = Cotangent(_only(cotangent.params, names), _each(cotangent.moments, names))
         given = None if grads is None else _only(grads, names)
-        found.append(half.pullback(_only(params, names), _each(moments, names), given, step, bars))
-    decayed, free = found
-    thetas = _joined(params, [one.cotangent.params for one in found])
-    moment_bars = _all(params, [one.cotangent.moments for one in found])
+        pulled.append(half.pullback(_only(params, names), _each(moments, names), given, step, bars))
+    decayed, free = pulled
+    thetas = _joined(params, [part.cotangent.params for part in pulled])
+    moment_bars = _all(params, [part.cotangent.moments for part in pulled])
     recipe = {"lr": decayed.recipe["lr"] + free.recipe["lr"], "weight_decay": decayed.recipe["weight_decay"]}
-    return Updated(Cotangent(thetas, moment_bars), _joined(params, [one.bars for one in found]), recipe, decayed.slope)
+    return Updated(
+        Cotangent(thetas, moment_bars), _joined(params, [part.bars for part in pulled]), recipe, decayed.slope
+    )
 
 
 def recovered(optimizer: Any, params: Params, moments: Moments, after: Moments) -> Params | None:
     """As the optimizer's."""
-    found = [
+    grads = [
         half.recovered(_only(params, names), _each(moments, names), _each(after, names))
         for half, names in _halves(optimizer, params)
         if names
     ]
-    return None if any(one is None for one in found) else _joined(params, found)
+    return None if any(part is None for part in grads) else _joined(params, grads)
 
 
 def preconditioner(optimizer: Any, params: Params, moments: Moments, grads: Params, step: int) -> Params:
     """As the optimizer's."""
-    found = [
+    metrics = [
         half.preconditioner(_only(params, names), _each(moments, names), _only(grads, names), step)
         for half, names in _halves(optimizer, params)
     ]
-    return _joined(params, found)
+    return _joined(params, metrics)
 
 
 def _halves(optimizer: Any, params: Params) -> list[tuple[Any, list[str]]]:

@@ -138,9 +138,9 @@ class _Room:
     gradient: int
 
     def laid(self, kind: str) -> Layout:
-        found = self.tried(kind)
-        if found is not None:
-            return found
+        tried = self.tried(kind)
+        if tried is not None:
+            return tried
         given = self.replay
         budget = f"--replay.disk {given.disk:,}" if given.keep else f"memory {given.memory:,} and disk {given.disk:,}"
         least = 1 if kind == "gradients" and not given.slots else self._slots(kind)

@@ -51,15 +51,15 @@ def read_direct(path: Path, start: int, parts: Iterable[np.ndarray]) -> None:
     """
     with _opened(path, os.O_RDONLY) as file:
         os.lseek(file, start - start % _PAGE, os.SEEK_SET)
-        found = _get(file)[start % _PAGE :]
+        block = _get(file)[start % _PAGE :]
         for part in parts:
             filled = 0
             while filled < len(part):
-                if not len(found) and not len(found := _get(file)):
+                if not len(block) and not len(block := _get(file)):
                     raise OSError(f"it ends {len(part) - filled:,} bytes early")
-                count = min(len(part) - filled, len(found))
-                np.copyto(part[filled : filled + count], found[:count])
-                filled, found = filled + count, found[count:]
+                count = min(len(part) - filled, len(block))
+                np.copyto(part[filled : filled + count], block[:count])
+                filled, block = filled + count, block[count:]
 
 
 def _block() -> np.ndarray:

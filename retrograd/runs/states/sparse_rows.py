@@ -64,5 +64,5 @@ def _rows(leaf: Tensor) -> Tensor | Rows:
 
 
 def _filled(rows: Rows, like: Tensor) -> Tensor:
-    found = memory.empty(like.shape, rows.values).zero_()
-    return found.index_copy_(0, rows.index, rows.values)
+    dense = memory.empty(like.shape, rows.values).zero_()
+    return dense.index_copy_(0, rows.index, rows.values)
