@@ -162,7 +162,12 @@ def split_entities(facts: list[dict[str, Any]], seed: int = 0) -> tuple[set[str]
 def _of_lab(lab: Path, folder: Path) -> Material:
     tasks_of_lab(lab)  # refuses what is no finished lab
     facts = _read(lab / "facts.jsonl")
-    first, _ = split_entities(facts)
+    first, second = split_entities(facts)
+    if not second:
+        raise ValueError(
+            f"{lab} has {len(first)} things to forget, one of each kind, and an attack needs two halves of them, of "
+            "which it sees one: build a lab with more --facts, such as 32"
+        )
     sources: dict[str, tuple[str, ...]] = {
         key: (str(_write(folder, key, rows)),) for key, rows in _corpora(lab, facts, first).items()
     }

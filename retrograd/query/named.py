@@ -24,13 +24,18 @@ __all__ = ["Asked", "contrasted", "hashed", "load_queries"]
 
 
 class Asked(NamedTuple):
-    """A named query, loaded. record: what query.json says of it; measure: further numbers at given parameters."""
+    """A named query, loaded.
+
+    record: what query.json says of it; measure: further numbers at given parameters; release: lets go of what is kept
+    from one column to the next, when all are asked.
+    """
 
     name: str
     columns: list[Column]
     digest: str
     record: dict[str, Any]
     measure: Callable[[Params], dict[str, Any]] = lambda params: {}
+    release: Callable[[], None] = lambda: None
 
 
 def load_queries(
@@ -59,7 +64,12 @@ def contrasted(name: str, first: Asked, second: Asked) -> Asked:
     """The first query minus the second."""
     columns = contrast(name, first.columns, second.columns)
     record = {"kind": "contrast", "of": [first.name, second.name]}
-    return Asked(name, columns, hashed("contrast", first.digest, second.digest), record)
+
+    def release() -> None:
+        first.release()
+        second.release()
+
+    return Asked(name, columns, hashed("contrast", first.digest, second.digest), record, release=release)
 
 
 def _question(

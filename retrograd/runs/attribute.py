@@ -70,6 +70,8 @@ def ask(
         each = [_ask_in_pieces(path, loaded, query, final) for path, query in zip(paths, asked)]
         return torch.cat(each), StoredGradient(tuple(paths), tuple(final.params))
     answers = [_ask_one(run / "queries" / query.name, loaded, query, final) for query in asked]
+    for query in asked:
+        query.release()
     values = torch.cat([values for values, _ in answers])
     if len(answers) == 1:
         return values, {name: answers[0][1][name].to(loaded.stream.device) for name in final.params}

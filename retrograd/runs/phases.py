@@ -39,7 +39,7 @@ def trained(phases: Sequence[Begin], params: Params) -> Params:
     with lookups.suspended():
         for begin in phases:
             setup = begin(params)
-            with Bars(len(setup.stream)) as bars:
+            with Bars(len(setup.stream), within="then") as bars:
                 params = setup.trajectory(_LEAST, observe=bars).train().params
     return params
 
@@ -56,7 +56,8 @@ def asked_after(asked: Sequence[Asked], phases: Sequence[Begin], like: Tensor) -
     for query in asked:
         places = range(start, start := start + len(query.columns))
         columns = [Column(later.columns[k].name, [Part(_Objective(later, k), batch)]) for k in places]
-        behind.append(query._replace(columns=columns, measure=_measured_after(query.measure, phases)))
+        measure = _measured_after(query.measure, phases)
+        behind.append(query._replace(columns=columns, measure=measure, release=later.release))
     return behind
 
 
@@ -71,8 +72,8 @@ def _measured_after(
 class Phases:
     """K query columns after phases, of parameters before them.
 
-    Columns ask one by one. So their values are kept until other parameters are asked, and their gradients until each
-    column has had its own.
+    Columns ask one by one, of several queries and their contrasts. So values and gradients are kept until other
+    parameters are asked, or they are released.
 
     Args:
         phases: In their order.
@@ -83,7 +84,7 @@ class Phases:
         self.phases, self.columns, self.queries = phases, columns, Queries(columns)
         self.start = ""  # digest of the parameters that what is kept began with
         self.values: Tensor | None = None
-        self.gradients: dict[int, Params] = {}
+        self.gradients: Params | None = None  # [K, *shape]
 
     def value(self, column: int, params: Params) -> Tensor:
         """φ' of a column, [] in nats."""
@@ -93,23 +94,26 @@ class Phases:
         return self.values[column].clone()
 
     def gradient(self, column: int, params: Params) -> tuple[Tensor, Params]:
-        """φ' of a column, [] in nats, and its gradient, which is given away."""
+        """φ' of a column, [] in nats, and its gradient."""
         self._begin(params)
-        if column not in self.gradients:
+        if self.gradients is None:
             with lookups.suspended():
-                self.values, gradient = self._pulled(self.phases, params)
-            self.gradients = {k: {name: leaf[k] for name, leaf in gradient.items()} for k in range(len(self.columns))}
+                self.values, self.gradients = self._pulled(self.phases, params)
         assert self.values is not None, "values come with gradients"
-        return self.values[column].clone(), self.gradients.pop(column)
+        return self.values[column].clone(), {name: leaf[column] for name, leaf in self.gradients.items()}
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        self.gradients = None
 
     def _begin(self, params: Params) -> None:
         start = tree.digest(params)
         if start != self.start:
-            self.start, self.values, self.gradients = start, None, {}
+            self.start, self.values, self.gradients = start, None, None
 
     def _pulled(self, phases: Sequence[Begin], params: Params) -> tuple[Tensor, Params]:
         setup, cotangents = phases[0](params), list[Cotangent]()
-        with Bars(len(setup.stream)) as bars:
+        with Bars(len(setup.stream), within="then") as bars:
             trajectory = setup.trajectory(Replay(memory=free_memory() // 4, disk=0), observe=bars)
             final = trajectory.train().params
             values, *gradient = self._pulled(phases[1:], final) if len(phases) > 1 else self.queries(final)

@@ -47,11 +47,12 @@ class Bars:
     Args:
         steps: Training steps.
         console: Where to draw; standard error when None.
+        within: What this is a part of, which the bars name; they are gone when it is done.
     """
 
-    def __init__(self, steps: int, console: Console | None = None) -> None:
-        self.steps, self.tasks = steps, dict[str, TaskID]()
-        self.progress = _progress(console)
+    def __init__(self, steps: int, console: Console | None = None, *, within: str = "") -> None:
+        self.steps, self.tasks, self.within = steps, dict[str, TaskID](), within
+        self.progress = _progress(console, transient=bool(within))
 
     def __enter__(self) -> Bars:
         self.progress.start()
@@ -68,12 +69,13 @@ class Bars:
             self.move("reverse", self.steps - event.step, f"|λ| {float(event.norm.max()):.3g}")
         elif first_time(event):
             self.move("train", event.step + 1, f"loss {event.outcome.loss:.4f}")
-        elif "reverse" in self.tasks:
-            self.progress.update(self.tasks["reverse"], note=f"replaying step {event.step}")
+        elif (reverse := self._named("reverse")) in self.tasks:
+            self.progress.update(self.tasks[reverse], note=f"replaying step {event.step}")
             _tell("replay", event.step, self.steps, "")
 
     def move(self, name: str, done: int, note: str = "", total: int | None = None, unit: str = "steps") -> None:
         """Move any bar, `steps` long if no total is given; it appears when it first moves."""
+        name = self._named(name)
         if name not in self.tasks:
             total = self.steps if total is None else total
             self.tasks[name] = self.progress.add_task(name, total=total, completed=done - 1, rate="", note="")
@@ -81,6 +83,9 @@ class Bars:
         rate = f"{task.speed:.2f} {unit}/s" if task.speed else ""
         self.progress.update(self.tasks[name], completed=done, rate=rate, note=note)
         _tell(name, done, task.total, note)
+
+    def _named(self, name: str) -> str:
+        return f"{self.within} {name}".strip()
 
 
 @contextmanager
@@ -108,7 +113,7 @@ def overall(name: str, console: Console | None = None) -> Iterator[Progress]:
         yield progress
 
 
-def _progress(console: Console | None) -> Progress:
+def _progress(console: Console | None, *, transient: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description:<8}"),
         BarColumn(),
@@ -119,4 +124,5 @@ def _progress(console: Console | None) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console or Console(stderr=True, quiet=_told.get() is not None),
+        transient=transient,
     )

@@ -82,8 +82,8 @@ def open_run(
     for name in added & known.keys():
         if known[name]["digest"] != run.loaded.hashes[f"query {name}"]:
             raise ValueError(
-                f"query {name!r} of {folder} reads other data than when it was asked; put its files back, or delete "
-                f"{folder / 'queries' / name}"
+                f"query {name!r} of {folder} reads other data than when it was asked, or what is trained on before it "
+                f"(its `then`) has changed; put its files back, or delete {folder / 'queries' / name}"
             )
     return run
 

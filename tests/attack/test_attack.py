@@ -13,6 +13,7 @@ from killing import kill_after
 from rich.console import Console
 from test_train import final
 
+from retrograd.attack import material
 from retrograd.attack.folder import read_folder
 from retrograd.attack.material import split_entities
 from retrograd.cli import main
@@ -79,6 +80,16 @@ def test_every_model_meets_every_configuration(attacked: Path) -> None:
     assert [point["step"] for point in two["points"]] == [0, 1, 2, 3, 4]
     assert all(a["tokens"] < b["tokens"] for a, b in zip(two["points"], two["points"][1:]))
     assert (attacked / "attack.md").read_text().startswith("# Attacks")
+
+
+def test_a_lab_without_two_halves_is_refused(
+    world: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(material, "split_entities", lambda facts: ({"a gem", "a moth"}, set()))
+    assert main(command(world, tmp_path / "out", suite)) == 2
+    assert "has 2 things to forget, one of each kind, and an attack needs two" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_the_attack_shows_one_half_and_nothing_of_the_other(world: Path, attacked: Path) -> None:

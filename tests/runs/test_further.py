@@ -123,12 +123,14 @@ def test_columns_share_what_is_trained(world: Path, monkeypatch: pytest.MonkeyPa
     pull = Phases._pulled
     monkeypatch.setattr(Phases, "_pulled", lambda own, *given: calls.append(len(own.columns)) or pull(own, *given))
     query = QueryConfig(str(world / "query.jsonl"), reduction="none", then=(str(world / "last.yaml"),))
-    loaded = assemble(
-        settings(world, queries={"a": query, "b": QueryConfig(str(world / "pre.jsonl"), then=query.then)})
-    )
+    other = QueryConfig(str(world / "pre.jsonl"), then=query.then)
+    loaded = assemble(settings(world, queries={"a": query, "b": other, "gap": QueryConfig(contrast=("a", "b"))}))
     values, _ = loaded.queries(loaded.initial.params)
-    assert len(values) == 4
+    assert len(values) == 7
     assert calls == [4]
+    loaded.asked[2].release()  # nothing is kept when all are asked
+    assert len(loaded.queries(loaded.initial.params)[0]) == 7
+    assert calls == [4, 4]
     assert loaded.asked[0].digest != assemble(
         settings(world, queries={"a": dataclasses.replace(query, then=())})
     ).asked[0].digest  # fmt: skip
