@@ -283,7 +283,7 @@ def proved(group: Group, width: int, layers: int, wrong: str = "") -> tuple[list
     }  # fmt: skip
     GPT2MLP.forward = mutants.get(wrong, plain)
     if not wrong:
-        first_step._FULL = -1  # at float32, as a large model
+        first_step.FULL = -1  # at float32, as a large model
     divide = partial(in_pieces, *given)
     if wrong:
         Slopes.leaves = lambda self, along: list(along)[:1]  # many gradients, and many more messages between ranks
@@ -308,7 +308,7 @@ def test_proofs_hold_pieces_and_one_block() -> None:
 def proofs_peak(group: Group, full: int) -> int:
     """The most bytes that a proof of the first step holds besides the whole model: with `double` on one rank alone."""
     model, engine = deep(256, 12)
-    first_step._FULL = full
+    first_step.FULL = full
     stream, seen = DataStream([[1, 2, 3, 4], [5, 6, 7]], batch_size=2), list[int]()
     training = Training(Recipe(AdamW(1e-3)), engine, stream, stream.weights)
     initial = initial_state(training.recipe, model.params)
